@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine:
+#   make quickstart   environment, install, main job
+#   make test         environment, install, all checks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test lint unit clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and pinned: an unpinned torch brings several GB of another build
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bundled,parquet,bench,dev]"
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/pfm quickstart
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+unit: $(VENV)/.installed
+	$(BIN)/pytest
+
+test: lint unit
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info quickstart runs multirun outputs

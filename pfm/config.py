@@ -1,0 +1,131 @@
+"""How a preference flow is fitted: one plain dataclass, usable as a Hydra structured config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+__all__ = ["FlowConfig"]
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("auto", "float32", "medium")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Configures :meth:`pfm.PreferenceFlow.fit`.
+
+    What is learned
+        source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners' law;
+            ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
+        coupling: which source sample goes with which target; ``"paired"`` takes the data's own pairs.
+        best_of: target of one pass, best of this many reference draws; above 2 it needs candidate sets.
+        sigma: noise on the training path at its middle, in units of the displacement's root mean square a
+            dimension; >= 0.
+        linear: contain the closed-form linear part.
+        residual: learn a network beyond the linear part, kept as far as held-out prompts confirm it.
+        unit_norm: ``"auto"`` projects results back to the unit sphere if the training outputs all lie on it;
+            ``"on"``, ``"off"``.
+
+    The network
+        hidden, layers: width and number of hidden layers; ``"auto"`` is 256 x 4 up to 64 dimensions, else 512 x 3.
+
+    Training
+        epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, between 2 and 400 passes.
+        batch_size: rows an update. learning_rate, weight_decay: of AdamW, cosine schedule to zero.
+        ema: decay of the weights' exponential moving average, which is what is kept.
+        patience: validations (40 a run) without improvement before training stops.
+        validation_share: share of the prompts held out when no validation set is given, in (0, 1).
+        seed: the same seed, data and machine give the same flow.
+        device: ``"auto"`` is CUDA where there is one, else the CPU.
+        dtype: ``"float32"``; ``"medium"`` allows reduced-precision matrix products where the machine has them;
+            ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
+
+    Integration
+        solver: a name in :data:`pfm.transport.SOLVERS`.
+        steps: fixed steps for a pass, or ``"auto"``: the fewest whose result on validation data is within
+            ``tolerance`` of a tight adaptive solution, relative to the distance moved.
+
+    Raises:
+        ValueError, TypeError: a value out of its range, or a misspelt name (with the nearest right one).
+    """
+
+    source: str = "reference"
+    coupling: str = "paired"
+    best_of: int = 2
+    sigma: float = 0.05
+    linear: bool = True
+    residual: bool = True
+    unit_norm: str = "auto"
+    hidden: Any = "auto"
+    layers: Any = "auto"
+    epochs: Any = "auto"
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    ema: float = 0.999
+    patience: int = 8
+    validation_share: float = 0.1
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    solver: str = "rk4"
+    steps: Any = "auto"
+    tolerance: float = 1e-2
+
+    def __post_init__(self) -> None:
+        from pfm.couplings import COUPLINGS, SOURCES
+        from pfm.transport import check_solver
+
+        _one_of("source", self.source, SOURCES)
+        _one_of("coupling", self.coupling, COUPLINGS)
+        _one_of("unit_norm", self.unit_norm, ("auto", "on", "off"))
+        _one_of("dtype", self.dtype, DTYPES)
+        check_solver(self.solver)
+        if self.device not in DEVICES and not self.device.startswith("cuda:"):
+            _one_of("device", self.device, DEVICES)
+        for name in ("hidden", "layers", "epochs", "steps"):
+            value = getattr(self, name)
+            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, or 'auto': got {value!r}")
+        for name, low in (("best_of", 2), ("batch_size", 1), ("patience", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}: got {value!r}")
+        for name in ("sigma", "weight_decay"):
+            _number(name, getattr(self, name), lambda v: v >= 0, ">= 0")
+        for name in ("learning_rate", "tolerance"):
+            _number(name, getattr(self, name), lambda v: v > 0, "> 0")
+        _number("ema", self.ema, lambda v: 0 <= v < 1, "in [0, 1)")
+        _number("validation_share", self.validation_share, lambda v: 0 < v < 1, "in (0, 1)")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FlowConfig:
+        """Make a config from a mapping; a misspelt key is refused with the nearest right one."""
+        import difflib
+
+        known = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+                raise ValueError(f"FlowConfig has no key {key!r}: {hint}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the settings as JSON values."""
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> FlowConfig:
+        """Copy with some settings changed."""
+        return replace(self, **changes)
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}: got {value!r}")
+
+
+def _number(name: str, value: Any, fits: Any, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+        raise ValueError(f"{name} must be a number {wanted}: got {value!r}")

@@ -1,0 +1,386 @@
+"""Preference pairs as tensors: what the tensor floor is fitted on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite"]
+
+
+class CandidateRows(NamedTuple):
+    """Holds the candidates of one prompt as rows of the output table.
+
+    ``context_index`` is the prompt's row among the contexts, ``rows`` (n,) int64 are rows of the output
+    table, ``scores`` (n,) are the candidates' scores, higher is better.
+    """
+
+    context_index: int
+    rows: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Holds gathered pairs: chosen and rejected (B, D) flat, context (B, C) or None, the rest (B,)."""
+
+    chosen: Tensor
+    rejected: Tensor
+    context: Tensor | None
+    weight: Tensor
+    probability: Tensor
+
+
+class EncodedPairs:
+    """Holds N labelled pairs as tensors; a pair is (chosen, rejected) under one context.
+
+    Repeated outputs and contexts are stored once: the pairs are indices into a table of outputs and a table
+    of contexts, gathered batch by batch. A pair set made from plain tensors is its own table.
+
+    Args:
+        chosen: (N, \\*D) the preferred outputs; any float or integer dtype, all values finite.
+        rejected: (N, \\*D) the outputs they were preferred to.
+        context: (N, C) the contexts (prompt embeddings, states, labels), or None.
+        weight: (N,) weights >= 0 of the pairs, or None for 1.
+        probability: (N,) probability in [0, 1] that the chosen output is the preferred one (a soft label),
+            or None for 1.
+        group: (N,) integer identity of the prompt; splits never cut a group. None: pairs with the same
+            context row form a group; without contexts each pair is its own group.
+        encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
+
+    Raises:
+        TypeError: an argument is not array-like or holds no numbers.
+        ValueError: shapes disagree, the set is empty, or a value is not finite or out of range.
+    """
+
+    def __init__(
+        self,
+        chosen: Any,
+        rejected: Any,
+        context: Any = None,
+        weight: Any = None,
+        *,
+        probability: Any = None,
+        group: Any = None,
+        encoder: Mapping[str, Any] | None = None,
+    ) -> None:
+        chosen = as_float_tensor("chosen", chosen)
+        rejected = as_float_tensor("rejected", rejected)
+        if chosen.shape != rejected.shape:
+            raise ValueError(
+                f"chosen and rejected must have equal shapes: got chosen {tuple(chosen.shape)} "
+                f"and rejected {tuple(rejected.shape)}"
+            )
+        if chosen.ndim < 2:
+            raise ValueError(
+                f"chosen and rejected must be (N, *D) with at least one dimension after N: got "
+                f"{tuple(chosen.shape)}; for scalar outputs use tensor[:, None]"
+            )
+        count = chosen.shape[0]
+        if count == 0:
+            raise ValueError("chosen and rejected hold no pairs: at least one is needed")
+        check_finite("chosen", chosen)
+        check_finite("rejected", rejected)
+        if context is not None:
+            context = as_float_tensor("context", context)
+            if context.ndim != 2 or context.shape[0] != count:
+                raise ValueError(
+                    f"context must be ({count}, C), one row a pair: got {tuple(context.shape)}"
+                    + ("; for scalar contexts use tensor[:, None]" if context.ndim == 1 else "")
+                )
+            check_finite("context", context)
+        every = torch.arange(count)
+        self._tables = (chosen.flatten(1), rejected.flatten(1))
+        self._indices = (every, every)
+        self._contexts = context
+        self._context_index = every if context is not None else None
+        self.event_shape: torch.Size = chosen.shape[1:]
+        self.candidates: list[CandidateRows] | None = None
+        self._set_columns(count, weight, probability, group, encoder)
+
+    @classmethod
+    def from_table(
+        cls,
+        outputs: Any,
+        chosen_index: Any,
+        rejected_index: Any,
+        *,
+        contexts: Any = None,
+        context_index: Any = None,
+        weight: Any = None,
+        probability: Any = None,
+        group: Any = None,
+        encoder: Mapping[str, Any] | None = None,
+        candidates: Sequence[tuple[int, Tensor, Tensor]] | None = None,
+    ) -> EncodedPairs:
+        """Make pairs that point into a table of unique outputs.
+
+        Args:
+            outputs: (M, \\*D) one row an output.
+            chosen_index: (N,) rows of ``outputs`` that were preferred.
+            rejected_index: (N,) rows of ``outputs`` they were preferred to.
+            contexts: (G, C) one row a context, or None.
+            context_index: (N,) rows of ``contexts``; needed when ``contexts`` is given.
+            weight, probability, group, encoder: as for :class:`EncodedPairs`; ``group`` defaults to
+                ``context_index``.
+            candidates: for each prompt (context row, rows of ``outputs`` (n,), scores (n,)), for targets
+                beyond best of two.
+
+        Raises:
+            ValueError: an index is out of range, or shapes disagree.
+        """
+        self = cls.__new__(cls)
+        table = as_float_tensor("outputs", outputs)
+        if table.ndim < 2 or table.shape[0] == 0:
+            raise ValueError(f"outputs must be (M, *D) with M >= 1: got {tuple(table.shape)}")
+        check_finite("outputs", table)
+        chosen_rows = _index("chosen_index", chosen_index, table.shape[0])
+        rejected_rows = _index("rejected_index", rejected_index, table.shape[0])
+        count = chosen_rows.shape[0]
+        if rejected_rows.shape[0] != count:
+            raise ValueError(
+                f"chosen_index and rejected_index must have equal lengths: got {count} and {rejected_rows.shape[0]}"
+            )
+        if count == 0:
+            raise ValueError("chosen_index and rejected_index hold no pairs: at least one is needed")
+        context_rows = None
+        if contexts is not None:
+            contexts = as_float_tensor("contexts", contexts)
+            if contexts.ndim != 2:
+                raise ValueError(f"contexts must be (G, C): got {tuple(contexts.shape)}")
+            check_finite("contexts", contexts)
+            if context_index is None:
+                raise ValueError("contexts needs context_index (N,): which context row belongs to which pair")
+            context_rows = _index("context_index", context_index, contexts.shape[0])
+            if context_rows.shape[0] != count:
+                raise ValueError(f"context_index must have {count} entries: got {context_rows.shape[0]}")
+            if group is None:
+                group = context_rows
+        flat = table.flatten(1)
+        self._tables = (flat, flat)
+        self._indices = (chosen_rows, rejected_rows)
+        self._contexts = contexts
+        self._context_index = context_rows
+        self.event_shape = table.shape[1:]
+        self.candidates = None
+        if candidates is not None:
+            self.candidates = [
+                CandidateRows(int(row), _index("candidates", rows, flat.shape[0]), scores.float())
+                for row, rows, scores in candidates
+            ]
+        self._set_columns(count, weight, probability, group, encoder)
+        return self
+
+    def _set_columns(self, count: int, weight: Any, probability: Any, group: Any, encoder: Any) -> None:
+        self.weight: Tensor | None = _column("weight", weight, count, 0.0, float("inf"))
+        if self.weight is not None and not bool((self.weight > 0).any()):
+            raise ValueError("weight must have at least one entry above zero")
+        self.probability: Tensor | None = _column("probability", probability, count, 0.0, 1.0)
+        self._group: Tensor | None = None
+        if group is not None:
+            self._group = torch.as_tensor(group).long()
+            if self._group.shape != (count,):
+                raise ValueError(f"group must be ({count},): got {tuple(self._group.shape)}")
+        self.encoder: dict[str, Any] | None = dict(encoder) if encoder else None
+
+    def __len__(self) -> int:
+        return self._indices[0].shape[0]
+
+    def __repr__(self) -> str:
+        context = f", context {self.context_dimension}" if self.context_dimension else ""
+        return f"EncodedPairs({len(self)} pairs of {tuple(self.event_shape)}{context})"
+
+    @property
+    def dimension(self) -> int:
+        """Give the number of values in one output."""
+        return self._tables[0].shape[1]
+
+    @property
+    def context_dimension(self) -> int:
+        """Give the number of values in one context, 0 without contexts."""
+        return 0 if self._contexts is None else self._contexts.shape[1]
+
+    @property
+    def chosen(self) -> Tensor:
+        """Gather the preferred outputs, (N, \\*D)."""
+        return self._tables[0][self._indices[0]].unflatten(1, self.event_shape)
+
+    @property
+    def rejected(self) -> Tensor:
+        """Gather the outputs they were preferred to, (N, \\*D)."""
+        return self._tables[1][self._indices[1]].unflatten(1, self.event_shape)
+
+    @property
+    def context(self) -> Tensor | None:
+        """Gather the contexts, (N, C), or None."""
+        if self._contexts is None or self._context_index is None:
+            return None
+        return self._contexts[self._context_index]
+
+    @property
+    def group(self) -> Tensor:
+        """Give the identity of each pair's prompt, (N,) int64."""
+        group = self._group
+        if group is None:
+            context = self.context
+            if context is None:
+                group = torch.arange(len(self))
+            else:
+                group = torch.unique(context, dim=0, return_inverse=True)[1]
+            self._group = group
+        return group
+
+    def gather(self, index: Tensor) -> PairBatch:
+        """Gather the pairs at ``index`` (B,) as flat float32 tensors."""
+        context = None
+        if self._contexts is not None and self._context_index is not None:
+            context = self._contexts[self._context_index[index]].float()
+        chosen = self._tables[0][self._indices[0][index]].float()
+        ones = torch.ones(len(index))
+        return PairBatch(
+            chosen,
+            self._tables[1][self._indices[1][index]].float(),
+            context,
+            ones if self.weight is None else self.weight[index],
+            ones if self.probability is None else self.probability[index],
+        )
+
+    def output_rows(self, rows: Tensor) -> Tensor:
+        """Gather rows of the output table as flat float32, (B, D)."""
+        return self._tables[0][rows].float()
+
+    def context_rows(self, rows: Tensor) -> Tensor | None:
+        """Gather rows of the context table as float32, (B, C), or None."""
+        return None if self._contexts is None else self._contexts[rows].float()
+
+    def select(self, index: Any) -> EncodedPairs:
+        """Take the pairs at ``index`` (integers or a mask); the tables are shared, not copied.
+
+        Candidate sets follow their prompts: those of prompts that keep no pair are left out.
+        """
+        index = torch.as_tensor(index)
+        if index.dtype == torch.bool:
+            index = index.nonzero().flatten()
+        index = index.long()
+        if index.numel() == 0:
+            raise ValueError("index selects no pairs: at least one is needed")
+        part = object.__new__(EncodedPairs)
+        part._tables = self._tables
+        part._indices = (self._indices[0][index], self._indices[1][index])
+        part._contexts = self._contexts
+        part._context_index = None if self._context_index is None else self._context_index[index]
+        part.event_shape = self.event_shape
+        part.weight = None if self.weight is None else self.weight[index]
+        part.probability = None if self.probability is None else self.probability[index]
+        part._group = self.group[index]
+        part.encoder = self.encoder
+        part.candidates = self.candidates
+        if self.candidates is not None and part._context_index is not None:
+            kept = set(part._context_index.tolist())
+            part.candidates = [entry for entry in self.candidates if entry.context_index in kept]
+        return part
+
+    def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[EncodedPairs, EncodedPairs]:
+        """Split by group into (train, held out): no group stands on both sides.
+
+        Args:
+            held_out: share of the groups to hold out, in (0, 1); at least one group on each side.
+            seed: the same seed gives the same split.
+
+        Raises:
+            ValueError: fewer than two groups, or ``held_out`` out of range.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        names, member = torch.unique(self.group, return_inverse=True)
+        if len(names) < 2:
+            raise ValueError(
+                "all pairs belong to one prompt, so no prompt can be held out: add prompts, or give "
+                "group=torch.arange(N) to split by pair"
+            )
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+        count = min(max(round(held_out * len(names)), 1), len(names) - 1)
+        out = torch.zeros(len(names), dtype=torch.bool)
+        out[order[:count]] = True
+        mask = out[member]
+        return self.select(~mask), self.select(mask)
+
+    def swap(self) -> EncodedPairs:
+        """Exchange chosen and rejected: the control in which every learned gain must turn round."""
+        part = self.select(torch.arange(len(self)))
+        part._tables = (self._tables[1], self._tables[0])
+        part._indices = (self._indices[1], self._indices[0])
+        if self.candidates is not None:
+            part.candidates = [CandidateRows(c.context_index, c.rows, -c.scores) for c in self.candidates]
+        return part
+
+    def shuffle_labels(self, seed: int = 0) -> EncodedPairs:
+        """Exchange chosen and rejected in a random half: the control in which nothing can be learned."""
+        generator = torch.Generator().manual_seed(seed)
+        flip = torch.rand(len(self), generator=generator) < 0.5
+        if self._tables[0] is self._tables[1]:
+            part = self.select(torch.arange(len(self)))
+            first, second = self._indices
+            part._indices = (torch.where(flip, second, first), torch.where(flip, first, second))
+            part.candidates = None
+            return part
+        both = torch.cat(self._tables)
+        first, second = self._indices[0], self._indices[1] + len(self._tables[0])
+        part = self.select(torch.arange(len(self)))
+        part._tables = (both, both)
+        part._indices = (torch.where(flip, second, first), torch.where(flip, first, second))
+        part.candidates = None
+        return part
+
+
+def as_float_tensor(name: str, value: Any) -> Tensor:
+    """Turn an array-like into a floating-point tensor (float16, bfloat16 and float64 are kept)."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array of numbers: got {type(value).__name__}") from error
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers: got {tensor.dtype}")
+    return tensor if tensor.is_floating_point() else tensor.float()
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse NaN and infinity, naming the first row that holds one."""
+    # The sum is finite whenever every value is (float64 cannot overflow on float32 values): one cheap pass.
+    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+        return
+    bad = (~torch.isfinite(tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None])).any(1)
+    if not bool(bad.any()):
+        return
+    row = int(bad.nonzero()[0])
+    raise ValueError(
+        f"{name} must be finite: {int(bad.sum())} of {len(bad)} rows hold NaN or infinity, "
+        f"the first is row {row} (shape {tuple(tensor.shape)}); remove or repair them"
+    )
+
+
+def _index(name: str, value: Any, rows: int) -> Tensor:
+    index = torch.as_tensor(value)
+    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(f"{name} must be a one-dimensional integer tensor: got {index.dtype} {tuple(index.shape)}")
+    index = index.long()
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
+        raise ValueError(f"{name} must lie in 0..{rows - 1}: got values from {int(index.min())} to {int(index.max())}")
+    return index
+
+
+def _column(name: str, value: Any, count: int, low: float, high: float) -> Tensor | None:
+    if value is None:
+        return None
+    column = as_float_tensor(name, value).float()
+    if column.shape != (count,):
+        raise ValueError(f"{name} must be ({count},), one number a pair: got {tuple(column.shape)}")
+    check_finite(name, column)
+    if bool((column < low).any()) or bool((column > high).any()):
+        row = int(((column < low) | (column > high)).nonzero()[0])
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]: row {row} is {float(column[row]):g}")
+    return column

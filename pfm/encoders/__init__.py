@@ -1,0 +1,18 @@
+"""Text to vectors: encoders, and the cache that keeps what they have encoded."""
+
+from pfm.encoders.base import CachedEncoder, Encoder
+from pfm.encoders.cache import EmbeddingCache
+from pfm.encoders.concat import ConcatEncoder
+from pfm.encoders.openai import OpenAIEncoder
+from pfm.encoders.sentence import SentenceEncoder
+from pfm.encoders.surface import SurfaceEncoder
+
+__all__ = [
+    "CachedEncoder",
+    "ConcatEncoder",
+    "EmbeddingCache",
+    "Encoder",
+    "OpenAIEncoder",
+    "SentenceEncoder",
+    "SurfaceEncoder",
+]

@@ -1,0 +1,226 @@
+"""Encoders behind an OpenAI-compatible embeddings endpoint."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfm.encoders.base import CachedEncoder, Kind
+from pfm.encoders.cache import EmbeddingCache
+from pfm.errors import EncodingError
+
+__all__ = ["OpenAIEncoder"]
+
+# Endpoints bound the tokens of one request (300,000 at OpenAI); a token is at least one byte.
+_BYTES_PER_REQUEST = 300_000
+_OPENAI = "https://api.openai.com/v1"
+_NO_KEY = "none"
+
+
+class OpenAIEncoder(CachedEncoder):
+    """Encodes texts with an embeddings endpoint, through the openai client.
+
+    Retries and timeouts are the client's own. The key is kept in memory only: it is no part of `describe`,
+    `repr`, pickles, the cache or an error message.
+
+    Args:
+        model: the model's name at the endpoint.
+        client: an `openai.OpenAI` of your own; excludes `base_url`, `api_key`, `timeout`, `max_retries`.
+        base_url: the endpoint. None: ``OPENAI_BASE_URL``, else OpenAI itself.
+        api_key: None: ``OPENAI_API_KEY``, which is sent to OpenAI and to ``OPENAI_BASE_URL`` only; another
+            `base_url` gets a placeholder. A pickled encoder has forgotten a key that was passed to it, and
+            looks in the environment.
+        dimensions: ask for vectors of this length, where the model can shorten them.
+        batch_size: texts in one request; fewer where texts are long.
+        max_concurrency: requests under way at once.
+        timeout: seconds for one request; None: the client's default.
+        max_retries: None: the client's default.
+        normalize: scale vectors to length 1.
+        cache: True for the default :class:`EmbeddingCache`, a folder or an :class:`EmbeddingCache` for
+            another, False for none.
+        on_empty: "error" refuses empty texts, "encode" encodes "(empty)" in their place.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the client is none.
+        EncodingError: a request failed after the client's retries, or the answer is not what was asked for;
+            the batches that were finished are in the cache.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        client: Any = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        dimensions: int | None = None,
+        batch_size: int = 128,
+        max_concurrency: int = 8,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+        normalize: bool = True,
+        cache: bool | str | os.PathLike[str] | EmbeddingCache = True,
+        on_empty: Literal["error", "encode"] = "error",
+    ) -> None:
+        super().__init__(cache=cache, on_empty=on_empty)
+        for name, value in (
+            ("dimensions", dimensions),
+            ("batch_size", batch_size),
+            ("max_concurrency", max_concurrency),
+        ):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self._options = {"timeout": timeout, "max_retries": max_retries}
+        if client is not None:
+            create = getattr(getattr(client, "embeddings", None), "create", None)
+            if create is None or inspect.iscoroutinefunction(create):
+                raise TypeError(f"client must be an openai.OpenAI (not async), got {type(client).__name__}")
+            if (base_url, api_key, timeout, max_retries) != (None,) * 4:
+                raise ValueError("pass a client, or base_url, api_key, timeout and max_retries, not both")
+            base_url = str(getattr(client, "base_url", "")) or None
+        self.model = model
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI
+        if client is None and "@" in urlsplit(self.base_url).netloc:
+            raise ValueError("base_url must not hold a password: it would show in logs; pass it as api_key")
+        self.dimensions = dimensions
+        self.batch_size = batch_size
+        self.max_concurrency = max_concurrency
+        self.normalize = normalize
+        self._client = client
+        self._api_key = api_key
+        self._takes_environment_key = base_url is None or urlsplit(base_url).hostname == urlsplit(_OPENAI).hostname
+        self._lock = threading.Lock()
+
+    def fingerprint(self) -> str:
+        """Return what determines the vectors: endpoint, model, dimensions, normalisation."""
+        settings = {
+            "endpoint": self._endpoint(),
+            "model": self.model,
+            "dimensions": self.dimensions,
+            "normalize": self.normalize,
+        }
+        return json.dumps(settings, sort_keys=True)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the encoder in JSON values; asks the endpoint for the dimension if it is not known."""
+        return {
+            "type": type(self).__name__,
+            "name": self.model,
+            "revision": None,
+            "endpoint": self._endpoint(),
+            "dimension": self.dimension,
+            "dimensions": self.dimensions,
+            "normalize": self.normalize,
+        }
+
+    def blocks(self, texts: list[str], kind: Kind) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """Encode texts in concurrent requests, see :meth:`CachedEncoder.blocks`.
+
+        A failed request does not stop those under way: their vectors are handed over before the error.
+        """
+        self._connected()  # a missing key is the caller's mistake: said before any work begins
+        batches = self._batches(texts)
+        failures: list[str] = []
+        finished = 0
+        executor = ThreadPoolExecutor(self.max_concurrency, thread_name_prefix="pfm-embeddings")
+        try:
+            requests = {
+                executor.submit(self._request, [texts[position] for position in batch]): batch for batch in batches
+            }
+            for request in as_completed(requests):
+                if request.cancelled():
+                    continue
+                error = request.exception()
+                if error is None:
+                    finished += len(requests[request])
+                    yield np.array(requests[request]), request.result()
+                    continue
+                failures.append(self._without_key(f"{type(error).__name__}: {error}"))
+                for waiting in requests:
+                    waiting.cancel()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+        if failures:
+            # Raised outside of any handler: the client's error, which may quote the key, is not chained to it.
+            raise EncodingError(
+                f"embeddings from {self._endpoint()} failed: {failures[0]} ({finished} of {len(texts)} texts"
+                f" were encoded{' and are in the cache' if self.cache is not None else ''})"
+            )
+
+    def _batches(self, texts: list[str]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        size = 0
+        for position, text in enumerate(texts):
+            length = len(text.encode())
+            if not batches or len(batches[-1]) == self.batch_size or size + length > _BYTES_PER_REQUEST:
+                batches.append([])
+                size = 0
+            batches[-1].append(position)
+            size += length
+        return batches
+
+    def _request(self, texts: list[str]) -> Tensor:
+        options = {} if self.dimensions is None else {"dimensions": self.dimensions}
+        response = self._connected().embeddings.create(model=self.model, input=texts, **options)
+        rows = {item.index: item.embedding for item in response.data}
+        if len(response.data) != len(texts) or rows.keys() != set(range(len(texts))):
+            raise ValueError(
+                f"asked for the embeddings of {len(texts)} texts, got {len(response.data)} with index {list(rows)[:8]}"
+            )
+        lengths = {len(row) for row in rows.values()}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"the embeddings have lengths {sorted(lengths)}, expected one")
+        vectors = torch.tensor([rows[index] for index in range(len(texts))], dtype=torch.float32)
+        return torch.nn.functional.normalize(vectors, dim=1) if self.normalize else vectors
+
+    def _connected(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                from openai import OpenAI
+
+                options = {name: value for name, value in self._options.items() if value is not None}
+                self._client = OpenAI(base_url=self.base_url, api_key=self._key(), **options)
+            return self._client
+
+    def _key(self) -> str:
+        if self._api_key is not None:
+            return self._api_key
+        if self._takes_environment_key and os.environ.get("OPENAI_API_KEY"):
+            return os.environ["OPENAI_API_KEY"]
+        if self.base_url != _OPENAI:
+            return _NO_KEY
+        raise ValueError("no key: set OPENAI_API_KEY, or pass api_key, or base_url for a server that needs none")
+
+    def _endpoint(self) -> str:
+        """Return the address without what may be secret in it: user, password, query."""
+        parts = urlsplit(self.base_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+
+    def _without_key(self, text: str) -> str:
+        address = urlsplit(self.base_url)
+        secrets = (self._api_key, getattr(self._client, "api_key", None), address.query)
+        for secret in secrets:
+            if secret and secret != _NO_KEY:
+                text = text.replace(secret, "***")
+        return text if len(text) <= 500 else f"{text[:500]}..."
+
+    def __repr__(self) -> str:
+        return f"OpenAIEncoder({self.model!r}, {self._endpoint()!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # base_url goes without password and query; the other process takes its key from its environment.
+        state = {**self.__dict__, "base_url": self._endpoint()}
+        return {name: value for name, value in state.items() if name not in ("_client", "_api_key", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _client=None, _api_key=None, _lock=threading.Lock())

@@ -1,0 +1,342 @@
+"""Vector fields: a closed-form linear part and a learned residual.
+
+Every field has one signature, ``field(t, y, context)`` with t (B,) or a scalar in [0, 1], y (B, D) and context
+(B, C) or None, in the normalised coordinates of :class:`Normalizer`, and gives the velocity (B, D).
+``field.at(context)`` fixes the contexts for many evaluations and does their share of the work once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pfm.couplings import Coupled
+
+__all__ = ["Field", "LinearField", "Moments", "Normalizer", "ResidualField", "Velocity"]
+
+Velocity = Callable[[float, Tensor], Tensor]
+"""The velocity at a scalar time, contexts fixed: (t, y (B, D)) -> (B, D)."""
+
+TIME_NODES = 12  # Chebyshev: v of independent equal Gaussians has poles at t = (1 +- i)/2, so errors fall as 2.4**-n
+FOURIER_FEATURES = 8
+
+
+class Normalizer(nn.Module):
+    """Maps outputs and contexts to zero mean and unit scale a dimension, and back.
+
+    ``displacement`` (D,) is the root mean square of chosen - rejected a dimension, in normalised units: the
+    unit of the path noise sigma and of the residual field.
+    """
+
+    def __init__(self, dimension: int, context_dimension: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
+        self.context_mean: Tensor
+        self.context_scale: Tensor
+        self.displacement: Tensor
+        self.register_buffer("mean", torch.zeros(dimension))
+        self.register_buffer("scale", torch.ones(dimension))
+        self.register_buffer("context_mean", torch.zeros(context_dimension))
+        self.register_buffer("context_scale", torch.ones(context_dimension))
+        self.register_buffer("displacement", torch.ones(dimension))
+
+    @torch.no_grad()
+    def fit(self, chosen: Tensor, rejected: Tensor, context: Tensor | None) -> None:
+        """Set the statistics from pairs: chosen, rejected (N, D), context (N, C) or None."""
+        both = torch.cat([chosen, rejected]).double()
+        self.mean.copy_(both.mean(0))
+        self.scale.copy_(_floored(both.std(0, correction=0)))
+        if context is not None:
+            self.context_mean.copy_(context.double().mean(0))
+            self.context_scale.copy_(_floored(context.double().std(0, correction=0)))
+        difference = (chosen.double() - rejected.double()) / self.scale
+        self.displacement.copy_(_floored(difference.square().mean(0).sqrt()))
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Normalise outputs, (..., D)."""
+        return (y - self.mean) / self.scale
+
+    def inverse(self, y: Tensor) -> Tensor:
+        """Undo :meth:`forward`, (..., D)."""
+        return y * self.scale + self.mean
+
+    def context(self, context: Tensor | None) -> Tensor | None:
+        """Normalise contexts, (..., C)."""
+        return None if context is None else (context - self.context_mean) / self.context_scale
+
+
+def _floored(scale: Tensor) -> Tensor:
+    """Replace the scale of (almost) constant dimensions, which carry nothing, by the largest one's share."""
+    largest = float(scale.max()) or 1.0
+    return torch.where(scale > 1e-4 * largest, scale, torch.full_like(scale, largest))
+
+
+@dataclass
+class Moments:
+    """Holds first and second moments of z = (source, target, context, 1), normalised, weighted.
+
+    ``gram`` is E[z z'] as a (2D + C + 1) square matrix in float64; ``noise`` (D,) is the variance of the path's noise
+    at its height, t = 1/2; at t it is sin(pi t)^2 of that.
+    """
+
+    gram: Tensor
+    noise: Tensor
+    dimension: int
+
+    @classmethod
+    def of(cls, batches: Iterable[Coupled], normalizer: Normalizer, noise: Tensor) -> Moments:
+        """Accumulate the moments over coupled samples, in float64."""
+        gram: Tensor | None = None
+        total = 0.0
+        dimension = normalizer.mean.shape[0]
+        for batch in batches:
+            parts = [normalizer(batch.source), normalizer(batch.target)]
+            context = normalizer.context(batch.context)
+            if context is not None:
+                parts.append(context)
+            z = torch.cat([*parts, torch.ones(len(parts[0]), 1)], dim=1)
+            part = (z.T @ (z * batch.weight[:, None])).double()
+            gram = part if gram is None else gram.add_(part)
+            total += float(batch.weight.sum())
+        if gram is None or total <= 0:
+            raise ValueError("no coupled samples with positive weight to take moments of")
+        return cls(gram / total, noise.double(), dimension)
+
+    def at(self, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give the moments of (y_t, context) and of dy_t/dt at time t.
+
+        Returns:
+            covariance (D + C, D + C) of the inputs, their mean (D + C,), cross-covariance (D + C, D) with the
+            velocity, and the velocity's mean (D,).
+        """
+        size, d = self.gram.shape[0], self.dimension
+        mix = torch.zeros(size - d - 1, size, dtype=torch.float64)
+        mix[:d, :d] = torch.eye(d) * (1 - t)
+        mix[:d, d : 2 * d] = torch.eye(d) * t
+        mix[d:, 2 * d : size - 1] = torch.eye(size - 1 - 2 * d)
+        mean = self.gram[:-1, -1]
+        centred = self.gram[:-1, :-1] - mean[:, None] * mean[None, :]
+        inputs = mix[:, :-1] @ centred
+        covariance = inputs @ mix[:, :-1].T
+        height, slope = math.sin(math.pi * t), math.pi * math.cos(math.pi * t)
+        covariance.diagonal()[:d].add_(self.noise * height**2)
+        cross = inputs[:, d : 2 * d] - inputs[:, :d]
+        cross.diagonal().add_(self.noise * height * slope)
+        return covariance, mix[:, :-1] @ mean, cross, mean[d : 2 * d] - mean[:d]
+
+    def best_ridge(self, ridges: Sequence[float], judged: Moments, unit: Tensor) -> float:
+        """Give the ridge whose linear predictions err least under the moments ``judged`` of held-out prompts.
+
+        The expected square error of a linear prediction is itself a function of moments: no sample is drawn.
+        ``unit`` (D,) weighs the dimensions by 1 / unit^2.
+        """
+        share = unit.double().square().reciprocal()
+        times = [0.1, 0.3, 0.5, 0.7, 0.9]
+        error = dict.fromkeys(ridges, 0.0)
+        for t in times:
+            covariance, mean, cross, shift = self.at(t)
+            held_covariance, held_mean, held_cross, held_shift = judged.at(t)
+            values, vectors = torch.linalg.eigh(covariance)
+            turned = vectors.T @ cross
+            for ridge in ridges:
+                jitter = ridge + 1e-9 * float(values.mean())
+                slope = vectors @ (turned / (values.clamp_min(0) + jitter)[:, None])
+                bias = held_shift - shift - (held_mean - mean) @ slope
+                spread = ((held_covariance @ slope) * slope).sum(0) - 2 * (held_cross * slope).sum(0)
+                error[ridge] += float(((spread + bias.square()) * share).sum())
+        return min(ridges, key=lambda ridge: error[ridge])
+
+
+class LinearField(nn.Module):
+    """Gives the best linear prediction of target - source from (1, y_t, context), for each t in closed form.
+
+    It needs first and second moments only, is exact when source, target and context are jointly Gaussian, and
+    contains the mean shift E[target - source]. It is solved at Chebyshev times and interpolated between them.
+    """
+
+    def __init__(self, dimension: int, context_dimension: int) -> None:
+        super().__init__()
+        angles = torch.arange(TIME_NODES, dtype=torch.float64) * math.pi / (TIME_NODES - 1)
+        signs = torch.ones(TIME_NODES, dtype=torch.float64)
+        signs[1::2] = -1
+        signs[0] *= 0.5
+        signs[-1] *= 0.5
+        self.matrices: Tensor
+        self.shifts: Tensor
+        self._nodes: Tensor
+        self._signs: Tensor
+        self.register_buffer("matrices", torch.zeros(TIME_NODES, dimension + context_dimension, dimension))
+        self.register_buffer("shifts", torch.zeros(TIME_NODES, dimension))
+        self.register_buffer("_nodes", (1 - torch.cos(angles)) / 2, persistent=False)
+        self.register_buffer("_signs", signs, persistent=False)
+        self._dimension = dimension
+        self._at: dict[float, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def fit(self, moments: Moments, ridge: float) -> None:
+        """Solve at every node; ``ridge`` >= 0 in units of the normalised variance, infinity for no slope."""
+        self._at.clear()
+        for node, t in enumerate(self._nodes.tolist()):
+            covariance, mean, cross, shift = moments.at(t)
+            if math.isinf(ridge):
+                slope = torch.zeros_like(cross)
+            else:
+                # The relative jitter keeps the factorisation alive when outputs are exact copies of each other.
+                jitter = ridge + 1e-9 * float(covariance.diagonal().mean())
+                covariance.diagonal().add_(jitter)
+                slope = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+            self.matrices[node].copy_(slope)
+            self.shifts[node].copy_(shift - mean @ slope)
+
+    def weights(self, t: Tensor) -> Tensor:
+        """Give the interpolation weights of the nodes at times t (S,): (S, nodes)."""
+        gaps = t.double()[:, None] - self._nodes
+        exact = gaps.abs() < 1e-12
+        raw = self._signs / torch.where(exact, 1.0, gaps)
+        raw = torch.where(exact.any(1, keepdim=True), exact.double(), raw)
+        return (raw / raw.sum(1, keepdim=True)).to(self.matrices.dtype)
+
+    def operator(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Give slope (S, D + C, D) and offset (S, D) at times t (S,)."""
+        weights = self.weights(t)
+        slope = (weights @ self.matrices.flatten(1)).unflatten(1, self.matrices.shape[1:])
+        return slope, weights @ self.shifts
+
+    def operator_at(self, t: float) -> tuple[Tensor, Tensor]:
+        """Give slope (D + C, D) and offset (D,) at one time; the last few times are remembered."""
+        found = self._at.get(t)
+        if found is None or found[0].device != self.matrices.device or found[0].dtype != self.matrices.dtype:
+            slope, offset = self.operator(torch.tensor([t], device=self.matrices.device))
+            found = (slope[0], offset[0])
+            if len(self._at) >= 32:
+                self._at.clear()
+            self._at[t] = found
+        return found
+
+    def forward(self, t: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None."""
+        inputs = y if context is None else torch.cat([y, context], dim=-1)
+        if t.ndim == 0:
+            slope, offset = self.operator_at(float(t))
+            return torch.addmm(offset, inputs, slope)
+        weights = self.weights(t)
+        everywhere = (inputs @ self.matrices.permute(1, 0, 2).flatten(1)).unflatten(1, (-1, self._dimension))
+        return (weights[:, None, :] @ (everywhere + self.shifts)).squeeze(1)
+
+    def at(self, context: Tensor | None) -> Velocity:
+        """Fix the contexts (B, C)."""
+        d = self._dimension
+
+        def velocity(t: float, y: Tensor) -> Tensor:
+            slope, offset = self.operator_at(t)
+            if context is None:
+                return torch.addmm(offset, y, slope)
+            return torch.addmm(torch.addmm(offset, context, slope[d:]), y, slope[:d])
+
+        return velocity
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearField:
+        self._at.clear()
+        return super()._apply(fn, recurse)
+
+
+class ResidualField(nn.Module):
+    """A multilayer perceptron with SiLU activations and Fourier features of time.
+
+    The first layer's products with output, time and context are kept apart, so that the context's is computed
+    once for a whole integration. The last layer starts at zero: an untrained residual changes nothing.
+    """
+
+    def __init__(self, dimension: int, context_dimension: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.from_output = nn.Linear(dimension, hidden)
+        self.from_time = nn.Linear(1 + 2 * FOURIER_FEATURES, hidden, bias=False)
+        self.from_context = nn.Linear(context_dimension, hidden, bias=False) if context_dimension else None
+        self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
+        self.last = nn.Linear(hidden, dimension)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self._frequencies: Tensor
+        self.register_buffer(
+            "_frequencies",
+            math.pi * torch.arange(1, FOURIER_FEATURES + 1, dtype=torch.float32),
+            persistent=False,
+        )
+
+    def time_features(self, t: Tensor) -> Tensor:
+        """Expand times (...) to (..., 1 + 2F)."""
+        angles = t[..., None].float() * self._frequencies
+        return torch.cat([t[..., None].float() * 2 - 1, angles.sin(), angles.cos()], dim=-1)
+
+    def forward(self, t: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
+        """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None."""
+        first = self.from_output(y) + self.from_time(self.time_features(t).to(y.dtype))
+        if self.from_context is not None and context is not None:
+            first = first + self.from_context(context)
+        return self._rest(first)
+
+    def at(self, context: Tensor | None) -> Velocity:
+        """Fix the contexts (B, C): their product with the first layer is computed here, once."""
+        fixed: Tensor | None = None
+        if self.from_context is not None and context is not None:
+            fixed = self.from_context(context) + self.from_output.bias
+        device = self._frequencies.device
+
+        def velocity(t: float, y: Tensor) -> Tensor:
+            time = self.from_time(self.time_features(torch.tensor(t, device=device)).to(y.dtype))
+            if fixed is None:
+                first = torch.addmm(self.from_output.bias + time, y, self.from_output.weight.T)
+            else:
+                first = torch.addmm(fixed + time, y, self.from_output.weight.T)
+            return self._rest(first)
+
+        return velocity
+
+    def _rest(self, first: Tensor) -> Tensor:
+        value = nn.functional.silu(first, inplace=not torch.is_grad_enabled())
+        for layer in self.hidden:
+            value = nn.functional.silu(layer(value), inplace=not torch.is_grad_enabled())
+        return self.last(value)
+
+
+class Field(nn.Module):
+    """Adds the residual, in units of the displacement and shrunk by ``gain`` in [0, 1], to the linear part."""
+
+    def __init__(self, dimension: int, context_dimension: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.linear = LinearField(dimension, context_dimension)
+        self.residual: ResidualField | None = ResidualField(dimension, context_dimension, hidden, layers)
+        self.unit: Tensor
+        self.gain: Tensor
+        self.register_buffer("unit", torch.ones(dimension))
+        self.register_buffer("gain", torch.zeros(()))
+
+    def drop_residual(self) -> None:
+        """Leave the residual out for good: held-out prompts did not confirm it."""
+        self.residual = None
+        self.gain.zero_()
+
+    def forward(self, t: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Give the velocity at t (B,) or scalar, y (B, D), context (B, C) or None."""
+        velocity = self.linear(t, y, context)
+        if self.residual is not None:
+            velocity = velocity + self.residual(t, y, context) * (self.unit * self.gain)
+        return velocity
+
+    def at(self, context: Tensor | None) -> Velocity:
+        """Fix the contexts (B, C) for many evaluations at scalar times."""
+        linear = self.linear.at(context)
+        if self.residual is None:
+            return linear
+        residual = self.residual.at(context)
+        unit = self.unit * self.gain
+
+        def velocity(t: float, y: Tensor) -> Tensor:
+            return torch.addcmul(linear(t, y), residual(t, y), unit)
+
+        return velocity

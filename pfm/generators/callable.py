@@ -1,0 +1,235 @@
+"""Adapt functions, and objects with ``.generate``, to the protocol of :mod:`pfm.generators.base`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from pfm.errors import GenerationError
+from pfm.generators.base import Draw, Generator, Prompt
+
+
+def as_generator(generator: Any) -> Generator:
+    """Adapt ``generator`` to the :class:`~pfm.generators.base.Generator` protocol.
+
+    Args:
+        generator: an object with ``.draws(prompts, n)`` (returned as it is) or ``.generate(prompts, n)``, or
+            a callable on one prompt, with or without the keyword ``n``.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if isinstance(generator, type):
+        raise TypeError(
+            f"generator must be an instance or a function, got the class {generator.__name__}; "
+            f"pass {generator.__name__}(...)"
+        )
+    if callable(getattr(generator, "draws", None)):
+        return generator
+    if _generates_n(generator):
+        return BatchGenerator(generator)
+    if callable(generator):
+        return CallableGenerator(generator)
+    raise TypeError(
+        f"generator must be a function prompt -> str or list[str], or an object with .generate(prompts, n), "
+        f"got {type(generator).__name__}; wrap a model as lambda prompt: ..."
+    )
+
+
+class CallableGenerator:
+    """Draw from a function of one prompt.
+
+    The function returns a text or a list of texts. If it has a parameter ``n`` it is given the number of
+    texts still missing. It is called again until all are there; more than asked for are cut off.
+
+    Args:
+        function: ``prompt -> str | list[str]`` or ``(prompt, n=...) -> list[str]``. It gets its own copy of
+            a message list, so that it may append to it.
+        max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
+            texts.
+
+    Raises:
+        TypeError: the function cannot be called with one prompt, or is async.
+        ValueError: ``max_calls`` is below 1.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, max_calls: int | None = None) -> None:
+        self.function = function
+        self.max_calls = _checked_max_calls(max_calls)
+        self._takes_n = _takes_n(function)
+
+    def __repr__(self) -> str:
+        return f"CallableGenerator({getattr(self.function, '__qualname__', repr(self.function))})"
+
+    def draws(self, prompts: Sequence[Prompt], n: int) -> Iterator[Draw]:
+        """Yield the draw of each prompt; an exception of the function ends the draw of that prompt only."""
+        for prompt in prompts:
+            yield self._draw(prompt, n)
+
+    def generate(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
+        """Return up to ``n`` texts for each prompt.
+
+        Raises:
+            GenerationError: a prompt failed; ``.partial`` holds the texts of all prompts.
+        """
+        draws = list(self.draws(prompts, n))
+        rows = [draw.texts for draw in draws]
+        for row, draw in enumerate(draws):
+            if draw.error is not None:
+                raise GenerationError(f"prompts[{row}]: {draw.error}", partial=rows)
+        return rows
+
+    def _draw(self, prompt: Prompt, n: int) -> Draw:
+        draw = Draw()
+        started = time.perf_counter()
+        limit = self.max_calls or 2 * n
+        while len(draw.texts) < n and draw.calls < limit:
+            draw.calls += 1
+            options = {"n": n - len(draw.texts)} if self._takes_n else {}
+            try:
+                output = self.function(copy.deepcopy(prompt), **options)
+            except Exception as error:
+                draw.add((text for text in _partial(error) if text is not None), n)
+                draw.fail(error)
+                break
+            draw.add(_outputs(output), n)
+        draw.seconds = time.perf_counter() - started
+        return draw.close()
+
+
+class BatchGenerator:
+    """Draw from an object with ``.generate(prompts, n) -> list[list[str]]``.
+
+    Rows that come back short are asked for again. When a call for several prompts raises, each of them is
+    tried alone, so that one bad prompt does not cost the others; a GenerationError is taken as final, and the
+    rows in its ``partial`` (one for each prompt) are kept.
+
+    Args:
+        generator: the object.
+        prompts_per_call: most prompts handed over in one call; results arrive in portions of this size.
+        max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
+            texts.
+
+    Raises:
+        TypeError: there is no method ``generate`` with a parameter ``n``.
+        ValueError: ``prompts_per_call`` or ``max_calls`` is below 1.
+    """
+
+    def __init__(self, generator: Any, *, prompts_per_call: int = 32, max_calls: int | None = None) -> None:
+        if not _generates_n(generator):
+            raise TypeError(
+                f"generator must have .generate(prompts, n), got {type(generator).__name__} without one; "
+                "pass a function prompt -> str instead"
+            )
+        if prompts_per_call < 1:
+            raise ValueError(f"prompts_per_call must be at least 1, got {prompts_per_call}")
+        self.generator = generator
+        self.prompts_per_call = prompts_per_call
+        self.max_calls = _checked_max_calls(max_calls)
+
+    def __repr__(self) -> str:
+        return f"BatchGenerator({self.generator!r})"
+
+    def draws(self, prompts: Sequence[Prompt], n: int) -> Iterator[Draw]:
+        """Yield the draw of each prompt, portion by portion."""
+        for start in range(0, len(prompts), self.prompts_per_call):
+            yield from self._portion(prompts[start : start + self.prompts_per_call], n)
+
+    def _portion(self, prompts: Sequence[Prompt], n: int) -> list[Draw]:
+        limit = self.max_calls or 2 * n
+        draws = [Draw() for _ in prompts]
+        short = list(range(len(prompts)))
+        while short:
+            self._call([prompts[i] for i in short], [draws[i] for i in short], n)
+            short = [i for i in short if draws[i].error is None and len(draws[i].texts) < n and draws[i].calls < limit]
+        return [draw.close() for draw in draws]
+
+    def _call(self, prompts: list[Prompt], draws: list[Draw], n: int) -> None:
+        """Ask once for what is missing in ``draws``, and add it there."""
+        missing = n - min(len(draw.texts) for draw in draws)
+        started = time.perf_counter()
+        failure: Exception | None = None
+        try:
+            rows = self.generator.generate(copy.deepcopy(prompts), n=missing)
+            if len(rows) != len(prompts):
+                raise ValueError(f"generate returned {len(rows)} rows for {len(prompts)} prompts")
+        except Exception as error:
+            failure = error
+            rows = [[] if row is None else row for row in _partial(error)]
+        seconds = (time.perf_counter() - started) / len(prompts)
+        for draw in draws:
+            draw.calls += 1
+            draw.seconds += seconds
+
+        if failure is not None and len(prompts) > 1 and not isinstance(failure, GenerationError):
+            for prompt, draw in zip(prompts, draws, strict=True):
+                self._call([prompt], [draw], n)
+            return
+        if len(rows) == len(prompts):
+            for row, draw in zip(rows, draws, strict=True):
+                draw.add(_outputs(row), n)
+        if failure is not None:
+            for draw in draws:
+                if len(draw.texts) < n:
+                    draw.fail(failure)
+
+
+def _outputs(returned: Any) -> Sequence[Any]:
+    """Return what a generator gave for one prompt as a sequence; a single output stands for itself."""
+    return returned if isinstance(returned, list | tuple) else [returned]
+
+
+def _partial(error: Exception) -> list[Any]:
+    """Return what a GenerationError says was made before it (with None in the gaps), or nothing."""
+    partial = error.partial if isinstance(error, GenerationError) else None
+    return partial if isinstance(partial, list) else []
+
+
+def _takes_n(function: Callable[..., Any]) -> bool:
+    """Tell whether ``function`` has a parameter ``n`` beside the prompt.
+
+    Raises:
+        TypeError: it cannot be called with one prompt, or is async.
+    """
+    call = getattr(function, "__call__", None)  # noqa: B004 - the method of a callable object may be async
+    for candidate in (function, call):
+        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
+            raise TypeError(
+                "generator must be a plain function, got an async one; pass lambda prompt: asyncio.run(f(prompt))"
+            )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-ins have no signature to read
+        return False
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    takes_n = any(p.name == "n" and p.kind in named for p in list(signature.parameters.values())[1:])
+    try:
+        signature.bind("prompt", **({"n": 1} if takes_n else {}))
+    except TypeError as error:
+        raise TypeError(
+            f"generator must be callable as f(prompt) or f(prompt, n=...), got {signature}: {error}"
+        ) from None
+    return takes_n
+
+
+def _generates_n(generator: Any) -> bool:
+    """Tell whether ``generator`` has a method ``generate`` with a parameter named ``n``.
+
+    The name is asked for because models of other libraries have a ``generate`` of another meaning.
+    """
+    method = getattr(generator, "generate", None)
+    if not callable(method):
+        return False
+    try:
+        return "n" in inspect.signature(method).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _checked_max_calls(max_calls: int | None) -> int | None:
+    if max_calls is not None and max_calls < 1:
+        raise ValueError(f"max_calls must be at least 1 or None, got {max_calls}")
+    return max_calls

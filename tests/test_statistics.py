@@ -1,0 +1,272 @@
+"""Closed forms of the estimates behind the report card."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pfm.statistics
+from pfm.statistics import (
+    Bootstrap,
+    Estimate,
+    binned,
+    length_controlled,
+    pairwise_agreement,
+    reliability,
+    sign_test,
+    win_share,
+    win_share_among,
+)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-np.asarray(z)))
+
+
+# ---- bootstrap
+
+
+def test_interval_of_a_mean_is_the_normal_one():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=900)
+    estimate = Bootstrap(900, 4000).mean(values)
+    half = 1.96 * values.std() / 30
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.high - estimate.value == pytest.approx(half, rel=0.1)
+    assert estimate.value - estimate.low == pytest.approx(half, rel=0.1)
+
+
+def test_interval_covers_the_truth_95_times_in_100():
+    rng, bootstrap = np.random.default_rng(1), Bootstrap(80, 400)
+    covered = 0
+    for _ in range(400):
+        estimate = bootstrap.mean(rng.random(80) < 0.6)
+        covered += estimate.low <= 0.6 <= estimate.high
+    assert 0.91 <= covered / 400 <= 0.98
+
+
+def test_resamples_are_shared_so_that_differences_are_paired():
+    rng, bootstrap = np.random.default_rng(2), Bootstrap(50, 300, seed=7)
+    a, b = rng.normal(size=(2, 50))
+    np.testing.assert_allclose(bootstrap.sums(a) - bootstrap.sums(b), bootstrap.sums(a - b), atol=1e-12)
+    np.testing.assert_array_equal(bootstrap.sums(a), Bootstrap(50, 300, seed=7).sums(a))
+    assert not np.array_equal(bootstrap.sums(a), Bootstrap(50, 300, seed=8).sums(a))
+    # a constant lead is known exactly, however much both scores vary
+    assert bootstrap.mean((a + 1) - a).low == pytest.approx(1)
+
+
+def test_counts_drawn_anew_equal_those_kept(monkeypatch):
+    values = np.random.default_rng(3).normal(size=(40, 2))
+    monkeypatch.setattr(pfm.statistics, "_CHUNK_COUNTS", 1000)
+    kept = Bootstrap(40, 130).sums(values)
+    monkeypatch.setattr(pfm.statistics, "_CACHED_COUNTS", 0)
+    anew = Bootstrap(40, 130)
+    np.testing.assert_array_equal(anew.sums(values), kept)
+    np.testing.assert_array_equal(anew.sums(values), kept)
+
+
+def test_ratio_without_denominator_is_undefined():
+    bootstrap = Bootstrap(3, 50)
+    assert bootstrap.ratio([0, 0, 0], [0, 0, 0]) is None
+    one = bootstrap.ratio([0, 2, 0], [0, 4, 0])
+    assert one == Estimate(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(("n", "resamples"), [(0, 10), (5, 0)])
+def test_bootstrap_refuses_nothing_to_resample(n, resamples):
+    with pytest.raises(ValueError, match="at least 1"):
+        Bootstrap(n, resamples)
+
+
+# ---- comparisons
+
+SCORES = st.lists(st.integers(-3, 3), min_size=2, max_size=9)
+
+
+@given(SCORES)
+@settings(max_examples=60, deadline=None)
+def test_win_share_among_counts_every_other_candidate(scores):
+    shares = win_share_among(scores)
+    for i, share in enumerate(shares):
+        others = [s for j, s in enumerate(scores) if j != i]
+        expected = sum(1.0 if scores[i] > s else 0.5 if scores[i] == s else 0.0 for s in others) / len(others)
+        assert share == pytest.approx(expected)
+    assert shares.mean() == pytest.approx(0.5)
+
+
+@given(SCORES, st.randoms())
+@settings(max_examples=60, deadline=None)
+def test_pairwise_agreement_counts_every_pair(scores, random):
+    probabilities = [random.choice([0.1, 0.4, 0.4, 0.9]) for _ in scores]
+    right, pairs = pairwise_agreement(probabilities, scores)
+    expected = 0.0
+    different = [(i, j) for i in range(len(scores)) for j in range(i) if scores[i] != scores[j]]
+    for i, j in different:
+        product = (scores[i] - scores[j]) * (probabilities[i] - probabilities[j])
+        expected += 1.0 if product > 0 else 0.5 if product == 0 else 0.0
+    assert (right, pairs) == (pytest.approx(expected), len(different))
+    assert pairwise_agreement(scores, scores) == (len(different), len(different))
+    assert pairwise_agreement([-s for s in scores], scores) == (0, len(different))
+
+
+def test_win_share_mirrors():
+    a, b = np.random.default_rng(4).integers(0, 4, size=(2, 200))
+    np.testing.assert_array_equal(win_share(a, b) + win_share(b, a), 1)
+    assert set(win_share(a, b)) == {0, 0.5, 1}
+
+
+def test_sign_test_is_exact():
+    assert sign_test(5, 0) == pytest.approx(2 / 2**5)
+    assert sign_test(0, 6) == pytest.approx(2 / 2**6)
+    assert sign_test(7, 3) == pytest.approx(2 * sum(math.comb(10, k) for k in (7, 8, 9, 10)) / 2**10)
+    assert sign_test(4, 4) == sign_test(0, 0) == 1
+    z = (52_000 - 0.5 - 50_000) / math.sqrt(25_000)
+    assert sign_test(52_000, 48_000) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
+
+
+# ---- length control
+
+
+def drawn(n, a, b, seed=0):
+    """Wins with P = sigmoid(a + b · tanh(gap / std(gap))), and gaps with a mean of their own."""
+    rng = np.random.default_rng(seed)
+    gap = rng.normal(150, 300, size=n)
+    return (rng.random(n) < sigmoid(a + b * np.tanh(gap / gap.std()))).astype(float), gap
+
+
+@pytest.mark.parametrize("a", [-1.0, 0.0, 0.7])
+def test_length_control_recovers_a_known_figure(a):
+    win, gap = drawn(4000, a, 2.0)
+    estimate = length_controlled(win, gap, Bootstrap(4000, 300))
+    assert estimate is not None
+    assert estimate.value == pytest.approx(sigmoid(a), abs=0.03)
+    assert estimate.low < sigmoid(a) < estimate.high
+    assert abs(win.mean() - sigmoid(a)) > 0.05  # the plain figure is off
+
+
+def test_length_control_takes_away_wins_by_length_alone():
+    gap = np.random.default_rng(5).normal(100, 300, size=3000)
+    estimate = length_controlled((gap > 0).astype(float), gap, Bootstrap(3000, 200))
+    assert estimate is not None
+    assert (gap > 0).mean() > 0.6
+    assert estimate.value == pytest.approx(0.5, abs=0.05)
+
+
+def test_length_control_equals_an_exact_fit():
+    win, gap = drawn(300, 0.4, -1.0, seed=6)
+    win[::7] = 0.5
+    x = torch.tensor(np.tanh(gap / gap.std()))
+    y = torch.tensor(win)
+    theta = torch.zeros(2, dtype=torch.double, requires_grad=True)
+    optimiser = torch.optim.LBFGS([theta], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        logit = theta[0] + theta[1] * x
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logit, y, reduction="sum")
+        loss = loss + 0.005 * theta.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    estimate = length_controlled(win, gap, Bootstrap(300, 100))
+    assert estimate is not None
+    assert estimate.value == pytest.approx(float(theta.detach()[0].sigmoid()), abs=5e-4)
+
+
+def test_length_control_mirrors():
+    win, gap = drawn(200, 0.5, 1.0)
+    bootstrap = Bootstrap(200, 100)
+    there, back = length_controlled(win, gap, bootstrap), length_controlled(1 - win, -gap, bootstrap)
+    assert there is not None
+    assert back is not None
+    assert back.value == pytest.approx(1 - there.value, abs=1e-6)
+    assert back.low == pytest.approx(1 - there.high, abs=1e-5)
+
+
+def test_length_control_weighs_rows_of_one_prompt():
+    win, gap = drawn(100, 0.5, 1.0)
+    bootstrap = Bootstrap(100, 100)
+    plain = length_controlled(win, gap, bootstrap)
+    doubled = length_controlled(
+        np.repeat(win, 2), np.repeat(gap, 2), bootstrap, owner=np.repeat(np.arange(100), 2), weight=np.full(200, 0.5)
+    )
+    assert plain is not None
+    assert doubled is not None
+    assert doubled.value == pytest.approx(plain.value)
+    assert doubled.low == pytest.approx(plain.low)
+
+
+def test_length_control_in_degenerate_cases():
+    bootstrap = Bootstrap(6, 100)
+    win = np.array([1, 1, 0, 1, 0.5, 1])
+    assert length_controlled(win, np.zeros(6), bootstrap) == bootstrap.mean(win)
+    assert length_controlled(win, np.full(6, 40.0), bootstrap) is None
+    always = length_controlled(np.ones(6), np.arange(6.0) - 2, bootstrap)
+    assert always is not None
+    assert 0.95 < always.value <= 1
+
+
+# ---- calibration
+
+
+def test_perfect_predictions_have_no_calibration_error():
+    p = np.random.default_rng(8).random(3000)
+    r = reliability(p, p, np.arange(3000) // 5, Bootstrap(600, 100))
+    assert r.ece.value == pytest.approx(0, abs=1e-12)
+    assert r.slope is not None
+    assert r.slope.value == pytest.approx(1)
+    assert [b.x for b in r.bins] == pytest.approx([b.outcome.value for b in r.bins])
+    assert [b.count for b in r.bins] == [300] * 10
+
+
+def test_noise_floor_is_the_error_of_a_calibrated_predictor():
+    rng = np.random.default_rng(9)
+    p = rng.beta(4, 4, size=800)
+    owner, bootstrap = np.arange(800) // 4, Bootstrap(200, 400)
+    reports = [reliability(p, rng.random(800) < p, owner, bootstrap) for _ in range(40)]
+    shown = np.mean([r.ece.value for r in reports])
+    assert np.mean([r.noise_floor for r in reports]) == pytest.approx(shown, rel=0.15)
+    assert np.mean([r.within_noise for r in reports]) > 0.8
+
+
+def test_overconfidence_is_measured_and_above_the_noise():
+    rng = np.random.default_rng(10)
+    sure = rng.choice([-1, 1], size=4000)
+    p, truth = 0.5 + 0.4 * sure, 0.5 + 0.2 * sure
+    r = reliability(p, rng.random(4000) < truth, np.arange(4000), Bootstrap(4000, 200))
+    assert r.ece.value == pytest.approx(0.2, abs=0.03)
+    assert r.ece.low <= r.ece.value <= r.ece.high
+    assert not r.within_noise
+    assert r.slope is not None
+    assert r.slope.value == pytest.approx(0.5, abs=0.05)
+    assert r.slope.high < 1
+
+
+def test_equal_probabilities_share_one_bin():
+    r = reliability([0.5] * 40, [0, 1] * 20, np.arange(40) // 2, Bootstrap(20, 50))
+    assert len(r.bins) == 1
+    assert r.ece.value == 0
+    assert r.slope is None
+    bins = binned([0.2] * 35 + [0.8] * 5, [0] * 35 + [1] * 5, np.arange(40), Bootstrap(40, 50))
+    assert [(b.x, b.count) for b in bins] == [(pytest.approx(0.2), 35), (pytest.approx(0.8), 5)]
+
+
+# ---- writing
+
+
+@pytest.mark.parametrize(
+    ("estimate", "options", "written"),
+    [
+        (Estimate(0.4123, 0.3891, 0.4371), {}, "0.412 [0.389, 0.437]"),
+        (Estimate(0.612, 0.57, 0.654), {"percent": True}, "61.2% [57.0, 65.4]"),
+        (Estimate(0.2, -0.5, 0.9), {"signed": True}, "+0.2 [−0.5, +0.9]"),
+        (Estimate(1532.4, 1480.2, 1590.9), {}, "1532 [1480, 1591]"),
+        (Estimate(0.0, 0.0, 0.0), {}, "0.0 [0.0, 0.0]"),
+        (Estimate(-0.00004, -0.2, 0.2), {}, "0.00 [−0.20, 0.20]"),
+    ],
+)
+def test_estimates_are_written_to_their_certainty(estimate, options, written):
+    assert estimate.text(**options) == written
