@@ -146,6 +146,8 @@ class Calibration:
         )
         if r.within_noise:
             return f"The win probabilities are calibrated as far as these data can tell: {measured}."
+        if r.slope and r.slope.high < 0:
+            return f"The win probabilities point the wrong way: {measured}; slope {r.slope.text()}."
         if r.slope and r.slope.high < 1:
             return f"The win probabilities are overconfident: {measured}; slope {r.slope.text()}."
         if r.slope and r.slope.low > 1:
@@ -887,7 +889,12 @@ def _beside_baselines(best: MethodRow, chance: MethodRow | None) -> list[str]:
     else:
         sentences = [f"{phrase} does as well, as far as these prompts can tell: {measured}"]
     if chance is not None and chance is not best and chance.difference.low <= 0:
-        sentences.append(f"it is not above a random candidate: difference {chance.difference.text(signed=True)}")
+        below = (
+            "even a random candidate does better"
+            if chance.difference.high < 0
+            else "it is not above a random candidate"
+        )
+        sentences.append(f"{below}: difference {chance.difference.text(signed=True)}")
     return sentences
 
 

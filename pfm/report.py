@@ -335,7 +335,7 @@ def _believed(calibration: Calibration) -> str:
 
 
 def _groups(report: Report) -> str:
-    rows = [(f"{g.name} ({g.prompts})", g.win, "tested") for g in report.groups]
+    rows = [(f"{_clipped(g.name, 16)} ({g.prompts})", g.win, "group") for g in report.groups]
     rows.append(("All prompts", _tested(report).win, ""))
     decimals = _decimals(group.gain for group in report.groups)
     body = "".join(
@@ -558,8 +558,8 @@ def _dumbbells(rows: Sequence[tuple[str, Estimate, Estimate, str]]) -> str:
     return _svg(PLOT_WIDTH, int(bottom + 26), description, "".join(body), data)
 
 
-def _clipped(label: str) -> str:
-    return label if len(label) <= 25 else f"{label[:24]}…"
+def _clipped(label: str, length: int = 23) -> str:
+    return label if len(label) <= length else f"{label[: length - 1].rstrip()}…"
 
 
 def _plane(x: _Axis, y: _Axis, x_label: str, y_label: str, percent_x: bool) -> str:
@@ -668,7 +668,7 @@ figure, .scroll, .example {
 }
 figcaption { font-size: .9rem; color: var(--muted); margin-bottom: 10px; }
 figcaption b { display: block; color: var(--ink); font-size: 1rem; }
-svg { display: block; width: 100%; height: auto; max-width: 640px; margin: 0 auto; }
+svg { display: block; overflow: visible; width: 100%; height: auto; max-width: 640px; margin: 0 auto; }
 svg text { font-size: 14px; fill: var(--ink); }
 svg text.tick { font-size: 12.5px; fill: var(--muted); }
 svg text.value { font-variant-numeric: tabular-nums; }
@@ -676,9 +676,9 @@ svg text.label.tested, svg text.value.tested { font-weight: 650; fill: var(--tes
 svg text.bound { fill: var(--muted); }
 .grid { stroke: var(--grid); } .reference { stroke: var(--ink); stroke-dasharray: 4 4; opacity: .55; }
 .bar { stroke: var(--other); stroke-width: 3; stroke-linecap: round; opacity: .6; }
-.bar.tested { stroke: var(--tested); }
+.bar.tested, .bar.group { stroke: var(--tested); }
 .link { stroke: var(--ink); stroke-width: 1; }
-.dot { fill: var(--other); stroke: var(--card); stroke-width: 1.5; } .dot.tested { fill: var(--tested); }
+.dot { fill: var(--other); stroke: var(--card); stroke-width: 1.5; } .dot.tested, .dot.group { fill: var(--tested); }
 .bar.bound { stroke: var(--bound); } .dot.bound { fill: var(--card); stroke: var(--bound); stroke-width: 2; }
 .dot.open { fill: var(--card); stroke: var(--other); stroke-width: 2; }
 .dot.open.tested { stroke: var(--tested); }
@@ -691,7 +691,7 @@ th, td { padding: 9px 14px; text-align: right; vertical-align: top; border-top: 
 thead th { border-top: 0; font-size: .85rem; font-weight: 600; line-height: 1.3; vertical-align: bottom; }
 thead small { display: block; }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
-tbody th { font-weight: 500; min-width: 168px; } .plots tbody th { min-width: 0; }
+tbody th { font-weight: 500; min-width: 168px; } .plots tbody th { min-width: 90px; }
 tr.tested th { box-shadow: inset 4px 0 var(--tested); } tr.tested th, tr.tested td { font-weight: 650; }
 .example { margin-top: 16px; }
 .example header { display: flex; gap: 16px; justify-content: space-between; align-items: flex-start; }
@@ -722,7 +722,9 @@ footer h3 { margin-top: 18px; } footer ul { padding-left: 1.2em; color: var(--mu
   }
   body { font-size: 11pt; } main { max-width: none; padding: 0; }
   figure, .example, .tiles div, tr { break-inside: avoid; } h2 { break-after: avoid; }
-  h3, .text { max-height: none; overflow: visible; } .scroll { overflow: visible; } table { font-size: 8pt; }
-  th, td { padding: 4px 6px; }
+  h3, .text { max-height: none; overflow: visible; } .scroll { overflow: visible; }
+  .tiles { grid-template-columns: repeat(5, 1fr); gap: 6px; } .tiles div { padding: 8px 10px; }
+  .plots { grid-template-columns: 1fr 1fr; } tbody th { min-width: 0; } th, td { padding: 4px 5px; }
+  table, thead th { font-size: 8pt; } td small, th small { font-size: 6.5pt; }
 }
 """

@@ -18,6 +18,7 @@ import time
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -35,6 +36,7 @@ from pfm.encoders import (
     OpenAIEncoder,
     SentenceEncoder,
     SurfaceEncoder,
+    cache,
     sentence,
     source,
 )
@@ -57,6 +59,8 @@ def digest_vector(text: str, dimension: int = 8) -> np.ndarray:
 
 class DigestEncoder(CachedEncoder):
     """Encodes a text as bytes of its digest, in blocks of `block`, and remembers what it was asked for."""
+
+    cache: Any
 
     def __init__(self, cache, *, name="digest", dimension=8, block=10, fail_at=None, nan=(), **options):
         super().__init__(cache=cache, **options)
@@ -204,8 +208,8 @@ def test_cache_argument(tmp_path, monkeypatch):
 
 
 def test_errors_belong_together_and_travel():
-    error = pickle.loads(pickle.dumps(GenerationError("it failed", partial=["one", None])))
-    assert isinstance(error, PfmError)
+    error: GenerationError = pickle.loads(pickle.dumps(GenerationError("it failed", partial=["one", None])))
+    assert issubclass(GenerationError, PfmError)
     assert (str(error), error.partial) == ("it failed", ["one", None])
     assert issubclass(EncodingError, PfmError)
     assert issubclass(EncodingError, RuntimeError)
@@ -282,30 +286,29 @@ assert torch.equal(encoder.encode(texts), expected(texts))
 """
 
 
-def python(code, *arguments, **options):
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-        **options,
-    )
-
-
 def test_two_processes_fill_one_cache_at_once(tmp_path):
     code = FILL.format(tests=str(Path(__file__).parent))
-    processes = [python(code, tmp_path, start) for start in (0, 200)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), str(start)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        )
+        for start in (0, 200)
+    ]
     for process in processes:
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
     for process in processes:
-        process.stdin.write("go\n")
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
         process.stdin.flush()
     for process in processes:
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-        assert errors == ""  # no warning of damage, and TQDM_DISABLE silences the bar
+        assert errors == b""  # no warning of damage, and TQDM_DISABLE silences the bar
+        assert process.returncode == 0
     after = DigestEncoder(tmp_path)
     assert torch.equal(after.encode(many(600)), expected(many(600)))
     assert after.encoded == []
@@ -320,6 +323,7 @@ def test_a_forked_process_writes_to_a_shard_of_its_own(tmp_path):
         encoder.encode(many(10))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+    assert len(shard_files(tmp_path, "keys")) == 2
     encoder.encode(many(10, 100))
     assert len(shard_files(tmp_path, "keys")) == 2
     after = DigestEncoder(tmp_path)
@@ -381,7 +385,7 @@ def cut_keys(folder):
 def overwrite_vectors(folder):
     (path,) = shard_files(folder, "vectors")
     data = bytearray(path.read_bytes())
-    data[200:260] = bytes(60)
+    data[1300:3500] = bytes(2200)  # in the second and the third row
     path.write_bytes(data)
 
 
@@ -401,8 +405,8 @@ def spoil_header(folder):
         (cut_vectors, 21, True),
         (cut_keys, 21, False),
         (cut_keys, 21, True),
-        (overwrite_vectors, 3, False),
-        (overwrite_vectors, 3, True),
+        (overwrite_vectors, 2, False),
+        (overwrite_vectors, 2, True),
         (remove_vectors, 40, False),
         (remove_vectors, 40, True),
         (spoil_header, 40, False),
@@ -410,19 +414,41 @@ def spoil_header(folder):
 )
 def test_damage_is_found_and_what_it_hit_is_encoded_again(damage, lost, already_open, tmp_path, caplog):
     texts = many(40)
-    writer = DigestEncoder(tmp_path)
+    # Rows of several pages: to read what is mapped but cut off would end the process.
+    writer = DigestEncoder(tmp_path, dimension=300)
+    writer.encode(texts)
     writer.encode(texts)
     damage(tmp_path)
-    encoder = writer if already_open else DigestEncoder(tmp_path)
+    encoder = writer if already_open else DigestEncoder(tmp_path, dimension=300)
     encoder.encoded = []
-    assert torch.equal(encoder.encode(texts), expected(texts))
+    assert torch.equal(encoder.encode(texts), expected(texts, dimension=300))
     assert len(encoder.encoded) == lost
     # Cut-off keys look like rows not yet written: there is nothing to warn of.
     assert ("damaged" in caplog.text) == (damage is not cut_keys)
     assert len(caplog.records) <= 2
     repaired = DigestEncoder(tmp_path)
-    assert torch.equal(repaired.encode(texts), expected(texts))
+    assert torch.equal(repaired.encode(texts), expected(texts, dimension=300))
     assert repaired.encoded == []
+
+
+def test_an_interrupt_between_vectors_and_keys_misplaces_nothing(tmp_path, monkeypatch):
+    encoder = DigestEncoder(tmp_path)
+    encoder.encode(many(5))
+    real = cache._append
+
+    def interrupted(path, data):
+        if path.suffix == ".keys":
+            raise KeyboardInterrupt
+        real(path, data)
+
+    monkeypatch.setattr(cache, "_append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encoder.encode(many(5, 5))
+    monkeypatch.setattr(cache, "_append", real)
+    encoder.encode(many(5, 10))
+    after = DigestEncoder(tmp_path)
+    assert torch.equal(after.encode(many(15)), expected(many(15)))
+    assert sorted(after.encoded) == sorted(many(5, 5))
 
 
 def test_a_cache_survives_pickling(tmp_path):
@@ -548,6 +574,7 @@ def test_truncate_dim_and_prompts(minilm, reference):
 def test_bfloat16_is_used_where_it_is_fast_and_agrees(minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(sentence, "_multiplies_bfloat16_faster", lambda device: True)
     monkeypatch.setattr(sentence, "_bfloat16_agrees", {})
+    monkeypatch.setattr(sentence, "_AGREEMENT_TEXTS", sentence._AGREEMENT_TEXTS[:3])  # slow without the hardware
     encoder = SentenceEncoder(cache=tmp_path, device="cpu")
     rounded = encoder.encode(TEXTS)
     assert encoder.describe()["dtype"] == "bfloat16"
@@ -559,12 +586,13 @@ def test_bfloat16_is_used_where_it_is_fast_and_agrees(minilm, tmp_path, monkeypa
     assert second._model is None
     # A float32 encoder shares no entry with it.
     exact = SentenceEncoder(cache=tmp_path, dtype="float32")
-    assert exact.cache.get(exact.fingerprint(), text_keys(exact.fingerprint(), "document", TEXTS))[0] is None
+    assert EmbeddingCache(tmp_path).dimension(exact.fingerprint()) is None
 
 
 def test_bfloat16_that_disagrees_is_not_used(monkeypatch):
     monkeypatch.setattr(sentence, "_multiplies_bfloat16_faster", lambda device: True)
     monkeypatch.setattr(sentence, "_bfloat16_agrees", {})
+    monkeypatch.setattr(sentence, "_AGREEMENT_TEXTS", sentence._AGREEMENT_TEXTS[:3])  # slow without the hardware
     real = sentence._embed
 
     def rough(model, *arguments):
@@ -684,7 +712,9 @@ KEY = "sk-live-5ecret-0f-the-tests"
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Answers like an embeddings endpoint; what it does otherwise is set on the server."""
+    """Answers like an embeddings endpoint, but for the server's `behaviour`."""
+
+    server: EndpointServer
 
     def do_POST(self):
         server = self.server
@@ -731,12 +761,19 @@ class Endpoint(BaseHTTPRequestHandler):
         pass
 
 
+class EndpointServer(ThreadingHTTPServer):
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Endpoint)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.behaviour = ""
+        self.requests: list[tuple[str, str | None, dict]] = []
+        self.lock = threading.Lock()
+        self.released = threading.Event()
+
+
 @pytest.fixture
 def endpoint():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    server.requests, server.behaviour, server.lock = [], "", threading.Lock()
-    server.released = threading.Event()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    server = EndpointServer()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
@@ -855,9 +892,8 @@ def test_a_failing_batch_leaves_the_finished_ones_in_the_cache(endpoint, tmp_pat
 
 def test_the_key_stays_in_memory(endpoint, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    encoder = OpenAIEncoder(
-        "tiny", base_url=f"{endpoint.url}?token=pa55phrase", api_key=KEY, cache=tmp_path, max_retries=0
-    )
+    address = f"{endpoint.url}?token=pa55phrase"
+    encoder = OpenAIEncoder("tiny", base_url=address, api_key=KEY, cache=tmp_path, max_retries=0)
     encoder.encode(TEXTS)
     assert endpoint.requests[0][1] == f"Bearer {KEY}"
     endpoint.behaviour = "refuse"

@@ -31,6 +31,7 @@ KEY_BYTES = 32
 _HEADER = struct.Struct("<8sII")  # magic, dimension, checksum of the two
 _MAGIC = b"PFMEMB1\n"
 _ENTRY = np.dtype([("key", np.uint8, KEY_BYTES), ("checksum", "<u4")])
+_READ_AT_ONCE = 8192  # rows copied out of the maps before the next; bounds the memory beside the result
 _ROWS_PER_SHARD = 2**40  # places are shard * 2**40 + row
 _SPACE_NAME = re.compile(r"[0-9a-f]{24}")
 
@@ -102,17 +103,12 @@ class EmbeddingCache:
                 writer.append(np.ascontiguousarray(keys), np.ascontiguousarray(vectors, "<f4"))
             except OSError as error:
                 self._writable = False
-                self._writers.pop(space, None)
                 logger.warning(
                     "the embedding cache in %s cannot be written (%s); new embeddings are not kept. Free some"
                     " space, or name another folder in PFM_CACHE",
                     self.folder,
                     error.strerror or error,
                 )
-            except BaseException:
-                # An interrupt may have come between a row's vector and its key: never append to that shard.
-                self._writers.pop(space, None)
-                raise
 
     def dimension(self, space: str) -> int | None:
         """Return the length of the vectors of a space, or None if it holds none."""
@@ -194,7 +190,8 @@ class _Writer:
     def is_current(self, dimension: int) -> bool:
         """Tell whether the next row would land where its key says.
 
-        Not so after a fork, or when the files were cleared or cut from outside.
+        Not so after a fork, when the files were cleared or cut from outside, or when an interrupt came between
+        the vectors and their keys.
         """
         if self.process != os.getpid() or self.dimension != dimension:
             return False
@@ -337,6 +334,13 @@ class _Index:
         if self.dimension is None:
             return None, found
         vectors = np.empty((len(keys), self.dimension), np.float32)
+        for start in range(0, len(keys), _READ_AT_ONCE):
+            part = slice(start, start + _READ_AT_ONCE)
+            self._read(keys[part], vectors[part], found[part])
+        return vectors, found
+
+    def _read(self, keys: np.ndarray, vectors: np.ndarray, found: np.ndarray) -> None:
+        """Fill in the vectors of the keys that are stored, and mark them found."""
         wanted = _prefixes(keys)
         pending = np.arange(len(keys))
         while len(pending):
@@ -359,7 +363,6 @@ class _Index:
             self.prefixes = np.delete(self.prefixes, at[bad])
             self.places = np.delete(self.places, at[bad])
             pending = pending[bad]
-        return vectors, found
 
     def distinct(self) -> int:
         return len(np.unique(self.prefixes))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -103,7 +104,7 @@ class SurfaceEncoder(Encoder):
         return len(self.feature_names)
 
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Measure N texts; no progress is shown, ten thousand take about two seconds.
+        """Measure N texts; no progress is shown: a thousand characters take a fraction of a millisecond.
 
         Returns:
             (N, F) float32, in the order of :attr:`feature_names`.
@@ -142,10 +143,10 @@ def _measure(text: str) -> list[float]:
     sentences = max(1, len(_SENTENCE_END.findall(text)) + (not _ends_sentence(text)))
     lines = [line for line in text.splitlines() if line and not line.isspace()]
     paragraphs = len([block for block in re.split(r"\n\s*\n", text) if block and not block.isspace()])
-    visible = sum(not character.isspace() for character in text)
-    letters = sum(map(str.isalpha, text))
-    digits = sum(map(str.isdigit, text))
-    marks = visible - sum(map(str.isalnum, text))
+    characters = Counter(text)
+    letters = _count(characters, str.isalpha)
+    visible = len(text) - _count(characters, str.isspace)
+    marks = visible - _count(characters, str.isalnum)
     triples = list(zip(words, words[1:], words[2:], strict=False))
 
     def manner(known: frozenset[str]) -> float:
@@ -160,10 +161,10 @@ def _measure(text: str) -> list[float]:
         min(2.0, math.log1p(len(words) / sentences) / 4),
         min(2.0, math.log1p(paragraphs) / 3),
         min(1.0, (len(lines) - 1) / sentences),
-        sum(map(str.isupper, text)) / max(1, letters),
-        digits / visible,
+        _count(characters, str.isupper) / max(1, letters),
+        _count(characters, str.isdigit) / visible,
         min(1.0, 2 * marks / visible),
-        sum(character.isalpha() and not character.isascii() for character in text) / max(1, letters),
+        _count(characters, lambda character: character.isalpha() and not character.isascii()) / max(1, letters),
         min(1.0, (text.count("?") + text.count("？")) / sentences),
         min(1.0, (text.count("!") + text.count("！")) / sentences),
         float(_ends_sentence(text) or text.rstrip().endswith(("```", "~~~"))),
@@ -181,6 +182,10 @@ def _measure(text: str) -> list[float]:
         len(set(words[:100])) / max(1, len(words[:100])),
         1 - len(set(triples)) / len(triples) if triples else 0.0,
     ]
+
+
+def _count(characters: Counter[str], test: Callable[[str], bool]) -> int:
+    return sum(count for character, count in characters.items() if test(character))
 
 
 def _ends_sentence(text: str) -> bool:
