@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright
 
 unit: $(VENV)/.installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 test: lint unit
 

@@ -68,11 +68,11 @@ class ArgumentsConfig(ChoiceConfig):
 class CaptionsConfig(ChoiceConfig):
     """Refine captions of contests that training has not seen.
 
-    ``min_ratings`` a caption must have; ``captions`` a contest at most, drawn alike for every seed so that the
-    embeddings of one serve all; ``pairs`` a training contest.
+    ``min_ratings`` a caption must have; ``captions`` so many of a contest, drawn alike for every seed so that the
+    embeddings of one serve all; ``pairs`` of a training contest.
     """
 
-    min_ratings: int = 5
+    min_ratings: int = 20
     captions: int = 1500
     pairs: int = 1500
 
@@ -120,8 +120,8 @@ class RunConfig:
 
     What is measured
         task, method: see the classes above. seed: of the split, the draws and the fit.
-        encoder: parts joined by "+", of "minilm" and "surface". long_texts: "truncate" reads the beginning of a
-        text, "chunk" all of it. surface_weight: factor of the surface features beside embeddings.
+        encoder: a name for :func:`pfm.encoders.encoder_from_name`, the same for all methods that read vectors.
+        long_texts: "truncate" reads the beginning of a text, "chunk" all of it.
 
     How it is run
         out: folder of the runs. threads: torch threads, or "auto" for the cores divided by ``jobs``, the number of
@@ -133,7 +133,6 @@ class RunConfig:
     seed: int = 0
     encoder: str = "minilm+surface"
     long_texts: str = "truncate"
-    surface_weight: float = 0.3
 
     out: str = MISSING
     threads: Any = "auto"
@@ -143,7 +142,7 @@ class RunConfig:
 
     def settings(self) -> dict[str, Any]:
         """Give what determines the result, as JSON values."""
-        measured = ("task", "method", "seed", "encoder", "long_texts", "surface_weight")
+        measured = ("task", "method", "seed", "encoder", "long_texts")
         return {name: value for name, value in asdict(self).items() if name in measured}
 
     def key(self) -> str:

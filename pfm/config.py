@@ -61,7 +61,7 @@ class FlowConfig:
     layers: Any = "auto"
     epochs: Any = "auto"
     batch_size: int = 512
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     ema: float = 0.999
     patience: int = 8

@@ -9,6 +9,7 @@ pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,13 @@ class BestOf:
         self._sizes = torch.tensor([len(entry.rows) for entry in pairs.candidates])
         self._starts = torch.cat([torch.zeros(1, dtype=torch.long), self._sizes.cumsum(0)[:-1]])
         self._rows = torch.cat([entry.rows[entry.scores.argsort(stable=True)] for entry in pairs.candidates])
+        # Row n: P(best rank <= k) = C(k + 1, m) / C(n, m) for m of n members drawn without replacement - members of
+        # a set of independent draws, so that their best has the law of the best of m fresh draws.
+        largest = int(self._sizes.max())
+        self._below = torch.ones(largest + 1, largest, dtype=torch.float64)
+        for size in self._sizes.unique().tolist():
+            ways = [math.comb(rank + 1, best_of) / math.comb(size, best_of) for rank in range(size)]
+            self._below[size, :size] = torch.tensor(ways, dtype=torch.float64)
         self._context_rows = torch.tensor([entry.context_index for entry in pairs.candidates])
 
     def __len__(self) -> int:
@@ -120,9 +128,9 @@ class BestOf:
         """Join the candidates at ``index`` (B,), counted over all sets, with winners of their sets."""
         group = self.group_of(index)
         size = self._sizes[group]
-        # The best of m uniform ranks (with replacement, as m independent draws of the reference are).
-        uniform = torch.rand(len(index), self.best_of, generator=generator)
-        rank = torch.minimum((uniform.amax(1) * size).long(), size - 1)
+        uniform = torch.rand(len(index), 1, generator=generator, dtype=torch.float64)
+        rank = torch.searchsorted(self._below[size], uniform).squeeze(1).clamp(max=len(self._below[0]) - 1)
+        rank = torch.minimum(rank, size - 1)
         target = self.pairs.output_rows(self._rows[self._starts[group] + rank])
         source = self.pairs.output_rows(self._rows[index])
         context = self.pairs.context_rows(self._context_rows[group])

@@ -6,9 +6,10 @@ import copy
 import json
 import logging
 import math
+import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -302,12 +303,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         return result.unflatten(1, self.event_shape)
 
     def _pass(self, y: Tensor, context: Tensor | None, steps: int, strength: float) -> Tensor:
-        pieces = [
-            self._integrate(
-                part, None if context is None else context[at : at + CHUNK], (0.0, min(strength, 1.0)), steps
-            )[-1]
-            for at, part in zip(range(0, len(y), CHUNK), y.split(CHUNK), strict=True)
-        ]
+        end = min(strength, 1.0)
+        pieces = [self._integrate(*part, (0.0, end), steps)[-1] for part in _chunks(y, context)]
         result = torch.cat(pieces) if pieces else y
         if strength > 1:
             result = y + strength * (result - y)
@@ -338,10 +335,9 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         path = marks if marks[0] == 0 else [0.0, *marks]
         if len(path) == 1:
             return y[None].clone()
-        pieces = [
-            self._integrate(part, None if context is None else context[at : at + CHUNK], path, self.steps)
-            for at, part in zip(range(0, len(y), CHUNK), y.flatten(1).split(CHUNK), strict=True)
-        ]
+        pieces = [self._integrate(*part, path, self.steps) for part in _chunks(y.flatten(1), context)]
+        if not pieces:
+            return y.expand(len(marks), *y.shape).clone()
         states = torch.cat(pieces, dim=1)
         if self.metadata.get("unit_norm"):
             states = nn.functional.normalize(states, dim=2)
@@ -421,6 +417,27 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         }
         text = json.dumps(described, indent=2, allow_nan=False) + "\n"
         _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PreferenceFlow:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load a flow from a folder written by ``save_pretrained``, or from the hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on the hub.
+            options: as for ``huggingface_hub.PyTorchModelHubMixin.from_pretrained`` (revision, token, ...).
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is not there.
+            ValueError: a file is damaged, or the two do not belong together.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        path = Path(name)
+        if not path.is_dir() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or path.exists()):
+            raise FileNotFoundError(f"{name} is not a folder: give one written by PreferenceFlow.save_pretrained")
+        try:
+            return super().from_pretrained(name, **options)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name}/config.json is damaged ({error}): copy or fit the flow again") from error
 
     @classmethod
     def _from_pretrained(
@@ -539,6 +556,11 @@ def _on_unit_sphere(chosen: Tensor, rejected: Tensor, config: FlowConfig) -> boo
     return both.shape[1] >= 8 and bool((both.norm(dim=1) - 1).abs().max() < 1e-3)
 
 
+def _chunks(y: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for at in range(0, len(y), CHUNK):
+        yield y[at : at + CHUNK], None if context is None else context[at : at + CHUNK]
+
+
 def _row_uniforms(y: Tensor) -> Tensor:
     """Give a uniform number in [0, 1) a row, a hash of the row's bits: independent of the row's neighbours."""
     bits = y.contiguous().view(torch.int32).long() & 0xFFFFFFFF
@@ -576,8 +598,6 @@ class _matmul_precision:
 
 def _replace(path: Path, write: Any) -> None:
     """Write beside ``path`` and move into place, so that a failure leaves what was there."""
-    import os
-
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)

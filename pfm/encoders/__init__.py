@@ -3,6 +3,7 @@
 from pfm.encoders.base import CachedEncoder, Encoder
 from pfm.encoders.cache import EmbeddingCache
 from pfm.encoders.concat import ConcatEncoder
+from pfm.encoders.named import encoder_from_description, encoder_from_name
 from pfm.encoders.openai import OpenAIEncoder
 from pfm.encoders.sentence import SentenceEncoder
 from pfm.encoders.surface import SurfaceEncoder
@@ -15,4 +16,6 @@ __all__ = [
     "OpenAIEncoder",
     "SentenceEncoder",
     "SurfaceEncoder",
+    "encoder_from_description",
+    "encoder_from_name",
 ]

@@ -1,0 +1,43 @@
+"""What a run lends to tasks and methods, and what it wants back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pfm.encoders import Encoder
+from pfm.statistics import Estimate
+
+__all__ = ["Bench", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Lends the encoder that all methods share, the run's seed, and whether to show progress."""
+
+    encoder: Encoder
+    seed: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Holds what a method reached on a task.
+
+    Attributes:
+        score: the figure by which methods are ordered, higher is better.
+        figures: every figure with its interval over the test data of this seed.
+        seconds: wall-clock time by what it went into.
+        about: what was measured on, as JSON values: the judge, counts.
+        notes: what the method says of its fit, as JSON values.
+        save: writes what the report needs beyond this to a path ending in .npz.
+    """
+
+    score: float
+    figures: dict[str, Estimate | None]
+    seconds: dict[str, float]
+    about: dict[str, Any]
+    notes: dict[str, Any]
+    save: Callable[[Path], None] = field(repr=False)

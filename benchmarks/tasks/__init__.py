@@ -1,0 +1,28 @@
+"""What is measured on: one module a task, with ``load(config, seed)``."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol
+
+from benchmarks.bench import Bench, Outcome
+from benchmarks.config import TaskConfig
+
+__all__ = ["Task", "load_task"]
+
+
+class Task(Protocol):
+    """Is data that a method can be run on."""
+
+    def run(self, method: Any, bench: Bench) -> Outcome:
+        """Fit and measure a method; TypeError if it is of a kind that the task has no use for."""
+        ...
+
+
+def load_task(config: TaskConfig, seed: int) -> Task:
+    """Load the task that a config names.
+
+    Raises:
+        MissingDataError: its data are absent.
+    """
+    return import_module(f"benchmarks.tasks.{config.name}").load(config, seed)

@@ -1,0 +1,102 @@
+"""Pairs as tensors: shapes, tables, splits, controls."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pfm import EncodedPairs
+
+
+def some_pairs(count: int = 12, dimension: int = 3, context: int = 2) -> EncodedPairs:
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randn(count // 2, context, generator=generator).repeat_interleave(2, 0)
+    return EncodedPairs(
+        torch.randn(count, dimension, generator=generator), torch.randn(count, dimension, generator=generator), contexts
+    )
+
+
+def test_plain_tensors_and_a_table_hold_the_same_pairs():
+    outputs = torch.arange(12.0).reshape(4, 3)
+    contexts = torch.tensor([[0.0], [1.0]])
+    table = EncodedPairs.from_table(outputs, [0, 2, 3], [1, 3, 0], contexts=contexts, context_index=[0, 1, 1])
+    plain = EncodedPairs(outputs[[0, 2, 3]], outputs[[1, 3, 0]], contexts[[0, 1, 1]])
+    for one, other in ((table.chosen, plain.chosen), (table.rejected, plain.rejected), (table.context, plain.context)):
+        torch.testing.assert_close(one, other)
+    assert table.group.tolist() == [0, 1, 1]
+    assert (table.group[1] == table.group[2]) == (plain.group[1] == plain.group[2])
+
+
+def test_images_keep_their_shape():
+    pairs = EncodedPairs(torch.zeros(5, 2, 4, 4), torch.ones(5, 2, 4, 4))
+    assert pairs.chosen.shape == (5, 2, 4, 4)
+    assert pairs.dimension == 32
+    assert pairs.gather(torch.tensor([0, 1])).chosen.shape == (2, 32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    groups=st.lists(st.integers(0, 6), min_size=2, max_size=40).filter(lambda g: len(set(g)) > 1),
+    seed=st.integers(0, 9),
+)
+def test_a_split_never_cuts_a_group(groups, seed):
+    count = len(groups)
+    rows = torch.arange(count, dtype=torch.float32)[:, None]
+    pairs = EncodedPairs(rows, rows + 0.5, group=torch.tensor(groups))
+    train, held = pairs.split(0.3, seed)
+    assert not set(train.group.tolist()) & set(held.group.tolist())
+    assert sorted([*train.chosen.flatten().tolist(), *held.chosen.flatten().tolist()]) == rows.flatten().tolist()
+    again = pairs.split(0.3, seed)
+    assert again[1].chosen.tolist() == held.chosen.tolist()
+
+
+def test_candidates_follow_their_prompts_through_a_split():
+    outputs = torch.randn(8, 2)
+    rows = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
+    pairs = EncodedPairs.from_table(
+        outputs, [0, 4], [1, 5], contexts=torch.eye(2), context_index=[0, 1],
+        candidates=[(0, rows[0], torch.arange(4.0)), (1, rows[1], torch.arange(4.0))],
+    )  # fmt: skip
+    train, held = pairs.split(0.5)
+    assert train.candidates is not None
+    assert held.candidates is not None
+    assert {c.context_index for c in train.candidates} == set(train.group.tolist())
+    assert {c.context_index for c in held.candidates} == set(held.group.tolist())
+
+
+def test_swapping_twice_gives_the_pairs_back_and_shuffling_keeps_their_members():
+    pairs = some_pairs()
+    torch.testing.assert_close(pairs.swap().swap().chosen, pairs.chosen)
+    torch.testing.assert_close(pairs.swap().chosen, pairs.rejected)
+    shuffled = pairs.shuffle_labels(3)
+    torch.testing.assert_close(shuffled.chosen + shuffled.rejected, pairs.chosen + pairs.rejected)
+    flipped = (shuffled.chosen != pairs.chosen).any(1)
+    assert 0 < int(flipped.sum()) < len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: EncodedPairs(torch.zeros(3, 2), torch.zeros(3, 3)), r"\(3, 2\).*\(3, 3\)"),
+        (lambda: EncodedPairs(torch.zeros(3), torch.zeros(3)), r"tensor\[:, None\]"),
+        (lambda: EncodedPairs(torch.zeros(0, 2), torch.zeros(0, 2)), "no pairs"),
+        (lambda: EncodedPairs(torch.tensor([[0.0], [float("nan")]]), torch.zeros(2, 1)), "chosen.*row 1"),
+        (lambda: EncodedPairs(torch.zeros(2, 1), torch.tensor([[float("inf")], [0.0]])), "rejected.*row 0"),
+        (lambda: EncodedPairs(torch.zeros(2, 1), torch.ones(2, 1), torch.zeros(3, 1)), r"context must be \(2, C\)"),
+        (lambda: EncodedPairs(torch.zeros(2, 1), torch.ones(2, 1), weight=[1.0, -1.0]), "row 1 is -1"),
+        (lambda: EncodedPairs(torch.zeros(2, 1), torch.ones(2, 1), weight=[0.0, 0.0]), "above zero"),
+        (lambda: EncodedPairs(torch.zeros(2, 1), torch.ones(2, 1), probability=[0.2, 1.2]), "row 1 is 1.2"),
+        (lambda: EncodedPairs.from_table(torch.zeros(2, 1), [0], [2]), r"rejected_index must lie in 0\.\.1"),
+        (lambda: EncodedPairs.from_table(torch.zeros(2, 1), [0], [1], contexts=torch.zeros(1, 1)), "context_index"),
+        (lambda: some_pairs(2).split(), "one prompt"),
+        (lambda: some_pairs().split(1.5), "between 0 and 1"),
+    ],
+)
+def test_bad_input_is_named(make, told):
+    with pytest.raises(ValueError, match=told):
+        make()
+
+
+def test_what_is_not_numbers_is_a_type_error():
+    with pytest.raises(TypeError, match="chosen must be a tensor"):
+        EncodedPairs(["a", "b"], ["c", "d"])

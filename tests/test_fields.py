@@ -1,0 +1,134 @@
+"""The closed-form linear part against Gaussian laws; the loss; moments."""
+
+import math
+
+import pytest
+import torch
+
+from pfm import EncodedPairs
+from pfm.couplings import BestOf, Paired, make_coupling
+from pfm.fields import Field, LinearField, Moments, Normalizer
+from pfm.training import flow_matching_loss, path_sample
+
+
+def gaussian_pairs(count: int, correlation: float, seed: int = 0):
+    """Draw y0 ~ N(0, 1) and y1 ~ N(2, 0.25) with the given correlation."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(count, 1, generator=generator)
+    second = torch.randn(count, 1, generator=generator)
+    return first, 2 + 0.5 * (correlation * first + math.sqrt(1 - correlation**2) * second)
+
+
+def fitted_linear(chosen, rejected, sigma=0.0, ridge=0.0):
+    normalizer = Normalizer(chosen.shape[1], 0)
+    normalizer.fit(chosen, rejected, None)
+    coupling = Paired(EncodedPairs(chosen, rejected), "rejected")
+    noise = (sigma * normalizer.displacement).square()
+    moments = Moments.of([coupling.draw(torch.arange(len(chosen)))], normalizer, noise)
+    linear = LinearField(chosen.shape[1], 0)
+    linear.fit(moments, ridge)
+    return linear, normalizer
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.6, -0.5])
+@pytest.mark.parametrize("t", [0.0, 0.17, 0.5, 0.83, 1.0])
+def test_linear_part_is_the_exact_velocity_of_gaussians(correlation, t):
+    source, target = gaussian_pairs(200_000, correlation)
+    linear, normalizer = fitted_linear(target, source)
+    y = torch.linspace(-1, 3, 9)[:, None]
+    got = linear(torch.tensor(t), normalizer(y), None) * normalizer.scale
+    variance = (1 - t) ** 2 + t**2 * 0.25 + 2 * t * (1 - t) * 0.5 * correlation
+    cross = -(1 - t) + t * 0.25 + (1 - 2 * t) * 0.5 * correlation
+    exact = 2 + cross / variance * (y - 2 * t)
+    torch.testing.assert_close(got, exact, atol=0.03, rtol=0.01)
+
+
+def test_linear_part_contains_the_mean_shift_at_infinite_ridge():
+    source, target = gaussian_pairs(5000, 0.3)
+    linear, normalizer = fitted_linear(target, source, ridge=math.inf)
+    got = linear(torch.tensor(0.4), normalizer(torch.tensor([[0.0], [5.0]])), None) * normalizer.scale
+    torch.testing.assert_close(got, (target - source).mean(0).expand(2, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_scalar_and_row_times_agree_with_context_and_without():
+    for context_dimension in (0, 3):
+        field = Field(4, context_dimension, 16, 2)
+        assert field.residual is not None
+        with torch.no_grad():
+            for tensor in (field.linear.matrices, field.linear.shifts, field.residual.last.weight, field.gain):
+                tensor.copy_(torch.randn_like(tensor))
+        y, context = torch.randn(6, 4), torch.randn(6, context_dimension) if context_dimension else None
+        for t in (0.0, 0.3, 1.0):
+            scalar = field(torch.tensor(t), y, context)
+            rows = field(torch.full((6,), t), y, context)
+            hoisted = field.at(context)(t, y)
+            torch.testing.assert_close(scalar, rows, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(scalar, hoisted, atol=1e-5, rtol=1e-5)
+
+
+def test_path_and_velocity_agree_with_a_finite_difference():
+    source, target, noise = torch.randn(3, 5, 4, dtype=torch.float64)
+    t, step = torch.full((5, 1), 0.3, dtype=torch.float64), 1e-6
+    before, _ = path_sample(source, target, t - step, noise)
+    after, _ = path_sample(source, target, t + step, noise)
+    _, velocity = path_sample(source, target, t, noise)
+    torch.testing.assert_close((after - before) / (2 * step), velocity, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("t", "end"), [(0.0, 0), (1.0, 1)])
+def test_the_path_begins_at_the_source_and_ends_at_the_target(t, end):
+    ends = torch.randn(2, 5, 4)
+    y, _ = path_sample(ends[0], ends[1], torch.full((5, 1), t), torch.randn(5, 4))
+    torch.testing.assert_close(y, ends[end], atol=1e-6, rtol=1e-6)
+
+
+def test_the_loss_refuses_unequal_shapes():
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(4, 1, 3\)"):
+        flow_matching_loss(torch.zeros(4, 3), torch.zeros(4, 1, 3))
+    with pytest.raises(ValueError, match="weight"):
+        flow_matching_loss(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 1))
+
+
+def test_reference_source_has_both_members_half_each_and_rejected_the_loser():
+    pairs = EncodedPairs(torch.tensor([[1.0], [2.0]]), torch.tensor([[-1.0], [-2.0]]))
+    both = Paired(pairs, "reference").draw(torch.arange(2))
+    assert both.source.flatten().tolist() == [1.0, 2.0, -1.0, -2.0]
+    assert both.target.flatten().tolist() == [1.0, 2.0, 1.0, 2.0]
+    assert both.weight.tolist() == [1.0] * 4
+    loser = Paired(pairs, "rejected").draw(torch.arange(2))
+    assert loser.source.flatten().tolist() == [-1.0, -2.0]
+
+
+def test_soft_labels_weigh_both_directions():
+    pairs = EncodedPairs(torch.tensor([[1.0]]), torch.tensor([[-1.0]]), probability=[0.75])
+    rows = Paired(pairs, "rejected").draw(torch.arange(1))
+    assert rows.source.flatten().tolist() == [-1.0, 1.0]
+    assert rows.target.flatten().tolist() == [1.0, -1.0]
+    assert rows.weight.tolist() == [1.5, 0.5]
+    assert float(Paired(pairs, "reference").draw(torch.arange(1)).weight.mean()) == 1.0
+
+
+def test_best_of_m_draws_the_law_of_the_best_of_m():
+    scores = torch.arange(10.0)
+    pairs = EncodedPairs.from_table(scores[:, None], [9], [0], candidates=[(0, torch.arange(10), scores)])
+    coupling = BestOf(pairs, 4)
+    generator = torch.Generator().manual_seed(0)
+    target = coupling.draw(torch.randint(10, (200_000,), generator=generator), generator).target.flatten()
+    shares = torch.bincount(target.long(), minlength=10) / len(target)
+    below = torch.tensor([math.comb(rank, 4) / math.comb(10, 4) for rank in range(11)])
+    torch.testing.assert_close(shares, below.diff(), atol=4e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"source": "winner"}, "source must be one of reference, rejected"),
+        ({"coupling": "batch"}, "coupling must be one of"),
+        ({"best_of": 4}, "candidate sets"),
+        ({"best_of": 1}, "at least 2"),
+    ],
+)
+def test_unknown_couplings_are_refused(options, told):
+    pairs = EncodedPairs(torch.zeros(2, 1), torch.ones(2, 1))
+    with pytest.raises(ValueError, match=told):
+        make_coupling(pairs, **({"source": "reference", "coupling": "paired", "best_of": 2} | options))
