@@ -31,9 +31,9 @@ def save_plot(report: TaskReport, path: Path) -> Path:
     _draw_lengths(right, report, scale)
     seeds = {seed for method in report.methods for seed in method.seeds}
     figure.suptitle(
-        f"{report.title}: {report.about['candidates']} candidates, judge: {report.about['judge']}, "
-        f"{len(seeds)} seeds",
-        x=0.01, ha="left", fontsize=12, fontweight="bold",
+        f"{report.title}: {report.about['candidates']} candidates, judged by {report.about['judge']}; "
+        f"{len(seeds)} seeds, 95% intervals over seeds and prompts",
+        x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(path, dpi=130)
     return path
@@ -59,7 +59,7 @@ def _draw_scores(axes: Any, report: TaskReport, scale: float) -> None:
             )  # fmt: skip
     axes.set_yticks(range(len(report.methods)), [method.label for method in reversed(report.methods)])
     axes.set_ylim(-0.6, len(report.methods) - 0.3)
-    axes.set_xlabel(f"{report.about['unit']}{', %' if scale > 1 else ''} (95% over seeds and prompts)")
+    axes.set_xlabel(f"{report.about['unit']}{', %' if scale > 1 else ''}")
     _tidy(axes)
     axes.tick_params(axis="y", length=0)
 
@@ -75,9 +75,10 @@ def _draw_lengths(axes: Any, report: TaskReport, scale: float) -> None:
     points = []
     for method in report.methods:
         gain, ratio = method.figures["gain"], method.figures["length_ratio"]
-        if gain is None or ratio is None:
+        color = _color(method)
+        if gain is None or ratio is None or color == _CONTROL:  # a swapped control would stretch both axes
             continue
-        color, x, y = _color(method), ratio.value, scale * gain.value
+        x, y = ratio.value, scale * gain.value
         axes.plot([x, x], [scale * gain.low, scale * gain.high], color=color, linewidth=1.2)
         axes.plot([ratio.low, ratio.high], [y, y], color=color, linewidth=1.2)
         axes.plot(x, y, "o", color=color, markersize=6, markeredgecolor="white")
@@ -88,7 +89,7 @@ def _draw_lengths(axes: Any, report: TaskReport, scale: float) -> None:
     ticks = [tick for tick in (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20) if _inside(tick, axes.get_xlim())]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlabel("length of the choice / of the original (geometric mean, log scale)")
+    axes.set_xlabel("length against the original's (geometric mean, log scale)")
     axes.set_ylabel(f"gain over a random candidate{', points' if scale > 1 else ''}")
     _tidy(axes)
     _label(axes, sorted(points))
@@ -112,12 +113,12 @@ def _label(axes: Any, points: list[tuple[float, float, str, str]]) -> None:
         places[:-1] -= push
         places[1:] += push
     places += max(low - places[0], 0) if len(places) else 0
+    line = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5), "shrinkB": 4}
     for (y, x, label, color), place in zip(points, places, strict=True):
-        shade = "#777777" if color == _CONTROL else color
         axes.annotate(
             label, (x, y), xytext=(1.03, (place - low) / (high - low)), textcoords="axes fraction",
-            va="center", fontsize=8, color=shade, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": shade, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 4},
+            va="center", fontsize=8, color=color, annotation_clip=False,
+            arrowprops=line | {"color": color},
         )  # fmt: skip
 
 

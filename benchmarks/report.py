@@ -132,7 +132,7 @@ def _compare(runs: list[Run]) -> TaskReport:
     return TaskReport(
         task=latest.metrics["settings"]["task"]["name"],
         settings=json.loads(latest.setting),
-        about=latest.metrics["about"],
+        about=latest.metrics["about"] | {"training_pairs": round(np.mean([_pairs(run) for run in runs]))},
         methods=sorted(reports, key=lambda report: -scores[report.name]),
         notes=_notes(runs, methods),
     )
@@ -171,6 +171,10 @@ def _joined(runs: dict[int, Run], seeds: list[int]) -> tuple[ChoiceTable, Nested
 def _bootstrap(prompts: tuple[int, ...]) -> NestedBootstrap:
     # Methods with the same seeds have the same resamples, which is what pairs their intervals.
     return NestedBootstrap(np.repeat(np.arange(len(prompts)), prompts))
+
+
+def _pairs(run: Run) -> int:
+    return run.metrics["about"]["training_pairs"]
 
 
 def _n(table: ChoiceTable) -> int:
@@ -240,7 +244,7 @@ def _section(report: TaskReport) -> list[str]:
         f"## {report.title}",
         "",
         f"Judge: {about['judge']}. {about['candidates']} candidates, {about['test_prompts']} test prompts and "
-        f"{about['test_items']} items a seed, {len(seeds)} seeds, {about['training_pairs']} training pairs. "
+        f"{about['test_items']} items a seed, {len(seeds)} seeds, about {about['training_pairs']:,} training pairs. "
         "In brackets 95% intervals over seeds and prompts; length is the geometric mean of the choice's over the "
         "original's.",
         "",

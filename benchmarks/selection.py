@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.bench import Bench, Outcome
 from benchmarks.measures import ChoiceTable
@@ -16,7 +18,16 @@ from pfm import EncodedPairs, PreferencePairs
 from pfm.encoders import Encoder
 from pfm.statistics import Bootstrap
 
-__all__ = ["Chooser", "Item", "Selection", "draw_candidates", "limited", "one_hot", "split_prompts"]
+__all__ = [
+    "Chooser",
+    "Item",
+    "Selection",
+    "candidate_vectors",
+    "draw_candidates",
+    "limited",
+    "one_hot",
+    "split_prompts",
+]
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ class Selection:
         marks, notes = [time.perf_counter()], {}
         if method.reads_vectors:
             train = self.train.encode(bench.encoder, progress=bench.progress)
-            bench.encoder.encode([text for item in self.items for text in item.candidates], progress=bench.progress)
+            candidate_vectors(self.items, bench.encoder, progress=bench.progress)  # into the cache, and timed
             marks.append(time.perf_counter())
             notes = method.fit(train, bench)
         else:
@@ -124,6 +135,13 @@ class Selection:
             changed=np.array([[text != row[0] for text in row] for row in texts]),
             weights=weights,
         )
+
+
+def candidate_vectors(items: Sequence[Item], encoder: Encoder, *, progress: bool = False) -> Tensor:
+    """Encode the candidates of all items, each text once: (I, n, D)."""
+    rows: dict[str, int] = {}
+    places = [[rows.setdefault(text, len(rows)) for text in item.candidates] for item in items]
+    return encoder.encode(list(rows), progress=progress)[torch.tensor(places)]
 
 
 def one_hot(index: Sequence[int], count: int) -> NDArray[np.float64]:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pfm.flow import PreferenceFlow
     from pfm.pairs import PreferencePairs
     from pfm.refiner import Refinement
+    from pfm.rows import BadRows
     from pfm.statistics import Estimate
 
 __all__ = ["app", "main"]
@@ -580,10 +581,19 @@ class _Row:
     digest: str
 
 
+def _reader(path: Path) -> tuple[Callable[[Path, BadRows], Iterator[tuple[int, Any]]], str]:
+    """Find the reader of a file, and what it counts."""
+    from pfm.rows import read_jsonl, reader_for
+
+    reader = reader_for(path)
+    return reader, "line" if reader is read_jsonl else "row"
+
+
 def _read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool) -> list[_Row]:
     """Read the rows to refine, bad ones with their error, in the order of the file."""
-    from pfm.rows import BadRows, PreferenceDataError, reader_for
+    from pfm.rows import BadRows, PreferenceDataError
 
+    reader, unit = _reader(path)
     found: list[_Row] = []
 
     def add(number: int, value: Any, error: PreferenceDataError | None, place: str) -> None:
@@ -604,8 +614,8 @@ def _read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool
         def meet(self, error: PreferenceDataError, row: str, count: int = 1) -> None:
             add(int(row.split()[-1]), None, error, row)
 
-    for number, value in reader_for(path)(path, Recorded(str(path), "drop")):
-        add(number, value, None, f"row {number}")
+    for number, value in reader(path, Recorded(str(path), "drop")):
+        add(number, value, None, f"{unit} {number}")
     if not found:
         raise ValueError(f"{path}: there are no rows; expected at least one")
     return found
@@ -818,15 +828,16 @@ class _ScoredRow:
 
 
 def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool) -> list[_ScoredRow]:
-    from pfm.rows import BadRows, PreferenceDataError, reader_for
+    from pfm.rows import BadRows, PreferenceDataError
 
+    reader, unit = _reader(path)
     bad = BadRows(str(path), on_bad_rows)
     found: list[_ScoredRow] = []
-    for number, value in reader_for(path)(path, bad):
+    for number, value in reader(path, bad):
         try:
             found.append(_scored_row(value, prompted))
         except PreferenceDataError as error:
-            bad.meet(error, f"row {number}")
+            bad.meet(error, f"{unit} {number}")
     bad.finish(len(found))
     return found
 

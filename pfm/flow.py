@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 MODES = ("single", "gated", "reapply")
 CHUNK = 1024
 MOMENT_ROWS = 200_000
+STATISTICS_ROWS = 50_000
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 STEP_CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 STEP_ROWS = 256
@@ -146,7 +147,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             flow = cls(encoded.event_shape, encoded.context_dimension, config)
         flow.to(device)
         with torch.no_grad():
-            some = train.gather(_at_most(len(train), MOMENT_ROWS, config.seed))
+            some = train.gather(_at_most(len(train), STATISTICS_ROWS, config.seed))
             flow.normalizer.fit(some.chosen, some.rejected, some.context)
             flow.field.unit.copy_(flow.normalizer.displacement)
         coupling, check = (

@@ -107,10 +107,10 @@ class WrittenDrafts:
         return [texts[place] for place in order]
 
 
-def folds(prompts: Sequence[str], seed: int, count: int = FOLDS) -> list[list[str]]:
+def folds(prompts: Sequence[str], seed: int, count: int) -> list[list[str]]:
     """Deal prompts at random into ``count`` parts of about equal size."""
     order = np.random.default_rng(seed).permutation(len(prompts))
-    return [[prompts[place] for place in order[part::count].tolist()] for part in range(count)]
+    return [[prompts[int(place)] for place in order[part::count]] for part in range(count)]
 
 
 def cross_fit(
@@ -139,13 +139,13 @@ def cross_fit(
     texts = [text for drafts in data.grades.values() for text in drafts]
     vectors = dict(zip(texts, encoder.encode(texts), strict=True))
     rows: dict[str, Scored] = {}
-    parts = folds(data.prompts, seed)
+    parts = folds(data.prompts, seed, FOLDS)
     make_bar = tqdm if progress else functools.partial(tqdm, disable=True)
     for held_out in make_bar(parts, desc="control" if shuffle else "fit", unit="fold", leave=False):
         train = encoded.select(torch.tensor([prompt not in set(held_out) for prompt in data.pairs.prompts]))
         if shuffle:
             train = train.shuffle_labels(seed)
-        flow = PreferenceFlow.fit(train, FlowConfig(residual=False, seed=seed), progress=False)
+        flow = _fit(train, seed)
         refiner = wrap(generator, flow, encoder=encoder, n=CANDIDATES)
         rewards = {
             "mean_shift": functools.partial(torch.matmul, other=(train.chosen - train.rejected).mean(0)),
@@ -156,6 +156,23 @@ def cross_fit(
             picks = {name: int(reward(candidates).argmax()) for name, reward in rewards.items()}
             rows[str(result.prompt)] = _scored(result, picks, data, generator)
     return [rows[prompt] for prompt in data.prompts]
+
+
+def _fit(pairs: EncodedPairs, seed: int) -> PreferenceFlow:
+    # So few pairs would leave the residual unconfirmed, and give a second thread little to do.
+    with _threads(1):
+        return PreferenceFlow.fit(pairs, FlowConfig(residual=False, seed=seed), progress=False)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads: on a busy machine, threads that wait for each other are several times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _scored(result: Refinement, picks: dict[str, int], data: ExampleData, generator: WrittenDrafts) -> Scored:
@@ -194,21 +211,20 @@ def run(out: str | Path, seed: int = 0, console: Console | None = None, progress
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     data = load_example()
-    held_out = len(data.prompts) // FOLDS
     _say(
         console,
         "data",
         f"{len(data.pairs):,} preferences on {len(data.prompts)} prompts of {len(set(data.topics.values()))} topics; "
         "every prompt has six written drafts, graded 1 to 6",
     )
-    with _timed(console, "encode") as done:
+    with _timed(console, "encode") as done, _threads(max(1, torch.get_num_threads() // 2)):
         encoder = encoder_from_name(ENCODER)
         encoded = data.pairs.encode(encoder, progress=progress)
         done(f"{len(data.prompts) * 7:,} texts with {ENCODER}, {encoder.dimension} numbers each; nothing was fetched")
     with _timed(console, "fit") as done:
         rows = cross_fit(data, encoded, encoder, seed, progress=progress)
         done(
-            f"{FOLDS} flows, each on {len(data.prompts) - held_out} prompts, to refine the {held_out} that it has not "
+            f"{FOLDS} flows, each on {FOLDS - 1} of {FOLDS} parts of the prompts, to refine the part that it has not "
             f"seen: a frozen generator gives {CANDIDATES} of a prompt's drafts in random order, the flow picks one"
         )
     with _timed(console, "control") as done:
@@ -216,8 +232,7 @@ def run(out: str | Path, seed: int = 0, console: Console | None = None, progress
         told = _control(control)
         done(told)
     with _timed(console, "save") as done:
-        flow = PreferenceFlow.fit(encoded, FlowConfig(residual=False, seed=seed), progress=False)
-        flow.save_pretrained(out / "flow")
+        _fit(encoded, seed).save_pretrained(out / "flow")
         report = Report.from_scored(rows, settings=_settings(data, told), seed=seed)
         report.save_json(out / "report.json")
         report.save_html(out / "report.html", examples=EXAMPLES)

@@ -5,7 +5,7 @@ odds p1 / p0 are b / (1 - b). The head is built like the field, a convex closed 
 only where held-out prompts confirm it:
 
 1. a Bradley-Terry reward r(y), linear in y and in the products of its leading principal components, whose
-   penalties are chosen by cross-validation over prompts;
+   penalties are chosen by cross-validation over prompts (the best few settings are averaged);
 2. its mean over the reference given the context, m(x), by ridge regression, and a logistic calibration
    logit b = a (r - m) + c, both on predictions for prompts that the reward was not fitted on;
 3. a small network g(y, x) added to the logit.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,29 +33,30 @@ PRODUCT_SCALES = (
     0.05,
     0.1,
 )  # of a product of two unit-variance components, against |y| of unit mean square
-COMPONENTS = 14
+COMPONENTS = 8
 FOLDS = 5
+AVERAGED = 4
 CV_PAIRS = 20_000
-FIT_PAIRS = 100_000
+FIT_PAIRS = 50_000
 
 
 @dataclass
 class WinFit:
     """Holds what the fit of the head found, on prompts that each prediction's model had not seen.
 
-    ``accuracy`` is the share of held-out pairs ordered rightly, ``log_loss`` in nats a pair (log 2 = 0.693 for a
-    coin), ``z`` the number of standard errors, over prompts, by which the accuracy exceeds one half.
+    ``settings`` are the (penalty, scale of products) whose rewards are averaged. ``accuracy`` is the share of
+    held-out pairs ordered rightly, ``z`` the number of standard errors, over prompts, by which it exceeds one half,
+    ``log_loss`` is in nats a pair (log 2 = 0.693 for a coin), ``network_gain`` in nats an output.
     """
 
-    penalty: float
-    product_scale: float
+    settings: list[tuple[float, float]]
     accuracy: float
     log_loss: float
     z: float
     network_kept: bool
     network_gain: float
 
-    def to_dict(self) -> dict[str, float | bool]:
+    def to_dict(self) -> dict[str, Any]:
         """Give the figures as JSON values."""
         return asdict(self)
 
@@ -156,14 +158,15 @@ class WinHead(nn.Module):
         linear_b, products_b = self._features(batch.rejected)
         problem = _Problem(linear_a - linear_b, products_a - products_b, batch.weight, batch.probability)
 
-        penalty, product_scale = _cross_validate(problem, fold)
+        settings, fold_weights = _cross_validate(problem, fold)
         loose_a, loose_b = torch.zeros(len(index)), torch.zeros(len(index))
-        for number in fold.unique().tolist():
+        for number, (weights, product_weights) in fold_weights.items():
             part = fold == number
-            weights, product_weights = problem.fit(~part, penalty, product_scale)
             loose_a[part] = linear_a[part] @ weights + products_a[part] @ product_weights
             loose_b[part] = linear_b[part] @ weights + products_b[part] @ product_weights
-        weights, product_weights = problem.fit(torch.ones_like(fold, dtype=torch.bool), penalty, product_scale)
+        every = torch.ones_like(fold, dtype=torch.bool)
+        fits = [problem.solver(every, scale).fit(penalty, iterations=100) for penalty, scale in settings]
+        weights, product_weights = problem.average(fits, settings)
         self.weights.copy_(weights)
         self.product_weights.copy_(product_weights)
 
@@ -191,7 +194,7 @@ class WinHead(nn.Module):
         z = standard_errors(_agreement(gap, weight, probability), group[seen_by_none])
         self.margin.fill_(_confirmed_margin(gap, weight, probability) if z > CONFIRMED else math.inf)
         loss = pairwise_log_loss((logit[0] - logit[1])[seen_by_none], weight, probability)
-        return WinFit(penalty, product_scale, accuracy, loss, z, self.network is not None, network_gain)
+        return WinFit(settings, accuracy, loss, z, self.network is not None, network_gain)
 
     def _set_coordinates(self, batch: PairBatch) -> None:
         both = torch.cat([batch.chosen, batch.rejected])
@@ -290,31 +293,48 @@ class _Problem:
     def rows(self, product_scale: float) -> Tensor:
         return torch.cat([self.linear, self.products * product_scale], dim=1) if product_scale else self.linear
 
-    def fit(self, part: Tensor, penalty: float, product_scale: float) -> tuple[Tensor, Tensor]:
-        weights = self.solver(part, product_scale).fit(penalty, iterations=100)
-        linear = self.linear.shape[1]
-        if not product_scale:
-            return weights, torch.zeros(self.products.shape[1])
-        return weights[:linear], weights[linear:] * product_scale
+    def average(self, fits: list[Tensor], settings: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+        """Give the mean weights of both blocks over fits at (penalty, product scale)."""
+        linear, products = self.linear.shape[1], self.products.shape[1]
+        mean, product_mean = torch.zeros(linear), torch.zeros(products)
+        for weights, (_, scale) in zip(fits, settings, strict=True):
+            mean += weights[:linear] / len(fits)
+            if scale:
+                product_mean += weights[linear:] * scale / len(fits)
+        return mean, product_mean
 
 
-def _cross_validate(problem: _Problem, fold: Tensor) -> tuple[float, float]:
-    """Choose (penalty, product scale) by the log loss on left-out prompts."""
+def _cross_validate(
+    problem: _Problem, fold: Tensor
+) -> tuple[list[tuple[float, float]], dict[int, tuple[Tensor, Tensor]]]:
+    """Choose the settings (penalty, product scale) of least log loss on left-out prompts.
+
+    Returns the :data:`AVERAGED` best, whose mean predicts left-out prompts better than the best alone does, and for
+    each fold the mean weights of their fits on the other folds.
+    """
     if len(fold) > CV_PAIRS:  # whole folds thinned alike: every prompt stays in its fold
         keep = torch.arange(len(fold)) % -(-len(fold) // CV_PAIRS) == 0
         problem = _Problem(*(column[keep] for column in vars(problem).values()))
         fold = fold[keep]
+    numbers = fold.unique().tolist()
     loss: dict[tuple[float, float], float] = {}
+    fits: dict[tuple[float, float], list[Tensor]] = {}
     for scale in PRODUCT_SCALES:
         rows = problem.rows(scale)
-        for number in fold.unique().tolist():
+        for number in numbers:
             part = fold == number
             solver = problem.solver(~part, scale)
             for penalty in PENALTIES:
-                score = rows[part] @ solver.fit(penalty)
-                total = pairwise_log_loss(score, problem.weight[part], problem.probability[part])
-                loss[penalty, scale] = loss.get((penalty, scale), 0.0) + total * float(problem.weight[part].sum())
-    return min(loss, key=lambda setting: loss[setting])
+                weights = solver.fit(penalty)
+                total = pairwise_log_loss(rows[part] @ weights, problem.weight[part], problem.probability[part])
+                setting = penalty, scale
+                loss[setting] = loss.get(setting, 0.0) + total * float(problem.weight[part].sum())
+                fits.setdefault(setting, []).append(weights)
+    best = sorted(loss, key=lambda setting: loss[setting])[:AVERAGED]
+    return best, {
+        number: problem.average([fits[setting][place] for setting in best], best)
+        for place, number in enumerate(numbers)
+    }
 
 
 def _folds(group: Tensor, generator: torch.Generator) -> Tensor:

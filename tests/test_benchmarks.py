@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +44,7 @@ def configured(*overrides: str) -> RunConfig:
         return cast(RunConfig, OmegaConf.to_object(compose("config", list(overrides))))
 
 
+@cache
 def loaded(task: str, seed: int = 0, *overrides: str) -> Selection:
     needs(TASKS[task])
     settings = configured(f"task={task}", "method=random", *overrides)
@@ -109,15 +111,15 @@ def test_absent_data_are_one_line_and_exit_code_2(tmp_path: Path):
 def test_a_failed_run_leaves_its_error_and_does_not_stop_the_others(tmp_path: Path):
     needs("ukp_convarg")
     result = command(
-        "-m", "task=arguments", "method=pfm,random", "encoder=minilm+minilm,surface", "method.label=x",
-        "task.limit=4", "task.draws=1", f"out={tmp_path}", "progress=false",
+        "-m", "task=arguments", "method=random,oracle", "encoder=minilm+minilm,surface", "task.draws=2",
+        f"out={tmp_path}", "progress=false",
     )  # fmt: skip
     assert result.returncode == 1
-    # The encoder is made before a method can leave it unread: both runs of the wrong one fail, the others finish.
-    assert len(list(tmp_path.rglob("metrics.json"))) == 2
-    errors = [path.read_text() for path in tmp_path.rglob("error.txt")]
-    assert len(errors) == 2
-    assert all("minilm+minilm" in error for error in errors)
+    place = {method: tmp_path / f"arguments-{method}-0" for method in ("random", "oracle")}
+    for folder in place.values():
+        assert (folder / "encoder=surface,task.draws=2" / "metrics.json").is_file()
+        error = (folder / "encoder=minilm+minilm,task.draws=2" / "error.txt").read_text()
+        assert "names a part twice" in error
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def test_no_prompt_stands_on_both_sides(task: str):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_loading_is_repeatable_and_follows_the_seed(task: str):
-    first, again, other = (loaded(task, seed, "task.draws=2") for seed in (0, 0, 1))
+    first, again, other = loaded(task), loaded.__wrapped__(task), loaded(task, 1)
     assert [item.candidates for item in first.items] == [item.candidates for item in again.items]
     assert list(first.train) == list(again.train)
     assert {item.group for item in first.items} != {item.group for item in other.items}
@@ -192,7 +194,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             more = ["method.flow.residual=false"] if method.startswith("pfm") else []
             settings = configured(
                 "task=arguments", f"method={method}", f"seed={seed}", "encoder=surface", "progress=false",
-                "threads=1", f"out={folder}", *more,
+                "threads=1", "task.draws=12", f"out={folder}", *more,
             )  # fmt: skip
             place = folder / f"{method}-{seed}"
             place.mkdir()
@@ -215,7 +217,7 @@ def test_the_flow_learns_and_its_controls_do_not(runs: Path):
 def test_the_oracle_bounds_every_method_and_random_is_the_exact_mean(runs: Path):
     scores = {method: score(runs, method) for method in RUNS}
     assert max(scores, key=lambda method: scores[method]) == "oracle"
-    items = loaded("arguments").items
+    items = loaded("arguments", 0, "task.draws=12").items
     assert scores["random"] == pytest.approx(np.mean([item.scores.mean() for item in items]))
     assert scores["identity"] == pytest.approx(np.mean([item.scores[0] for item in items]))
     assert scores["oracle"] == pytest.approx(np.mean([item.scores.max() for item in items]))
@@ -224,16 +226,16 @@ def test_the_oracle_bounds_every_method_and_random_is_the_exact_mean(runs: Path)
         assert table.score().mean() == pytest.approx(scores[method])
 
 
-@pytest.mark.parametrize("method", ["longest", "mean_shift", "bradley_terry", "pfm", "pfm_sample", "pfm_alignment"])
+@pytest.mark.parametrize("method", ["longest", "mean_shift", "bradley_terry", "pfm_sample"])
 def test_no_method_reads_the_judge(method: str):
     data = loaded("arguments", 0, "task.draws=2")
-    settings = configured("task=arguments", f"method={method}", "method.label=x")
+    settings = configured("task=arguments", f"method={method}")
     if hasattr(settings.method, "flow"):
         cast(Any, settings.method).flow["residual"] = False
     blind = [type(item)(**vars(item) | {"scores": item.scores * np.nan, "independent": np.nan}) for item in data.items]
     encoder, made = SurfaceEncoder(), make_method(settings.method)
     if made.reads_vectors:
-        train = data.train.select(range(0, len(data.train), 10))
+        train = data.train.select(range(0, len(data.train), 20))
         made.fit(train.encode(encoder, progress=False), Bench(encoder, 0, False))
     seen = made.choose(data.items, encoder)
     assert np.array_equal(seen, made.choose(blind, encoder))
@@ -254,7 +256,7 @@ def test_mean_shift_turns_round_with_soft_labels_below_one_half():
 
 
 def test_a_finished_run_is_taken_again_unless_forced(runs: Path, tmp_path: Path):
-    overrides = ("task=arguments", "method=random", "seed=0", "encoder=surface", f"out={runs}")
+    overrides = ("task=arguments", "method=random", "seed=0", "encoder=surface", "task.draws=12", f"out={runs}")
     assert run(configured(*overrides), tmp_path) == score(runs, "random")
     assert not list(tmp_path.iterdir())
     assert run(configured(*overrides, "force=true"), tmp_path) == score(runs, "random")
@@ -281,7 +283,7 @@ def test_the_report_adds_up(runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "arguments.png").read_bytes().startswith(b"\x89PNG")
     (task,) = json.loads((tmp_path / "report.json").read_text())
     methods = {method["name"]: method for method in task["methods"]}
-    assert [method["name"] for method in task["methods"]][0] == "oracle"
+    assert task["methods"][0]["name"] == "oracle"
     for name in ("pfm", "bradley_terry", "pfm_swapped"):
         gain = methods[name]["figures"]["gain"]
         assert gain["value"] == pytest.approx(score(runs, name) - score(runs, "random"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.bench import Bench
 from benchmarks.config import BradleyTerryConfig, MethodConfig
-from benchmarks.selection import Item, one_hot
+from benchmarks.selection import Item, candidate_vectors, one_hot
 from pfm import EncodedPairs
 from pfm.encoders import Encoder
 from pfm.preferences import BradleyTerry
@@ -27,9 +27,9 @@ class _Best:
 
     def choose(self, items: Sequence[Item], encoder: Encoder) -> NDArray[np.float64]:
         """Encode all candidates at once, and take each item's best."""
-        count = len(items[0].candidates)
-        vectors = encoder.encode([text for item in items for text in item.candidates])
-        return one_hot(self.reward(vectors).view(-1, count).argmax(1).tolist(), count)
+        vectors = candidate_vectors(items, encoder)
+        best = self.reward(vectors.flatten(0, 1)).view(vectors.shape[:2]).argmax(1)
+        return one_hot(best.tolist(), vectors.shape[1])
 
     def reward(self, vectors: Tensor) -> Tensor:
         raise NotImplementedError
@@ -40,10 +40,9 @@ class MeanShift(_Best):
 
     def fit(self, train: EncodedPairs, bench: Bench) -> dict[str, Any]:
         """Average the differences of all pairs."""
-        share = torch.ones(len(train)) if train.weight is None else train.weight
-        if train.probability is not None:
-            share = share * (2 * train.probability - 1)
-        self.direction = share @ (train.chosen - train.rejected) / share.sum()
+        weight = torch.ones(len(train)) if train.weight is None else train.weight
+        forward = weight if train.probability is None else weight * (2 * train.probability - 1)
+        self.direction = forward @ (train.chosen - train.rejected) / weight.sum()
         return {}
 
     def reward(self, vectors: Tensor) -> Tensor:

@@ -60,22 +60,22 @@ def load(config: CaptionsConfig, seed: int) -> Selection:
 
 
 def _read(config: CaptionsConfig) -> dict[str, _Contest]:
-    counts: dict[str, dict[str, NDArray[np.float64]]] = defaultdict(dict)
+    counts: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for row in read_csv(data_folder("caption_contest") / "captions.csv.gz"):
         text = row["caption"].strip()
         if text:
             # "508-round1_summary_RoundRobin" and "508-round2_…" rate captions of one contest.
-            ratings = counts[row["contest"][:3]]
-            found = np.array([int(row[name]) for name in ("funny", "somewhat_funny", "unfunny")], dtype=np.float64)
-            ratings[text] = ratings.get(text, 0) + found
+            ratings = counts[row["contest"][:3]].setdefault(text, [0, 0, 0])
+            for place, name in enumerate(("funny", "somewhat_funny", "unfunny")):
+                ratings[place] += int(row[name])
     contests = {}
-    for name, ratings in counts.items():
-        texts = sorted(text for text, found in ratings.items() if found.sum() >= config.min_ratings)
+    for name, rated in counts.items():
+        texts = sorted(text for text, ratings in rated.items() if sum(ratings) >= config.min_ratings)
         if len(texts) < config.captions:
             continue
         order = np.random.default_rng([_SAMPLE, int(name)]).permutation(len(texts))[: config.captions]
         texts = [texts[i] for i in order]
-        table = np.stack([ratings[text] for text in texts])
+        table = np.array([rated[text] for text in texts], dtype=np.float64)
         total = table.sum(1)
         scores = table @ _VALUES / total
         # One variance for the whole contest: five ratings tell little about their own.
