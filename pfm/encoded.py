@@ -227,10 +227,8 @@ class EncodedPairs:
         group = self._group
         if group is None:
             context = self.context
-            if context is None:
-                group = torch.arange(len(self))
-            else:
-                group = torch.unique(context, dim=0, return_inverse=True)[1]
+            every = torch.arange(len(self))
+            group = every if context is None else torch.unique(context, dim=0, return_inverse=True)[1]
             self._group = group
         return group
 
