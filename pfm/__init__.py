@@ -1,13 +1,37 @@
-"""Preference flows: a learned vector field refines the outputs of any frozen generator."""
+"""Preference flows: a learned vector field refines the outputs of any frozen generator.
 
-from pfm import encoders, generators, preferences
-from pfm.config import FlowConfig
-from pfm.encoded import EncodedPairs
-from pfm.errors import EncodingError, GenerationError, PfmError
-from pfm.evaluation import Report, Scored, evaluate
-from pfm.flow import PreferenceFlow
-from pfm.pairs import PreferenceDataError, PreferencePairs
-from pfm.refiner import Refinement, Refiner, wrap
+Names are imported when they are first used, so that ``import pfm`` and ``pfm --help`` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pfm import decoders, encoders, generators, preferences
+    from pfm.config import FlowConfig
+    from pfm.encoded import EncodedPairs
+    from pfm.errors import EncodingError, GenerationError, PfmError
+    from pfm.evaluation import Report, Scored, evaluate
+    from pfm.flow import PreferenceFlow
+    from pfm.pairs import PreferenceDataError, PreferencePairs
+    from pfm.refiner import Refinement, Refiner, wrap
+
+_HOME = {
+    "EncodedPairs": "encoded",
+    "EncodingError": "errors",
+    "FlowConfig": "config",
+    "GenerationError": "errors",
+    "PfmError": "errors",
+    "PreferenceDataError": "pairs",
+    "PreferenceFlow": "flow",
+    "PreferencePairs": "pairs",
+    "Refinement": "refiner",
+    "Refiner": "refiner",
+    "Report": "evaluation",
+    "Scored": "evaluation",
+    "evaluate": "evaluation",
+    "wrap": "refiner",
+}
 
 __all__ = [
     "EncodedPairs",
@@ -22,9 +46,22 @@ __all__ = [
     "Refiner",
     "Report",
     "Scored",
+    "decoders",
     "encoders",
     "evaluate",
     "generators",
     "preferences",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"pfm.{_HOME[name]}"), name)
+    if name in __all__:
+        return import_module(f"pfm.{name}")
+    raise AttributeError(f"module 'pfm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

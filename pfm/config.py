@@ -84,6 +84,9 @@ class FlowConfig:
         check_solver(self.solver)
         if self.device not in DEVICES and not self.device.startswith("cuda:"):
             _one_of("device", self.device, DEVICES)
+        for name in ("linear", "residual"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false: got {getattr(self, name)!r}")
         for name in ("hidden", "layers", "epochs", "steps"):
             value = getattr(self, name)
             if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -22,7 +22,7 @@ from pfm.config import FlowConfig
 from pfm.couplings import BestOf, Paired, make_coupling
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.fields import Field, Moments, Normalizer
-from pfm.training import FlowProblem, TrainingLog, train_residual
+from pfm.training import FlowProblem, TrainingLog, remove_checkpoint, train_residual
 from pfm.transport import ADAPTIVE_SOLVERS, integrate
 from pfm.win import WinHead
 
@@ -173,6 +173,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         flow.metadata["unit_norm"] = _on_unit_sphere(some.chosen, some.rejected, config)
         flow.metadata["steps"], flow.metadata["steps_error"] = flow._choose_steps(check)
         flow.metadata["seconds"] = round(time.perf_counter() - began, 3)
+        if checkpoint is not None:
+            remove_checkpoint(Path(checkpoint))
         logger.info("fitted on %d pairs: %s", len(encoded), json.dumps(flow.metadata, default=str))
         return flow.eval()
 
@@ -498,18 +500,23 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
     def summary(self) -> str:
         """Say in a few lines what was fitted and what held-out prompts confirmed."""
-        found = self.metadata
-        win = found.get("win", {})
-        training = found.get("training", {})
-        kept = "kept" if found.get("residual_kept") else "not confirmed by held-out prompts, dropped"
+        found, win, training = self.metadata, self.metadata.get("win", {}), self.metadata.get("training", {})
+        residual = "residual not confirmed by held-out prompts, dropped"
+        if found.get("residual_kept"):
+            residual = f"residual kept at {100 * training['gain']:.0f}%"
+        elif not self.config.residual:
+            residual = "no residual, as configured"
+        ridge, error, z = found.get("ridge"), found.get("steps_error"), win.get("z")
         return "\n".join(
             [
-                f"PreferenceFlow on {tuple(self.event_shape)} outputs, context {self.context_dimension}",
-                f"  fitted on {found.get('pairs')} pairs of {found.get('prompts')} prompts in {found.get('seconds')} s",
-                f"  field: linear part (ridge {found.get('ridge')}); residual {kept} (gain {training.get('gain')})",
-                f"  {self.config.solver}, {self.steps} steps (relative error {found.get('steps_error')})",
-                f"  win probability: {100 * win.get('accuracy', math.nan):.1f}% of held-out pairs ordered rightly "
-                f"({win.get('z', math.nan):.1f} standard errors above chance)",
+                f"PreferenceFlow on outputs {tuple(self.event_shape)}, context {self.context_dimension or 'none'}",
+                f"  data   {found.get('pairs')} pairs of {found.get('prompts')} prompts, {found.get('seconds')} s",
+                f"  field  linear part {'without slope' if ridge is None else f'at ridge {ridge:g}'}; {residual}",
+                f"  path   {self.config.solver}, {self.steps} steps"
+                + ("" if error is None else f", {error:.1%} from the exact solution"),
+                f"  b      orders {win.get('accuracy', math.nan):.1%} of held-out pairs rightly, "
+                + ("all of them" if z is None else f"{z:.1f} standard errors above chance")
+                + f"; guard at a difference of {self.guard_margin:.3g}",
             ]
         )
 
@@ -602,6 +609,9 @@ def _replace(path: Path, write: Any) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        mask = os.umask(0)
+        os.umask(mask)
+        partial.chmod(0o666 & ~mask)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -159,7 +159,8 @@ def cross_fit(
 
 
 def _fit(pairs: EncodedPairs, seed: int) -> PreferenceFlow:
-    # So few pairs would leave the residual unconfirmed, and give a second thread little to do.
+    # A choice among candidates by win probability does not use the residual, which takes longest to fit; what is left
+    # gives a second thread little to do.
     with _threads(1):
         return PreferenceFlow.fit(pairs, FlowConfig(residual=False, seed=seed), progress=False)
 
@@ -263,7 +264,8 @@ def _settings(data: ExampleData, control: str) -> dict[str, Any]:
         "generator": f"{CANDIDATES} of the six written drafts of a prompt in random order, blind to grades; "
         "the fresh draw is the sixth",
         "training": f"{FOLDS} folds by prompt: each prompt is refined by a flow, and by baselines, fitted on the "
-        f"other {FOLDS - 1} folds; {len(data.pairs):,} pairs in all",
+        f"rest; {len(data.pairs):,} pairs in all; without the residual network, which choosing by win probability "
+        "does not use",
         "control": control,
     }
 

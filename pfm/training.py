@@ -9,6 +9,7 @@ beforehand; the network learns what it leaves.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,8 +27,9 @@ from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.couplings import BestOf, Coupled, Paired
 from pfm.fields import Field, Normalizer
 
-__all__ = ["FlowProblem", "TrainingLog", "flow_matching_loss", "path_sample", "train_residual"]
+__all__ = ["FlowProblem", "TrainingLog", "flow_matching_loss", "path_sample", "remove_checkpoint", "train_residual"]
 
+CHECKPOINT = "training.safetensors"
 VALIDATIONS = 40
 VALIDATION_ROWS = 4096
 BUDGET = 1e12  # multiply-adds of a run with epochs="auto"
@@ -148,7 +150,8 @@ def train_residual(
     """Train the residual, keep the averaged weights that validated best, and set its gain.
 
     A run with a ``checkpoint`` folder saves its state at every validation and, started again with the same data
-    and configuration, goes on from there to the same result.
+    and configuration, goes on from there to the same result. The file stays: :func:`remove_checkpoint` removes it
+    when what comes after the training is safe too.
     """
     from tqdm.auto import tqdm
 
@@ -209,9 +212,14 @@ def train_residual(
     network.eval()
     log.gain, log.z = held.confirmed_gain(network)
     model.gain.fill_(log.gain)
-    if store is not None:
-        store.remove()
     return log
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the training state from ``folder``, and the folder if nothing else is in it."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _schedule(update: int, updates: int) -> float:
@@ -381,7 +389,7 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "training.safetensors"
+        self.path = folder / CHECKPOINT
         self.fingerprint = fingerprint
 
     def save(self, state: _State) -> None:
@@ -409,9 +417,6 @@ class _Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"checkpoint {self.path} is damaged ({error}): remove it to start again") from error
         state.restore(tensors, TrainingLog(**json.loads(notes["log"])))
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
 
 
 def _fingerprint(problem: FlowProblem, coupling: Paired | BestOf, config: FlowConfig, updates: int) -> str:

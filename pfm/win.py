@@ -57,8 +57,11 @@ class WinFit:
     network_gain: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
-        return asdict(self)
+        """Give the figures as JSON values; what is not finite - every held-out pair ordered rightly - is None."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(self).items()
+        }
 
 
 class WinHead(nn.Module):

@@ -280,6 +280,7 @@ def test_bad_arguments_are_named(compass, call, told):
         ({"source": "winner"}, "source must be one of"),
         ({"validation_share": 1.0}, "validation_share"),
         ({"batch_size": 0}, "batch_size"),
+        ({"residual": "no"}, "residual must be true or false"),
         ({"device": "tpu"}, "device must be one of"),
     ],
 )
@@ -388,7 +389,31 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
     assert resumed_log == log
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, atol=0, rtol=0)
-    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_fit_removes_its_checkpoint_and_one_stopped_late_keeps_it(tmp_path, monkeypatch):
+    from pfm.win import WinHead
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    folder, config = tmp_path / "state", FlowConfig(epochs=3, hidden=16, layers=2)
+    monkeypatch.setattr(WinHead, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        PreferenceFlow.fit(compass_pairs(300), config, progress=False, checkpoint=folder)
+    assert list(folder.iterdir())
+    monkeypatch.undo()
+    PreferenceFlow.fit(compass_pairs(300), config, progress=False, checkpoint=folder)
+    assert not folder.exists()
+
+
+def test_a_perfect_order_can_be_saved(tmp_path):
+    pairs = EncodedPairs(torch.rand(60, 2) + 3, torch.rand(60, 2))
+    flow = PreferenceFlow.fit(pairs, FlowConfig(residual=False), progress=False)
+    assert flow.metadata["win"]["z"] is None
+    assert "all of them" in flow.summary()
+    flow.save_pretrained(tmp_path)
+    assert PreferenceFlow.from_pretrained(tmp_path).metadata == json.loads(json.dumps(flow.metadata))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -412,5 +437,5 @@ def test_images_are_carried_in_their_shape():
 
 def test_the_summary_tells_what_was_found(linear):
     assert "residual kept" in linear.summary() or "dropped" in linear.summary()
-    assert "held-out pairs ordered rightly" in linear.summary()
+    assert "of held-out pairs rightly" in linear.summary()
     assert pfm.__all__
