@@ -76,7 +76,8 @@ def _draw_lengths(axes: Any, report: TaskReport, scale: float) -> None:
     for method in report.methods:
         gain, ratio = method.figures["gain"], method.figures["length_ratio"]
         color = _color(method)
-        if gain is None or ratio is None or color == _CONTROL:  # a swapped control would stretch both axes
+        # Only what could be put to use: the oracle and swapped labels would stretch the axes for all others.
+        if gain is None or ratio is None or color == _CONTROL or method.name == "oracle":
             continue
         x, y = ratio.value, scale * gain.value
         axes.plot([x, x], [scale * gain.low, scale * gain.high], color=color, linewidth=1.2)

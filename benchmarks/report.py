@@ -24,7 +24,11 @@ from pfm.statistics import Estimate
 
 __all__ = ["MethodReport", "Run", "TaskReport", "collect", "compare", "markdown"]
 
-BASELINES = {"bradley_terry": "Bradley–Terry", "mean_shift": "mean shift"}  # what differences are taken to
+BASELINES = {
+    "identity": "original",
+    "bradley_terry": "Bradley–Terry",
+    "mean_shift": "mean shift",
+}  # what differences are to
 
 
 @dataclass(frozen=True)
