@@ -113,7 +113,8 @@ class SurfaceEncoder(Encoder):
             TypeError, ValueError: a text that is no string, or empty, by its index.
         """
         checked = check_texts(texts, self.on_empty)
-        values = np.array([_measure(text) for text in checked], np.float32)
+        measured = {text: _measure(text) for text in dict.fromkeys(checked)}
+        values = np.array([measured[text] for text in checked], np.float32)
         return torch.from_numpy(values.reshape(len(checked), self.dimension))
 
     def describe(self) -> dict[str, Any]:
