@@ -403,21 +403,26 @@ class PreferencePairs:
 
     # --- split, describe, encode -----------------------------------------------------------------------------
 
-    def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[PreferencePairs, PreferencePairs]:
-        """Split by prompt into (train, held out): no prompt, and no group, stands on both sides.
+    def split(
+        self, held_out: float = 0.1, seed: int = 0, *, by: str = "prompt"
+    ) -> tuple[PreferencePairs, PreferencePairs]:
+        """Split into (train, held out): no prompt stands on both sides.
 
         Which prompts are held out depends on their texts and the seed alone, not on the order of the rows.
 
         Args:
             held_out: share of the prompts to hold out, in (0, 1); at least one prompt on each side.
             seed: the same seed gives the same split.
+            by: ``"prompt"``; or ``"group"``, to keep whole groups - topics, debates, raters - on one side too, and
+                then the share is of the groups. Rows without a prompt are told apart by their group in both.
 
         Raises:
-            ValueError: ``held_out`` is out of range, or there are not two prompts to separate.
+            ValueError: ``held_out`` or ``by`` is out of range, or there are not two prompts to separate.
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
-        keys = self._split_keys(seed)
+        _check_choice("by", by, ("prompt", "group"))
+        keys = self._split_keys(seed, by)
         units = sorted(set(keys))
         if len(units) < 2:
             prompts = len(set(self._identities))
@@ -431,13 +436,13 @@ class PreferencePairs:
         mask = np.array([key in out for key in keys])
         return self.select(~mask), self.select(mask)
 
-    def _split_keys(self, seed: int) -> list[str]:
-        """Return for each row the random key of its unit: all prompts that are joined, if at all, by groups."""
+    def _split_keys(self, seed: int, by: str) -> list[str]:
+        """Return for each row the random key of its unit: its prompt, or all prompts that groups join to it."""
         prompt_keys = {
             identity: hashlib.blake2b(f"{seed}\0{identity}".encode(), digest_size=16).hexdigest()
             for identity in dict.fromkeys(self._identities)
         }
-        if self.group is None:
+        if self.group is None or by == "prompt":
             return [prompt_keys[identity] for identity in self._identities]
         # union-find over prompt keys; the smallest key of a unit stands for it, so row order does not matter
         parent = {key: key for key in prompt_keys.values()}

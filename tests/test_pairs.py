@@ -754,12 +754,13 @@ def test_swap_and_shuffle_are_controls():
 # --- split ---------------------------------------------------------------------------------------------------
 
 
-def linked_sets(rows) -> list[set]:
-    """Join (prompt, group) rows by brute force: what shares a prompt or a group is one set."""
+def linked_sets(rows, by) -> list[set]:
+    """Join (prompt, group) rows by brute force: what shares a prompt - or, by group, a group - is one set."""
     sets: list[set] = []
     for prompt, group in rows:
-        tags = {("prompt", prompt)} if prompt or group is None else set()
-        tags |= {("group", group)} - {("group", None)}
+        tags = {("prompt", prompt)} if prompt or group is None else {("group", group)}
+        if by == "group":
+            tags |= {("group", group)} - {("group", None)}
         touching = [other for other in sets if other & tags]
         sets = [other for other in sets if not other & tags] + [tags.union(*touching)]
     return sets
@@ -769,29 +770,30 @@ def linked_sets(rows) -> list[set]:
     st.lists(st.tuples(st.integers(0, 6), st.sampled_from([None, "g", "h", 1])), min_size=1, max_size=20),
     st.floats(0.01, 0.99),
     st.integers(0, 99),
+    st.sampled_from(["prompt", "group"]),
     st.randoms(use_true_random=False),
 )
-def test_split_never_leaks(rows, held_out, seed, random):
+def test_split_never_leaks(rows, held_out, seed, by, random):
     pairs = PreferencePairs.from_rows(
         [
             {"prompt": f"prompt {p}" if p else "", "chosen": f"good {n}", "rejected": "bad", "group": g}
             for n, (p, g) in enumerate(rows)
         ]
     )
-    units = linked_sets(rows)
+    units = linked_sets(rows, by)
     if len(units) < 2:
         with pytest.raises(ValueError, match="cannot hold a prompt out"):
-            pairs.split(held_out=held_out, seed=seed)
+            pairs.split(held_out=held_out, seed=seed, by=by)
         return
-    train, test = pairs.split(held_out=held_out, seed=seed)
+    train, test = pairs.split(held_out=held_out, seed=seed, by=by)
     assert sorted(train.chosen + test.chosen) == sorted(pairs.chosen)
-    sides = [linked_sets([rows[int(text.split()[1])] for text in side.chosen]) for side in (train, test)]
+    sides = [linked_sets([rows[int(text.split()[1])] for text in side.chosen], by) for side in (train, test)]
     assert not set().union(*sides[0]) & set().union(*sides[1])
     assert len(sides[1]) == min(max(round(held_out * len(units)), 1), len(units) - 1)
 
     order = list(range(len(pairs)))
     random.shuffle(order)
-    again = pairs.select(order).split(held_out=held_out, seed=seed)[1]
+    again = pairs.select(order).split(held_out=held_out, seed=seed, by=by)[1]
     assert sorted(again.chosen) == sorted(test.chosen)
 
 
@@ -812,7 +814,10 @@ def test_split_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"all 3 rows belong to one prompt; add rows of other prompts.*select\(\)"):
         many(1).split()
     with pytest.raises(ValueError, match="5 prompts are linked by their groups"):
-        many(5, group="all").split()
+        many(5, group="all").split(by="group")
+    assert len(set(many(5, group="all").split(held_out=0.2)[1].prompts)) == 1
+    with pytest.raises(ValueError, match="by must be"):
+        many(5).split(by="row")
     for held_out in (0, 1, -0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="held_out must lie between 0 and 1"):
             many(3).split(held_out=held_out)
