@@ -15,8 +15,8 @@ __all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "che
 class CandidateRows(NamedTuple):
     """Holds the candidates of one prompt as rows of the output table.
 
-    ``context_index`` is the prompt's row among the contexts, ``rows`` (n,) int64 are rows of the output
-    table, ``scores`` (n,) are the candidates' scores, higher is better.
+    ``context_index`` is the prompt's row among the contexts - without contexts its group -, ``rows`` (n,) int64 are
+    rows of the output table, ``scores`` (n,) are the candidates' scores, higher is better.
     """
 
     context_index: int
@@ -127,8 +127,8 @@ class EncodedPairs:
             context_index: (N,) rows of ``contexts``; needed when ``contexts`` is given.
             weight, probability, group, encoder: as for :class:`EncodedPairs`; ``group`` defaults to
                 ``context_index``.
-            candidates: for each prompt (context row, rows of ``outputs`` (n,), scores (n,)), for targets
-                beyond best of two.
+            candidates: for each prompt (context row, or without contexts its group; rows of ``outputs`` (n,);
+                scores (n,)), for targets beyond best of two.
 
         Raises:
             ValueError: an index is out of range, or shapes disagree.
@@ -277,8 +277,8 @@ class EncodedPairs:
         part._group = self.group[index]
         part.encoder = self.encoder
         part.candidates = self.candidates
-        if self.candidates is not None and part._context_index is not None:
-            kept = set(part._context_index.tolist())
+        if self.candidates is not None:
+            kept = set((part.group if part._context_index is None else part._context_index).tolist())
             part.candidates = [entry for entry in self.candidates if entry.context_index in kept]
         return part
 

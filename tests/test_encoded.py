@@ -50,7 +50,8 @@ def test_a_split_never_cuts_a_group(groups, seed):
     assert again[1].chosen.tolist() == held.chosen.tolist()
 
 
-def test_candidates_follow_their_prompts_through_a_split():
+@pytest.mark.parametrize("contexts", [torch.eye(2), None])
+def test_candidates_follow_their_prompts_through_a_split(contexts):
     outputs = torch.randn(8, 2)
     rows = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
     pairs = EncodedPairs.from_table(
