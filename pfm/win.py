@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.encoded import EncodedPairs, PairBatch
-from pfm.preferences.logistic import PairwiseLogistic, fit_platt, pairwise_log_loss
+from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
 
 __all__ = ["WinFit", "WinHead"]
 
@@ -175,7 +175,7 @@ class WinHead(nn.Module):
 
         reference = self._fit_reference_reward(batch.context, (loose_a + loose_b) / 2, fold)
         reward = torch.stack([loose_a - reference, loose_b - reference])
-        label = torch.stack([batch.probability, 1 - batch.probability])
+        label = drawn_in(torch.stack([batch.probability, 1 - batch.probability]))
         slope, offset = fit_platt(reward.flatten(), label.flatten(), batch.weight.repeat(2))
         self.slope.fill_(slope)
         self.offset.fill_(offset - slope * self._reference_mean)

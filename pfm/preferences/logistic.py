@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["PairwiseLogistic", "fit_platt", "pairwise_log_loss"]
+__all__ = ["PairwiseLogistic", "drawn_in", "fit_platt", "pairwise_log_loss"]
 
 
 class PairwiseLogistic:
@@ -74,8 +74,17 @@ def pairwise_log_loss(score: Tensor, weight: Tensor | None = None, probability: 
     return float((each * weight).sum() / weight.sum())
 
 
+def drawn_in(label: Tensor) -> Tensor:
+    """Draw labels (...) in [0, 1] in by one count of either kind (Platt 1999).
+
+    Few labels that a score happens to order perfectly do not make it certain; many are left as they are.
+    """
+    count = label.numel() / 2
+    return (label * count + 1) / (count + 2)
+
+
 def fit_platt(score: Tensor, label: Tensor, weight: Tensor | None = None) -> tuple[float, float]:
-    """Fit P(label = 1) = sigmoid(a score + c) by Newton's method (Platt 1999, without his target smoothing).
+    """Fit P(label = 1) = sigmoid(a score + c) by Newton's method (Platt 1999), to labels as :func:`drawn_in` gives.
 
     Args:
         score: (N,) raw scores.

@@ -1,0 +1,106 @@
+"""Preference models and their solver against known answers."""
+
+import pytest
+import torch
+
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.preferences import BradleyTerry
+from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+
+
+def bradley_terry_pairs(count: int, weights: torch.Tensor, seed: int = 0) -> EncodedPairs:
+    generator = torch.Generator().manual_seed(seed)
+    one, other = torch.randn(2, count, len(weights), generator=generator)
+    first = (torch.rand(count, generator=generator) < torch.sigmoid((one - other) @ weights))[:, None]
+    return EncodedPairs(torch.where(first, one, other), torch.where(first, other, one))
+
+
+WEIGHTS = torch.tensor([1.0, -0.5, 0.0, 0.25])
+
+
+def test_bradley_terry_recovers_the_weights_that_made_the_labels():
+    model = BradleyTerry(1e-6).fit(bradley_terry_pairs(60_000, WEIGHTS))
+    recovered = torch.tensor([float(model.score(row[None], torch.zeros(1, 4))) for row in torch.eye(4)])
+    torch.testing.assert_close(recovered, WEIGHTS, atol=0.03, rtol=0)
+
+
+def test_scores_are_skew_and_probabilities_sum_to_one():
+    model = BradleyTerry().fit(bradley_terry_pairs(500, WEIGHTS))
+    y, other = torch.randn(2, 7, 4)
+    torch.testing.assert_close(model.score(y, other), -model.score(other, y))
+    forth, back = model.win_probability(y, other[:1]), model.win_probability(other[:1], y)
+    assert float(forth.mean() + back) == pytest.approx(1.0, abs=1e-6)
+    torch.testing.assert_close(model.win_probability(y, other.expand(7, 7, 4)), model.win_probability(y, other))
+
+
+def test_swapped_labels_mirror_and_shuffled_labels_tell_nothing():
+    pairs = bradley_terry_pairs(20_000, WEIGHTS)
+    y = torch.randn(50, 4)
+    torch.testing.assert_close(
+        BradleyTerry().fit(pairs.swap()).score(y, -y), -BradleyTerry().fit(pairs).score(y, -y), atol=1e-3, rtol=0
+    )
+    assert float(BradleyTerry().fit(pairs.shuffle_labels()).score(y, -y).abs().max()) < 0.3
+
+
+def test_the_solver_is_at_the_penalised_optimum_along_its_path():
+    difference = torch.randn(800, 6, generator=torch.Generator().manual_seed(0))
+    weight, probability = torch.rand(800) + 0.1, torch.rand(800)
+    solver = PairwiseLogistic(difference, weight, probability)
+    share = weight / weight.sum()
+    for l2 in (1.0, 1e-2, 1e-4):
+        at = solver.fit(l2, iterations=100)
+        gradient = -(share * (probability - torch.sigmoid(difference @ at))) @ difference + 2 * l2 * at
+        assert float(gradient.abs().max()) < 1e-4
+
+
+def test_platt_recovers_slope_and_offset_and_takes_a_wrong_order_for_no_evidence():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(50_000, generator=generator) * 3
+    label = (torch.rand(50_000, generator=generator) < torch.sigmoid(0.7 * score - 0.4)).float()
+    slope, offset = fit_platt(score, label)
+    assert slope == pytest.approx(0.7, abs=0.03)
+    assert offset == pytest.approx(-0.4, abs=0.03)
+    assert fit_platt(-score, label) == (0.0, 0.0)
+    assert fit_platt(torch.ones(5), torch.ones(5)) == (0.0, 0.0)
+
+
+def test_platt_is_not_certain_of_a_few_perfectly_ordered_labels():
+    score = torch.cat([torch.arange(1.0, 11.0), -torch.arange(1.0, 11.0)])
+    slope, offset = fit_platt(score, drawn_in((score > 0).float()))
+    assert 0.9 < float(torch.sigmoid(slope * score + offset).max()) < 0.999
+    assert drawn_in(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_b_is_not_certain_after_a_few_pairs_that_are_easy_to_order():
+    generator = torch.Generator().manual_seed(0)
+    pairs = EncodedPairs(torch.randn(50, 6, generator=generator) + 2, torch.randn(50, 6, generator=generator) - 2)
+    flow = PreferenceFlow.fit(pairs, FlowConfig(residual=False), progress=False)
+    b = flow.win_probability(pairs.chosen)
+    assert float(b.mean()) > 0.9
+    assert float(b.max()) < 0.9999
+
+
+def test_log_loss_of_a_coin_is_log_two():
+    assert pairwise_log_loss(torch.zeros(4), torch.ones(4), torch.tensor([0.0, 0.3, 0.5, 1.0])) == pytest.approx(
+        0.693147
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: BradleyTerry(0.0), "l2 must be positive"),
+        (
+            lambda: BradleyTerry().fit(bradley_terry_pairs(50, WEIGHTS)).reward(torch.zeros(2, 3)),
+            "4 values a row: got 3",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, told):
+    with pytest.raises(ValueError, match=told):
+        call()
+
+
+def test_an_unfitted_model_says_so():
+    with pytest.raises(RuntimeError, match="not fitted"):
+        BradleyTerry().reward(torch.zeros(1, 2))
