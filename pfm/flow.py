@@ -22,6 +22,7 @@ from pfm.config import FlowConfig
 from pfm.couplings import BestOf, Paired, make_coupling
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.fields import Field, Moments, Normalizer
+from pfm.files import replace_file
 from pfm.training import FlowProblem, TrainingLog, remove_checkpoint, train_residual
 from pfm.transport import ADAPTIVE_SOLVERS, integrate
 from pfm.win import WinHead
@@ -411,7 +412,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
         folder = Path(save_directory)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        _replace(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         described = {
             "event_shape": list(self.event_shape),
             "context_dimension": self.context_dimension,
@@ -419,7 +420,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             "metadata": self.metadata,
         }
         text = json.dumps(described, indent=2, allow_nan=False) + "\n"
-        _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PreferenceFlow:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -602,19 +603,6 @@ class _matmul_precision:
 
     def __exit__(self, *_: object) -> None:
         torch.set_float32_matmul_precision(self.before)
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write beside ``path`` and move into place, so that a failure leaves what was there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o666 & ~mask)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _version() -> str:

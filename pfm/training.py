@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.couplings import BestOf, Coupled, Paired
 from pfm.fields import Field, Normalizer
+from pfm.files import replace_file
 
 __all__ = ["FlowProblem", "TrainingLog", "flow_matching_loss", "path_sample", "remove_checkpoint", "train_residual"]
 
@@ -396,9 +396,7 @@ class _Checkpoint:
         from safetensors.torch import save_file
 
         notes = {"fingerprint": self.fingerprint, "log": json.dumps(asdict(state.log))}
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        save_file(state.tensors(), partial, metadata=notes)
-        os.replace(partial, self.path)
+        replace_file(self.path, lambda path: save_file(state.tensors(), path, metadata=notes))
 
     def load(self, state: _State) -> None:
         from safetensors import SafetensorError, safe_open

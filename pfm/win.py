@@ -88,7 +88,6 @@ class WinHead(nn.Module):
             "context_spread": torch.ones(context_dimension),
         }.items():
             self.register_buffer(name, value)
-        self._reference_mean = 0.0
         self.network: nn.Sequential | None = nn.Sequential(
             nn.Linear(dimension + context_dimension, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
             nn.Linear(hidden, 1),
@@ -173,12 +172,13 @@ class WinHead(nn.Module):
         self.weights.copy_(weights)
         self.product_weights.copy_(product_weights)
 
-        reference = self._fit_reference_reward(batch.context, (loose_a + loose_b) / 2, fold)
+        both = (loose_a + loose_b) / 2
+        reference = self._fit_reference_reward(batch.context, both, fold)
         reward = torch.stack([loose_a - reference, loose_b - reference])
         label = drawn_in(torch.stack([batch.probability, 1 - batch.probability]))
         slope, offset = fit_platt(reward.flatten(), label.flatten(), batch.weight.repeat(2))
         self.slope.fill_(slope)
-        self.offset.fill_(offset - slope * self._reference_mean)
+        self.offset.fill_(offset - slope * float(both.mean()))
         logit = slope * reward + offset
 
         network_gain = 0.0
@@ -217,29 +217,31 @@ class WinHead(nn.Module):
 
     def _fit_reference_reward(self, context: Tensor | None, reward: Tensor, fold: Tensor) -> Tensor:
         """Regress the reference's mean reward on the context; give its out-of-fold predictions (N,)."""
-        self._reference_mean = float(reward.mean())
+        mean = float(reward.mean())
         self.context_weights.zero_()
         if context is None:
-            return torch.full_like(reward, self._reference_mean)
+            return torch.full_like(reward, mean)
         inputs = (context - self.context_mean).double()
-        centred = (reward - self._reference_mean).double()
+        centred = (reward - mean).double()
         unit = float(inputs.square().sum(1).mean()) or 1.0
         best: tuple[float, float, Tensor] = (
             float(centred.square().mean()),
             math.inf,
             torch.zeros_like(centred),
         )
+        numbers = fold.unique().tolist()
+        systems = [_normal_equations(inputs[fold != number], centred[fold != number]) for number in numbers]
         for ridge in (10.0, 1.0, 0.1, 0.01):
             loose = torch.zeros_like(centred)
-            for number in range(int(fold.max()) + 1):
+            for number, system in zip(numbers, systems, strict=True):
                 part = fold == number
-                loose[part] = inputs[part] @ _ridge(inputs[~part], centred[~part], ridge * unit)
+                loose[part] = inputs[part] @ _ridge(system, ridge * unit)
             error = float((centred - loose).square().mean())
             if error < best[0]:
                 best = (error, ridge, loose)
         if not math.isinf(best[1]):
-            self.context_weights.copy_(_ridge(inputs, centred, best[1] * unit))
-        return (best[2] + self._reference_mean).float()
+            self.context_weights.copy_(_ridge(_normal_equations(inputs, centred), best[1] * unit))
+        return (best[2] + mean).float()
 
     def _fit_network(
         self,
@@ -349,10 +351,15 @@ def _folds(group: Tensor, generator: torch.Generator) -> Tensor:
     return place[member]
 
 
-def _ridge(inputs: Tensor, target: Tensor, penalty: float) -> Tensor:
-    gram = inputs.T @ inputs / len(inputs)
-    gram.diagonal().add_(penalty / inputs.shape[1])
-    return torch.linalg.solve(gram, inputs.T @ target / len(inputs)).to(inputs.dtype)
+def _normal_equations(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return inputs.T @ inputs / len(inputs), inputs.T @ target / len(inputs)
+
+
+def _ridge(system: tuple[Tensor, Tensor], penalty: float) -> Tensor:
+    gram, cross = system
+    gram = gram.clone()
+    gram.diagonal().add_(penalty / len(gram))
+    return torch.linalg.solve(gram, cross)
 
 
 def _train_network(
