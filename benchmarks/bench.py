@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pfm.encoders import Encoder
+from pfm.encoders import Encoder, encoder_from_name
 from pfm.statistics import Estimate
 
 __all__ = ["Bench", "Outcome"]
@@ -15,11 +16,20 @@ __all__ = ["Bench", "Outcome"]
 
 @dataclass(frozen=True)
 class Bench:
-    """Lends the encoder that all methods share, the run's seed, and whether to show progress."""
+    """Lends the encoder that all methods share, the run's seed, and whether to show progress.
 
-    encoder: Encoder
+    The encoder is made when a task first asks for it: the laws on the plane have nothing to encode.
+    """
+
+    encoder_name: str
+    long_texts: str
     seed: int
     progress: bool
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Make the encoder."""
+        return encoder_from_name(self.encoder_name, long_texts=self.long_texts)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from benchmarks.bench import Bench
 from benchmarks.config import RunConfig
 from benchmarks.methods import make_method
 from benchmarks.tasks import load_task
-from pfm.encoders import encoder_from_name
 
 __all__ = ["METRICS", "PICKS", "run"]
 
@@ -70,9 +69,8 @@ def _measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     task = load_task(config.task, config.seed)
     method = make_method(config.method)
-    encoder = encoder_from_name(config.encoder, long_texts=config.long_texts)
     loading = round(time.perf_counter() - began, 3)
-    outcome = task.run(method, Bench(encoder, config.seed, config.progress))
+    outcome = task.run(method, Bench(config.encoder, config.long_texts, config.seed, config.progress))
     metrics = {
         "key": config.key(),
         "settings": config.settings(),

@@ -25,7 +25,6 @@ from benchmarks.methods import make_method
 from benchmarks.runner import run
 from benchmarks.selection import Selection, draw_candidates, limited, one_hot, split_prompts
 from benchmarks.tasks import load_task
-from pfm.encoders import SurfaceEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = {"alpaca": "alpaca_eval", "arguments": "ukp_convarg", "captions": "caption_contest"}
@@ -233,12 +232,12 @@ def test_no_method_reads_the_judge(method: str):
     if hasattr(settings.method, "flow"):
         cast(Any, settings.method).flow["residual"] = False
     blind = [type(item)(**vars(item) | {"scores": item.scores * np.nan, "independent": np.nan}) for item in data.items]
-    encoder, made = SurfaceEncoder(), make_method(settings.method)
+    bench, made = Bench("surface", "truncate", 0, False), make_method(settings.method)
     if made.reads_vectors:
         train = data.train.select(range(0, len(data.train), 20))
-        made.fit(train.encode(encoder, progress=False), Bench(encoder, 0, False))
-    seen = made.choose(data.items, encoder)
-    assert np.array_equal(seen, made.choose(blind, encoder))
+        made.fit(train.encode(bench.encoder, progress=False), bench)
+    seen = made.choose(data.items, bench.encoder)
+    assert np.array_equal(seen, made.choose(blind, bench.encoder))
     assert np.array_equal(seen.sum(1), np.ones(len(data.items)))
 
 
@@ -248,7 +247,7 @@ def test_mean_shift_turns_round_with_soft_labels_below_one_half():
 
     chosen, rejected = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.zeros(2, 2)
     shift = MeanShift()
-    shift.fit(EncodedPairs(chosen, rejected, probability=[1.0, 0.0]), Bench(SurfaceEncoder(), 0, False))
+    shift.fit(EncodedPairs(chosen, rejected, probability=[1.0, 0.0]), Bench("surface", "truncate", 0, False))
     assert shift.direction.tolist() == [0.5, -1.5]
 
 

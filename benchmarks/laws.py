@@ -1,0 +1,100 @@
+"""Tasks of one kind: a method moves draws of a reference, and the laws it should reach are known exactly."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench import Bench
+from pfm import EncodedPairs
+
+__all__ = ["Law", "Mover"]
+
+
+@dataclass(frozen=True)
+class Law(ABC):
+    """Is a reference law with a preference over its draws: all of it can be computed.
+
+    Draws are y (B, D); contexts (B, C), or None where the law has none. The law of round k is that of the best of
+    2^k reference draws while preferences are transitive: two draws of round k - 1 meet, and the preferred one stays.
+
+    Attributes:
+        name: as in tables. dimension: D. context_dimension: C, 0 for none.
+        box: (low, high) of every coordinate, for grids and plots: it holds all of the reference but a millionth.
+    """
+
+    name: str
+    dimension: int
+    context_dimension: int
+    box: tuple[float, float]
+
+    def contexts(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Draw contexts (count, C)."""
+        return None
+
+    @abstractmethod
+    def reference(self, context: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
+        """Draw count outputs (count, D) of the reference, under contexts (count, C) or None."""
+
+    @abstractmethod
+    def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Give the logarithm of the reference's density (B,), up to a constant."""
+
+    @abstractmethod
+    def preference(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
+        """Give P(y > other | context) (B,); P(y > other) + P(other > y) = 1."""
+
+    @abstractmethod
+    def supported(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Tell which outputs (B,) lie where the reference puts its mass."""
+
+    def reward(self, y: Tensor, context: Tensor | None) -> Tensor | None:
+        """Give a reward (B,) that orders outputs as the preference does; None where no reward can."""
+        return None
+
+    def label(self, y: Tensor, other: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Draw whether y is preferred (B,) bool: one vote."""
+        return torch.rand(len(y), generator=generator) < self.preference(y, other, context)
+
+    def round(self, number: int, context: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
+        """Draw (count, D) of the law of a round, exactly: a knock-out tournament of 2^number reference draws."""
+        if number == 0:
+            return self.reference(context, count, generator)
+        one = self.round(number - 1, context, count, generator)
+        other = self.round(number - 1, context, count, generator)
+        return torch.where(self.label(one, other, context, generator)[:, None], one, other)
+
+    def pairs(self, count: int, generator: torch.Generator) -> EncodedPairs:
+        """Draw labelled pairs of the reference."""
+        context = self.contexts(count, generator)
+        one, other = (self.reference(context, count, generator) for _ in range(2))
+        first = self.label(one, other, context, generator)[:, None]
+        return EncodedPairs(torch.where(first, one, other), torch.where(first, other, one), context)
+
+
+@runtime_checkable
+class Mover(Protocol):
+    """Is what a method must be for these tasks.
+
+    ``draws`` is the number of reference draws an output costs, ``evaluations`` that of evaluations of its network
+    (None where it has none); both are read after :meth:`learn`.
+    """
+
+    draws: int
+    evaluations: float | None
+
+    def learn(self, law: Law, train: EncodedPairs, bench: Bench) -> dict[str, Any]:
+        """Learn from the pairs; return what is worth noting, as JSON values.
+
+        Of the law, a method may use what its kind has: a wrapper the reference's draws, a policy with likelihood
+        also the reference's density, one that asks for labels as it goes :meth:`Law.label`, and the oracle all.
+        """
+        ...
+
+    def move(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Refine draws y (B, D) of the reference, under contexts (B, C) or None."""
+        ...
