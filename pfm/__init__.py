@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pfm import decoders, encoders, generators, preferences
     from pfm.config import FlowConfig
     from pfm.encoded import EncodedPairs
-    from pfm.errors import EncodingError, GenerationError, PfmError
+    from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, PfmError
     from pfm.evaluation import Report, Scored, evaluate
     from pfm.flow import PreferenceFlow
     from pfm.pairs import PreferenceDataError, PreferencePairs
@@ -21,6 +21,7 @@ _HOME = {
     "EncodingError": "errors",
     "FlowConfig": "config",
     "GenerationError": "errors",
+    "NonFiniteWarning": "errors",
     "PfmError": "errors",
     "PreferenceDataError": "pairs",
     "PreferenceFlow": "flow",
@@ -38,6 +39,7 @@ __all__ = [
     "EncodingError",
     "FlowConfig",
     "GenerationError",
+    "NonFiniteWarning",
     "PfmError",
     "PreferenceDataError",
     "PreferenceFlow",

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["FlowConfig"]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
-DTYPES = ("auto", "float32", "medium")
+DTYPES = ("auto", "float32", "medium", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,13 @@ class FlowConfig:
     What is learned
         source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners' law;
             ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
-        coupling: which source sample goes with which target; ``"paired"`` takes the data's own pairs.
+        coupling: which source sample goes with which target, see :mod:`pfm.couplings`; ``"paired"`` takes the data's
+            own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the nearest
+            with the contexts' distance in the cost.
         best_of: target of one pass, best of this many reference draws; above 2 it needs candidate sets.
         sigma: noise on the training path at its middle, in units of the displacement's root mean square a
             dimension; >= 0.
+        context_free: also fit a field without contexts, which ``transport(guidance=...)`` needs.
         linear: contain the closed-form linear part.
         residual: learn a network beyond the linear part, kept as far as held-out prompts confirm it.
         unit_norm: ``"auto"`` projects results back to the unit sphere if the training outputs all lie on it;
@@ -39,7 +42,8 @@ class FlowConfig:
         seed: the same seed, data and machine give the same flow.
         device: ``"auto"`` is CUDA where there is one, else the CPU.
         dtype: ``"float32"``; ``"medium"`` allows reduced-precision matrix products where the machine has them;
-            ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
+            ``"bfloat16"`` trains the network under autocast; ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
+        compile: train the network through ``torch.compile``, which needs a C++ compiler on the CPU.
 
     Integration
         solver: a name in :data:`pfm.transport.SOLVERS`.
@@ -54,6 +58,7 @@ class FlowConfig:
     coupling: str = "paired"
     best_of: int = 2
     sigma: float = 0.05
+    context_free: bool = False
     linear: bool = True
     residual: bool = True
     unit_norm: str = "auto"
@@ -69,6 +74,7 @@ class FlowConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    compile: bool = False
     solver: str = "rk4"
     steps: Any = "auto"
     tolerance: float = 1e-2
@@ -84,7 +90,7 @@ class FlowConfig:
         check_solver(self.solver)
         if self.device not in DEVICES and not self.device.startswith("cuda:"):
             _one_of("device", self.device, DEVICES)
-        for name in ("linear", "residual"):
+        for name in ("context_free", "linear", "residual", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false: got {getattr(self, name)!r}")
         for name in ("hidden", "layers", "epochs", "steps"):

@@ -1,7 +1,8 @@
 """Couplings: which source sample travels to which target sample in training.
 
-Every coupling joins samples of one context only. Joining across contexts (as minibatch optimal transport does
-when it ignores contexts) transports each prompt's outputs to other prompts' outputs.
+A coupling joins samples of one context. Joining across contexts, as minibatch optimal transport does when it ignores
+them, transports each prompt's outputs to other prompts' outputs; the one exception, ``c2ot``, has the distance of
+contexts in its cost.
 
 With P(y > y') + P(y' > y) = 1 the winners' law is p1 = 2 pi_ref b and the losers' law p0 = 2 pi_ref (1 - b), so
 pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from the reference.
@@ -10,27 +11,80 @@ pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pfm.encoded import EncodedPairs
 
-__all__ = ["COUPLINGS", "SOURCES", "BestOf", "Coupled", "Paired", "make_coupling"]
+__all__ = [
+    "COUPLINGS",
+    "SOURCES",
+    "BestOf",
+    "Coupled",
+    "Coupling",
+    "Independent",
+    "Joined",
+    "Paired",
+    "Transported",
+    "WithoutContext",
+    "make_coupling",
+]
 
 SOURCES = ("reference", "rejected")
-COUPLINGS = ("paired",)
+COUPLINGS = ("paired", "independent", "ot", "c2ot")
+BLOCK = 1024  # samples of one assignment problem: it costs the cube of them
+CONTEXT_BLUR = 0.05  # root mean square distance of contexts that c2ot joins, in units of their spread
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """Holds joined samples: source and target (B, D), context (B, C) or None, weight (B,) with mean about 1."""
+    """Holds joined samples: source and target (B, D), weight (B,) with mean about 1, context (B / r, C) or None.
+
+    The rows are r = ``repeats`` blocks, and row i of every block has context i: what the rows of an item share is
+    kept, and computed, once.
+    """
 
     source: Tensor
     target: Tensor
     context: Tensor | None
     weight: Tensor
+    repeats: int = 1
+
+    def row_context(self) -> Tensor | None:
+        """Give every row's context, (B, C)."""
+        return None if self.context is None else self.context.repeat(self.repeats, 1)
+
+    def to(self, device: torch.device) -> Coupled:
+        """Copy to a device; on the same one nothing is copied."""
+        context = None if self.context is None else self.context.to(device, non_blocking=True)
+        source, target, weight = (
+            part.to(device, non_blocking=True) for part in (self.source, self.target, self.weight)
+        )
+        return Coupled(source, target, context, weight, self.repeats)
+
+
+class Coupling(Protocol):
+    """Is what gives the training its joined samples.
+
+    ``rows_per_item`` is the number of rows :meth:`draw` makes of an item.
+    """
+
+    rows_per_item: int
+
+    def __len__(self) -> int:
+        """Count the items."""
+        ...
+
+    def group_of(self, index: Tensor) -> Tensor:
+        """Give the prompts of the items at ``index`` (B,)."""
+        ...
+
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
+        """Join the items at ``index`` (B,) into ``rows_per_item * B`` rows."""
+        ...
 
 
 class Paired:
@@ -77,8 +131,7 @@ class Paired:
                 targets += [batch.rejected, batch.rejected]
                 weights += [weight * (1 - batch.probability)] * 2
         scale = 2.0 if self.soft else 1.0
-        context = None if batch.context is None else batch.context.repeat(len(sources), 1)
-        return Coupled(torch.cat(sources), torch.cat(targets), context, torch.cat(weights) * scale)
+        return Coupled(torch.cat(sources), torch.cat(targets), batch.context, torch.cat(weights) * scale, len(sources))
 
 
 class BestOf:
@@ -137,21 +190,232 @@ class BestOf:
         return Coupled(source, target, context, torch.ones(len(index)))
 
 
-def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: int) -> Paired | BestOf:
+class _Ends:
+    """Holds the ends of all pairs: every source and target sample of a pair set, with its weight.
+
+    A sample is a place in the sense of :meth:`pfm.EncodedPairs.members`. ``source="rejected"``: losers to winners.
+    ``source="reference"``: both members of a pair, to winners. With a soft label p each member is the winner with
+    weight p or 1 - p.
+    """
+
+    def __init__(self, pairs: EncodedPairs, source: str) -> None:
+        if source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
+        count = len(pairs)
+        chosen, rejected = 2 * torch.arange(count), 2 * torch.arange(count) + 1
+        weight = torch.ones(count) if pairs.weight is None else pairs.weight / pairs.weight.mean()
+        winner = torch.ones(count) if pairs.probability is None else pairs.probability
+        both = torch.stack([chosen, rejected], dim=1).flatten()
+        won = torch.stack([weight * winner, weight * (1 - winner)], dim=1).flatten()
+        lost = torch.stack([weight * (1 - winner), weight * winner], dim=1).flatten()
+        self.sources, self.source_weight = _present(both, won + lost if source == "reference" else lost)
+        self.targets, self.target_weight = _present(both, won)
+
+
+def _present(places: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    kept = weight > 0
+    return places[kept], weight[kept]
+
+
+class Independent:
+    """Joins each source sample to any target sample of its context, by their weights.
+
+    Of use where a context holds many samples; :func:`make_coupling` refuses pairs of which each has its own.
+    """
+
+    rows_per_item = 1
+
+    def __init__(self, pairs: EncodedPairs, source: str) -> None:
+        self.pairs = pairs
+        ends, pool = _Ends(pairs, source), pairs.pool
+        self._sources, self._weight = ends.sources, ends.source_weight / ends.source_weight.mean()
+        self._pool = pool[ends.sources // 2]
+        of_target = pool[ends.targets // 2]
+        order = of_target.argsort(stable=True)
+        self._targets = ends.targets[order]
+        # One running sum over all pools: a pool is an interval of it, a target a piece of that.
+        self._sum = ends.target_weight[order].double().cumsum(0)
+        self._last = torch.bincount(of_target, minlength=int(pool.max()) + 1).cumsum(0) - 1
+        self._high = self._sum[self._last.clamp_min(0)]
+        self._low = torch.cat([torch.zeros(1, dtype=torch.float64), self._high[:-1]])
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def group_of(self, index: Tensor) -> Tensor:
+        """Give the prompts of the source samples at ``index`` (B,)."""
+        return self.pairs.group[self._sources[index] // 2]
+
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
+        """Join the source samples at ``index`` (B,) with targets of their contexts, drawn afresh."""
+        pool = self._pool[index]
+        uniform = torch.rand(len(index), generator=generator, dtype=torch.float64)
+        place = self._low[pool] + uniform * (self._high[pool] - self._low[pool])
+        target = torch.minimum(torch.searchsorted(self._sum, place, right=True), self._last[pool])
+        return _joined(self.pairs, self._sources[index], self._targets[target], self._weight[index])
+
+
+class Transported:
+    """Joins source and target samples by optimal transport: the least total squared distance of outputs.
+
+    ``across=False`` (``ot``): within a context only, exactly for up to :data:`BLOCK` samples, larger contexts in
+    random blocks of that size. ``across=True`` (``c2ot``): in random blocks of all samples, with a multiple of the
+    contexts' squared distance in the cost (C2OT, Cheng and Schwing 2503.10636), the smallest power of two at which
+    joined contexts are within :data:`CONTEXT_BLUR` of their spread; rows carry the source's context.
+    """
+
+    rows_per_item = 1
+
+    def __init__(self, pairs: EncodedPairs, source: str, *, across: bool = False, seed: int = 0) -> None:
+        self.pairs = pairs
+        self.context_weight = 0.0
+        ends, generator = _Ends(pairs, source), torch.Generator().manual_seed(seed)
+        pool = torch.zeros(len(pairs), dtype=torch.long) if across else pairs.pool
+        sources, targets = [], []
+        for ours, theirs in zip(
+            _by_pool(pool, ends.sources, ends.source_weight, generator),
+            _by_pool(pool, ends.targets, ends.target_weight, generator), strict=True,
+        ):  # fmt: skip
+            count = len(ours[0])
+            if count == 0:
+                continue
+            start = _spread(*ours, count)
+            stop = _spread(*theirs, count)
+            start, stop = (part[torch.randperm(count, generator=generator)] for part in (start, stop))
+            blocks = -(-count // BLOCK)
+            for some, others in zip(start.tensor_split(blocks), stop.tensor_split(blocks), strict=True):
+                sources.append(some)
+                targets.append(others[self._assign(some, others, across)])
+        self._sources, self._targets = torch.cat(sources), torch.cat(targets)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def group_of(self, index: Tensor) -> Tensor:
+        """Give the prompts of the source samples at ``index`` (B,)."""
+        return self.pairs.group[self._sources[index] // 2]
+
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
+        """Gather the joined samples at ``index`` (B,)."""
+        return _joined(self.pairs, self._sources[index], self._targets[index], torch.ones(len(index)))
+
+    def _assign(self, sources: Tensor, targets: Tensor, across: bool) -> Tensor:
+        """Give for each source (n,) the number of its target (n,)."""
+        from scipy.optimize import linear_sum_assignment
+
+        if len(sources) == 1:
+            return torch.zeros(1, dtype=torch.long)
+        cost = _squares(*(self.pairs.members(part).cpu() for part in (sources, targets)))
+        if not across:
+            return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
+        ours, theirs = (self.pairs.contexts_of(part // 2) for part in (sources, targets))
+        assert ours is not None
+        assert theirs is not None
+        apart = _squares(ours, theirs)
+        spread = float((ours - ours.mean(0)).square().sum(1).mean())
+        weight = self.context_weight or float(cost.mean()) / max(spread, 1e-12)
+        while True:
+            found = torch.from_numpy(linear_sum_assignment((cost + weight * apart).numpy())[1])
+            blur = float(apart[torch.arange(len(found)), found].mean())
+            if self.context_weight or blur <= CONTEXT_BLUR**2 * spread or weight > 1e12:
+                self.context_weight = weight
+                return found
+            weight *= 2
+
+
+class Joined:
+    """Holds samples that are joined already: source, target (N, D), context (N, C) or None; each its own prompt."""
+
+    rows_per_item = 1
+
+    def __init__(self, source: Tensor, target: Tensor, context: Tensor | None) -> None:
+        self.source, self.target, self.context = source, target, context
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def group_of(self, index: Tensor) -> Tensor:
+        """Give the numbers of the samples, (B,)."""
+        return index
+
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
+        """Gather the samples at ``index`` (B,)."""
+        rows = index.to(self.source.device)
+        context = None if self.context is None else self.context[rows]
+        return Coupled(self.source[rows], self.target[rows], context, torch.ones(len(index)))
+
+
+class WithoutContext:
+    """Hides the contexts of another coupling, which joins within them all the same."""
+
+    def __init__(self, coupling: Coupling) -> None:
+        self.coupling = coupling
+        self.rows_per_item = coupling.rows_per_item
+
+    def __len__(self) -> int:
+        return len(self.coupling)
+
+    def group_of(self, index: Tensor) -> Tensor:
+        """Give the prompts of the items at ``index`` (B,)."""
+        return self.coupling.group_of(index)
+
+    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
+        """Join as the other coupling does."""
+        return replace(self.coupling.draw(index, generator), context=None)
+
+
+def _by_pool(pool: Tensor, places: Tensor, weight: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
+    """Cut samples into their pools, in random order inside each."""
+    mixed = torch.randperm(len(places), generator=generator)
+    order = mixed[pool[places[mixed] // 2].argsort(stable=True)]
+    sizes = torch.bincount(pool[places // 2], minlength=int(pool.max()) + 1).tolist()
+    return list(zip(places[order].split(sizes), weight[order].split(sizes), strict=True))
+
+
+def _spread(places: Tensor, weight: Tensor, count: int) -> Tensor:
+    """Take ``count`` of some samples in proportion to their weights: with equal weights each equally often."""
+    sums = weight.double().cumsum(0)
+    marks = (torch.arange(count, dtype=torch.float64) + 0.5) / count * sums[-1]
+    return places[torch.searchsorted(sums, marks).clamp(max=len(places) - 1)]
+
+
+def _squares(one: Tensor, other: Tensor) -> Tensor:
+    """Give all squared distances (n, m) of rows (n, D) and (m, D)."""
+    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+
+def _joined(pairs: EncodedPairs, sources: Tensor, targets: Tensor, weight: Tensor) -> Coupled:
+    return Coupled(pairs.members(sources), pairs.members(targets), pairs.contexts_of(sources // 2), weight)
+
+
+def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: int = 2, seed: int = 0) -> Coupling:
     """Make the coupling that a configuration names.
 
     Raises:
-        ValueError: unknown names, or ``best_of`` above 2 where it has no meaning.
+        ValueError: unknown names, ``best_of`` above 2 where it has no meaning, or a coupling that needs several
+            pairs of one context where each has its own.
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}: got {coupling!r}")
     if best_of < 2:
         raise ValueError(f"best_of must be at least 2: got {best_of}")
-    if best_of == 2:
+    if best_of > 2:
+        if source != "reference" or coupling != "paired":
+            raise ValueError(
+                f"best_of={best_of} carries the reference to best of {best_of} of candidate sets: it goes with "
+                f"source='reference' and coupling='paired', got source={source!r} and coupling={coupling!r}"
+            )
+        return BestOf(pairs, best_of)
+    if coupling == "paired":
         return Paired(pairs, source)
-    if source != "reference":
+    if coupling == "c2ot":
+        if pairs.context_dimension == 0:
+            raise ValueError("coupling='c2ot' weighs the distance of contexts, and these pairs have none: use 'ot'")
+        return Transported(pairs, source, across=True, seed=seed)
+    if len(pairs) > 1 and int(torch.bincount(pairs.pool).max()) == 1:
         raise ValueError(
-            f"best_of={best_of} carries the reference to best of {best_of}: it goes with source='reference', "
-            f"got source={source!r}"
+            f"coupling={coupling!r} joins samples of one context, and each of these {len(pairs)} pairs has its own: "
+            "joining across contexts would mix them. Use coupling='paired', or 'c2ot', which has the distance of "
+            "contexts in its cost"
         )
-    return BestOf(pairs, best_of)
+    return Independent(pairs, source) if coupling == "independent" else Transported(pairs, source, seed=seed)

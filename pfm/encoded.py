@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite"]
+from pfm.files import replace_file
+
+__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash"]
+
+CHUNK = 8192
+DESCRIPTION = "pairs.json"
 
 
 class CandidateRows(NamedTuple):
@@ -175,12 +183,108 @@ class EncodedPairs:
         self._set_columns(count, weight, probability, group, encoder)
         return self
 
+    # -- on disk ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = torch.float16) -> Path:
+        """Write the pairs to a folder of .npy arrays, from which :meth:`load` maps them into memory.
+
+        Args:
+            folder: made if absent; what is there under the same names is replaced.
+            dtype: of the outputs and contexts on disk, float16 or float32; None keeps float16 and float32 and
+                writes anything else as float32.
+
+        Raises:
+            ValueError: a value is too large for float16.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / DESCRIPTION).unlink(missing_ok=True)  # it comes last: without it the folder is unfinished
+        one_table = self._tables[0] is self._tables[1]
+        large: dict[str, Tensor | None] = {
+            "outputs": self._tables[0],
+            "rejected_outputs": None if one_table else self._tables[1],
+            "contexts": self._contexts,
+        }
+        columns = {
+            "chosen_index": self._indices[0],
+            "rejected_index": self._indices[1],
+            "context_index": self._context_index,
+            "weight": self.weight,
+            "probability": self.probability,
+            "group": self.group if self._grouped else None,
+        }
+        if self.candidates:
+            columns |= {
+                "candidate_sizes": torch.tensor([len(entry.rows) for entry in self.candidates]),
+                "candidate_contexts": torch.tensor([entry.context_index for entry in self.candidates]),
+                "candidate_rows": torch.cat([entry.rows for entry in self.candidates]),
+                "candidate_scores": torch.cat([entry.scores for entry in self.candidates]),
+            }
+        for name, table in large.items():
+            if table is not None:
+                _write_table(folder / f"{name}.npy", name, table, dtype)
+        for name, column in columns.items():
+            if column is not None:
+                np.save(folder / f"{name}.npy", column.numpy(), allow_pickle=False)
+        names = [name for name, value in (large | columns).items() if value is not None]
+        described = {"version": 1, "arrays": names, "event_shape": list(self.event_shape), "encoder": self.encoder}
+        text = json.dumps(described, indent=2) + "\n"
+        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EncodedPairs:
+        """Map the pairs that :meth:`save` wrote: outputs and contexts stay on disk and are read batch by batch.
+
+        Raises:
+            FileNotFoundError: the folder holds no finished pairs. ValueError: its files do not fit each other.
+        """
+        folder = Path(folder)
+        if not (folder / DESCRIPTION).is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {DESCRIPTION}: give a folder that EncodedPairs.save has finished writing"
+            )
+        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        # Copy-on-write: torch wants writable memory, and nothing ever writes to it.
+        found = {
+            name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))
+            for name in described["arrays"]
+        }
+        event_shape = torch.Size(described["event_shape"])
+        candidates = None
+        if "candidate_sizes" in found:
+            sizes = found["candidate_sizes"].tolist()
+            candidates = zip(
+                found["candidate_contexts"].tolist(), found["candidate_rows"].split(sizes),
+                found["candidate_scores"].split(sizes), strict=True,
+            )  # fmt: skip
+        outputs = found["outputs"]
+        if outputs.shape[1:].numel() != event_shape.numel():
+            raise ValueError(f"{folder}/outputs.npy has rows of {outputs.shape[1]} values, expected {event_shape}")
+        pairs = cls.from_table(
+            outputs.unflatten(1, event_shape), found["chosen_index"],
+            found["rejected_index"] if "rejected_outputs" not in found else found["chosen_index"],
+            contexts=found.get("contexts"), context_index=found.get("context_index"), weight=found.get("weight"),
+            probability=found.get("probability"), group=found.get("group"), encoder=described["encoder"],
+            candidates=None if candidates is None else list(candidates),
+        )  # fmt: skip
+        pairs._grouped = "group" in found
+        if "group" not in found:
+            pairs._group = None
+        if "rejected_outputs" in found:
+            rejected = found["rejected_outputs"]
+            check_finite("rejected_outputs", rejected)
+            pairs._tables = (pairs._tables[0], rejected)
+            pairs._indices = (pairs._indices[0], _index("rejected_index", found["rejected_index"], len(rejected)))
+        return pairs
+
     def _set_columns(self, count: int, weight: Any, probability: Any, group: Any, encoder: Any) -> None:
         self.weight: Tensor | None = _column("weight", weight, count, 0.0, float("inf"))
         if self.weight is not None and not bool((self.weight > 0).any()):
             raise ValueError("weight must have at least one entry above zero")
         self.probability: Tensor | None = _column("probability", probability, count, 0.0, 1.0)
         self._group: Tensor | None = None
+        self._grouped = group is not None
         if group is not None:
             self._group = torch.as_tensor(group).long()
             if self._group.shape != (count,):
@@ -226,34 +330,62 @@ class EncodedPairs:
         """Give the identity of each pair's prompt, (N,) int64."""
         group = self._group
         if group is None:
-            context = self.context
-            every = torch.arange(len(self))
-            group = every if context is None else torch.unique(context, dim=0, return_inverse=True)[1]
+            group = torch.arange(len(self)) if self._contexts is None else self._same_contexts()
             self._group = group
         return group
 
+    @property
+    def pool(self) -> Tensor:
+        """Give the identity of each pair's context, (N,) int64: outputs of one pool may be joined with each other.
+
+        Pairs of equal contexts share a pool; without contexts those of one group do, if groups were given; else
+        all pairs are of one law, and of one pool.
+        """
+        if self._contexts is not None:
+            return self._same_contexts()
+        return self.group if self._grouped else torch.zeros(len(self), dtype=torch.long)
+
+    def _same_contexts(self) -> Tensor:
+        assert self._contexts is not None
+        assert self._context_index is not None
+        names = torch.cat([row_hash(rows) for rows in self._contexts.split(CHUNK)])
+        return torch.unique(names[self._context_index], return_inverse=True)[1]
+
     def gather(self, index: Tensor) -> PairBatch:
         """Gather the pairs at ``index`` (B,) as flat float32 tensors."""
-        context = None
-        if self._contexts is not None and self._context_index is not None:
-            context = self._contexts[self._context_index[index]].float()
-        chosen = self._tables[0][self._indices[0][index]].float()
         ones = torch.ones(len(index))
         return PairBatch(
-            chosen,
-            self._tables[1][self._indices[1][index]].float(),
-            context,
+            _rows(self._tables[0], self._indices[0][index]),
+            _rows(self._tables[1], self._indices[1][index]),
+            self.contexts_of(index),
             ones if self.weight is None else self.weight[index],
             ones if self.probability is None else self.probability[index],
         )
 
+    def members(self, places: Tensor) -> Tensor:
+        """Gather single outputs as flat float32, (B, D); place 2 i is pair i's chosen output, 2 i + 1 its rejected."""
+        pair, rejected = places // 2, places % 2 == 1
+        rows = torch.where(rejected, self._indices[1][pair], self._indices[0][pair])
+        if self._tables[0] is self._tables[1]:
+            return _rows(self._tables[0], rows)
+        found = torch.empty(len(places), self.dimension, device=self._tables[0].device)
+        for table, part in zip(self._tables, (~rejected, rejected), strict=True):
+            found[part.to(found.device)] = _rows(table, rows[part])
+        return found
+
+    def contexts_of(self, index: Tensor) -> Tensor | None:
+        """Gather the contexts of the pairs at ``index`` as float32, (B, C), or None."""
+        if self._contexts is None or self._context_index is None:
+            return None
+        return _rows(self._contexts, self._context_index[index])
+
     def output_rows(self, rows: Tensor) -> Tensor:
         """Gather rows of the output table as flat float32, (B, D)."""
-        return self._tables[0][rows].float()
+        return _rows(self._tables[0], rows)
 
     def context_rows(self, rows: Tensor) -> Tensor | None:
         """Gather rows of the context table as float32, (B, C), or None."""
-        return None if self._contexts is None else self._contexts[rows].float()
+        return None if self._contexts is None else _rows(self._contexts, rows)
 
     def select(self, index: Any) -> EncodedPairs:
         """Take the pairs at ``index`` (integers or a mask); the tables are shared, not copied.
@@ -275,11 +407,24 @@ class EncodedPairs:
         part.weight = None if self.weight is None else self.weight[index]
         part.probability = None if self.probability is None else self.probability[index]
         part._group = self.group[index]
+        part._grouped = self._grouped
         part.encoder = self.encoder
         part.candidates = self.candidates
         if self.candidates is not None:
             kept = set((part.group if part._context_index is None else part._context_index).tolist())
             part.candidates = [entry for entry in self.candidates if entry.context_index in kept]
+        return part
+
+    def to(self, device: Any) -> EncodedPairs:
+        """Copy the tables to a device, where batches are then gathered; indices and columns stay where they are."""
+        device = torch.device(device)
+        if all(table.device == device for table in self._tables):
+            return self
+        part = self.select(torch.arange(len(self)))
+        same = self._tables[0] is self._tables[1]
+        first = self._tables[0].to(device)
+        part._tables = (first, first if same else self._tables[1].to(device))
+        part._contexts = None if self._contexts is None else self._contexts.to(device)
         return part
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[EncodedPairs, EncodedPairs]:
@@ -335,6 +480,29 @@ class EncodedPairs:
         return part
 
 
+def _write_table(path: Path, name: str, table: Tensor, dtype: torch.dtype | None) -> None:
+    if dtype is None:
+        dtype = table.dtype if table.dtype in (torch.float16, torch.float32) else torch.float32
+    if dtype not in (torch.float16, torch.float32):
+        raise ValueError(f"dtype must be torch.float16, torch.float32 or None: got {dtype}")
+    kind = np.float16 if dtype == torch.float16 else np.float32
+
+    def write(partial: Path) -> None:
+        array = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=tuple(table.shape))
+        for begin in range(0, len(table), CHUNK):
+            part = table[begin : begin + CHUNK].float()
+            if dtype == torch.float16 and float(part.abs().max()) > torch.finfo(torch.float16).max:
+                raise ValueError(f"{name} holds values up to {float(part.abs().max()):g}, beyond float16: use float32")
+            array[begin : begin + CHUNK] = part.numpy()
+        array.flush()
+
+    replace_file(path, write)
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    return table[rows.to(table.device, non_blocking=True)].float()
+
+
 def as_float_tensor(name: str, value: Any) -> Tensor:
     """Turn an array-like into a floating-point tensor (float16, bfloat16 and float64 are kept)."""
     try:
@@ -346,12 +514,24 @@ def as_float_tensor(name: str, value: Any) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.float()
 
 
+def row_hash(rows: Tensor) -> Tensor:
+    """Give a 64-bit hash (B,) int64 of the bits of each row (B, D), as float32."""
+    bits = rows.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    state = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    for column in bits.T:
+        state = (state ^ column) * 0x2545F4914F6CDD1D
+        state = state ^ ((state >> 29) & 0x7FFFFFFFF)
+    return state * 0x2545F4914F6CDD1D
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """Refuse NaN and infinity, naming the first row that holds one."""
-    # The sum is finite whenever every value is (float64 cannot overflow on float32 values): one cheap pass.
-    if bool(torch.isfinite(tensor.sum(dtype=torch.float64))):
+    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
+    # A sum is finite whenever every value is (float64 cannot overflow on float32 values): one cheap pass, in
+    # pieces, since summing in another type copies.
+    if all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(CHUNK)):
         return
-    bad = (~torch.isfinite(tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None])).any(1)
+    bad = torch.cat([(~torch.isfinite(part)).any(1) for part in rows.split(CHUNK)])
     if not bool(bad.any()):
         return
     row = int(bad.nonzero()[0])

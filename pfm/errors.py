@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["EncodingError", "GenerationError", "PfmError"]
+__all__ = ["EncodingError", "GenerationError", "NonFiniteWarning", "PfmError"]
 
 
 class PfmError(Exception):
@@ -31,3 +31,17 @@ class GenerationError(PfmError, RuntimeError):
 
 class EncodingError(PfmError, RuntimeError):
     """Says that texts could not be turned into vectors; what was already encoded is in the cache."""
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """Says that the field left the finite numbers for some rows, each of which keeps its last finite state.
+
+    Attributes:
+        finite: (B,) bool tensor, which rows stayed finite.
+    """
+
+    def __init__(self, finite: Any) -> None:
+        lost = [row for row, well in enumerate(finite.tolist()) if not well]
+        named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        super().__init__(f"the field left the finite numbers for {len(lost)} of {len(finite)} rows ({named})")
+        self.finite = finite

@@ -93,19 +93,19 @@ class Moments:
         """Accumulate the moments over coupled samples, in float64."""
         gram: Tensor | None = None
         total = 0.0
-        dimension = normalizer.mean.shape[0]
-        for batch in batches:
+        dimension, device = normalizer.mean.shape[0], normalizer.mean.device
+        for batch in (batch.to(device) for batch in batches):
             parts = [normalizer(batch.source), normalizer(batch.target)]
-            context = normalizer.context(batch.context)
+            context = normalizer.context(batch.row_context())
             if context is not None:
                 parts.append(context)
-            z = torch.cat([*parts, torch.ones(len(parts[0]), 1)], dim=1)
-            part = (z.T @ (z * batch.weight[:, None])).double()
+            z = torch.cat([*parts, torch.ones(len(parts[0]), 1, device=device)], dim=1)
+            part = (z.T @ (z * batch.weight[:, None])).double().cpu()
             gram = part if gram is None else gram.add_(part)
             total += float(batch.weight.sum())
         if gram is None or total <= 0:
             raise ValueError("no coupled samples with positive weight to take moments of")
-        return cls(gram / total, noise.double(), dimension)
+        return cls(gram / total, noise.double().cpu(), dimension)
 
     def at(self, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Give the moments of (y_t, context) and of dy_t/dt at time t.
@@ -129,14 +129,19 @@ class Moments:
         cross.diagonal().add_(self.noise * height * slope)
         return covariance, mix[:, :-1] @ mean, cross, mean[d : 2 * d] - mean[:d]
 
-    def best_ridge(self, ridges: Sequence[float], judged: Moments, unit: Tensor) -> float:
+    def best_ridge(
+        self,
+        ridges: Sequence[float],
+        judged: Moments,
+        unit: Tensor,
+        times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    ) -> float:
         """Give the ridge whose linear predictions err least under the moments ``judged`` of held-out prompts.
 
         The expected square error of a linear prediction is itself a function of moments: no sample is drawn.
         ``unit`` (D,) weighs the dimensions by 1 / unit^2.
         """
         share = unit.double().square().reciprocal()
-        times = [0.1, 0.3, 0.5, 0.7, 0.9]
         error = dict.fromkeys(ridges, 0.0)
         for t in times:
             covariance, mean, cross, shift = self.at(t)
@@ -178,10 +183,17 @@ class LinearField(nn.Module):
         self._at: dict[float, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def fit(self, moments: Moments, ridge: float) -> None:
-        """Solve at every node; ``ridge`` >= 0 in units of the normalised variance, infinity for no slope."""
+    def fit(self, moments: Moments, ridge: float, *, at_start: bool = False) -> None:
+        """Solve at every node; ``ridge`` >= 0 in units of the normalised variance, infinity for no slope.
+
+        ``at_start`` takes the solution at t = 0 for all times, as a field of one Euler step needs it.
+        """
         self._at.clear()
         for node, t in enumerate(self._nodes.tolist()):
+            if at_start and node > 0:
+                self.matrices[node].copy_(self.matrices[0])
+                self.shifts[node].copy_(self.shifts[0])
+                continue
             covariance, mean, cross, shift = moments.at(t)
             if math.isinf(ridge):
                 slope = torch.zeros_like(cross)
@@ -273,12 +285,21 @@ class ResidualField(nn.Module):
         angles = t[..., None].float() * self._frequencies
         return torch.cat([t[..., None].float() * 2 - 1, angles.sin(), angles.cos()], dim=-1)
 
-    def forward(self, t: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
-        """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None."""
-        first = self.from_output(y) + self.from_time(self.time_features(t).to(y.dtype))
+    def forward(self, t: Tensor, y: Tensor, context: Tensor | None, repeats: int = 1) -> Tensor:
+        """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None.
+
+        The rows may be r = ``repeats`` blocks with equal times and contexts, and rows of a block that follow each
+        other may share a time: then t is (S,), row i of a block of n at time i S / n, and context (B / r, C).
+        """
+        first = self.from_output(y)
+        extra = self.from_time(self.time_features(t).to(y.dtype))
+        if t.ndim:
+            extra = extra[:, None]
+            first = first.view(repeats, len(t), -1, first.shape[-1])
         if self.from_context is not None and context is not None:
-            first = first + self.from_context(context)
-        return self._rest(first)
+            fixed = self.from_context(context)
+            extra = (fixed.view(len(t), -1, fixed.shape[-1]) if t.ndim else fixed) + extra
+        return self._rest((first + extra).view(len(y), -1))
 
     def at(self, context: Tensor | None) -> Velocity:
         """Fix the contexts (B, C): their product with the first layer is computed here, once."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +17,27 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from pfm.config import FlowConfig
-from pfm.couplings import BestOf, Paired, make_coupling
-from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.fields import Field, Moments, Normalizer
+from pfm.couplings import Joined, WithoutContext, make_coupling
+from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
+from pfm.errors import NonFiniteWarning
+from pfm.fields import Field, Normalizer, Velocity
 from pfm.files import replace_file
-from pfm.training import FlowProblem, TrainingLog, remove_checkpoint, train_residual
-from pfm.transport import ADAPTIVE_SOLVERS, integrate
+from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
+from pfm.training import remove_checkpoint
+from pfm.transport import ADAPTIVE_SOLVERS, STAGES, integrate
 from pfm.win import WinHead
 
 __all__ = ["PreferenceFlow"]
 
 logger = logging.getLogger(__name__)
 
-MODES = ("single", "gated", "reapply")
+Labeller = Callable[[Tensor, Tensor, Tensor | None], Any]
+"""Labels outputs y, y' (B, \\*D) under contexts (B, C) or None: the probability (B,), or whether, y is preferred."""
+
+MODES = ("single", "gated", "reapply", "relabel")
+FAILURES = ("keep", "raise")
 CHUNK = 1024
-MOMENT_ROWS = 200_000
-STATISTICS_ROWS = 50_000
-RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
-STEP_CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-STEP_ROWS = 256
+STATISTICS_ROWS = 20_000
 
 
 class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-flow", tags=["preference-flow"]):
@@ -66,21 +66,29 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         self.context_dimension = int(context_dimension)
         self.config = config if isinstance(config, FlowConfig) else FlowConfig.from_dict(dict(config or {}))
         self.metadata: dict[str, Any] = dict(metadata or {})
-        dimension = self.dimension
-        small = dimension <= 64
-        self.normalizer = Normalizer(dimension, self.context_dimension)
-        self.field = Field(
-            dimension,
-            self.context_dimension,
-            (256 if small else 512) if self.config.hidden == "auto" else self.config.hidden,
-            (4 if small else 3) if self.config.layers == "auto" else self.config.layers,
+        self.normalizer = Normalizer(self.dimension, self.context_dimension)
+        self.field = self._new_field(self.context_dimension)
+        self.context_free = self._new_field(0) if self.config.context_free else None
+        self.win = WinHead(self.dimension, self.context_dimension)
+        self.later = nn.ModuleList(
+            PreferenceFlow(event_shape, context_dimension, **described) for described in self.metadata.pop("later", [])
         )
-        self.win = WinHead(dimension, self.context_dimension)
         if self.metadata.get("residual_kept") is False:
             self.field.drop_residual()
+        if self.context_free is not None and self.metadata.get("context_free", {}).get("residual_kept") is False:
+            self.context_free.drop_residual()
         if self.metadata.get("win_network_kept") is False:
             self.win.drop_network()
         self.eval()
+
+    def _new_field(self, context_dimension: int) -> Field:
+        small = self.dimension <= 64
+        return Field(
+            self.dimension,
+            context_dimension,
+            (256 if small else 512) if self.config.hidden == "auto" else self.config.hidden,
+            (4 if small else 3) if self.config.layers == "auto" else self.config.layers,
+        )
 
     # -- what it knows of itself ---------------------------------------------------------------------------------
 
@@ -93,6 +101,21 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     def steps(self) -> int:
         """Give the number of fixed steps of a pass."""
         return int(self.metadata.get("steps") or (1 if self.config.steps == "auto" else self.config.steps))
+
+    @property
+    def evaluations(self) -> int:
+        """Give the number of evaluations of the field in one pass; of an adaptive solver, on the validation data."""
+        return self._evaluations(self.steps)
+
+    def _evaluations(self, steps: int) -> int:
+        if self.config.solver in ADAPTIVE_SOLVERS:
+            return int(self.metadata.get("evaluations") or 0)
+        return steps * STAGES[self.config.solver]
+
+    @property
+    def rounds(self) -> int:
+        """Give the number of rounds of labels behind this flow: 1, and one more for every :meth:`relabel`."""
+        return 1 + len(self.later)
 
     @property
     def guard_margin(self) -> float:
@@ -147,101 +170,189 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             torch.manual_seed(config.seed)
             flow = cls(encoded.event_shape, encoded.context_dimension, config)
         flow.to(device)
+        if config.context_free and not encoded.context_dimension:
+            raise ValueError("context_free=True leaves contexts out, and these pairs have none: use context_free=False")
         with torch.no_grad():
-            some = train.gather(_at_most(len(train), STATISTICS_ROWS, config.seed))
+            some = train.gather(at_most(len(train), STATISTICS_ROWS, config.seed))
             flow.normalizer.fit(some.chosen, some.rejected, some.context)
-            flow.field.unit.copy_(flow.normalizer.displacement)
+            flow._set_units()
         coupling, check = (
-            make_coupling(part, source=config.source, coupling=config.coupling, best_of=config.best_of)
+            make_coupling(
+                part.to(device), source=config.source, coupling=config.coupling, best_of=config.best_of,
+                seed=config.seed,
+            )
             for part in (train, held)
-        )
-        ridge = flow._fit_linear(coupling, check)
-        flow.metadata |= {
+        )  # fmt: skip
+        folder = None if checkpoint is None else Path(checkpoint)
+        found = fit_field(flow.field, flow.normalizer, coupling, check, config, checkpoint=folder, progress=progress)
+        flow.metadata |= found.to_dict() | {
             "encoder": encoded.encoder,
             "dimension": flow.dimension,
             "context_dimension": flow.context_dimension,
             "pairs": len(encoded),
             "prompts": len(torch.unique(encoded.group)),
-            "ridge": None if math.isinf(ridge) else ridge,
             "version": _version(),
         }
-        with _matmul_precision(config.dtype, device):
-            flow._fit_residual(coupling, check, progress, None if checkpoint is None else Path(checkpoint))
+        if flow.context_free is not None:
+            flow.metadata["context_free"] = fit_field(
+                flow.context_free, flow.normalizer, WithoutContext(coupling), WithoutContext(check), config,
+                checkpoint=None if folder is None else folder / "context_free", progress=progress,
+            ).to_dict()  # fmt: skip
         head = flow.win.to("cpu").fit(encoded, seed=config.seed)
         flow.win.to(device)
         flow.metadata["win"] = head.to_dict()
         flow.metadata["win_network_kept"] = head.network_kept
         flow.metadata["unit_norm"] = _on_unit_sphere(some.chosen, some.rejected, config)
-        flow.metadata["steps"], flow.metadata["steps_error"] = flow._choose_steps(check)
+        flow._set_steps(*choose_steps(flow.field, flow.normalizer, check, config))
         flow.metadata["seconds"] = round(time.perf_counter() - began, 3)
-        if checkpoint is not None:
-            remove_checkpoint(Path(checkpoint))
+        if folder is not None:
+            remove_checkpoint(folder / "context_free")
+            remove_checkpoint(folder)
         logger.info("fitted on %d pairs: %s", len(encoded), json.dumps(flow.metadata, default=str))
         return flow.eval()
 
-    @torch.no_grad()
-    def _fit_linear(self, coupling: Paired | BestOf, check: Paired | BestOf) -> float:
-        """Fit the closed-form part at the ridge that predicts held-out displacements best."""
-        noise = (self.config.sigma * self.normalizer.displacement).square().cpu()
-        normalizer = copy.deepcopy(self.normalizer).cpu()
-        moments = Moments.of(_all_rows(coupling, self.config.seed), normalizer, noise)
-        linear = self.field.linear
-        if not self.config.linear:
-            linear.matrices.zero_()
-            linear.shifts.zero_()
-            return math.inf
-        judged = Moments.of(_all_rows(check, self.config.seed), normalizer, noise)
-        ridge = moments.best_ridge(RIDGES, judged, self.field.unit.cpu())
-        linear.fit(moments, ridge)
-        return ridge
+    def _set_units(self) -> None:
+        for field in (self.field, self.context_free):
+            if field is not None:
+                field.unit.copy_(self.normalizer.displacement)
 
-    def _fit_residual(
-        self, coupling: Paired | BestOf, check: Paired | BestOf, progress: bool, checkpoint: Path | None
-    ) -> None:
-        log = TrainingLog()
-        if self.config.residual:
-            problem = FlowProblem(self.field, self.normalizer, self.config.sigma)
-            log = train_residual(problem, coupling, check, self.config, checkpoint=checkpoint, progress=progress)
-        if log.gain == 0.0:
-            self.field.drop_residual()
-        self.metadata["residual_kept"] = log.gain > 0
-        self.metadata["training"] = {
-            name: value if not isinstance(value, float) or math.isfinite(value) else None
-            for name, value in asdict(log).items()
-        }
+    def _set_steps(self, steps: int, error: float | None, evaluations: int) -> None:
+        self.metadata |= {"steps": steps, "steps_error": error, "evaluations": evaluations}
 
-    @torch.no_grad()
-    def _choose_steps(self, check: Paired | BestOf) -> tuple[int, float | None]:
-        """Give the fewest steps within the tolerance of a tight adaptive solution, and their relative error."""
-        if self.config.steps != "auto":
-            return self.config.steps, None
-        if self.config.solver in ADAPTIVE_SOLVERS:
-            return 1, None
-        rows = check.draw(_at_most(len(check), STEP_ROWS, self.config.seed), torch.Generator().manual_seed(0))
-        y = self.normalizer(rows.source.to(self.device))
-        context = self.normalizer.context(None if rows.context is None else rows.context.to(self.device))
-        exact_field = copy.deepcopy(self.field).double()
-        exact = integrate(
-            exact_field.at(None if context is None else context.double()),
-            y.double(), (0.0, 1.0), solver="dopri5", rtol=1e-6, atol=1e-8,
-        )[-1]  # fmt: skip
-        velocity = self.field.at(context)
-        moved = float((exact - y).square().mean().sqrt())
-        if moved == 0:
-            return 1, 0.0
-        error = math.inf
-        for steps in STEP_CHOICES:
-            result = integrate(velocity, y, (0.0, 1.0), solver=self.config.solver, steps=steps)[-1]
-            error = float((result - exact).square().mean().sqrt()) / moved
-            if error <= self.config.tolerance:
-                return steps, error
-        warnings.warn(
-            f"{STEP_CHOICES[-1]} steps of {self.config.solver} are {error:.3g} from the exact solution, above "
-            f"tolerance={self.config.tolerance:g}: the field is rough; use solver='dopri5' or a larger sigma",
-            RuntimeWarning,
-            stacklevel=3,
+    def relabel(
+        self,
+        labeller: Labeller,
+        y: Any,
+        other: Any,
+        context: Any = None,
+        *,
+        config: FlowConfig | Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> PreferenceFlow:
+        """Add a round: carry reference draws through the rounds so far, have them labelled, fit a flow on the labels.
+
+        With honest labels and exact flows round n carries to the law of the best of 2^n while preferences are
+        transitive. ``transport(mode="relabel")`` passes through all rounds; what :meth:`win_probability` gives
+        stays the chance against the reference itself.
+
+        Args:
+            labeller: labels outputs y, y' (B, \\*D) under contexts (B, C) or None with the probability (B,) that y
+                is preferred, in [0, 1], or with booleans.
+            y, other: (B, \\*D) independent draws of the reference, two for each context; better not those of an
+                earlier round.
+            context: (B, C), or None as the flow was fitted.
+            config: settings of the round; None for this flow's.
+
+        Returns:
+            a flow with one more round; this one stays as it is.
+
+        Raises:
+            ValueError: shapes disagree, or the labels are not (B,) numbers in [0, 1].
+        """
+        one, contexts = self._checked(y, context)
+        two, _ = self._checked(other, context)
+        if len(one) != len(two):
+            raise ValueError(f"y and other must hold equally many draws: got {len(one)} and {len(two)}")
+        one, two = (self.transport(draws, contexts, mode="relabel") for draws in (one, two))
+        label = torch.as_tensor(labeller(one, two, contexts)).float().cpu()
+        if label.shape != (len(one),) or not bool(((label >= 0) & (label <= 1)).all()):
+            raise ValueError(
+                f"labeller must give ({len(one)},) probabilities in [0, 1], or booleans, that y is preferred: got "
+                f"{tuple(label.shape)}"
+                + (f" from {float(label.min()):g} to {float(label.max()):g}" if label.numel() else "")
+            )
+        first = (label >= 0.5).view(-1, *[1] * len(self.event_shape))
+        one, two = one.cpu(), two.cpu()
+        hard = bool(((label == 0) | (label == 1)).all())
+        pairs = EncodedPairs(
+            torch.where(first, one, two), torch.where(first, two, one), None if contexts is None else contexts.cpu(),
+            probability=None if hard else torch.maximum(label, 1 - label), encoder=self.metadata.get("encoder"),
+        )  # fmt: skip
+        further = PreferenceFlow.fit(pairs, self.config if config is None else config, progress=progress)
+        chain = self._copy()
+        chain.later.append(further.to(self.device))
+        return chain
+
+    def _copy(self) -> PreferenceFlow:
+        twin = PreferenceFlow(self.event_shape, self.context_dimension, self.config, self._described()["metadata"])
+        twin.load_state_dict(self.state_dict())
+        return twin.to(self.device).eval()
+
+    def distill(
+        self,
+        y: Any,
+        context: Any = None,
+        *,
+        mode: str = "single",
+        rounds: int | None = None,
+        strength: float = 1.0,
+        config: FlowConfig | Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> PreferenceFlow:
+        """Fit a flow whose pass is one evaluation of its field and ends where this one's ends.
+
+        The student learns the teacher's displacement of given outputs, so they should be of the kind that it will
+        be applied to: draws of the reference. It takes over b and its guard.
+
+        Args:
+            y: (B, \\*D) outputs, or EncodedPairs, of which both members are taken with their contexts.
+            context: as for :meth:`transport`. mode, rounds, strength: of the teacher's transport to be learned.
+            config: settings of the student's training; None for this flow's.
+
+        Returns:
+            a flow with ``metadata["distilled"]``: on outputs held out, ``error`` is the root mean square distance
+            from the teacher's results relative to the distance that the teacher moves, ``relative_error`` relative
+            to the results' spread, ``teacher_evaluations`` what a pass of the teacher costs.
+
+        Raises:
+            ValueError: shapes disagree with the flow's, or there are fewer than two outputs.
+        """
+        began = time.perf_counter()
+        if isinstance(y, EncodedPairs):
+            y, context = torch.cat([y.chosen, y.rejected]), None if y.context is None else y.context.repeat(2, 1)
+        y, context = self._checked(y, context)
+        if len(y) < 2:
+            raise ValueError(f"y must hold at least two outputs, one of them to judge by: got {len(y)}")
+        if config is None:
+            config = self.config
+        elif not isinstance(config, FlowConfig):
+            config = FlowConfig.from_dict(dict(config))
+        config = config.replace(
+            solver="euler", steps=1, coupling="paired", best_of=2, context_free=False, source=self.config.source
         )
-        return STEP_CHOICES[-1], error
+        taught = self.transport(y, context, mode=mode, rounds=rounds, strength=strength)
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.seed)).to(self.device)
+        count = min(max(round(config.validation_share * len(y)), 1), len(y) - 1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            student = PreferenceFlow(self.event_shape, self.context_dimension, config)
+        student.to(self.device)
+        student.normalizer.load_state_dict(self.normalizer.state_dict())
+        student._set_units()
+        train, check = (
+            Joined(y[index].flatten(1), taught[index].flatten(1), None if context is None else context[index])
+            for index in (order[count:], order[:count])
+        )
+        found = fit_field(student.field, student.normalizer, train, check, config, one_step=True, progress=progress)
+        student.win = self._copy().win
+        student._set_steps(1, None, 1)
+        student.metadata |= found.to_dict() | {
+            name: self.metadata.get(name)
+            for name in ("encoder", "dimension", "context_dimension", "pairs", "prompts", "version", "win",
+                         "win_network_kept", "unit_norm")
+        }  # fmt: skip
+        held = order[:count]
+        apart = student.transport(y[held], None if context is None else context[held]) - taught[held]
+        moved = taught[held] - y[held]
+        spread = taught[held] - taught[held].mean(0)
+        passes = 1 if mode not in ("reapply", "relabel") else self._checked_rounds(rounds, mode)
+        student.metadata["distilled"] = {
+            "error": _root(apart) / max(_root(moved), 1e-30),
+            "relative_error": _root(apart) / max(_root(spread), 1e-30),
+            "teacher_evaluations": self.evaluations * passes,
+        }
+        student.metadata["seconds"] = round(time.perf_counter() - began, 3)
+        return student.eval()
 
     # -- applying -----------------------------------------------------------------------------------------------
 
@@ -253,8 +364,11 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         *,
         mode: str = "single",
         steps: int | None = None,
-        rounds: int = 1,
+        rounds: int | None = None,
         strength: float = 1.0,
+        guidance: float = 1.0,
+        win_gradient: float = 0.0,
+        on_failure: str = "keep",
     ) -> Tensor:
         """Carry outputs along the flow.
 
@@ -265,29 +379,40 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 kept with probability b(y|x), else carried; exact for a flow with ``source="rejected"``. Which rows
                 are kept is drawn from the row's own values, so it is repeatable and independent of the batch.
                 ``"reapply"``: ``rounds`` passes of the same flow; it has no target law and leaves the data's
-                support as rounds grow.
+                support as rounds grow. ``"relabel"``: the rounds of :meth:`relabel`, each by its own flow.
             steps: fixed steps a pass; None for the number chosen at the end of the fit.
-            rounds: passes of ``"reapply"``.
+            rounds: passes of ``"reapply"``, None for 1; rounds of ``"relabel"``, None for all there are.
             strength: up to 1, the time at which the integration stops, so that 0 leaves y as it is; above 1 the
                 whole displacement is multiplied: y + strength (T(y) - y).
+            guidance: w in v(t, y) + w (v(t, y | x) - v(t, y)), from the field without contexts, for flows fitted with
+                ``context_free=True`` (Ho and Salimans 2207.12598, on velocities as in Zheng et al. 2311.13443): 1
+                is the field itself, 0 ignores the context, above 1 goes beyond it.
+            win_gradient: multiple of S grad log b(y|x) that is added to the velocity; S (\\*D) is the outputs'
+                variance under one context, so that for Gaussian outputs and small slopes 1 moves as far as a pass.
+            on_failure: what becomes of rows for which the field leaves the finite numbers: ``"keep"`` gives their last
+                finite state, with a :class:`pfm.NonFiniteWarning` that says which they are; ``"raise"`` raises.
 
         Returns:
             (B, \\*D) float32. Rows do not depend on their neighbours in the batch, with fixed-step solvers.
 
         Raises:
             ValueError: shapes disagree with the flow's, values are not finite, or an argument is out of range.
+            FloatingPointError: the field left the finite numbers and ``on_failure="raise"``.
         """
         if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}: got {mode!r}")
+        if on_failure not in FAILURES:
+            raise ValueError(f"on_failure must be one of {', '.join(FAILURES)}: got {on_failure!r}")
+        rounds = self._checked_rounds(rounds, mode)
+        for name, value, low in (("strength", strength, 0.0), ("guidance", guidance, 0.0),
+                                 ("win_gradient", win_gradient, -math.inf)):  # fmt: skip
+            if not (math.isfinite(value) and value >= low):
+                raise ValueError(f"{name} must be a {'finite number' if low else 'number >= 0'}: got {value}")
+        if guidance != 1 and self.context_free is None:
             raise ValueError(
-                f"mode must be one of {', '.join(MODES)}: got {mode!r}"
-                + ("; relabel is a way of fitting, on labels of refined samples" if mode == "relabel" else "")
+                f"guidance={guidance:g} needs a field without contexts: fit the flow with "
+                "FlowConfig(context_free=True), or use guidance=1"
             )
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1: got {rounds}")
-        if rounds > 1 and mode != "reapply":
-            raise ValueError(f"rounds={rounds} needs mode='reapply': got mode={mode!r}")
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a number >= 0: got {strength}")
         if mode == "gated" and self.config.source != "rejected":
             warnings.warn(
                 "mode='gated' is exact for flows with source='rejected'; this one was fitted with "
@@ -295,31 +420,108 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 stacklevel=2,
             )
         y, context = self._checked(y, context)
+        asked = steps is not None
         steps = self._checked_steps(steps)
-        if strength == 0:
-            return y.clone()
-        result = y.flatten(1)
-        for _ in range(rounds):
-            result = self._pass(result, context, steps, strength)
-        if mode == "gated":
-            kept = torch.sigmoid(self.win(y.flatten(1), context)) > _row_uniforms(y.flatten(1))
-            result = torch.where(kept[:, None], y.flatten(1), result)
-        return result.unflatten(1, self.event_shape)
+        result, finite = y.flatten(1), torch.ones(len(y), dtype=torch.bool, device=y.device)
+        if strength > 0:
+            for number in range(rounds):
+                flow = self._round(number) if mode == "relabel" else self
+                gated = mode == "gated" or (mode == "relabel" and flow.config.source == "rejected")
+                result, well = flow._pass(
+                    result, context, steps if asked else flow.steps, strength, guidance, win_gradient, gated
+                )
+                finite &= well
+        if not bool(finite.all()):
+            warning = NonFiniteWarning(finite)
+            if on_failure == "raise":
+                raise FloatingPointError(f"{warning}; on_failure='keep' gives their last finite state")
+            warnings.warn(warning, stacklevel=2)
+        result = result.unflatten(1, self.event_shape)
+        return result.clone() if strength == 0 else result
 
-    def _pass(self, y: Tensor, context: Tensor | None, steps: int, strength: float) -> Tensor:
-        end = min(strength, 1.0)
-        pieces = [self._integrate(*part, (0.0, end), steps)[-1] for part in _chunks(y, context)]
-        result = torch.cat(pieces) if pieces else y
+    def _round(self, number: int) -> PreferenceFlow:
+        later = self.later[number - 1] if number else self
+        assert isinstance(later, PreferenceFlow)
+        return later
+
+    def _checked_rounds(self, rounds: int | None, mode: str) -> int:
+        if rounds is None:
+            return self.rounds if mode == "relabel" else 1
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+            raise ValueError(f"rounds must be a whole number of at least 1: got {rounds!r}")
+        if mode == "relabel" and rounds > self.rounds:
+            raise ValueError(
+                f"rounds={rounds} is more than the {self.rounds} this flow has: add rounds with PreferenceFlow.relabel"
+            )
+        if rounds > 1 and mode not in ("reapply", "relabel"):
+            raise ValueError(f"rounds={rounds} needs mode='reapply' or mode='relabel': got mode={mode!r}")
+        return rounds
+
+    def _pass(
+        self,
+        y: Tensor,
+        context: Tensor | None,
+        steps: int,
+        strength: float = 1.0,
+        guidance: float = 1.0,
+        win_gradient: float = 0.0,
+        gated: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Carry flat outputs (B, D) once; give them and which rows (B,) stayed finite."""
+        pieces, wells = [y[:0]], [torch.ones(0, dtype=torch.bool, device=y.device)]
+        with matmul_precision(self.config.dtype, self.device):
+            for rows, contexts in _chunks(y, context):
+                velocity = self._guided(contexts, guidance, win_gradient)
+                states, finite = self._integrate(velocity, rows, (0.0, min(strength, 1.0)), steps)
+                pieces.append(states[-1])
+                wells.append(finite)
+        result, well = torch.cat(pieces), torch.cat(wells)
         if strength > 1:
             result = y + strength * (result - y)
         if self.metadata.get("unit_norm"):
             result = nn.functional.normalize(result, dim=1)
-        return result
+        if gated:
+            kept = torch.sigmoid(self.win(y, context)) > _row_uniforms(y)
+            result, well = torch.where(kept[:, None], y, result), kept | well
+        return result, well
 
-    def _integrate(self, y: Tensor, context: Tensor | None, times: Sequence[float], steps: int) -> Tensor:
-        velocity = self.field.at(self.normalizer.context(context))
-        states = integrate(velocity, self.normalizer(y), times, solver=self.config.solver, steps=steps)
-        return self.normalizer.inverse(states)
+    def _guided(self, context: Tensor | None, guidance: float, win_gradient: float) -> Velocity:
+        """Give the velocity in normalised coordinates, as :meth:`transport` describes it."""
+        base = self.field.at(self.normalizer.context(context))
+        free = None if guidance == 1 or self.context_free is None else self.context_free.at(None)
+
+        def guided(t: float, y: Tensor) -> Tensor:
+            return base(t, y) if free is None else torch.lerp(free(t, y), base(t, y), guidance)
+
+        if win_gradient == 0:
+            return guided
+        scale = self.normalizer.scale
+        # Two draws under one context differ by twice their variance.
+        variance = win_gradient * self.normalizer.displacement.square() / 2
+
+        def steered(t: float, y: Tensor) -> Tensor:
+            slope = self._win_slope(self.normalizer.inverse(y), context) * scale
+            return torch.addcmul(guided(t, y), variance, slope)
+
+        return steered
+
+    def _win_slope(self, y: Tensor, context: Tensor | None) -> Tensor:
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            total = nn.functional.logsigmoid(self.win(y, context)).sum()
+            return torch.autograd.grad(total, y)[0]
+
+    def _integrate(self, velocity: Velocity, y: Tensor, times: Sequence[float], steps: int) -> tuple[Tensor, Tensor]:
+        start = self.normalizer(y)
+        if "distilled" in self.metadata:
+            # One evaluation makes the whole pass: a straight line.
+            moved = velocity(0.0, start)
+            finite = torch.isfinite(moved).all(1)
+            moved = torch.where(finite[:, None], moved, 0)
+            states = torch.stack([start + t * moved for t in times])
+        else:
+            states, finite, _ = integrate(velocity, start, times, solver=self.config.solver, steps=steps)
+        return self.normalizer.inverse(states), finite
 
     @torch.no_grad()
     def trajectory(self, y: Any, context: Any = None, *, times: Any) -> Tensor:
@@ -339,13 +541,65 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         path = marks if marks[0] == 0 else [0.0, *marks]
         if len(path) == 1:
             return y[None].clone()
-        pieces = [self._integrate(*part, path, self.steps) for part in _chunks(y.flatten(1), context)]
+        pieces = [
+            self._integrate(self._guided(contexts, 1.0, 0.0), rows, path, self.steps)[0]
+            for rows, contexts in _chunks(y.flatten(1), context)
+        ]
         if not pieces:
             return y.expand(len(marks), *y.shape).clone()
         states = torch.cat(pieces, dim=1)
         if self.metadata.get("unit_norm"):
             states = nn.functional.normalize(states, dim=2)
         return states[-len(marks) :].unflatten(2, self.event_shape)
+
+    @torch.no_grad()
+    def velocity(self, t: float, y: Any, context: Any = None) -> Tensor:
+        """Give the field v(t, y | x) (B, \\*D), in the outputs' units for a pass, at a time t in [0, 1].
+
+        Args:
+            t: one time for all rows. y: (B, \\*D) outputs. context: as for :meth:`transport`.
+        """
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must lie in [0, 1]: got {t}")
+        y, context = self._checked(y, context)
+        velocity = self.field.at(self.normalizer.context(context))
+        moved = velocity(float(t), self.normalizer(y.flatten(1))) * self.normalizer.scale
+        return moved.unflatten(1, self.event_shape)
+
+    @torch.no_grad()
+    def straightness(self, y: Any, context: Any = None, *, times: int = 32) -> float:
+        """Give how far paths depart from straight lines: 0 for straight ones, which one Euler step follows.
+
+        The mean over outputs and times of |v(t, y_t) - (y_1 - y_0)|^2 (Liu et al. 2209.03003, section 2.2), divided by
+        the mean of |y_1 - y_0|^2, in normalised coordinates.
+
+        Args:
+            y: (B, \\*D) outputs. context: as for :meth:`transport`. times: midpoints of equal intervals to look at.
+        """
+        y, context = self._checked(y, context)
+        if "distilled" in self.metadata:
+            return 0.0
+        marks = [(number + 0.5) / times for number in range(times)]
+        departed = moved = 0.0
+        for rows, contexts in _chunks(y.flatten(1), context):
+            velocity = self._guided(contexts, 1.0, 0.0)
+            states, _ = self._integrate(velocity, rows, [0.0, *marks, 1.0], max(self.steps, times))
+            states = self.normalizer(states)
+            whole = states[-1] - states[0]
+            speed = [velocity(t, at) for t, at in zip(marks, states[1:-1], strict=True)]
+            departed += sum(float((each - whole).square().sum()) for each in speed) / times
+            moved += float(whole.square().sum())
+        return departed / moved if moved > 0 else 0.0
+
+    @torch.no_grad()
+    def win_gradient(self, y: Any, context: Any = None) -> Tensor:
+        """Give the gradient of log b(y|x) with respect to y, (B, \\*D).
+
+        Args:
+            y: (B, \\*D) outputs. context: as for :meth:`transport`.
+        """
+        y, context = self._checked(y, context)
+        return self._win_slope(y.flatten(1), context).unflatten(1, self.event_shape)
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None) -> Tensor:
@@ -370,7 +624,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         """
         y, context = self._checked(y, context)
         flat = y.flatten(1)
-        moved = self._pass(flat, context, self.steps, 1.0)
+        moved, _ = self._pass(flat, context, self.steps)
         scale = self.normalizer.scale
         direction = ((moved - flat) / scale).mean(0)
         return ((flat - flat.mean(0)) / scale) @ nn.functional.normalize(direction, dim=0)
@@ -403,6 +657,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             return self.steps
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1: got {steps!r}")
+        if steps > 1 and "distilled" in self.metadata:
+            raise ValueError(f"steps={steps} has no meaning for a distilled flow, whose pass is one evaluation")
         return steps
 
     # -- saving -------------------------------------------------------------------------------------------------
@@ -413,14 +669,20 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         folder = Path(save_directory)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        described = {
+        text = json.dumps(self._described(), indent=2, allow_nan=False) + "\n"
+        replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _described(self) -> dict[str, Any]:
+        metadata = dict(self.metadata)
+        rounds = [self._round(number)._described() for number in range(1, self.rounds)]
+        if rounds:
+            metadata["later"] = [{name: found[name] for name in ("config", "metadata")} for found in rounds]
+        return {
             "event_shape": list(self.event_shape),
             "context_dimension": self.context_dimension,
             "config": self.config.to_dict(),
-            "metadata": self.metadata,
+            "metadata": metadata,
         }
-        text = json.dumps(described, indent=2, allow_nan=False) + "\n"
-        replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PreferenceFlow:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -545,18 +807,6 @@ def _training_sets(
     return encoded.select(order[count:]), encoded.select(order[:count])
 
 
-def _at_most(count: int, most: int, seed: int) -> Tensor:
-    if count <= most:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
-
-
-def _all_rows(coupling: Paired | BestOf, seed: int, size: int = 8192):
-    generator = torch.Generator().manual_seed(seed)
-    for index in _at_most(len(coupling), MOMENT_ROWS, seed).split(size):
-        yield coupling.draw(index, generator)
-
-
 def _on_unit_sphere(chosen: Tensor, rejected: Tensor, config: FlowConfig) -> bool:
     if config.unit_norm != "auto":
         return config.unit_norm == "on"
@@ -572,13 +822,11 @@ def _chunks(y: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor 
 
 def _row_uniforms(y: Tensor) -> Tensor:
     """Give a uniform number in [0, 1) a row, a hash of the row's bits: independent of the row's neighbours."""
-    bits = y.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    state = torch.zeros(len(y), dtype=torch.long, device=y.device)
-    for column in bits.T:
-        state = (state ^ column) * 0x2545F4914F6CDD1D
-        state = state ^ ((state >> 29) & 0x7FFFFFFFF)
-    state = state * 0x2545F4914F6CDD1D
-    return ((state >> 11) & 0x1FFFFFFFFFFFFF).double().div(2**53).float()
+    return ((row_hash(y) >> 11) & 0x1FFFFFFFFFFFFF).double().div(2**53).float()
+
+
+def _root(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
 
 
 def _device(name: str) -> torch.device:
@@ -587,22 +835,6 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={name!r} was asked for and this machine has no CUDA device: use device='auto'")
     return torch.device(name)
-
-
-class _matmul_precision:
-    """Sets torch's matrix-product precision and puts it back."""
-
-    def __init__(self, dtype: str, device: torch.device) -> None:
-        medium = dtype == "medium" or (dtype == "auto" and device.type == "cuda")
-        self.wanted = "medium" if medium else None
-
-    def __enter__(self) -> None:
-        self.before = torch.get_float32_matmul_precision()
-        if self.wanted:
-            torch.set_float32_matmul_precision(self.wanted)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_float32_matmul_precision(self.before)
 
 
 def _version() -> str:

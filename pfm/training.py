@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
-from pfm.couplings import BestOf, Coupled, Paired
+from pfm.couplings import Coupled, Coupling
 from pfm.fields import Field, Normalizer
 from pfm.files import replace_file
 
@@ -35,6 +35,8 @@ VALIDATION_ROWS = 4096
 BUDGET = 1e12  # multiply-adds of a run with epochs="auto"
 STRATA = 8  # times an update where a matrix a row would be too large
 LARGE = 4096  # entries of the linear part's matrix from which it is
+TIMES_KEPT = 8  # updates at the same times there: interpolating the matrices costs as much as using them
+EMA_EVERY = 4  # updates between two steps of the average
 
 
 def flow_matching_loss(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -84,50 +86,96 @@ class TrainingLog:
     validation: list[tuple[int, float]] = field(default_factory=list)
 
 
-class FlowProblem:
-    """Makes training rows in normalised coordinates: inputs y_t, context, times and what the linear part leaves."""
+@dataclass(frozen=True)
+class Rows:
+    """Holds training rows in normalised coordinates, in the order that :meth:`ResidualField.forward` takes.
 
-    def __init__(self, model: Field, normalizer: Normalizer, sigma: float) -> None:
+    times (S,), y (B, D), context (B / repeats, C) or None, and the residual's target (B, D), in its unit.
+    """
+
+    times: Tensor
+    y: Tensor
+    context: Tensor | None
+    target: Tensor
+    repeats: int
+
+    def each(self) -> tuple[Tensor, Tensor | None]:
+        """Give every row's time (B,) and context (B, C)."""
+        times = self.times.repeat_interleave(len(self.y) // (len(self.times) * self.repeats)).repeat(self.repeats)
+        return times, None if self.context is None else self.context.repeat(self.repeats, 1)
+
+
+class FlowProblem:
+    """Makes training rows: inputs y_t, context, times, and what the linear part leaves of the velocity.
+
+    With ``one_step`` all times are 0 and there is no noise: the problem of a field whose single Euler step goes from
+    source to target.
+    """
+
+    def __init__(self, model: Field, normalizer: Normalizer, sigma: float, *, one_step: bool = False) -> None:
         self.model = model
         self.normalizer = normalizer
-        self.sigma = sigma
-        matrix = model.linear.matrices[0].numel()
-        self.strata = STRATA if matrix > LARGE else None
+        self.sigma = 0.0 if one_step else sigma
+        self.one_step = one_step
+        # A matrix a row where they are small, one for many rows at the same time where they are not.
+        self.stratified = one_step or model.linear.matrices[0].numel() > LARGE
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def strata(self, items: int) -> int:
+        """Give the number of different times of an update of so many items, a divisor of it."""
+        if self.one_step:
+            return 1
+        if not self.stratified:
+            return items
+        return STRATA if items >= 16 * STRATA and items % STRATA == 0 else math.gcd(items, STRATA // 2)
 
     def times(self, items: int, generator: torch.Generator, device: torch.device) -> Tensor:
-        """Draw stratified uniform times (S,) for ``items`` items; row i of a batch is at time i modulo S.
+        """Draw stratified uniform times (S,) for ``items`` items.
 
         S divides the number of items, so that all rows of one item - which may go together, as the zero and the
         full displacement of a pair do - are at one time, and no kind of row is at early or late times only.
         """
-        count = self.strata or items
-        return ((torch.arange(count) + torch.rand(count, generator=generator)) / count).to(device)
+        count = self.strata(items)
+        if self.one_step:
+            return torch.zeros(1, device=device)
+        return ((torch.arange(count) + torch.rand(count, generator=generator)) / count).to(device, non_blocking=True)
 
-    def rows(self, batch: Coupled, times: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Give t (B,), y_t (B, D), context (B, C) or None, and the residual's target (B, D), in its unit."""
-        source, target = self.normalizer(batch.source), self.normalizer(batch.target)
+    @torch.no_grad()
+    def rows(self, batch: Coupled, times: Tensor, generator: torch.Generator) -> Rows:
+        """Place a batch at its times (S,), with path noise from ``generator``, on the batch's device."""
+        repeats = batch.repeats
+        t = times.repeat_interleave(len(batch.source) // (len(times) * repeats)).repeat(repeats)[:, None]
+        if self.sigma:
+            noise = torch.randn(batch.source.shape, generator=generator, device=generator.device).to(t.device)
+            noise.mul_(self.sigma * self.normalizer.displacement * self.normalizer.scale)
+            y, velocity = path_sample(batch.source, batch.target, t, noise)
+        else:
+            y, velocity = torch.lerp(batch.source, batch.target, t), batch.target - batch.source
+        y = self.normalizer(y)
         context = self.normalizer.context(batch.context)
-        repeats = len(source) // len(times)
-        t = times.repeat(repeats)
-        noise = noise * (self.sigma * self.normalizer.displacement)
-        y, velocity = path_sample(source, target, t[:, None], noise)
-        linear = self._linear(times, repeats, y, context)
-        return t, y, context, (velocity - linear) / self.model.unit
+        left = velocity.div_(self.normalizer.scale).sub_(self._linear(times, y, context, repeats))
+        return Rows(times, y, context, left.div_(self.model.unit), repeats)
 
-    def _linear(self, times: Tensor, repeats: int, y: Tensor, context: Tensor | None) -> Tensor:
-        inputs = y if context is None else torch.cat([y, context], dim=1)
-        if self.strata is None:
-            return self.model.linear(times.repeat(repeats), y, context)
-        slope, offset = self.model.linear.operator(times)
-        inputs = inputs.unflatten(0, (repeats, len(times))).transpose(0, 1)
-        return torch.baddbmm(offset[:, None, :], inputs, slope).transpose(0, 1).flatten(0, 1)
+    def _linear(self, times: Tensor, y: Tensor, context: Tensor | None, repeats: int) -> Tensor:
+        if not self.stratified:
+            each, of_each = Rows(times, y, context, y, repeats).each()
+            return self.model.linear(each, y, of_each)
+        if self._kept is None or self._kept[0] is not times:
+            self._kept = (times, *self.model.linear.operator(times))
+        _, slope, offset = self._kept
+        d = y.shape[1]
+        offset = offset[:, None, :]
+        if context is not None:
+            offset = torch.baddbmm(offset, context.view(len(times), -1, context.shape[1]), slope[:, d:])
+        blocks = y.view(repeats, len(times), -1, d)
+        return torch.cat([torch.baddbmm(offset, block, slope[:, :d]) for block in blocks]).view_as(y)
 
 
-def planned_updates(problem: FlowProblem, coupling: Paired | BestOf, config: FlowConfig) -> tuple[int, int]:
+def planned_updates(problem: FlowProblem, coupling: Coupling, config: FlowConfig) -> tuple[int, int]:
     """Give (updates, pairs an update) for the run."""
     items = max(1, min(config.batch_size // coupling.rows_per_item, len(coupling)))
-    if problem.strata:
-        items = max(problem.strata, items // problem.strata * problem.strata)
+    if problem.stratified:
+        items = max(STRATA, items // STRATA * STRATA)
     an_epoch = math.ceil(len(coupling) / items)
     if config.epochs != "auto":
         return config.epochs * an_epoch, items
@@ -139,8 +187,8 @@ def planned_updates(problem: FlowProblem, coupling: Paired | BestOf, config: Flo
 
 def train_residual(
     problem: FlowProblem,
-    coupling: Paired | BestOf,
-    validation: Paired | BestOf,
+    coupling: Coupling,
+    validation: Coupling,
     config: FlowConfig,
     *,
     checkpoint: Path | None = None,
@@ -178,22 +226,29 @@ def train_residual(
     order = _Order(len(coupling), items, config.seed)
     stale = _stale(log)
     network.train()
+    called: Callable[..., Tensor] = torch.compile(network) if config.compile else network
+    half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    noise = generator if device.type == "cpu" else torch.Generator(device).manual_seed(config.seed + log.updates)
+    kept = TIMES_KEPT if problem.stratified else 1
+    times = problem.times(items, _generator(config.seed, ~(log.updates // kept)), device)
     bar = tqdm(total=updates, initial=log.updates, desc="fit", unit="update", disable=not progress, leave=False)
     with bar, torch.enable_grad():
         while log.updates < updates and stale < config.patience:
             rate = config.learning_rate * _schedule(log.updates, updates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batch = _to(coupling.draw(order.at(log.updates), generator), device)
-            times = problem.times(items, generator, device)
-            noise = torch.randn(batch.source.shape, generator=generator).to(device)
-            with torch.no_grad():
-                t, y, context, target = problem.rows(batch, times, noise)
-            loss = flow_matching_loss(network(t, y, context), target, batch.weight)
+            if log.updates % kept == 0:
+                times = problem.times(items, _generator(config.seed, ~(log.updates // kept)), device)
+            batch = coupling.draw(order.at(log.updates), generator).to(device)
+            rows = problem.rows(batch, times, noise)
+            with half:
+                predicted = called(rows.times, rows.y, rows.context, rows.repeats)
+            loss = flow_matching_loss(predicted.float(), rows.target, batch.weight)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            averaged.update_parameters(network)
+            if log.updates % EMA_EVERY == 0:
+                averaged.update_parameters(network)
             log.updates += 1
             bar.update()
             if log.updates % every == 0 or log.updates == updates:
@@ -236,18 +291,17 @@ def _stale(log: TrainingLog) -> int:
 def _averaging(decay: float):
     def average(averages, values, count) -> None:
         # Young averages forget the start faster: the first updates are far from where training ends.
-        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        young = EMA_EVERY * int(count)
+        share = 1 - min(decay, (1 + young) / (10 + young)) ** EMA_EVERY
         for average_value, value in zip(averages, values, strict=True):
             average_value.lerp_(value, share)
 
     return average
 
 
-def _to(batch: Coupled, device: torch.device) -> Coupled:
-    if device.type == "cpu":
-        return batch
-    context = None if batch.context is None else batch.context.to(device)
-    return Coupled(batch.source.to(device), batch.target.to(device), context, batch.weight.to(device))
+def _generator(seed: int, number: int) -> torch.Generator:
+    """Give the generator of one stretch of a run, the same when the run is taken up again."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
 
 
 class _Order:
@@ -262,8 +316,7 @@ class _Order:
     def at(self, update: int) -> Tensor:
         epoch, place = divmod(update, self.an_epoch)
         if epoch != self._epoch:
-            mixed = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            self._permutation = torch.randperm(self.count, generator=mixed)
+            self._permutation = torch.randperm(self.count, generator=_generator(self.seed, epoch))
             self._epoch = epoch
         index = self._permutation[place * self.items : (place + 1) * self.items]
         if len(index) < self.items:  # the last batch is filled up from the epoch's beginning: equal shapes throughout
@@ -275,20 +328,19 @@ class _ValidationRows:
     """Holds fixed validation rows, times and noise, so that losses of different moments compare."""
 
     @torch.no_grad()
-    def __init__(self, problem: FlowProblem, coupling: Paired | BestOf, seed: int) -> None:
+    def __init__(self, problem: FlowProblem, coupling: Coupling, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed + 1)
         device = problem.model.unit.device
-        strata = problem.strata or 1
-        wanted = max(strata, VALIDATION_ROWS // coupling.rows_per_item // strata * strata)
+        wanted = max(1, VALIDATION_ROWS // coupling.rows_per_item // STRATA) * STRATA
         order = torch.randperm(len(coupling), generator=generator)
         # Few pairs are looked at several times, at different times and noises.
         index = order.repeat(-(-wanted // len(order)))[:wanted]
-        batch = _to(coupling.draw(index, generator), device)
+        batch = coupling.draw(index, generator).to(device)
         times = problem.times(len(index), generator, device)
-        noise = torch.randn(batch.source.shape, generator=generator).to(device)
-        self.t, self.y, self.context, self.target = problem.rows(batch, times, noise)
-        self.weight = batch.weight
-        self.group = coupling.group_of(index).repeat(coupling.rows_per_item)
+        rows = problem.rows(batch, times, generator)
+        self.y, self.target, self.weight = rows.y, rows.target, batch.weight
+        self.t, self.context = rows.each()
+        self.group = coupling.group_of(index).repeat(batch.repeats)
 
     @torch.no_grad()
     def loss(self, network: torch.nn.Module | None) -> float:
@@ -417,7 +469,7 @@ class _Checkpoint:
         state.restore(tensors, TrainingLog(**json.loads(notes["log"])))
 
 
-def _fingerprint(problem: FlowProblem, coupling: Paired | BestOf, config: FlowConfig, updates: int) -> str:
+def _fingerprint(problem: FlowProblem, coupling: Coupling, config: FlowConfig, updates: int) -> str:
     some = coupling.draw(torch.arange(min(len(coupling), 64)), torch.Generator().manual_seed(0))
     found = hashlib.sha256(json.dumps([config.to_dict(), updates, len(coupling)]).encode())
     for tensor in (some.source, some.target, problem.normalizer.mean.cpu()):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pfm.fields import Velocity
 
-__all__ = ["ADAPTIVE_SOLVERS", "FIXED_SOLVERS", "SOLVERS", "check_solver", "integrate"]
+__all__ = ["ADAPTIVE_SOLVERS", "FIXED_SOLVERS", "SOLVERS", "STAGES", "Integrated", "check_solver", "integrate"]
 
-FIXED_SOLVERS = ("euler", "midpoint", "heun2", "rk4")
+STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}  # evaluations of the field a step
+LAST_RESORT = 128  # steps of rk4 where an adaptive solver finds none
+FIXED_SOLVERS = tuple(STAGES)
 ADAPTIVE_SOLVERS = ("bosh3", "dopri5", "dopri8")
 SOLVERS = FIXED_SOLVERS + ADAPTIVE_SOLVERS
 
@@ -24,6 +25,18 @@ def check_solver(solver: str) -> None:
     """Refuse a solver that is not known here."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}: got {solver!r}")
+
+
+class Integrated(NamedTuple):
+    """Holds the states (T, B, D) at the times asked for, and which rows (B,) stayed finite.
+
+    A row that leaves the finite numbers keeps its last finite state from there on. ``evaluations`` of the field were
+    needed.
+    """
+
+    states: Tensor
+    finite: Tensor
+    evaluations: int
 
 
 def integrate(
@@ -35,11 +48,12 @@ def integrate(
     steps: int = 1,
     rtol: float = 1e-4,
     atol: float = 1e-4,
-) -> Tensor:
+) -> Integrated:
     """Integrate from ``times[0]`` through the given times.
 
     With a fixed-step solver every row's result depends on that row alone. An adaptive solver chooses its steps
-    for the whole batch, so that a row's result depends, within the tolerance, on the rows beside it.
+    for the whole batch, so that a row's result depends, within the tolerance, on the rows beside it; where it finds
+    no step small enough, fixed steps are taken instead, so that rows in trouble do not cost the others their result.
 
     Args:
         velocity: (t, y (B, D)) -> (B, D).
@@ -48,16 +62,15 @@ def integrate(
         solver: a name in :data:`SOLVERS`.
         steps: steps a unit of time, for fixed-step solvers; each interval takes at least one.
         rtol, atol: tolerances of the adaptive solvers.
-
-    Returns:
-        (len(times), B, D) the states. A row that leaves the finite numbers keeps its last finite state from
-        there on, and a ``RuntimeWarning`` counts such rows.
     """
     from torchdiffeq import odeint
 
     check_solver(solver)
+    evaluations = 0
 
     def function(t: Tensor, state: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
         return velocity(float(t), state)
 
     points, marks = torch.empty(0), [0]
@@ -73,29 +86,29 @@ def integrate(
         result = odeint(function, y, asked, method=solver, options=options)
     else:
         asked = torch.tensor(list(times), dtype=y.dtype, device=y.device)
-        result = odeint(function, y, asked, method=solver, rtol=rtol, atol=atol)
+        try:
+            result = odeint(function, y, asked, method=solver, rtol=rtol, atol=atol)
+        except AssertionError:  # no step is small enough, as when the field gives NaN for one row
+            return integrate(velocity, y, times, solver="rk4", steps=LAST_RESORT)
     if not isinstance(result, Tensor):
         raise TypeError(f"the solver gave {type(result).__name__} for a tensor state")
     if bool(torch.isfinite(result[-1].sum())):
-        return result
+        return Integrated(result, torch.ones(len(y), dtype=torch.bool, device=y.device), evaluations)
     if solver in FIXED_SOLVERS:
         # Rare: integrate again with every step kept, to find where each lost row was last finite.
         result = odeint(function, y, points, method=solver)
-        assert isinstance(result, Tensor)
-        return _hold_last_finite(result)[marks]
-    return _hold_last_finite(result)
+        if not isinstance(result, Tensor):
+            raise TypeError(f"the solver gave {type(result).__name__} for a tensor state")
+    else:
+        marks = list(range(len(asked)))
+    states, finite = _hold_last_finite(result)
+    return Integrated(states[marks], finite, evaluations)
 
 
-def _hold_last_finite(states: Tensor) -> Tensor:
+def _hold_last_finite(states: Tensor) -> tuple[Tensor, Tensor]:
     lost = torch.zeros(states.shape[1], dtype=torch.bool, device=states.device)
     states = states.clone()
     for step in range(1, len(states)):
         lost = lost | ~torch.isfinite(states[step]).all(-1)
         states[step][lost] = states[step - 1][lost]
-    warnings.warn(
-        f"the field left the finite numbers for {int(lost.sum())} of {len(lost)} rows: "
-        "each keeps its last finite state",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return states
+    return states, ~lost

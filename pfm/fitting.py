@@ -1,0 +1,157 @@
+"""Fitting one field on coupled samples: the closed-form part, the residual beyond it, the number of steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfm.config import FlowConfig
+from pfm.couplings import Coupled, Coupling
+from pfm.fields import Field, Moments, Normalizer
+from pfm.training import FlowProblem, TrainingLog, train_residual
+from pfm.transport import ADAPTIVE_SOLVERS, STAGES, integrate
+
+__all__ = ["FieldFit", "at_most", "choose_steps", "fit_field", "matmul_precision"]
+
+MOMENT_ROWS = 200_000
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
+STEP_CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+STEP_ROWS = 256
+
+
+@dataclass(frozen=True)
+class FieldFit:
+    """Says what the fit of a field found: its ridge, infinity for no slope, and the residual's training."""
+
+    ridge: float
+    log: TrainingLog
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the findings as JSON values."""
+        training = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None
+            for name, value in asdict(self.log).items()
+        }
+        ridge = None if math.isinf(self.ridge) else self.ridge
+        return {"ridge": ridge, "residual_kept": self.log.gain > 0, "training": training}
+
+
+def fit_field(
+    field: Field,
+    normalizer: Normalizer,
+    coupling: Coupling,
+    check: Coupling,
+    config: FlowConfig,
+    *,
+    one_step: bool = False,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> FieldFit:
+    """Fit both parts of a field, in place; ``check`` joins samples of held-out prompts, on which parts are judged.
+
+    ``one_step`` fits the displacement at t = 0 only, for a single Euler step.
+    """
+    problem = FlowProblem(field, normalizer, config.sigma, one_step=one_step)
+    ridge = _fit_linear(problem, coupling, check, config)
+    log = TrainingLog()
+    if config.residual:
+        with matmul_precision(config.dtype, normalizer.mean.device):
+            log = train_residual(problem, coupling, check, config, checkpoint=checkpoint, progress=progress)
+    if log.gain == 0.0:
+        field.drop_residual()
+    return FieldFit(ridge, log)
+
+
+@torch.no_grad()
+def _fit_linear(problem: FlowProblem, coupling: Coupling, check: Coupling, config: FlowConfig) -> float:
+    """Fit the closed-form part at the ridge that predicts held-out displacements best."""
+    field, normalizer = problem.model, problem.normalizer
+    if not config.linear:
+        field.linear.matrices.zero_()
+        field.linear.shifts.zero_()
+        return math.inf
+    noise = (problem.sigma * normalizer.displacement).square()
+    moments, judged = (Moments.of(_all_rows(part, config.seed), normalizer, noise) for part in (coupling, check))
+    times = {"times": (0.0,)} if problem.one_step else {}
+    ridge = moments.best_ridge(RIDGES, judged, field.unit.cpu(), **times)
+    field.linear.fit(moments, ridge, at_start=problem.one_step)
+    return ridge
+
+
+def _all_rows(coupling: Coupling, seed: int, size: int = 8192) -> Iterator[Coupled]:
+    generator = torch.Generator().manual_seed(seed)
+    for index in at_most(len(coupling), MOMENT_ROWS, seed).split(size):
+        yield coupling.draw(index, generator)
+
+
+def at_most(count: int, most: int, seed: int) -> Tensor:
+    """Give the numbers below ``count``, or a sorted random choice of ``most`` of them."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+
+
+@torch.no_grad()
+def choose_steps(
+    field: Field, normalizer: Normalizer, check: Coupling, config: FlowConfig
+) -> tuple[int, float | None, int]:
+    """Give the fewest steps within the tolerance of a tight adaptive solution, on held-out rows.
+
+    Returns:
+        the steps of a pass, their error relative to the distance moved (None where nothing was chosen), and the
+        evaluations of the field that a pass takes.
+    """
+    device = normalizer.mean.device
+    rows = check.draw(at_most(len(check), STEP_ROWS, config.seed), torch.Generator().manual_seed(0)).to(device)
+    y, context = normalizer(rows.source), normalizer.context(rows.row_context())
+    velocity = field.at(context)
+    if config.solver in ADAPTIVE_SOLVERS:
+        return 1, None, integrate(velocity, y, (0.0, 1.0), solver=config.solver).evaluations
+    stages = STAGES[config.solver]
+    if config.steps != "auto":
+        return config.steps, None, config.steps * stages
+    exact = integrate(
+        copy.deepcopy(field).double().at(None if context is None else context.double()),
+        y.double(), (0.0, 1.0), solver="dopri5", rtol=1e-6, atol=1e-8,
+    ).states[-1]  # fmt: skip
+    moved = float((exact - y).square().mean().sqrt())
+    if moved == 0:
+        return 1, 0.0, stages
+    error = math.inf
+    for steps in STEP_CHOICES:
+        result = integrate(velocity, y, (0.0, 1.0), solver=config.solver, steps=steps).states[-1]
+        error = float((result - exact).square().mean().sqrt()) / moved
+        if error <= config.tolerance:
+            return steps, error, steps * stages
+    warnings.warn(
+        f"{STEP_CHOICES[-1]} steps of {config.solver} are {error:.3g} from the exact solution, above "
+        f"tolerance={config.tolerance:g}: the field is rough; use solver='dopri5' or a larger sigma",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return STEP_CHOICES[-1], error, STEP_CHOICES[-1] * stages
+
+
+class matmul_precision:
+    """Sets torch's precision of float32 matrix products as ``dtype`` asks, and puts it back."""
+
+    def __init__(self, dtype: str, device: torch.device) -> None:
+        medium = dtype == "medium" or (dtype == "auto" and device.type == "cuda")
+        self.wanted = "medium" if medium else None
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        if self.wanted:
+            torch.set_float32_matmul_precision(self.wanted)
+
+    def __exit__(self, *_: object) -> None:
+        if self.wanted:
+            torch.set_float32_matmul_precision(self.before)
