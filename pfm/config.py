@@ -34,7 +34,8 @@ class FlowConfig:
         hidden, layers: width and number of hidden layers; ``"auto"`` is 256 x 4 up to 64 dimensions, else 512 x 3.
 
     Training
-        epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, between 2 and 400 passes.
+        epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, for two passes up to
+            four times that, and at most 400 passes.
         batch_size: rows an update. learning_rate, weight_decay: of AdamW, cosine schedule to zero.
         ema: decay of the weights' exponential moving average, which is what is kept.
         patience: validations (40 a run) without improvement before training stops.

@@ -271,17 +271,17 @@ class Transported:
         self.context_weight = 0.0
         ends, generator = _Ends(pairs, source), torch.Generator().manual_seed(seed)
         pool = torch.zeros(len(pairs), dtype=torch.long) if across else pairs.pool
+        # Both ends of a pair fall into one block, so that every block has a near context for each of its own.
+        order = torch.randperm(len(pairs), generator=generator)
         sources, targets = [], []
         for ours, theirs in zip(
-            _by_pool(pool, ends.sources, ends.source_weight, generator),
-            _by_pool(pool, ends.targets, ends.target_weight, generator), strict=True,
+            _by_pool(pool, ends.sources, ends.source_weight, order),
+            _by_pool(pool, ends.targets, ends.target_weight, order), strict=True,
         ):  # fmt: skip
             count = len(ours[0])
             if count == 0:
                 continue
-            start = _spread(*ours, count)
-            stop = _spread(*theirs, count)
-            start, stop = (part[torch.randperm(count, generator=generator)] for part in (start, stop))
+            start, stop = _spread(*ours, count), _spread(*theirs, count)
             blocks = -(-count // BLOCK)
             for some, others in zip(start.tensor_split(blocks), stop.tensor_split(blocks), strict=True):
                 sources.append(some)
@@ -364,12 +364,12 @@ class WithoutContext:
         return replace(self.coupling.draw(index, generator), context=None)
 
 
-def _by_pool(pool: Tensor, places: Tensor, weight: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor]]:
-    """Cut samples into their pools, in random order inside each."""
-    mixed = torch.randperm(len(places), generator=generator)
-    order = mixed[pool[places[mixed] // 2].argsort(stable=True)]
+def _by_pool(pool: Tensor, places: Tensor, weight: Tensor, order: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Cut samples into their pools, inside each in the order of their pairs' numbers."""
+    by_order = order[places // 2].argsort(stable=True)
+    found = by_order[pool[places[by_order] // 2].argsort(stable=True)]
     sizes = torch.bincount(pool[places // 2], minlength=int(pool.max()) + 1).tolist()
-    return list(zip(places[order].split(sizes), weight[order].split(sizes), strict=True))
+    return list(zip(places[found].split(sizes), weight[found].split(sizes), strict=True))
 
 
 def _spread(places: Tensor, weight: Tensor, count: int) -> Tensor:

@@ -124,6 +124,7 @@ class EncodedPairs:
         group: Any = None,
         encoder: Mapping[str, Any] | None = None,
         candidates: Sequence[tuple[int, Tensor, Tensor]] | None = None,
+        check: bool = True,
     ) -> EncodedPairs:
         """Make pairs that point into a table of unique outputs.
 
@@ -137,6 +138,7 @@ class EncodedPairs:
                 ``context_index``.
             candidates: for each prompt (context row, or without contexts its group; rows of ``outputs`` (n,);
                 scores (n,)), for targets beyond best of two.
+            check: look whether all values are finite, which reads all of the tables.
 
         Raises:
             ValueError: an index is out of range, or shapes disagree.
@@ -145,7 +147,8 @@ class EncodedPairs:
         table = as_float_tensor("outputs", outputs)
         if table.ndim < 2 or table.shape[0] == 0:
             raise ValueError(f"outputs must be (M, *D) with M >= 1: got {tuple(table.shape)}")
-        check_finite("outputs", table)
+        if check:
+            check_finite("outputs", table)
         chosen_rows = _index("chosen_index", chosen_index, table.shape[0])
         rejected_rows = _index("rejected_index", rejected_index, table.shape[0])
         count = chosen_rows.shape[0]
@@ -160,7 +163,8 @@ class EncodedPairs:
             contexts = as_float_tensor("contexts", contexts)
             if contexts.ndim != 2:
                 raise ValueError(f"contexts must be (G, C): got {tuple(contexts.shape)}")
-            check_finite("contexts", contexts)
+            if check:
+                check_finite("contexts", contexts)
             if context_index is None:
                 raise ValueError("contexts needs context_index (N,): which context row belongs to which pair")
             context_rows = _index("context_index", context_index, contexts.shape[0])
@@ -236,6 +240,8 @@ class EncodedPairs:
     def load(cls, folder: str | Path) -> EncodedPairs:
         """Map the pairs that :meth:`save` wrote: outputs and contexts stay on disk and are read batch by batch.
 
+        They were checked before they were written, and are not read again here.
+
         Raises:
             FileNotFoundError: the folder holds no finished pairs. ValueError: its files do not fit each other.
         """
@@ -266,14 +272,13 @@ class EncodedPairs:
             found["rejected_index"] if "rejected_outputs" not in found else found["chosen_index"],
             contexts=found.get("contexts"), context_index=found.get("context_index"), weight=found.get("weight"),
             probability=found.get("probability"), group=found.get("group"), encoder=described["encoder"],
-            candidates=None if candidates is None else list(candidates),
+            candidates=None if candidates is None else list(candidates), check=False,
         )  # fmt: skip
         pairs._grouped = "group" in found
         if "group" not in found:
             pairs._group = None
         if "rejected_outputs" in found:
             rejected = found["rejected_outputs"]
-            check_finite("rejected_outputs", rejected)
             pairs._tables = (pairs._tables[0], rejected)
             pairs._indices = (pairs._indices[0], _index("rejected_index", found["rejected_index"], len(rejected)))
         return pairs

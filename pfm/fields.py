@@ -21,8 +21,11 @@ __all__ = ["Field", "LinearField", "Moments", "Normalizer", "ResidualField", "Ve
 Velocity = Callable[[float, Tensor], Tensor]
 """The velocity at a scalar time, contexts fixed: (t, y (B, D)) -> (B, D)."""
 
+SMALL = 64  # dimensions up to which a problem is small: narrow networks, many features of time
 TIME_NODES = 12  # Chebyshev: v of independent equal Gaussians has poles at t = (1 +- i)/2, so errors fall as 2.4**-n
-FOURIER_FEATURES = 8
+FOURIER_FEATURES = 8  # up to 64 dimensions; beyond, half: there they cost steps of the solver and gain next to nothing
+CONTEXT_ENERGY = 1e-6  # of the contexts' matrices over time that may be left out
+EXACT = 1e-12  # the same, of matrices from which it was left out: rounding
 
 
 class Normalizer(nn.Module):
@@ -180,7 +183,9 @@ class LinearField(nn.Module):
         self.register_buffer("_nodes", (1 - torch.cos(angles)) / 2, persistent=False)
         self.register_buffer("_signs", signs, persistent=False)
         self._dimension = dimension
-        self._at: dict[float, tuple[Tensor, Tensor]] = {}
+        self._at: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
+        self._parts: tuple[Tensor, Tensor] | None = None
+        self.register_load_state_dict_post_hook(self._forget)
 
     @torch.no_grad()
     def fit(self, moments: Moments, ridge: float, *, at_start: bool = False) -> None:
@@ -188,7 +193,7 @@ class LinearField(nn.Module):
 
         ``at_start`` takes the solution at t = 0 for all times, as a field of one Euler step needs it.
         """
-        self._at.clear()
+        self._forget()
         for node, t in enumerate(self._nodes.tolist()):
             if at_start and node > 0:
                 self.matrices[node].copy_(self.matrices[0])
@@ -204,6 +209,22 @@ class LinearField(nn.Module):
                 slope = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
             self.matrices[node].copy_(slope)
             self.shifts[node].copy_(shift - mean @ slope)
+        axes, parts = self._over_time(CONTEXT_ENERGY)
+        self.matrices[:, self._dimension :] = torch.einsum("nr,rcd->ncd", axes, parts)
+
+    @torch.no_grad()
+    def _over_time(self, energy: float) -> tuple[Tensor, Tensor]:
+        """Write the contexts' matrices at the nodes as few matrices (r, C, D) with weights (nodes, r).
+
+        They change slowly with time, so that a few principal components over the nodes hold all but a share
+        ``energy`` of their squares.
+        """
+        whole = self.matrices[:, self._dimension :].flatten(1).double()
+        values, vectors = torch.linalg.eigh(whole @ whole.T)
+        left = values.clamp_min(0).cumsum(0)
+        axes = vectors[:, left > energy * left[-1]]
+        shape = axes.shape[1], self.matrices.shape[1] - self._dimension, self._dimension
+        return axes.to(self.matrices.dtype), (axes.T @ whole).to(self.matrices.dtype).view(shape)
 
     def weights(self, t: Tensor) -> Tensor:
         """Give the interpolation weights of the nodes at times t (S,): (S, nodes)."""
@@ -219,12 +240,14 @@ class LinearField(nn.Module):
         slope = (weights @ self.matrices.flatten(1)).unflatten(1, self.matrices.shape[1:])
         return slope, weights @ self.shifts
 
-    def operator_at(self, t: float) -> tuple[Tensor, Tensor]:
-        """Give slope (D + C, D) and offset (D,) at one time; the last few times are remembered."""
+    def _operator_at(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Give slope (D, D), offset (D,) and the nodes' weights (nodes,) at one time; the last few are remembered."""
         found = self._at.get(t)
-        if found is None or found[0].device != self.matrices.device or found[0].dtype != self.matrices.dtype:
-            slope, offset = self.operator(torch.tensor([t], device=self.matrices.device))
-            found = (slope[0], offset[0])
+        if found is None:
+            weights = self.weights(torch.tensor([t], device=self.matrices.device))
+            d = self._dimension
+            slope = (weights @ self.matrices[:, :d].flatten(1)).view(d, d)
+            found = (slope, (weights @ self.shifts)[0], weights[0])
             if len(self._at) >= 32:
                 self._at.clear()
             self._at[t] = found
@@ -232,28 +255,36 @@ class LinearField(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None."""
-        inputs = y if context is None else torch.cat([y, context], dim=-1)
         if t.ndim == 0:
-            slope, offset = self.operator_at(float(t))
-            return torch.addmm(offset, inputs, slope)
+            return self.at(context)(float(t), y)
+        inputs = y if context is None else torch.cat([y, context], dim=-1)
         weights = self.weights(t)
         everywhere = (inputs @ self.matrices.permute(1, 0, 2).flatten(1)).unflatten(1, (-1, self._dimension))
         return (weights[:, None, :] @ (everywhere + self.shifts)).squeeze(1)
 
     def at(self, context: Tensor | None) -> Velocity:
-        """Fix the contexts (B, C)."""
-        d = self._dimension
+        """Fix the contexts (B, C): their products with the matrices are computed here, once."""
+        axes, fixed = None, torch.empty(0)
+        if context is not None:
+            if self._parts is None:
+                self._parts = self._over_time(EXACT)
+            axes, parts = self._parts
+            fixed = (context @ parts).flatten(1)
 
         def velocity(t: float, y: Tensor) -> Tensor:
-            slope, offset = self.operator_at(t)
-            if context is None:
-                return torch.addmm(offset, y, slope)
-            return torch.addmm(torch.addmm(offset, context, slope[d:]), y, slope[:d])
+            slope, offset, weights = self._operator_at(t)
+            if axes is not None:
+                offset = torch.addmv(offset.expand(len(y), -1).flatten(), fixed.T, weights @ axes).view_as(y)
+            return torch.addmm(offset, y, slope)
 
         return velocity
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearField:
+    def _forget(self, *_: object) -> None:
         self._at.clear()
+        self._parts = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearField:
+        self._forget()
         return super()._apply(fn, recurse)
 
 
@@ -267,7 +298,8 @@ class ResidualField(nn.Module):
     def __init__(self, dimension: int, context_dimension: int, hidden: int, layers: int) -> None:
         super().__init__()
         self.from_output = nn.Linear(dimension, hidden)
-        self.from_time = nn.Linear(1 + 2 * FOURIER_FEATURES, hidden, bias=False)
+        features = FOURIER_FEATURES if dimension <= SMALL else FOURIER_FEATURES // 2
+        self.from_time = nn.Linear(1 + 2 * features, hidden, bias=False)
         self.from_context = nn.Linear(context_dimension, hidden, bias=False) if context_dimension else None
         self.hidden = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))
         self.last = nn.Linear(hidden, dimension)
@@ -276,7 +308,7 @@ class ResidualField(nn.Module):
         self._frequencies: Tensor
         self.register_buffer(
             "_frequencies",
-            math.pi * torch.arange(1, FOURIER_FEATURES + 1, dtype=torch.float32),
+            math.pi * torch.arange(1, features + 1, dtype=torch.float32),
             persistent=False,
         )
 

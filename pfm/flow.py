@@ -20,7 +20,7 @@ from pfm.config import FlowConfig
 from pfm.couplings import Joined, WithoutContext, make_coupling
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.errors import NonFiniteWarning
-from pfm.fields import Field, Normalizer, Velocity
+from pfm.fields import SMALL, Field, Normalizer, Velocity
 from pfm.files import replace_file
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.training import remove_checkpoint
@@ -82,7 +82,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         self.eval()
 
     def _new_field(self, context_dimension: int) -> Field:
-        small = self.dimension <= 64
+        small = self.dimension <= SMALL
         return Field(
             self.dimension,
             context_dimension,

@@ -182,7 +182,8 @@ def planned_updates(problem: FlowProblem, coupling: Coupling, config: FlowConfig
     assert problem.model.residual is not None
     parameters = sum(p.numel() for p in problem.model.residual.parameters())
     affordable = int(BUDGET / (3 * parameters * items * coupling.rows_per_item))
-    return min(max(affordable, 2 * an_epoch), 400 * an_epoch), items
+    # Two passes over many pairs may cost more, but not any price: a million pairs need not all be seen.
+    return min(max(affordable, min(2 * an_epoch, 4 * affordable)), 400 * an_epoch), items
 
 
 def train_residual(

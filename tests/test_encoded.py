@@ -1,5 +1,6 @@
 """Pairs as tensors: shapes, tables, splits, controls."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,3 +102,61 @@ def test_bad_input_is_named(make, told):
 def test_what_is_not_numbers_is_a_type_error():
     with pytest.raises(TypeError, match="chosen must be a tensor"):
         EncodedPairs(["a", "b"], ["c", "d"])
+
+
+# -- on disk --------------------------------------------------------------------------------------------------------
+
+
+def stored_pairs(kind: str) -> EncodedPairs:
+    generator = torch.Generator().manual_seed(0)
+    if kind == "table":
+        outputs, contexts = torch.randn(12, 2, 3, generator=generator), torch.randn(4, 5, generator=generator)
+        rows = torch.arange(12).view(4, 3)
+        return EncodedPairs.from_table(
+            outputs, rows[:, 0], rows[:, 1], contexts=contexts, context_index=torch.arange(4),
+            weight=[1.0, 2.0, 3.0, 4.0], probability=[1.0, 0.9, 0.8, 0.7], encoder={"name": "e"},
+            candidates=[(i, rows[i], torch.arange(3.0)) for i in range(4)],
+        )  # fmt: skip
+    chosen, rejected = torch.randn(2, 7, 6, generator=generator)
+    if kind == "plain":
+        return EncodedPairs(chosen, rejected)
+    return EncodedPairs(chosen, rejected, torch.randn(3, 2, generator=generator)[torch.arange(7) % 3])
+
+
+@pytest.mark.parametrize("kind", ["table", "plain", "contexts"])
+def test_pairs_come_back_from_disk_as_they_were(kind: str, tmp_path):
+    pairs = stored_pairs(kind)
+    again = EncodedPairs.load(pairs.save(tmp_path, dtype=torch.float32))
+    assert again.event_shape == pairs.event_shape
+    assert again.encoder == pairs.encoder
+    for name in ("chosen", "rejected", "context", "weight", "probability", "group", "pool"):
+        ours, theirs = getattr(pairs, name), getattr(again, name)
+        assert (ours is None) == (theirs is None), name
+        if ours is not None:
+            assert torch.equal(ours, theirs), name
+    assert (again.candidates is None) == (pairs.candidates is None)
+    for ours, theirs in zip(pairs.candidates or [], again.candidates or [], strict=True):
+        assert ours.context_index == theirs.context_index
+        assert torch.equal(ours.rows, theirs.rows)
+        assert torch.equal(ours.scores, theirs.scores)
+
+
+def test_float16_on_disk_is_half_the_size_and_nearly_the_same(tmp_path):
+    pairs = stored_pairs("plain")
+    again = EncodedPairs.load(pairs.save(tmp_path / "half"))
+    torch.testing.assert_close(again.gather(torch.arange(7)).chosen, pairs.chosen, rtol=1e-3, atol=1e-3)
+    pairs.save(tmp_path / "whole", dtype=torch.float32)
+    sizes = [(tmp_path / name / "outputs.npy").stat().st_size - 128 for name in ("half", "whole")]
+    assert sizes[0] * 2 == sizes[1]
+    with pytest.raises(ValueError, match="outputs holds values up to 100000, beyond float16"):
+        EncodedPairs(torch.full((2, 3), 1e5), torch.zeros(2, 3)).save(tmp_path / "large")
+    with pytest.raises(FileNotFoundError, match=r"holds no pairs\.json: give a folder that EncodedPairs.save has"):
+        EncodedPairs.load(tmp_path / "large")
+
+
+def test_arrays_on_disk_are_taken_without_a_copy(tmp_path):
+    array = np.lib.format.open_memmap(tmp_path / "chosen.npy", mode="w+", dtype=np.float16, shape=(5, 4))
+    array[:] = 1
+    pairs = EncodedPairs(array, np.zeros((5, 4), dtype=np.float16))
+    array[2] = 3
+    assert float(pairs.gather(torch.tensor([2])).chosen.mean()) == 3.0

@@ -1,0 +1,145 @@
+"""Couplings against closed forms: what they join, in which proportion, and what they refuse."""
+
+import itertools
+
+import pytest
+import torch
+
+from pfm import EncodedPairs
+from pfm.couplings import COUPLINGS, Coupled, Coupling, make_coupling
+
+
+def all_rows(coupling: Coupling) -> Coupled:
+    return coupling.draw(torch.arange(len(coupling)), torch.Generator().manual_seed(0))
+
+
+def contextual(count: int = 60, contexts: int = 6, seed: int = 0) -> EncodedPairs:
+    """Draw pairs in the plane; the context's number is also the outputs' second coordinate."""
+    generator = torch.Generator().manual_seed(seed)
+    number = torch.randint(contexts, (count,), generator=generator).float()
+    one, other = torch.rand(2, count, generator=generator)
+    chosen = torch.stack([torch.maximum(one, other), number], 1)
+    rejected = torch.stack([torch.minimum(one, other), number], 1)
+    return EncodedPairs(chosen, rejected, number[:, None])
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", ["paired", "independent", "ot", "c2ot"])
+def test_no_coupling_joins_across_contexts(name: str, source: str):
+    rows = all_rows(make_coupling(contextual(), source=source, coupling=name))
+    context = rows.row_context()
+    assert context is not None
+    assert torch.equal(rows.source[:, 1:], context)
+    assert torch.equal(rows.target[:, 1:], context)
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_every_coupling_has_the_same_marginals(name: str, source: str):
+    pairs = contextual(1600, contexts=4)
+    wanted = all_rows(make_coupling(pairs, source=source, coupling="paired"))
+    rows = all_rows(make_coupling(pairs, source=source, coupling=name))
+    for ours, theirs in ((rows.source, wanted.source), (rows.target, wanted.target)):
+        for power in (1, 2, 3):
+            ours_mean = (ours**power * rows.weight[:, None]).sum(0) / rows.weight.sum()
+            theirs_mean = (theirs**power * wanted.weight[:, None]).sum(0) / wanted.weight.sum()
+            torch.testing.assert_close(ours_mean, theirs_mean, rtol=0.03, atol=0.01)
+
+
+def test_ot_is_the_assignment_of_least_cost():
+    """On the line the optimal transport joins by rank; in the plane it beats every permutation."""
+    generator = torch.Generator().manual_seed(1)
+    chosen, rejected = torch.randn(2, 50, 1, generator=generator)
+    rows = all_rows(make_coupling(EncodedPairs(chosen, rejected), source="rejected", coupling="ot"))
+    order = rows.source.flatten().argsort()
+    assert torch.equal(rows.target.flatten()[order], chosen.flatten().sort().values)
+
+    chosen, rejected = torch.randn(2, 6, 2, generator=generator)
+    rows = all_rows(make_coupling(EncodedPairs(chosen, rejected), source="rejected", coupling="ot"))
+    cost = float((rows.source - rows.target).square().sum())
+    best = min(float((rejected - chosen[list(order)]).square().sum()) for order in itertools.permutations(range(6)))
+    assert cost == pytest.approx(best, rel=1e-5)
+    assert cost < float((rejected - chosen).square().sum())
+
+
+def test_ot_cuts_a_large_context_into_blocks_that_cover_it():
+    pairs = EncodedPairs(torch.arange(3000.0)[:, None] + 1, torch.arange(3000.0)[:, None])
+    rows = all_rows(make_coupling(pairs, source="rejected", coupling="ot"))
+    assert torch.equal(rows.source.flatten().sort().values, torch.arange(3000.0))
+    assert torch.equal(rows.target.flatten().sort().values, torch.arange(3000.0) + 1)
+    assert float((rows.source - rows.target).abs().mean()) < 60  # any order: 1000
+
+
+def test_independent_draws_targets_afresh_and_evenly():
+    pairs = contextual(600, contexts=2)
+    coupling = make_coupling(pairs, source="rejected", coupling="independent")
+    generator = torch.Generator().manual_seed(0)
+    first = coupling.draw(torch.arange(600), generator).target
+    assert not torch.equal(first, coupling.draw(torch.arange(600), generator).target)
+    drawn = coupling.draw(torch.zeros(60_000, dtype=torch.long), generator).target[:, 0]
+    own = pairs.chosen[pairs.chosen[:, 1] == pairs.chosen[0, 1], 0]
+    counts = torch.stack([(drawn == value).sum() for value in own]).float()
+    assert float(counts.sum()) == 60_000
+    assert float(counts.std() / counts.mean()) < 2 / float(counts.mean()) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["independent", "ot"])
+def test_weights_and_soft_labels_decide_how_often(name: str):
+    chosen, rejected = torch.zeros(2, 1), torch.ones(2, 1)
+    pairs = EncodedPairs(chosen, rejected, weight=[1.0, 3.0], probability=[1.0, 0.5])
+    # Winners: weight 1 on a zero from the first pair; 1.5 on a zero and 1.5 on a one from the second.
+    wide = pairs.select(torch.arange(2).repeat(400))
+    rows = all_rows(make_coupling(wide, source="rejected", coupling=name))
+    share = float((rows.target[:, 0] * rows.weight).sum() / rows.weight.sum())
+    assert share == pytest.approx(1.5 / 4, abs=0.05)
+    share = float((rows.source[:, 0] * rows.weight).sum() / rows.weight.sum())
+    assert share == pytest.approx(2.5 / 4, abs=0.05)
+
+
+def test_c2ot_joins_near_contexts_and_near_outputs():
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(1500, generator=generator) * 2 * torch.pi
+    context = torch.stack([angle.cos(), angle.sin()], 1)
+    chosen, rejected = torch.randn(2, 1500, 2, generator=generator)
+    pairs = EncodedPairs(chosen + context, rejected, context)
+    rows = all_rows(make_coupling(pairs, source="rejected", coupling="c2ot"))
+    joined = float((rows.source - rows.target).square().sum(1).mean())
+    paired = float((pairs.chosen - pairs.rejected).square().sum(1).mean())
+    assert joined < 0.6 * paired
+    # The context that a target came with is hardly another than the row's: no target is of a far context.
+    by_target = {tuple(value.tolist()): place for place, value in enumerate(pairs.chosen)}
+    own = context[[by_target[tuple(value.tolist())] for value in rows.target]]
+    row_context = rows.row_context()
+    assert row_context is not None
+    assert float((own - row_context).square().sum(1).mean().sqrt()) < 0.1
+
+
+def test_groups_and_loose_pairs():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 40, 3, generator=generator)
+    group = torch.arange(40) // 10
+    rows = all_rows(make_coupling(EncodedPairs(chosen, rejected, group=group), source="rejected", coupling="ot"))
+    place = {tuple(value.tolist()): number for number, value in enumerate(chosen)}
+    origin = {tuple(value.tolist()): number for number, value in enumerate(rejected)}
+    for source, target in zip(rows.source, rows.target, strict=True):
+        assert place[tuple(target.tolist())] // 10 == origin[tuple(source.tolist())] // 10
+    # Neither contexts nor groups: one law, one pool.
+    assert int(EncodedPairs(chosen, rejected).pool.max()) == 0
+
+
+@pytest.mark.parametrize("name", ["independent", "ot"])
+def test_contexts_of_one_pair_each_are_refused_with_a_way_out(name: str):
+    chosen, rejected, context = torch.randn(3, 10, 2)
+    with pytest.raises(ValueError, match=r"each of these 10 pairs has its own.*coupling='paired', or 'c2ot'"):
+        make_coupling(EncodedPairs(chosen, rejected, context), source="rejected", coupling=name)
+
+
+def test_what_does_not_go_together_is_refused():
+    chosen, rejected = torch.randn(2, 10, 2)
+    pairs = EncodedPairs(chosen, rejected)
+    with pytest.raises(ValueError, match="these pairs have none: use 'ot'"):
+        make_coupling(pairs, source="rejected", coupling="c2ot")
+    with pytest.raises(ValueError, match="coupling must be one of paired, independent, ot, c2ot: got 'ott'"):
+        make_coupling(pairs, source="rejected", coupling="ott")
+    with pytest.raises(ValueError, match="goes with source='reference' and coupling='paired'"):
+        make_coupling(pairs, source="reference", coupling="ot", best_of=4)
