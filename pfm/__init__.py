@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pfm import decoders, encoders, generators, preferences
+    from pfm import decoders, distances, encoders, generators, preferences
     from pfm.config import FlowConfig
     from pfm.encoded import EncodedPairs
     from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, PfmError
@@ -49,6 +49,7 @@ __all__ = [
     "Report",
     "Scored",
     "decoders",
+    "distances",
     "encoders",
     "evaluate",
     "generators",

@@ -468,7 +468,8 @@ class EncodedPairs:
 
     def shuffle_labels(self, seed: int = 0) -> EncodedPairs:
         """Exchange chosen and rejected in a random half: the control in which nothing can be learned."""
-        generator = torch.Generator().manual_seed(seed)
+        # Not the stream of data that were drawn with the same small seed.
+        generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
         flip = torch.rand(len(self), generator=generator) < 0.5
         if self._tables[0] is self._tables[1]:
             part = self.select(torch.arange(len(self)))

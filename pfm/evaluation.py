@@ -551,7 +551,7 @@ def _vector_picks(
     """Pick by baselines that read the same embeddings as the flow."""
     import torch
 
-    from pfm.preferences import BradleyTerry
+    from pfm.preferences import BradleyTerry, MeanShift
 
     outputs = encoder.encode([text for row in rows for text in row.candidates], progress=progress)
     if outputs.shape[1] != training.dimension:
@@ -565,15 +565,8 @@ def _vector_picks(
         owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.candidates) for row in rows]))
         context = encode_prompts([conversation_text(row.prompt) for row in rows], progress=progress)[owner]
 
-    def shift() -> torch.Tensor:
-        difference = (training.chosen - training.rejected).flatten(1).double()
-        weight = torch.ones(len(training)) if training.weight is None else training.weight
-        if training.probability is not None:  # a soft label p points p of the way forward and 1 − p back
-            weight = weight * (2 * training.probability - 1)
-        return outputs.double() @ (weight.double() @ difference)
-
     rewards = {
-        "mean_shift": shift,
+        "mean_shift": lambda: MeanShift().fit(training).reward(outputs),
         "bradley_terry": lambda: BradleyTerry().fit(training).reward(outputs, context),
     }
     ends = np.cumsum([len(row.candidates) for row in rows])[:-1]

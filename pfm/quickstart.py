@@ -21,7 +21,7 @@ from pfm.encoders import Encoder, encoder_from_name
 from pfm.evaluation import Report, Scored
 from pfm.flow import PreferenceFlow
 from pfm.pairs import PreferencePairs
-from pfm.preferences import BradleyTerry
+from pfm.preferences import BradleyTerry, MeanShift
 from pfm.refiner import Refinement, wrap
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def cross_fit(
         flow = _fit(train, seed)
         refiner = wrap(generator, flow, encoder=encoder, n=CANDIDATES)
         rewards = {
-            "mean_shift": functools.partial(torch.matmul, other=(train.chosen - train.rejected).mean(0)),
+            "mean_shift": MeanShift().fit(train).reward,
             "bradley_terry": BradleyTerry().fit(train).reward,
         }
         for result in refiner.batch(held_out, progress=False):

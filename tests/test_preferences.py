@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.preferences import BradleyTerry
+from pfm.preferences import BradleyTerry, MeanShift
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
 
 
@@ -40,6 +40,25 @@ def test_swapped_labels_mirror_and_shuffled_labels_tell_nothing():
         BradleyTerry().fit(pairs.swap()).score(y, -y), -BradleyTerry().fit(pairs).score(y, -y), atol=1e-3, rtol=0
     )
     assert float(BradleyTerry().fit(pairs.shuffle_labels()).score(y, -y).abs().max()) < 0.3
+
+
+def test_mean_shift_weighs_pairs_and_turns_round_with_soft_labels_below_one_half():
+    chosen, rejected = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.zeros(2, 2)
+    shift = MeanShift().fit(EncodedPairs(chosen, rejected, probability=[1.0, 0.0]))
+    assert shift.direction.tolist() == [0.5, -1.5]
+    assert shift.reward(torch.tensor([[2.0, 1.0]])).tolist() == [-0.5]
+    weighted = MeanShift().fit(EncodedPairs(chosen, rejected, weight=[3.0, 1.0], probability=[1.0, 0.5]))
+    assert weighted.direction.tolist() == [0.75, 0.0]
+
+
+def test_mean_shift_mirrors_swapped_labels_and_is_the_first_step_of_bradley_terry():
+    pairs = bradley_terry_pairs(20_000, WEIGHTS)
+    shift = MeanShift().fit(pairs)
+    torch.testing.assert_close(MeanShift().fit(pairs.swap()).direction, -shift.direction)
+    assert float(MeanShift().fit(pairs.shuffle_labels()).direction.norm()) < 0.1 * float(shift.direction.norm())
+    heavy = BradleyTerry(1e4).fit(pairs)  # so strong a penalty leaves the gradient's direction only
+    weights = torch.stack([heavy.score(row[None], torch.zeros(1, 4))[0] for row in torch.eye(4)])
+    assert float(torch.cosine_similarity(weights, shift.direction, dim=0)) > 0.9999
 
 
 def test_the_solver_is_at_the_penalised_optimum_along_its_path():
@@ -94,6 +113,10 @@ def test_log_loss_of_a_coin_is_log_two():
             lambda: BradleyTerry().fit(bradley_terry_pairs(50, WEIGHTS)).reward(torch.zeros(2, 3)),
             "4 values a row: got 3",
         ),
+        (
+            lambda: MeanShift().fit(bradley_terry_pairs(50, WEIGHTS)).reward(torch.zeros(2, 3)),
+            "4 values a row: got 3",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, told):
@@ -104,3 +127,5 @@ def test_bad_arguments_are_named(call, told):
 def test_an_unfitted_model_says_so():
     with pytest.raises(RuntimeError, match="not fitted"):
         BradleyTerry().reward(torch.zeros(1, 2))
+    with pytest.raises(RuntimeError, match="not fitted"):
+        MeanShift().reward(torch.zeros(1, 2))
