@@ -2,45 +2,44 @@
 
 python -m benchmarks task=alpaca method=pfm seed=0
 python -m benchmarks -m experiment=text
+python -m benchmarks -m experiment=text hydra/launcher=joblib hydra.launcher.n_jobs=2
 """
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import cast
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from benchmarks.config import RunConfig, register
+from benchmarks.config import register
 from benchmarks.data import MissingDataError
-from benchmarks.runner import run
+from benchmarks.sweeps import check_launcher, close_sweep, run_job
 
 register()
-absent: list[str] = []
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def job(config: DictConfig) -> float:
     """Run one job of Hydra's and give its score."""
-    settings = cast(RunConfig, OmegaConf.to_object(config))
     try:
-        return run(settings, Path(HydraConfig.get().runtime.output_dir))
+        return run_job(config)
     except MissingDataError as error:
-        # The other jobs of a sweep may have their data.
-        if str(error) not in absent:
-            absent.append(str(error))
-            print(error, file=sys.stderr)
-        return float("nan")
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def main() -> None:
-    """Run what the arguments ask for; exit with 2 if data were absent."""
-    job()
-    if absent:
+    """Run what the arguments ask for; exit with 1 if a run failed, with 2 if data or a launcher are absent."""
+    if missing := check_launcher(sys.argv[1:]):
+        print(missing, file=sys.stderr)
         sys.exit(2)
+    try:
+        job()
+    except BaseException:
+        close_sweep(cut_short=True)
+        raise
+    sys.exit(close_sweep())
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class Outcome:
     """Holds what a method reached on a task.
 
     Attributes:
+        kind: of the task: "selection" or "law". It says what ``save`` writes, and which tables the run belongs in.
         score: the figure by which methods are ordered, higher is better.
         figures: every figure with its interval over the test data of this seed.
         seconds: wall-clock time by what it went into.
@@ -45,6 +46,7 @@ class Outcome:
         save: writes what the report needs beyond this to a path ending in .npz.
     """
 
+    kind: str
     score: float
     figures: dict[str, Estimate | None]
     seconds: dict[str, float]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,12 +16,26 @@ import pfm
 __all__ = [
     "AlpacaConfig",
     "ArgumentsConfig",
+    "AscentConfig",
+    "BestOfConfig",
     "BradleyTerryConfig",
     "CaptionsConfig",
+    "DPOConfig",
     "FlowMethodConfig",
+    "GPOConfig",
+    "LawConfig",
+    "MRPOConfig",
     "MethodConfig",
+    "PolicyConfig",
+    "RLHFConfig",
+    "RegressionConfig",
     "RunConfig",
+    "SPPOConfig",
+    "ShiftConfig",
+    "SpeedConfig",
     "TaskConfig",
+    "TransportConfig",
+    "cores",
     "register",
 ]
 
@@ -77,6 +92,48 @@ class CaptionsConfig(ChoiceConfig):
     pairs: int = 1500
 
 
+@dataclass
+class LawConfig(TaskConfig):
+    """Move draws of a reference towards laws that are known exactly.
+
+    ``pairs`` to learn from (``limit`` keeps so many of them). Every figure is a mean over ``draws`` sets of
+    ``samples`` outputs each; distances between laws over every one of them with each of ``draws`` sets of exact
+    draws. ``directions`` of the sliced Wasserstein distance; ``energy_samples`` of each set for the energy distance,
+    whose cost is their square.
+    """
+
+    pairs: int = 50_000
+    draws: int = 10
+    samples: int = 8000
+    directions: int = 128
+    energy_samples: int = 1000
+
+
+@dataclass
+class SpeedConfig(TaskConfig):
+    """Measure what training and transport cost.
+
+    What is measured
+        parts: of training, transport, feeding, memory, response, cuda. dimension: of outputs and of contexts.
+        batches: rows a training step. hidden, layers: of the network. pairs to train on; ``large`` of the set that
+        is fed from disk, and fitted for its memory.
+
+    How well
+        A reading is the median of ``rounds`` ratios, each of turns of at least ``block`` seconds; so many ``readings``.
+    """
+
+    parts: list[str] = field(default_factory=lambda: ["training", "transport", "feeding", "memory", "response", "cuda"])
+    dimension: int = 384
+    batches: list[int] = field(default_factory=lambda: [64, 256, 1024])
+    hidden: int = 512
+    layers: int = 3
+    pairs: int = 20_000
+    large: int = 1_000_000
+    block: float = 0.15
+    rounds: int = 5
+    readings: int = 8
+
+
 # -- methods ----------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +168,150 @@ class FlowMethodConfig(MethodConfig):
     flow: dict[str, Any] = field(default_factory=lambda: pfm.FlowConfig().to_dict())
 
 
+@dataclass
+class TransportConfig(MethodConfig):
+    """Move draws of a law by a preference flow.
+
+    How it is fitted
+        labels: "given", or for the controls "shuffled" or "swapped". rounds: with ``mode`` "relabel" that many flows,
+        each on fresh labels of what the flows before it make of fresh reference draws. distill: into one evaluation.
+        across: the control that joins pairs by minibatch optimal transport which ignores contexts.
+        flow: the settings of :class:`pfm.FlowConfig`; ``best_of`` above 2, a power of two, learns from knock-out
+        tournaments, for as many votes as there are pairs.
+
+    How it is applied
+        mode, strength, guidance, win_gradient, and with ``mode`` "reapply" rounds: of
+        :meth:`pfm.PreferenceFlow.transport`.
+    """
+
+    labels: str = "given"
+    mode: str = "single"
+    rounds: int = 1
+    strength: float = 1.0
+    guidance: float = 1.0
+    win_gradient: float = 0.0
+    distill: bool = False
+    across: bool = False
+    flow: dict[str, Any] = field(default_factory=lambda: pfm.FlowConfig().to_dict())
+
+
+# -- baselines that move draws of a law -------------------------------------------------------------------------
+
+
+@dataclass
+class ShiftConfig(MethodConfig):
+    """Add ``strength`` times a mean displacement.
+
+    ``source`` "rejected": E[y+ - y-], from a rejected output to its chosen one, as the rejected source of a flow.
+    "reference": E[y1 - y0], from a member of the pair picked by a fair coin to the winner: half as long.
+    """
+
+    source: str = "rejected"
+    strength: float = 1.0
+
+
+@dataclass
+class RegressionConfig(MethodConfig):
+    """Put the conditional mean E[chosen | rejected, context] in place of the draw; ``model``: "ridge", "network"."""
+
+    model: str = "network"
+
+
+@dataclass
+class AscentConfig(MethodConfig):
+    """Climb ``reward``: "win" is log b of the win head, "network" a Bradley–Terry network.
+
+    ``off_support``: the largest share of held-out draws that the chosen steps may carry off the data.
+    """
+
+    reward: str = "win"
+    off_support: float = 0.05
+
+
+@dataclass
+class BestOfConfig(MethodConfig):
+    """Choose among ``candidates`` draws of the reference.
+
+    ``by``: "bradley_terry" (linear), "network" (Bradley–Terry network), "win" (b of the win head), or "oracle" (the
+    law's own reward; the candidates' round robin where it has none). ``rule``: "best", or "resample" with
+    probability proportional to b, for ``by`` "win" only.
+    """
+
+    candidates: int = 2
+    by: str = "bradley_terry"
+    rule: str = "best"
+
+
+@dataclass
+class PolicyConfig(MethodConfig):
+    """Train a policy with a likelihood, over the cells of a grid, on the pairs.
+
+    ``policy``: "network" or "tabular". ``cells`` a side of the law's box, or "auto". ``beta``: the paper's; or None,
+    and the policy is as strong as makes KL(pi || pi_ref) equal to ``divergence`` nats, or, with None for both, to
+    the exact divergence of best of two, at which one pass of a flow aims.
+    """
+
+    policy: str = "network"
+    cells: Any = "auto"
+    beta: float | None = None
+    divergence: float | None = None
+
+
+@dataclass
+class DPOConfig(PolicyConfig):
+    """Train by ``loss``: "dpo", "ipo", "robust" or "conservative"; ``flip`` is the last two's share of wrong labels."""
+
+    loss: str = "dpo"
+    flip: float = 0.1
+
+
+@dataclass
+class GPOConfig(PolicyConfig):
+    """Train by the loss f(beta rho) of a convex ``function``, one of :data:`benchmarks.methods.gpo.CONVEX`."""
+
+    function: str = "logistic"
+
+
+@dataclass
+class RLHFConfig(PolicyConfig):
+    """Learn a reward, then take the ``optimum``: "closed", or by policy "gradient"."""
+
+    optimum: str = "closed"
+
+
+@dataclass
+class MRPOConfig(PolicyConfig):
+    """Train against two references.
+
+    ``share``: weight of the base reference. ``clip``: of the second one's log-probabilities, relative to the base's.
+    ``tilt``: of the second one from the base, in nats a standard deviation.
+    """
+
+    share: float = 0.5
+    clip: float = 0.1
+    tilt: float = 0.5
+
+
+@dataclass
+class SPPOConfig(PolicyConfig):
+    """Play against itself for ``rounds``, with as many votes each; the divergence is from the round before."""
+
+    rounds: int = 1
+
+
+BASELINES = {
+    "shift": ShiftConfig,
+    "regression": RegressionConfig,
+    "ascent": AscentConfig,
+    "best_of": BestOfConfig,
+    "dpo": DPOConfig,
+    "gpo": GPOConfig,
+    "rlhf": RLHFConfig,
+    "mrpo": MRPOConfig,
+    "sppo": SPPOConfig,
+}
+
+
 # -- a run ------------------------------------------------------------------------------------------------------
 
 
@@ -124,8 +325,8 @@ class RunConfig:
         long_texts: "truncate" reads the beginning of a text, "chunk" all of it.
 
     How it is run
-        out: folder of the runs. threads: torch threads, or "auto" for the cores divided by ``jobs``, the number of
-        runs at a time. progress: show bars. force: run although ``out`` holds the result.
+        out: folder of the runs. threads: for computation, or "auto" for the cores divided by the number of runs at a
+        time. progress: show bars. force: run although ``out`` holds the result. sweep: set by sweeps themselves.
     """
 
     task: TaskConfig = MISSING
@@ -136,9 +337,9 @@ class RunConfig:
 
     out: str = MISSING
     threads: Any = "auto"
-    jobs: int = 1
     progress: bool = True
     force: bool = False
+    sweep: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """Give what determines the result, as JSON values."""
@@ -150,11 +351,24 @@ class RunConfig:
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def register() -> None:
     """Tell Hydra of the dataclasses; the files in ``conf/`` name them in their defaults."""
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
-    for name, node in {"alpaca": AlpacaConfig, "arguments": ArgumentsConfig, "captions": CaptionsConfig}.items():
+    tasks = {"alpaca": AlpacaConfig, "arguments": ArgumentsConfig, "captions": CaptionsConfig, "law": LawConfig,
+             "speed": SpeedConfig}  # fmt: skip
+    for name, node in tasks.items():
         store.store(group="schema/task", name=name, node=node)
-    for name, node in {"plain": MethodConfig, "bradley_terry": BradleyTerryConfig, "flow": FlowMethodConfig}.items():
+    methods = {
+        "plain": MethodConfig,
+        "bradley_terry": BradleyTerryConfig,
+        "flow": FlowMethodConfig,
+        "transport": TransportConfig,
+    }
+    for name, node in {**methods, **BASELINES}.items():
         store.store(group="schema/method", name=name, node=node)

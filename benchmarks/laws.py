@@ -12,15 +12,16 @@ from torch import Tensor
 from benchmarks.bench import Bench
 from pfm import EncodedPairs
 
-__all__ = ["Law", "Mover"]
+__all__ = ["Flowing", "Law", "Mover", "Staged"]
 
 
 @dataclass(frozen=True)
 class Law(ABC):
     """Is a reference law with a preference over its draws: all of it can be computed.
 
-    Draws are y (B, D); contexts (B, C), or None where the law has none. The law of round k is that of the best of
-    2^k reference draws while preferences are transitive: two draws of round k - 1 meet, and the preferred one stays.
+    Draws are y (B, D); contexts (B, C), or None where the law has none. In round k two draws of round k - 1 meet and
+    the preferred one stays, so that p_k = 2 p_(k-1) b_(k-1), where b_(k-1)(y) is the chance that y beats a draw of
+    p_(k-1). While preferences are transitive that is the law of the best of 2^k reference draws, as votes find it.
 
     Attributes:
         name: as in tables. dimension: D. context_dimension: C, 0 for none.
@@ -56,6 +57,18 @@ class Law(ABC):
         """Give a reward (B,) that orders outputs as the preference does; None where no reward can."""
         return None
 
+    def aligned(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Give outputs (B, D') such that laws that differ under some context differ in them: (y, x) side by side."""
+        return y if context is None else torch.cat([y, context], dim=1)
+
+    def distribution(self, y: Tensor, number: int) -> Tensor | None:
+        """Give the distribution function (B,) of a round's law at y (B, 1); None unless it has a closed form."""
+        return None
+
+    def shown(self) -> Tensor | None:
+        """Give the contexts (G, C) that figures show; None where the law has none."""
+        return self.contexts(3, torch.Generator().manual_seed(0))
+
     def label(self, y: Tensor, other: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
         """Draw whether y is preferred (B,) bool: one vote."""
         return torch.rand(len(y), generator=generator) < self.preference(y, other, context)
@@ -81,7 +94,8 @@ class Mover(Protocol):
     """Is what a method must be for these tasks.
 
     ``draws`` is the number of reference draws an output costs, ``evaluations`` that of evaluations of its network
-    (None where it has none); both are read after :meth:`learn`.
+    (None where it has none); both are read after :meth:`learn`. So is ``labels``, if it is there: the number of
+    votes that were learned from, where that is not the number of training pairs.
     """
 
     draws: int
@@ -97,4 +111,29 @@ class Mover(Protocol):
 
     def move(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
         """Refine draws y (B, D) of the reference, under contexts (B, C) or None."""
+        ...
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """Is a mover that aims at the laws of other rounds than the first."""
+
+    def stages(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> dict[int, Tensor]:
+        """Refine draws as :meth:`Mover.move` does: {number of a round: the outputs (B, D) that aim at its law}.
+
+        The last is what the method is judged by.
+        """
+        ...
+
+
+@runtime_checkable
+class Flowing(Protocol):
+    """Is a mover whose way can be drawn."""
+
+    def trajectory(self, y: Tensor, context: Tensor | None, times: Tensor) -> Tensor:
+        """Give the states (T, B, D) of draws y (B, D) at times (T,) from 0 to 1."""
+        ...
+
+    def velocity(self, t: float, y: Tensor, context: Tensor | None) -> Tensor:
+        """Give the field (B, D) at points y (B, D)."""
         ...

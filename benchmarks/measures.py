@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pfm.statistics import Bootstrap, Estimate, length_controlled, win_share
 
-__all__ = ["ChoiceTable", "NestedBootstrap"]
+__all__ = ["ChoiceTable", "NestedBootstrap", "interquartile_mean"]
 
 Array = NDArray[np.float64]
 
@@ -154,3 +154,10 @@ class NestedBootstrap(Bootstrap):
     def sums(self, values: object) -> Array:
         """Sum per-prompt values over each resample: (n,) or (n, K) -> (resamples, K)."""
         return self._drawn @ np.asarray(values, dtype=np.float64).reshape(self.n, -1)
+
+
+def interquartile_mean(values: Array) -> Any:
+    """Give the mean (...) of values (..., n) without the highest and the lowest quarter, rounded down."""
+    ordered = np.sort(values)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)

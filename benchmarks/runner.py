@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 
 import pfm
 from benchmarks.bench import Bench
-from benchmarks.config import RunConfig
+from benchmarks.config import RunConfig, cores
 from benchmarks.methods import make_method
 from benchmarks.tasks import load_task
 
-__all__ = ["METRICS", "PICKS", "run"]
+__all__ = ["ARRAYS", "ERROR", "METRICS", "find_result", "run"]
 
 logger = logging.getLogger(__name__)
 
-METRICS, PICKS, ERROR = "metrics.json", "picks.npz", "error.txt"
+METRICS, ERROR = "metrics.json", "error.txt"
+# what a run of a kind keeps beside its metrics
+ARRAYS = {"selection": "picks.npz", "law": "draws.npz", "speed": "seconds.npz"}
 
 
 def run(config: RunConfig, folder: Path) -> float:
@@ -43,7 +46,9 @@ def run(config: RunConfig, folder: Path) -> float:
     if found is not None:
         logger.info("already there: %s", found)
         return float(json.loads(found.read_text(encoding="utf-8"))["score"])
-    torch.set_num_threads(_threads(config))
+    threads = cores() if config.threads == "auto" else int(config.threads)
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)  # of numpy and scipy
     try:
         metrics = _measure(config, folder)
     except Exception:
@@ -73,6 +78,7 @@ def _measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     outcome = task.run(method, Bench(config.encoder, config.long_texts, config.seed, config.progress))
     metrics = {
         "key": config.key(),
+        "kind": outcome.kind,
         "settings": config.settings(),
         "score": outcome.score,
         "figures": {name: None if figure is None else asdict(figure) for name, figure in outcome.figures.items()},
@@ -90,18 +96,11 @@ def _measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     }
     text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     # The metrics come last and whole: where they are, the run is finished.
-    outcome.save(folder / PICKS)
+    outcome.save(folder / ARRAYS.get(outcome.kind, f"{outcome.kind}.npz"))
     partial = folder / f"{METRICS}.partial"
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, folder / METRICS)
     return metrics
-
-
-def _threads(config: RunConfig) -> int:
-    if config.threads != "auto":
-        return int(config.threads)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // config.jobs)
 
 
 def _code_digest() -> str:

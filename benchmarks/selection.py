@@ -107,6 +107,7 @@ class Selection:
         score = figures["score"]
         assert score is not None
         return Outcome(
+            kind="selection",
             score=score.value,
             figures=figures,
             seconds=dict(zip(("encode", "fit", "choose"), np.diff(marks).round(3).tolist(), strict=True)),

@@ -12,17 +12,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks import report
+from benchmarks import report, selection_report
 from benchmarks.bench import Bench
 from benchmarks.config import RunConfig, register
 from benchmarks.data import MissingDataError, data_folder
 from benchmarks.measures import ChoiceTable, NestedBootstrap
 from benchmarks.methods import make_method
 from benchmarks.runner import run
+from benchmarks.runs import collect
 from benchmarks.selection import Selection, draw_candidates, limited, one_hot, split_prompts
 from benchmarks.tasks import load_task
 
@@ -241,16 +241,6 @@ def test_no_method_reads_the_judge(method: str):
     assert np.array_equal(seen.sum(1), np.ones(len(data.items)))
 
 
-def test_mean_shift_turns_round_with_soft_labels_below_one_half():
-    from benchmarks.methods.linear import MeanShift
-    from pfm import EncodedPairs
-
-    chosen, rejected = torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.zeros(2, 2)
-    shift = MeanShift()
-    shift.fit(EncodedPairs(chosen, rejected, probability=[1.0, 0.0]), Bench("surface", "truncate", 0, False))
-    assert shift.direction.tolist() == [0.5, -1.5]
-
-
 # -- runs and the report ----------------------------------------------------------------------------------------
 
 
@@ -301,12 +291,12 @@ def test_the_report_adds_up(runs: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_runs_on_other_candidates_are_not_compared(runs: Path):
-    found = report.collect([runs])
+    found = selection_report.read(collect([runs]))
     table = found[0].choices
     found[0].choices.scores.flags.writeable = True
     table.scores[0, 0] += 1
     with pytest.raises(ValueError, match="same candidates"):
-        report.compare(found)
+        selection_report.compare(found)
 
 
 def test_the_report_of_nothing_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from benchmarks.selection_report import MethodReport, TaskReport
 from pfm.statistics import Estimate
-
-if TYPE_CHECKING:
-    from benchmarks.report import MethodReport, TaskReport
 
 __all__ = ["save_plot"]
 

@@ -1,0 +1,91 @@
+"""Finished runs, as they lie on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runner import ARRAYS, METRICS
+
+__all__ = ["Run", "code_notes", "collect", "common_setting"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Is a finished run: its folder, and what metrics.json says."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """Give the kind of its task: "selection" or "law"."""
+        return self.metrics.get("kind", "selection")  # the only kind there was when runs did not say
+
+    @property
+    def task(self) -> str:
+        """Give the name of the task."""
+        return self.metrics["settings"]["task"]["name"]
+
+    @property
+    def method(self) -> str:
+        """Give the name of the method."""
+        return self.metrics["settings"]["method"]["name"]
+
+    @property
+    def label(self) -> str:
+        """Give the method's name in tables."""
+        return self.metrics["settings"]["method"]["label"]
+
+    @property
+    def seed(self) -> int:
+        """Give the seed."""
+        return self.metrics["settings"]["seed"]
+
+    @property
+    def arrays(self) -> Path:
+        """Give the file of what the run kept beside its metrics."""
+        return self.folder / ARRAYS[self.kind]
+
+
+def collect(paths: Iterable[Path]) -> list[Run]:
+    """Read all finished runs below some folders; of runs with equal settings the latest counts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, Run] = {}
+    for root in paths:
+        for path in root.rglob(METRICS):
+            run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
+            known = found.get(run.metrics["key"])
+            if known is None or known.metrics["finished"] < run.metrics["finished"]:
+                found[run.metrics["key"]] = run
+    if not found:
+        raise ValueError(f"no finished run ({METRICS}) in {', '.join(map(str, paths))}")
+    return list(found.values())
+
+
+def common_setting(run: Run, names: Sequence[str]) -> str:
+    """Give some of a run's settings as one text: what runs must share to be compared."""
+    return json.dumps({name: run.metrics["settings"][name] for name in names})
+
+
+def code_notes(runs: Sequence[Run]) -> list[str]:
+    """Say which methods lack seeds that others have, and whether the runs are of one state of the code."""
+    seeds = {run.seed for run in runs}
+    of_method = {
+        name: {run.seed for run in runs if run.method == name} for name in dict.fromkeys(r.method for r in runs)
+    }
+    notes = [
+        f"{name} has no run of seed {', '.join(map(str, sorted(seeds - found)))}: its figures are of other splits."
+        for name, found in of_method.items()
+        if seeds - found
+    ]
+    versions = {run.metrics["environment"]["code"] for run in runs}
+    if len(versions) > 1:
+        notes.append(f"These runs are of {len(versions)} states of the code: {', '.join(sorted(versions))}.")
+    return notes
