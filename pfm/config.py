@@ -36,7 +36,8 @@ class FlowConfig:
     Training
         epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, for two passes up to
             four times that, and at most 400 passes.
-        batch_size: rows an update. learning_rate, weight_decay: of AdamW, cosine schedule to zero.
+        batch_size: rows an update. learning_rate, weight_decay: of AdamW, cosine schedule to zero; the rate ``"auto"``
+            is 4e-3 up to 64 dimensions, else 2e-3.
         ema: decay of the weights' exponential moving average, which is what is kept.
         patience: validations (40 a run) without improvement before training stops.
         validation_share: share of the prompts held out when no validation set is given, in (0, 1).
@@ -67,7 +68,7 @@ class FlowConfig:
     layers: Any = "auto"
     epochs: Any = "auto"
     batch_size: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: Any = "auto"
     weight_decay: float = 1e-4
     ema: float = 0.999
     patience: int = 8
@@ -104,8 +105,9 @@ class FlowConfig:
                 raise ValueError(f"{name} must be a whole number of at least {low}: got {value!r}")
         for name in ("sigma", "weight_decay"):
             _number(name, getattr(self, name), lambda v: v >= 0, ">= 0")
-        for name in ("learning_rate", "tolerance"):
-            _number(name, getattr(self, name), lambda v: v > 0, "> 0")
+        _number("tolerance", self.tolerance, lambda v: v > 0, "> 0")
+        if self.learning_rate != "auto":
+            _number("learning_rate", self.learning_rate, lambda v: v > 0, "> 0, or 'auto'")
         _number("ema", self.ema, lambda v: 0 <= v < 1, "in [0, 1)")
         _number("validation_share", self.validation_share, lambda v: 0 < v < 1, "in (0, 1)")
 

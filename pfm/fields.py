@@ -206,7 +206,12 @@ class LinearField(nn.Module):
                 # The relative jitter keeps the factorisation alive when outputs are exact copies of each other.
                 jitter = ridge + 1e-9 * float(covariance.diagonal().mean())
                 covariance.diagonal().add_(jitter)
-                slope = torch.cholesky_solve(cross, torch.linalg.cholesky(covariance))
+                factor, failed = torch.linalg.cholesky_ex(covariance)
+                while int(failed):
+                    covariance.diagonal().add_(jitter)
+                    jitter *= 2
+                    factor, failed = torch.linalg.cholesky_ex(covariance)
+                slope = torch.cholesky_solve(cross, factor)
             self.matrices[node].copy_(slope)
             self.shifts[node].copy_(shift - mean @ slope)
         axes, parts = self._over_time(CONTEXT_ENERGY)

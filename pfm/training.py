@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.couplings import Coupled, Coupling
-from pfm.fields import Field, Normalizer
+from pfm.fields import SMALL, Field, Normalizer
 from pfm.files import replace_file
 
 __all__ = ["FlowProblem", "TrainingLog", "flow_matching_loss", "path_sample", "remove_checkpoint", "train_residual"]
@@ -215,9 +215,9 @@ def train_residual(
     log = TrainingLog(planned_updates=updates)
     log.plain_loss = log.loss = held.loss(None)
     averaged = AveragedModel(network, multi_avg_fn=_averaging(config.ema))
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    small = problem.model.linear.matrices.shape[2] <= SMALL
+    highest = (4e-3 if small else 2e-3) if config.learning_rate == "auto" else config.learning_rate
+    optimizer = torch.optim.AdamW(network.parameters(), lr=highest, weight_decay=config.weight_decay, fused=True)
     state = _State(network, averaged, optimizer, generator, log)
     state.keep_best()
     store = None if checkpoint is None else _Checkpoint(checkpoint, _fingerprint(problem, coupling, config, updates))
@@ -235,7 +235,7 @@ def train_residual(
     bar = tqdm(total=updates, initial=log.updates, desc="fit", unit="update", disable=not progress, leave=False)
     with bar, torch.enable_grad():
         while log.updates < updates and stale < config.patience:
-            rate = config.learning_rate * _schedule(log.updates, updates)
+            rate = highest * _schedule(log.updates, updates)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             if log.updates % kept == 0:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pfm import EncodedPairs
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.couplings import BestOf, Paired, make_coupling
 from pfm.fields import Field, LinearField, Moments, Normalizer
 from pfm.training import flow_matching_loss, path_sample
@@ -132,3 +132,12 @@ def test_unknown_couplings_are_refused(options, told):
     pairs = EncodedPairs(torch.zeros(2, 1), torch.ones(2, 1))
     with pytest.raises(ValueError, match=told):
         make_coupling(pairs, **({"source": "reference", "coupling": "paired", "best_of": 2} | options))
+
+
+def test_pairs_that_repeat_each_other_can_be_fitted():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 3, 40, generator=generator).repeat(1, 50, 1)
+    flow = PreferenceFlow.fit(
+        EncodedPairs(chosen, rejected, group=torch.arange(150)), FlowConfig(residual=False), progress=False
+    )
+    assert bool(torch.isfinite(flow.transport(rejected)).all())

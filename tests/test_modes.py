@@ -10,7 +10,6 @@ from test_flow import QUICK, compass_gain, compass_pairs, ks_to_square_law, line
 import pfm
 from pfm import EncodedPairs, FlowConfig, NonFiniteWarning, PreferenceFlow
 
-
 LIGHT = FlowConfig(epochs=12, hidden=96, layers=3)  # the default is twice as near, at five times the work
 
 

@@ -31,7 +31,9 @@ def test_reaches_the_analytic_solution(solver):
 def test_converges_with_its_order(solver):
     y = torch.ones(1, 1, dtype=torch.float64)
     exact = math.exp(math.sin(1.0))
-    errors = [abs(float(integrate(growth, y, (0.0, 1.0), solver=solver, steps=n).states[-1]) - exact) for n in (16, 32, 64)]
+    errors = [
+        abs(float(integrate(growth, y, (0.0, 1.0), solver=solver, steps=n).states[-1]) - exact) for n in (16, 32, 64)
+    ]
     for coarse, fine in itertools.pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(ORDER[solver], abs=0.35)
 
