@@ -4,19 +4,31 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 export HF_HUB_OFFLINE = 1
 # threads that wait for each other yield the core: on shared cores spinning costs several times the work
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test lint unit clean
+.PHONY: quickstart test lint unit peers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an unpinned torch brings several GB of another build
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bundled,parquet,bench,dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,dev]"
 	touch $@
+
+# What `task=speed` compares with. A second environment over the packages of the first: both sides of a comparison run in
+# one process on the same torch, which --no-deps leaves alone; torchcfm's matchers need no more of its list than POT.
+$(PEERS)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear --without-pip $(PEERS)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(PEERS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
+	$(BIN)/pip --python $(PEERS)/bin/python install --quiet --no-deps --constraint constraints.txt torchcfm POT
+	touch $@
+
+peers: $(PEERS)/.installed
 
 quickstart: $(VENV)/.installed
 	$(BIN)/pfm quickstart
@@ -32,4 +44,4 @@ unit: $(VENV)/.installed
 test: lint unit
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info quickstart runs multirun outputs
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info quickstart runs multirun outputs

@@ -53,6 +53,7 @@ __all__ = [
     "encoders",
     "evaluate",
     "generators",
+    "judges",
     "preferences",
     "wrap",
 ]

@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,27 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from pfm.cli_generator import (
+    Api,
+    ApiKeyEnv,
+    ApiOption,
+    BaseUrl,
+    CacheOption,
+    CandidateCount,
+    Concurrency,
+    GeneratorOption,
+    LocalModelOption,
+    MaxCalls,
+    MaxTokens,
+    ModelOption,
+    NoCache,
+    ParameterOption,
+    PerCall,
+    Retries,
+    Timeout,
+    describe_generator,
+    make_generator,
+)
 from pfm.errors import PfmError
 
 if TYPE_CHECKING:
@@ -71,7 +91,7 @@ class OnBadRows(StrEnum):
 
 
 class CacheAction(StrEnum):
-    """What to do with the embedding cache."""
+    """What to do with the caches."""
 
     show = "show"
     clear = "clear"
@@ -204,6 +224,7 @@ def fit(
 @app.command(
     epilog=_examples(
         "pfm refine outputs.jsonl --flow flow/ --out refined.jsonl",
+        "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 --base-url http://localhost:8000/v1",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --generator my_bot:reply -n 8",
     )
 )
@@ -217,35 +238,59 @@ def refine(
     ],
     flow: FlowFolder,
     out: Annotated[Path, typer.Option("--out", "-o", help="File of results (.jsonl), one line a row.")],
-    generator: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Draw the candidates from this function of a prompt, instead of reading them. "
-            "The module is looked for in this folder first.",
-        ),
-    ] = None,
-    n: Annotated[int, typer.Option("-n", min=1, help="Candidates a prompt to draw from the generator.")] = 8,
+    generator: GeneratorOption = None,
+    model: ModelOption = None,
+    local_model: LocalModelOption = None,
+    n: CandidateCount = 8,
+    parameter: ParameterOption = None,
+    response_cache: CacheOption = None,
+    no_cache: NoCache = False,
+    base_url: BaseUrl = None,
+    api_key_env: ApiKeyEnv = None,
+    api: ApiOption = Api.chat,
+    concurrency: Concurrency = 8,
+    n_per_call: PerCall = None,
+    max_calls: MaxCalls = None,
+    max_tokens_total: MaxTokens = None,
+    timeout: Timeout = None,
+    retries: Retries = None,
     encoder: EncoderOfFlow = None,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
 ) -> None:
     """Pick the best candidate of every row, or keep the original.
 
+    The candidates are read from the rows, or drawn from the generator that an option names.
     Results are written as they come, with all columns of their rows.
     Run the same command again to go on after Ctrl-C, or to retry rows with errors.
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
     with _guarded(traceback) as session:
         fitted, with_encoder = _load(flow, encoder)
+        from pfm.generators.base import first_samples
         from pfm.refiner import wrap
 
-        function = None if generator is None else _imported(generator)
-        refiner = wrap(function, fitted, encoder=with_encoder, n=n)
-        origin = [_fingerprint(flow), encoder, *([generator, n] if generator else [])]
-        asked = _read_rows(
-            rows, origin, drawn=generator is not None, prompted=bool(fitted.metadata.get("context_dimension"))
+        source = make_generator(
+            generator=generator,
+            model=model,
+            local_model=local_model,
+            parameters=parameter or (),
+            cache=response_cache,
+            no_cache=no_cache,
+            base_url=base_url,
+            api_key_env=api_key_env,
+            api=api.value,
+            concurrency=concurrency,
+            n_per_call=n_per_call,
+            max_calls=max_calls,
+            max_tokens_total=max_tokens_total,
+            timeout=timeout,
+            max_retries=retries,
         )
+        drawn = source is not None
+        refiner = wrap(source, fitted, encoder=with_encoder, n=n)
+        origin = [_fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else [])]
+        asked = _read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
         _made(out.parent)
@@ -258,8 +303,13 @@ def refine(
             def keep(result: Refinement) -> None:
                 results.add_up_to(sound[results.refined], result)
 
-            if generator:
-                refiner.batch(prompts, progress=not no_progress, on_result=keep)
+            if drawn:
+                # By its place among all rows, so that a prompt that comes twice gets the same draws in a second run.
+                whole = [row for row in asked if row.error is None]
+                numbers = first_samples([row.prompt for row in whole], n)
+                first = {row.number: number for row, number in zip(whole, numbers, strict=True)}
+                start = [first[row.number] for row in sound]
+                refiner.batch(prompts, progress=not no_progress, on_result=keep, start=start)
             else:
                 refiner.refine([row.candidates for row in sound], prompts, progress=not no_progress, on_result=keep)
             results.finish()
@@ -360,16 +410,20 @@ def cache(
     ),
     traceback: Traceback = False,
 ) -> None:
-    """Show or clear the cache of embeddings, which lies in [cyan]PFM_CACHE[/cyan] or the user's cache folder."""
+    """Show or clear the caches of embeddings and responses.
+
+    They lie in [cyan]PFM_CACHE[/cyan] or the user's cache folder.
+    """
     with _guarded(traceback) as session:
         from pfm.encoders import EmbeddingCache
+        from pfm.generators import ResponseCache
 
-        stored = EmbeddingCache()
-        found = f"{len(stored):,} embeddings, {stored.size_bytes / 1e6:,.1f} MB, in {stored.folder}"
-        if action is CacheAction.clear:
-            stored.clear()
-            found = f"deleted {found}"
-        session.out.print(Text(found), soft_wrap=True)
+        for stored, what in ((EmbeddingCache(), "embeddings"), (ResponseCache(), "responses")):
+            found = f"{len(stored):,} {what}, {stored.size_bytes / 1e6:,.1f} MB, in {stored.folder}"
+            if action is CacheAction.clear:
+                stored.clear()
+                found = f"deleted {found}"
+            session.out.print(Text(found), soft_wrap=True)
 
 
 # ------------------------------------------------------------------------- what goes wrong, and what is kept then
@@ -539,26 +593,6 @@ def _load(folder: Path, encoder: str | None) -> tuple[PreferenceFlow, Encoder]:
         return flow, encoder_from_description(flow.metadata.get("encoder"))
     except ValueError as error:
         raise ValueError(f"{error}; on the command line, --encoder NAME") from error
-
-
-def _imported(name: str) -> Any:
-    """Import ``module:function``, from the current folder first."""
-    import importlib
-    from operator import attrgetter
-
-    module, colon, function = name.partition(":")
-    if not (colon and module and function):
-        raise ValueError(f"--generator must be MODULE:FUNCTION, as in my_bot:reply; got {name!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        return attrgetter(function)(importlib.import_module(module))
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise ValueError(f"--generator {name}: there is no module {module!r} in this folder or installed") from None
-    except AttributeError as error:
-        raise ValueError(f"--generator {name}: {error}") from None
 
 
 def _fingerprint(folder: Path) -> str:
@@ -925,3 +959,6 @@ def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: Prefere
             f"{leaked} of {len(rows)} prompts are among the training pairs too: figures on prompts that were trained "
             "on flatter the flow and the fitted baselines."
         )
+
+
+from pfm import cli_label, cli_serve  # noqa: E402, F401 - they add their commands to app

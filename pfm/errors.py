@@ -4,7 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["EncodingError", "GenerationError", "NonFiniteWarning", "PfmError"]
+__all__ = [
+    "BadAnswerError",
+    "BudgetError",
+    "ContentFilterError",
+    "ContextTooLongError",
+    "EmptyAnswerError",
+    "EncodingError",
+    "EndpointError",
+    "GenerationError",
+    "KeyRefusedError",
+    "MissingKeyError",
+    "NonFiniteWarning",
+    "NotTextError",
+    "PfmError",
+    "RateLimitError",
+    "RequestRefusedError",
+    "ServerError",
+    "ToolCallError",
+    "UnknownModelError",
+]
 
 
 class PfmError(Exception):
@@ -27,6 +46,62 @@ class GenerationError(PfmError, RuntimeError):
     def __reduce__(self):
         # Worker processes send errors home by pickle, which would otherwise rebuild them without `partial`.
         return type(self), (str(self), self.partial)
+
+
+class EndpointError(GenerationError):
+    """Says that nothing answers at the address, or something that does not speak the protocol."""
+
+
+class UnknownModelError(GenerationError):
+    """Says that the server has no model of this name."""
+
+
+class MissingKeyError(GenerationError, ValueError):
+    """Says that a key is needed and none was given."""
+
+
+class KeyRefusedError(GenerationError):
+    """Says that the server refused the key, or what the key asks for."""
+
+
+class RequestRefusedError(GenerationError):
+    """Says that the server refused the request for a reason of its own, such as a parameter it does not take."""
+
+
+class ContextTooLongError(GenerationError):
+    """Says that the prompt is longer than the model can read."""
+
+
+class ContentFilterError(GenerationError):
+    """Says that a filter of the server, or the model itself, refused to answer."""
+
+
+class RateLimitError(GenerationError):
+    """Says that the server still asked to wait after the retries, or that the account's quota is spent."""
+
+
+class ServerError(GenerationError):
+    """Says that the server failed, took too long or hung up, after the retries."""
+
+
+class BudgetError(GenerationError):
+    """Says that the calls or tokens that were allowed are spent."""
+
+
+class BadAnswerError(GenerationError):
+    """Says that an answer came and holds nothing that can be used."""
+
+
+class EmptyAnswerError(BadAnswerError):
+    """Says that a text came that is empty or only white space."""
+
+
+class NotTextError(BadAnswerError):
+    """Says that something else than a text came in its place."""
+
+
+class ToolCallError(BadAnswerError):
+    """Says that the model asked for a tool in place of an answer."""
 
 
 class EncodingError(PfmError, RuntimeError):

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import inspect
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +20,18 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from pfm.decoders import Decoder, Select
+from pfm.decoders import Decoder, Judged, Latent, Rewrite, Select, Selection
+from pfm.decoders.improve import added
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
-from pfm.generators.base import count, is_usable_text
+from pfm.generators.base import (
+    count,
+    first_samples,
+    is_usable_text,
+    numbered_adraws,
+    numbered_draws,
+    occurrences,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +40,10 @@ logger = logging.getLogger(__name__)
 WAITING_CANDIDATES = 1024
 WAITING_SECONDS = 1.0
 
-_SELECT_DEFAULTS = {"by": "win_probability", "margin": None, "strength": 1.0, "seed": 0}
+# Fields of a Refinement that most generators and decoders have nothing to say in.
+_WHERE_KNOWN = ("generator", "generators", "trace", "usage")
+
+DECODERS: dict[str, Callable[..., Decoder]] = {"select": Select, "rewrite": Rewrite, "latent": Latent}
 
 
 @dataclass
@@ -40,7 +54,7 @@ class Refinement:
         prompt: as it was given.
         text: the refined output; equal to ``original`` unless ``changed``; empty if there is no candidate.
         original: the first candidate, which the generator alone would have given.
-        candidates: the usable candidates.
+        candidates: the usable candidates; those that the decoder itself has made come last.
         win_probability: b(text | prompt) in [0, 1]; NaN if it could not be judged.
         probabilities: b of each candidate.
         index: place of ``text`` in ``candidates``; -1 if there is none.
@@ -49,6 +63,11 @@ class Refinement:
         seconds: wall-clock time of this prompt: its generation and its share of encoding and judging.
         calls: calls of the generator.
         error: type and message of what went wrong, or None. With an error there may still be a text.
+        trace: what the decoder did, round by round, in JSON values; None for one that only selects.
+        generator: name of the generator that made ``text``, where several did; else None.
+        generators: the same for each candidate that was drawn; empty where there is only one generator.
+        usage: tokens that drawing the candidates took (``prompt_tokens``, ``completion_tokens``,
+            ``total_tokens``); empty where that is not known.
     """
 
     prompt: Prompt
@@ -63,10 +82,17 @@ class Refinement:
     seconds: float
     calls: int
     error: str | None = None
+    trace: list[dict[str, Any]] | None = None
+    generator: str | None = None
+    generators: list[str] = dataclasses.field(default_factory=list)
+    usage: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; a probability that is NaN becomes None."""
+        """Return JSON values; a probability that is NaN becomes None, and what is not known is left out."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in _WHERE_KNOWN:
+            if not values[name]:
+                del values[name]
         values["win_probability"] = _number_or_none(self.win_probability)
         values["probabilities"] = [_number_or_none(value) for value in self.probabilities]
         return values
@@ -79,7 +105,7 @@ class Refinement:
             ValueError: keys are missing.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        missing = [name for name in names if name not in values and name != "error"]
+        missing = [name for name in names if name not in values and name not in ("error", *_WHERE_KNOWN)]
         if missing:
             raise ValueError(f"a refinement needs the keys {', '.join(missing)}; got {', '.join(values)}")
         found = {name: values[name] for name in names if name in values}
@@ -95,10 +121,7 @@ def wrap(
     encoder: Any,
     decoder: str | Decoder = "select",
     n: int = 8,
-    by: str = "win_probability",
-    margin: float | None = None,
-    strength: float = 1.0,
-    seed: int = 0,
+    **options: Any,
 ) -> Refiner:
     """Wrap a frozen generator with a preference flow.
 
@@ -108,19 +131,22 @@ def wrap(
         flow: a fitted :class:`pfm.PreferenceFlow`.
         encoder: the encoder on whose vectors the flow was fitted; prompts go through its ``encode_prompts``
             where it has one.
-        decoder: ``"select"``, or an object with ``decode`` (see :class:`pfm.decoders.Decoder`).
+        decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
+            :class:`pfm.decoders.Decoder`).
         n: candidates a prompt.
-        by, margin, strength, seed: how ``"select"`` chooses, see :class:`pfm.decoders.Select`.
+        options: settings of the decoder that is named: ``by``, ``margin``, ``strength``, ``seed`` of
+            :class:`pfm.decoders.Select`; ``exemplars``, ``rounds``, ``rewrites``, ... of
+            :class:`pfm.decoders.Rewrite`; ``strength``, ``win_gradient``, ... of :class:`pfm.decoders.Latent`.
 
     Raises:
-        TypeError: generator, flow, encoder or decoder lack a method that is needed, or n is not an integer.
-        ValueError: n < 1, an encoder of another dimension than the flow's, or options of ``"select"`` beside
-            a decoder object.
+        TypeError: generator, flow, encoder or decoder lack a method that is needed, n is not an integer, or the
+            decoder lacks a setting.
+        ValueError: n < 1, an encoder of another dimension than the flow's, a setting that the decoder does not have,
+            or settings beside a decoder object.
 
     Warns:
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
     """
-    options = {"by": by, "margin": margin, "strength": strength, "seed": seed}
     _check_flow_and_encoder(flow, encoder)
     return Refiner(
         None if generator is None else as_generator(generator),
@@ -142,7 +168,8 @@ class Refiner:
         self.generator = generator
         self.flow = flow
         self.encoder = encoder
-        self.decoder = decoder
+        bind = getattr(decoder, "bind", None)
+        self.decoder = decoder if bind is None else bind(generator, flow, encoder)
         self.n = n
 
     def __repr__(self) -> str:
@@ -170,6 +197,7 @@ class Refiner:
         *,
         progress: bool = True,
         on_result: Callable[[Refinement], object] | None = None,
+        start: Sequence[int] | None = None,
     ) -> list[Refinement]:
         """Refine a fresh output for each prompt; the results are in the order of the prompts.
 
@@ -183,6 +211,9 @@ class Refiner:
             progress: show a progress bar.
             on_result: called with each Refinement as it is finished, in order, so that it can be saved.
                 Draws of about a second are encoded and judged together.
+            start: for a generator that numbers its samples because a seed or a cache makes them repeatable, the
+                number of the first sample of each prompt. None: 0, and n further each time that a prompt is
+                repeated.
 
         Raises:
             TypeError: a prompt is neither text nor messages.
@@ -190,7 +221,9 @@ class Refiner:
                 vectors are of another dimension than the flow's.
         """
         prompts = _checked_prompts(prompts)
-        return self._run(prompts, self._draws(prompts, self.n), progress, on_result)
+        generator, first = self._generator(), first_samples(prompts, self.n, start)
+        run = _Run(self, prompts, progress, on_result)
+        return run.over(numbered_draws(generator, prompts, self.n, first))
 
     async def abatch(
         self,
@@ -198,9 +231,25 @@ class Refiner:
         *,
         progress: bool = True,
         on_result: Callable[[Refinement], object] | None = None,
+        start: Sequence[int] | None = None,
     ) -> list[Refinement]:
-        """Run :meth:`batch` in a thread of its own, in which ``on_result`` is called too."""
-        return await asyncio.to_thread(self.batch, prompts, progress=progress, on_result=on_result)
+        """Do what :meth:`batch` does without holding up the event loop.
+
+        A generator with ``adraws`` draws in this loop, for all prompts at once as far as its own bound allows, and
+        goes on while finished draws are judged in a thread. Any other runs in a thread of its own, with the rest.
+        ``on_result`` is called in such a thread.
+        """
+        if not callable(getattr(self.generator, "adraws", None)):
+            executor = ThreadPoolExecutor(1, thread_name_prefix="pfm-refiner")
+            work = functools.partial(self.batch, prompts, progress=progress, on_result=on_result, start=start)
+            try:
+                return await asyncio.get_running_loop().run_in_executor(executor, work)
+            finally:
+                executor.shutdown(wait=False)
+        prompts = _checked_prompts(prompts)
+        first = first_samples(prompts, self.n, start)
+        run = _Run(self, prompts, progress, on_result)
+        return await run.aover(numbered_adraws(self.generator, prompts, self.n, first))
 
     def refine(
         self,
@@ -228,17 +277,25 @@ class Refiner:
             raise ValueError(
                 f"outputs and prompts must be equally many, got {len(rows)} outputs and {len(prompts)} prompts"
             )
-        return self._run(prompts, map(_given, rows), progress, on_result)
+        return _Run(self, prompts, progress, on_result).over(map(_given, rows))
 
     def candidates(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
         """Draw up to n fresh outputs for each prompt; fewer, with a line in the log, where it failed.
+
+        They are others than the candidates of :meth:`batch` over the same prompts, even where a seed or a cache
+        makes draws repeatable.
 
         Raises:
             TypeError: a prompt is neither text nor messages, or n is not an integer.
             ValueError: n < 1, or the Refiner has no generator.
         """
+        prompts, n = _checked_prompts(prompts), _checked_n(n)
+        before = occurrences(prompts)
+        after = occurrences(prompts[::-1])[::-1]
+        # Behind the samples that batch takes for a prompt, as often as it is there.
+        first = [self.n * (past + 1 + left) + n * past for past, left in zip(before, after, strict=True)]
         rows = []
-        for row, draw in enumerate(self._draws(_checked_prompts(prompts), _checked_n(n))):
+        for row, draw in enumerate(numbered_draws(self._generator(), prompts, n, first)):
             if draw.error is not None:
                 logger.warning("prompts[%d]: %d of %d candidates: %s", row, len(draw.texts), n, draw.error)
             rows.append(draw.texts)
@@ -273,69 +330,12 @@ class Refiner:
         columns["error"] = [result.error or "" for result in results]
         return columns
 
-    def _draws(self, prompts: Sequence[Prompt], n: int) -> Iterator[Draw]:
+    def _generator(self) -> Any:
         if self.generator is None:
             raise ValueError(
                 "this Refiner has no generator: pass one to pfm.wrap, or give outputs to .refine(outputs, prompts)"
             )
-        return self.generator.draws(prompts, n)
-
-    def _run(
-        self,
-        prompts: list[Prompt],
-        draws: Iterable[Draw],
-        progress: bool,
-        on_result: Callable[[Refinement], object] | None,
-    ) -> list[Refinement]:
-        """Judge the draws portion by portion as they arrive."""
-        from pfm.pairs import conversation_text
-
-        keys = [conversation_text(prompt) for prompt in prompts]
-        for row, key in enumerate(keys if self.flow.metadata.get("context_dimension") else []):
-            if not is_usable_text(key):
-                raise ValueError(f"prompts[{row}] must be text that can be encoded, got {_shown(prompts[row])}")
-        results: list[Refinement] = []
-        waiting: list[Draw] = []
-        # disable=False would overrule TQDM_DISABLE, so it is only ever set to True.
-        make_bar = tqdm if progress else functools.partial(tqdm, disable=True)
-
-        def judge_waiting() -> None:
-            rows = slice(len(results), len(results) + len(waiting))
-            portion = [_unjudged(prompt, draw) for prompt, draw in zip(prompts[rows], waiting, strict=True)]
-            notes = [_notes(draw, self.n) for draw in waiting]
-            waiting.clear()
-            results.extend(portion)
-            try:
-                self._judge(portion, keys[rows])
-            except BaseException as error:
-                for result in portion:
-                    if math.isnan(result.win_probability):
-                        result.error = result.error or f"{type(error).__name__}: {error}"
-                raise
-            for result, note in zip(portion, notes, strict=True):
-                result.reason += note
-                bar.update()
-                if on_result is not None:
-                    on_result(result)
-
-        try:
-            with make_bar(total=len(prompts), desc="Refining", unit="prompt") as bar:
-                try:
-                    size, started = 0, time.perf_counter()
-                    for draw in draws:
-                        waiting.append(draw)
-                        size += len(draw.texts)
-                        if size >= WAITING_CANDIDATES or time.perf_counter() - started >= WAITING_SECONDS:
-                            judge_waiting()
-                            size, started = 0, time.perf_counter()
-                finally:
-                    judge_waiting()
-            if len(results) < len(prompts):
-                raise ValueError(f"the generator gave {len(results)} draws for {len(prompts)} prompts")
-        except BaseException as error:
-            error.partial = results  # pyright: ignore[reportAttributeAccessIssue]
-            raise
-        return results
+        return self.generator
 
     def _judge(self, portion: list[Refinement], keys: list[str]) -> None:
         """Encode all candidates at once, judge them in one call, and decode prompt by prompt, in place."""
@@ -345,6 +345,7 @@ class Refiner:
             return
         vectors, contexts, probabilities = self._probabilities(judged)
         end = 0
+        rows: list[tuple[Refinement, Judged]] = []
         for row, (result, key) in enumerate(judged):
             start, end = end, end + len(result.candidates)
             found = probabilities[start:end]
@@ -353,15 +354,22 @@ class Refiner:
                 _keep_unjudgeable(result)
                 continue
             context = None if contexts is None else contexts[row]
-            selection = self.decoder.decode(self.flow, result.candidates, vectors[start:end], context, found, key)
-            result.index = selection.index
-            result.text = result.candidates[selection.index]
-            result.win_probability = result.probabilities[selection.index]
-            result.changed = selection.changed
-            result.reason = selection.reason
+            rows.append((result, Judged(result.prompt, key, result.candidates, vectors[start:end], context, found)))
+        for (result, _), selection in zip(rows, self._decoded([row for _, row in rows]), strict=True):
+            _take(result, selection)
         share = (time.perf_counter() - started) / len(judged)
         for result, _ in judged:
             result.seconds += share
+
+    def _decoded(self, rows: list[Judged]) -> Iterable[Selection]:
+        """Decode several prompts: together where the decoder can, else one by one."""
+        together = getattr(self.decoder, "decode_many", None)
+        if together is not None:
+            return together(self.flow, rows)
+        return (
+            self.decoder.decode(self.flow, row.candidates, row.vectors, row.context, row.probabilities, row.key)
+            for row in rows
+        )
 
     def _probabilities(
         self, judged: list[tuple[Refinement, str]]
@@ -387,6 +395,100 @@ class Refiner:
             found = self.flow.win_probability(vectors[usable], context_rows)
             probabilities[usable.numpy()] = found.detach().cpu().double().numpy()
         return vectors, contexts, probabilities
+
+
+class _Run:
+    """Judges the draws of one batch portion by portion as they arrive."""
+
+    def __init__(
+        self,
+        refiner: Refiner,
+        prompts: list[Prompt],
+        progress: bool,
+        on_result: Callable[[Refinement], object] | None,
+    ) -> None:
+        from pfm.pairs import conversation_text
+
+        self.refiner = refiner
+        self.prompts = prompts
+        self.keys = [conversation_text(prompt) for prompt in prompts]
+        for row, key in enumerate(self.keys if refiner.flow.metadata.get("context_dimension") else []):
+            if not is_usable_text(key):
+                raise ValueError(f"prompts[{row}] must be text that can be encoded, got {_shown(prompts[row])}")
+        self.on_result = on_result
+        self.results: list[Refinement] = []
+        self.waiting: list[Draw] = []
+        self.size, self.started = 0, time.perf_counter()
+        # disable=False would overrule TQDM_DISABLE, so it is only ever set to True.
+        make_bar = tqdm if progress else functools.partial(tqdm, disable=True)
+        self.bar = make_bar(total=len(prompts), desc="Refining", unit="prompt")
+
+    def over(self, draws: Iterable[Draw]) -> list[Refinement]:
+        """Judge all draws, and return the results."""
+        with self._kept():
+            try:
+                for draw in draws:
+                    if self._add(draw):
+                        self._judge()
+            finally:
+                self._judge()
+            self._check()
+        return self.results
+
+    async def aover(self, draws: AsyncIterator[Draw]) -> list[Refinement]:
+        """Judge all draws in threads, while further ones are drawn in this event loop, and return the results."""
+        with self._kept():
+            try:
+                async for draw in draws:
+                    if self._add(draw):
+                        await asyncio.to_thread(self._judge)
+            finally:
+                close = getattr(draws, "aclose", None)
+                if close is not None:
+                    await close()
+                await asyncio.to_thread(self._judge)
+            self._check()
+        return self.results
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Close the bar, and hand over with an error what is there."""
+        try:
+            with self.bar:
+                yield
+        except BaseException as error:
+            error.partial = self.results  # pyright: ignore[reportAttributeAccessIssue]
+            raise
+
+    def _add(self, draw: Draw) -> bool:
+        """Let a draw wait for others, and say whether they have waited long enough."""
+        self.waiting.append(draw)
+        self.size += len(draw.texts)
+        return self.size >= WAITING_CANDIDATES or time.perf_counter() - self.started >= WAITING_SECONDS
+
+    def _judge(self) -> None:
+        rows = slice(len(self.results), len(self.results) + len(self.waiting))
+        portion = [_unjudged(prompt, draw) for prompt, draw in zip(self.prompts[rows], self.waiting, strict=True)]
+        notes = [_notes(draw, self.refiner.n) for draw in self.waiting]
+        self.waiting.clear()
+        self.size, self.started = 0, time.perf_counter()
+        self.results.extend(portion)
+        try:
+            self.refiner._judge(portion, self.keys[rows])
+        except BaseException as error:
+            for result in portion:
+                if math.isnan(result.win_probability):
+                    result.error = result.error or f"{type(error).__name__}: {error}"
+            raise
+        for result, note in zip(portion, notes, strict=True):
+            result.reason += note
+            self.bar.update()
+            if self.on_result is not None:
+                self.on_result(result)
+
+    def _check(self) -> None:
+        if len(self.results) < len(self.prompts):
+            raise ValueError(f"the generator gave {len(self.results)} draws for {len(self.prompts)} prompts")
 
 
 def _encoded(encode: Callable[..., Any], texts: list[str], dimension: int | Sequence[int]) -> torch.Tensor:
@@ -417,7 +519,27 @@ def _unjudged(prompt: Prompt, draw: Draw) -> Refinement:
         seconds=draw.seconds,
         calls=draw.calls,
         error=draw.error,
+        generator=draw.tags[0] if draw.tags else None,
+        generators=draw.tags,
+        usage=draw.usage,
     )
+
+
+def _take(result: Refinement, selection: Selection) -> None:
+    """Write a decoder's selection into the result."""
+    if selection.added:
+        result.candidates = [*result.candidates, *selection.added]
+        result.probabilities = [*result.probabilities, *selection.added_probabilities]
+    result.index = selection.index
+    result.text = result.candidates[selection.index]
+    result.win_probability = result.probabilities[selection.index]
+    result.changed = selection.changed
+    result.generator = next(iter(result.generators[selection.index : selection.index + 1]), None)
+    result.reason = selection.reason
+    result.calls += selection.calls
+    result.usage = added(result.usage, selection.usage)
+    result.trace = selection.trace
+    result.error = result.error or selection.error
 
 
 def _keep_unjudgeable(result: Refinement) -> None:
@@ -447,18 +569,27 @@ def _given(outputs: list[Any]) -> Draw:
     return draw.close()
 
 
-def _as_decoder(decoder: str | Decoder, options: dict[str, Any]) -> Decoder:
-    if decoder == "select":
-        return Select(options["by"], options["margin"], strength=options["strength"], seed=options["seed"])
+def _as_decoder(decoder: str | Decoder, options: Mapping[str, Any]) -> Decoder:
+    names = " or ".join(f"'{name}'" for name in DECODERS)
     if isinstance(decoder, str):
-        raise ValueError(f"decoder must be 'select' or an object with .decode, got {decoder!r}")
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be {names}, or an object with .decode, got {decoder!r}")
+        known = inspect.signature(DECODERS[decoder]).parameters
+        foreign = [name for name in options if name not in known]
+        if foreign:
+            raise ValueError(
+                f"{', '.join(foreign)} are no settings of decoder={decoder!r}, which has {', '.join(known)}"
+            )
+        lacking = [name for name, p in known.items() if p.default is p.empty and name not in options]
+        if lacking:
+            raise TypeError(f"decoder={decoder!r} needs {', '.join(lacking)}: pass it to pfm.wrap")
+        return DECODERS[decoder](**options)
     if isinstance(decoder, type) or not callable(getattr(decoder, "decode", None)):
-        raise TypeError(f"decoder must be 'select' or an object with .decode, got {_shown(decoder)}")
-    unused = [name for name, value in options.items() if value != _SELECT_DEFAULTS[name]]
-    if unused:
+        raise TypeError(f"decoder must be {names}, or an object with .decode, got {_shown(decoder)}")
+    if options:
         raise ValueError(
-            f"{', '.join(unused)} belong to decoder='select', got them with {_shown(decoder)}; "
-            "set them on the decoder itself"
+            f"{', '.join(options)} belong to decoder='select' or another that is named, got them with "
+            f"{_shown(decoder)}; set them on the decoder itself"
         )
     return decoder
 

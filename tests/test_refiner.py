@@ -243,8 +243,8 @@ class OtherGenerate:
         return inputs
 
 
-async def answer_later(prompt):
-    return prompt
+async def answer_bit_by_bit(prompt):
+    yield prompt
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ async def answer_later(prompt):
         (OtherGenerate(), "got OtherGenerate"),
         (lambda: "x", r"f\(prompt\)"),
         (lambda prompt, system: "x", "'system'"),
-        (answer_later, "async"),
+        (answer_bit_by_bit, "async"),
     ],
 )
 def test_what_is_no_generator_is_refused_at_once(generator, message):

@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,20 +22,57 @@ class Selection:
     """The candidate that a decoder has settled on.
 
     Attributes:
-        index: its place among the candidates; 0 is the original.
+        index: its place among the candidates, which ``added`` continues; 0 is the original.
         changed: whether its text differs from the original's.
         scores: one number a candidate by which the decoder judged, higher is better.
         reason: why the original was kept or changed, in one phrase.
+        added: texts that the decoder itself has made, all of them usable candidates.
+        added_probabilities: b(y|x) of each of them.
+        calls, usage: calls of the generator, and tokens by kind where they are known, that making them took.
+        trace: what the decoder did, round by round, in JSON values; None if there is nothing to tell.
+        error: type and message of what failed while it did so, or None; the selection is sound all the same.
     """
 
     index: int
     changed: bool
     scores: list[float]
     reason: str
+    added: tuple[str, ...] = ()
+    added_probabilities: tuple[float, ...] = ()
+    calls: int = 0
+    usage: dict[str, int] = field(default_factory=dict)
+    trace: list[dict[str, Any]] | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The judged candidates of one prompt: what a decoder sees.
+
+    Attributes:
+        prompt: as it was given, text or messages.
+        key: its text, from which anything random must be derived.
+        candidates: n ≥ 1 texts; the first is the original.
+        vectors: (n, D) their embeddings, finite.
+        context: (C,) embedding of the prompt, or None when the flow takes no context.
+        probabilities: (n,) float64, b(y|x) of each, in [0, 1].
+    """
+
+    prompt: Any
+    key: str
+    candidates: list[str]
+    vectors: torch.Tensor
+    context: torch.Tensor | None
+    probabilities: np.ndarray
 
 
 class Decoder(Protocol):
-    """Chooses the output of one prompt; other prompts of a batch have no influence."""
+    """Chooses the output of one prompt; other prompts of a batch have no influence.
+
+    Two methods are optional. ``bind(generator, flow, encoder)`` is called once by the Refiner and returns the decoder
+    to use, for one that draws or encodes by itself. ``decode_many(flow, rows)`` takes a list of :class:`Judged` and
+    returns a :class:`Selection` for each, for one that saves time when prompts are worked on together.
+    """
 
     def decode(
         self,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from pfm.errors import GenerationError
-from pfm.generators.base import Draw, Generator, Prompt
+from pfm.generators.base import Draw, GeneratesTexts, Generator, Prompt
+from pfm.generators.looping import LoopSlots, in_order, iterate
 
 
 def as_generator(generator: Any) -> Generator:
@@ -17,7 +21,7 @@ def as_generator(generator: Any) -> Generator:
 
     Args:
         generator: an object with ``.draws(prompts, n)`` (returned as it is) or ``.generate(prompts, n)``, or
-            a callable on one prompt, with or without the keyword ``n``.
+            a callable on one prompt, plain or async, with or without the keyword ``n``.
 
     Raises:
         TypeError: it is none of these.
@@ -31,6 +35,8 @@ def as_generator(generator: Any) -> Generator:
         return generator
     if _generates_n(generator):
         return BatchGenerator(generator)
+    if _is_async(generator):
+        return AsyncCallableGenerator(generator)
     if callable(generator):
         return CallableGenerator(generator)
     raise TypeError(
@@ -39,7 +45,7 @@ def as_generator(generator: Any) -> Generator:
     )
 
 
-class CallableGenerator:
+class CallableGenerator(GeneratesTexts):
     """Draw from a function of one prompt.
 
     The function returns a text or a list of texts. If it has a parameter ``n`` it is given the number of
@@ -57,6 +63,8 @@ class CallableGenerator:
     """
 
     def __init__(self, function: Callable[..., Any], *, max_calls: int | None = None) -> None:
+        if _is_async(function):
+            raise TypeError("function must be a plain one, got an async one; AsyncCallableGenerator takes it")
         self.function = function
         self.max_calls = _checked_max_calls(max_calls)
         self._takes_n = _takes_n(function)
@@ -68,19 +76,6 @@ class CallableGenerator:
         """Yield the draw of each prompt; an exception of the function ends the draw of that prompt only."""
         for prompt in prompts:
             yield self._draw(prompt, n)
-
-    def generate(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
-        """Return up to ``n`` texts for each prompt.
-
-        Raises:
-            GenerationError: a prompt failed; ``.partial`` holds the texts of all prompts.
-        """
-        draws = list(self.draws(prompts, n))
-        rows = [draw.texts for draw in draws]
-        for row, draw in enumerate(draws):
-            if draw.error is not None:
-                raise GenerationError(f"prompts[{row}]: {draw.error}", partial=rows)
-        return rows
 
     def _draw(self, prompt: Prompt, n: int) -> Draw:
         draw = Draw()
@@ -98,6 +93,68 @@ class CallableGenerator:
             draw.add(_outputs(output), n)
         draw.seconds = time.perf_counter() - started
         return draw.close()
+
+
+class AsyncCallableGenerator(GeneratesTexts):
+    """Draw from an async function of one prompt, called for several prompts at once.
+
+    Args:
+        function: ``async prompt -> str | list[str]`` or ``async (prompt, n=...) -> list[str]``.
+        concurrency: calls under way at once in one event loop.
+        max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
+            texts.
+
+    Raises:
+        TypeError: the function cannot be called with one prompt.
+        ValueError: ``concurrency`` or ``max_calls`` is below 1.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, concurrency: int = 8, max_calls: int | None = None) -> None:
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        self.function = function
+        self.concurrency = concurrency
+        self.max_calls = _checked_max_calls(max_calls)
+        self._takes_n = _takes_n(function)
+        self._slots = LoopSlots(concurrency)
+
+    def __repr__(self) -> str:
+        return f"AsyncCallableGenerator({getattr(self.function, '__qualname__', repr(self.function))})"
+
+    def draws(self, prompts: Sequence[Prompt], n: int) -> Iterator[Draw]:
+        """Yield the draw of each prompt; the function runs in an event loop of the background."""
+        return iterate(lambda: self.adraws(prompts, n))
+
+    async def adraws(self, prompts: Sequence[Prompt], n: int) -> AsyncIterator[Draw]:
+        """Yield the draw of each prompt, in order; an exception ends the draw of its prompt only."""
+        calls = [functools.partial(self._draw, prompt, n) for prompt in prompts]
+        async with aclosing(in_order(calls, self.concurrency)) as draws:
+            async for draw in draws:
+                yield draw
+
+    async def _draw(self, prompt: Prompt, n: int) -> Draw:
+        draw = Draw()
+        started = time.perf_counter()
+        limit = self.max_calls or 2 * n
+        while len(draw.texts) < n and draw.calls < limit and draw.error is None:
+            missing = n - len(draw.texts)
+            times = 1 if self._takes_n else min(missing, limit - draw.calls)
+            draw.calls += times
+            calls = [self._call(prompt, missing) for _ in range(times)]
+            for output in await asyncio.gather(*calls, return_exceptions=True):
+                if isinstance(output, Exception):
+                    draw.add((text for text in _partial(output) if text is not None), n)
+                    draw.fail(output)
+                elif isinstance(output, BaseException):
+                    raise output
+                else:
+                    draw.add(_outputs(output), n)
+        draw.seconds = time.perf_counter() - started
+        return draw.close()
+
+    async def _call(self, prompt: Prompt, missing: int) -> Any:
+        async with self._slots.here():
+            return await self.function(copy.deepcopy(prompt), **({"n": missing} if self._takes_n else {}))
 
 
 class BatchGenerator:
@@ -192,14 +249,11 @@ def _takes_n(function: Callable[..., Any]) -> bool:
     """Tell whether ``function`` has a parameter ``n`` beside the prompt.
 
     Raises:
-        TypeError: it cannot be called with one prompt, or is async.
+        TypeError: it cannot be called with one prompt, or is an async generator.
     """
     call = getattr(function, "__call__", None)  # noqa: B004 - the method of a callable object may be async
-    for candidate in (function, call):
-        if inspect.iscoroutinefunction(candidate) or inspect.isasyncgenfunction(candidate):
-            raise TypeError(
-                "generator must be a plain function, got an async one; pass lambda prompt: asyncio.run(f(prompt))"
-            )
+    if any(inspect.isasyncgenfunction(candidate) for candidate in (function, call)):
+        raise TypeError("generator must return its texts, got an async function that yields them; return a list")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-ins have no signature to read
@@ -213,6 +267,11 @@ def _takes_n(function: Callable[..., Any]) -> bool:
             f"generator must be callable as f(prompt) or f(prompt, n=...), got {signature}: {error}"
         ) from None
     return takes_n
+
+
+def _is_async(function: Any) -> bool:
+    call = getattr(function, "__call__", None)  # noqa: B004 - the method of a callable object may be async
+    return any(inspect.iscoroutinefunction(candidate) for candidate in (function, call))
 
 
 def _generates_n(generator: Any) -> bool:

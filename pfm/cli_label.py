@@ -1,0 +1,360 @@
+"""``pfm label``: judge candidates in pairs, and write preference rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from pfm.cli import (
+    SOME_FAILED,
+    BadRowsOption,
+    NoProgress,
+    OnBadRows,
+    Traceback,
+    _encoded_line,
+    _examples,
+    _guarded,
+    _made,
+    _reader,
+    _Session,
+    app,
+)
+from pfm.cli_generator import imported, make_generator
+
+if TYPE_CHECKING:
+    from pfm.judges import Comparison, Judge, Verdict
+
+_PANEL = "A language model as the judge"
+PORTION = 64  # comparisons that an interrupt can cost
+
+
+@app.command(
+    epilog=_examples(
+        "pfm label candidates.jsonl --out pairs.jsonl --model gpt-4.1-mini",
+        "pfm label candidates.jsonl --out pairs.jsonl --model qwen3 --base-url http://localhost:8000/v1",
+        "pfm label candidates.jsonl --out pairs.jsonl --judge reward:OpenAssistant/reward-model-deberta-v3-large-v2",
+        "pfm label candidates.jsonl --out pairs.jsonl --judge my_rules:score",
+    )
+)
+def label(
+    rows: Annotated[
+        Path,
+        typer.Argument(help="Rows with prompt and candidates, a list of two texts or more.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of preference rows (.jsonl), one line a pair.")],
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:NAME",
+            help="reward:NAME, a reward model's folder or name at the hub; pattern:REGEX, the more matches the better; "
+            "or MODULE:NAME, a function (prompt, response) -> number or a judge, looked for in this folder first.",
+            show_default="the language model below",
+        ),
+    ] = None,
+    max_pairs: Annotated[
+        int | None, typer.Option(min=1, help="Draw at most so many pairs of the candidates of one row.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Ask this model of an OpenAI-compatible server.", rich_help_panel=_PANEL)
+    ] = None,
+    local_model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Ask this Transformers model on this machine.", rich_help_panel=_PANEL),
+    ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Ask this function of a prompt.", rich_help_panel=_PANEL),
+    ] = None,
+    template: Annotated[
+        str, typer.Option(help="File of the prompt, with {prompt}, {first} and {second}.", rich_help_panel=_PANEL)
+    ] = "judge",
+    rubric: Annotated[
+        str, typer.Option(help="File that says what makes an answer better.", rich_help_panel=_PANEL)
+    ] = "rubric",
+    one_order: Annotated[
+        bool,
+        typer.Option("--one-order", help="Ask once a pair: half the price, but biased.", rich_help_panel=_PANEL),
+    ] = False,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--parameter",
+            "-p",
+            metavar="KEY=VALUE",
+            help="A parameter of the model; may be repeated.",
+            show_default="temperature=0",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Address of the server.",
+            show_default="OPENAI_BASE_URL, else OpenAI",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Environment variable that holds the key.",
+            show_default="OPENAI_API_KEY",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.", rich_help_panel=_PANEL)] = 8,
+    max_calls: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many requests.", rich_help_panel=_PANEL)
+    ] = None,
+    on_bad_rows: BadRowsOption = OnBadRows.stop,
+    no_progress: NoProgress = False,
+    traceback: Traceback = False,
+) -> None:
+    """Have a judge compare the candidates of each row, and write preference rows for [cyan]pfm fit[/cyan].
+
+    Every two different candidates of a row make a pair, with the probability that the chosen one is better; a
+    language model is asked in both orders. Run the same command again to go on after Ctrl-C, or to ask again for
+    pairs that got no verdict.
+    Exit code 3: some pairs have no verdict; they are not in the file.
+    """
+    with _guarded(traceback) as session:
+        asked = {"--generator": generator, "--model": model, "--local-model": local_model}
+        named = [option for option, value in asked.items() if value is not None]
+        if (judge is None) == (not named):
+            raise ValueError(
+                "give the judge: --judge, or a language model by --model, --local-model or --generator"
+                if judge is None
+                else f"--judge and {named[0]} name two judges: give one"
+            )
+        if judge is not None:
+            made = _judge(judge)
+        else:
+            from pfm.judges import LLMJudge
+
+            parameters = list(parameter or (() if generator is not None else ("temperature=0",)))
+            source = make_generator(
+                generator=generator,
+                model=model,
+                local_model=local_model,
+                parameters=parameters,
+                no_cache=True,  # the file of labels is what is kept: an answer that cannot be read is asked for again
+                base_url=base_url,
+                api_key_env=api_key_env,
+                concurrency=concurrency,
+                max_calls=max_calls,
+            )
+            made = LLMJudge(
+                source,
+                template=template,
+                rubric=rubric,
+                both_orders=not one_order,
+                temperature=0.0 if generator is not None else None,
+                name=model or local_model or generator,
+            )
+        pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed))
+        if not pairs:
+            raise ValueError(f"{rows}: no row has two different candidates")
+        if out.exists() and out.samefile(rows):
+            raise ValueError(f"--out must be another file than the input {rows}")
+        _made(out.parent)
+        with _Labels(out, pairs) as labels:
+            session.kept = labels.progress
+            earlier = labels.written
+            labels.run(made, progress=not no_progress)
+        _show(session, labels, made, earlier)
+        if labels.missing:
+            raise typer.Exit(SOME_FAILED)
+
+
+def _judge(name: str) -> Judge:
+    from pfm.judges import Judge, RewardModelJudge, ScriptedJudge
+
+    kind, _, rest = name.partition(":")
+    if kind == "reward" and rest:
+        return RewardModelJudge(rest)
+    if kind == "pattern" and rest:
+        return ScriptedJudge(rest)
+    try:
+        found = imported(name)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--generator", "--judge")) from None
+    return found if isinstance(found, Judge) else ScriptedJudge(found, name=name)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Holds two candidates of a row; ``digest`` changes with all that their label depends on."""
+
+    row: int
+    places: tuple[int, int]
+    comparison: Comparison
+    columns: Mapping[str, Any]
+    digest: str
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        return (self.row, *self.places)
+
+
+def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: int) -> Iterator[_Pair]:
+    """Read the rows, and yield their pairs in order."""
+    from pfm.judges.base import candidate_pairs
+    from pfm.rows import BadRows, PreferenceDataError, show
+
+    reader, unit = _reader(path)
+    bad = BadRows(str(path), on_bad_rows)
+    origin = judge.describe()
+    kept = 0
+    for number, value in reader(path, bad):
+        try:
+            if not isinstance(value, Mapping):
+                raise PreferenceDataError(f"got {show(value)}; expected an object with columns")
+            found = list(candidate_pairs(value, limit, (seed, number)))
+        except PreferenceDataError as error:
+            bad.meet(error, f"{unit} {number}")
+            continue
+        kept += 1
+        for places, comparison in found:
+            described = json.dumps([origin, *comparison], default=str)
+            digest = hashlib.sha256(described.encode(errors="surrogatepass")).hexdigest()[:16]
+            yield _Pair(number, places, comparison, value, digest)
+    bad.finish(kept)
+
+
+class _Labels:
+    """Is the file of labels: appended to pair by pair, read back when a run is repeated.
+
+    A file that was made from other rows or by another judge is refused, so that no run mixes with another and no
+    file of the user is harmed.
+    """
+
+    START = b'{"pfm": {"row": '
+
+    def __init__(self, path: Path, pairs: Sequence[_Pair]) -> None:
+        self.path = path
+        self.pairs = pairs
+        self.ties = 0
+        self._lines: list[tuple[int, int, int]] = []
+        if path.exists():
+            self._recover({pair.key: pair.digest for pair in pairs})
+
+    def __enter__(self) -> _Labels:
+        self._file = self.path.open("ab", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def written(self) -> int:
+        """Count the pairs that have a label."""
+        return len(self._lines)
+
+    @property
+    def missing(self) -> int:
+        """Count the pairs without one."""
+        return len(self.pairs) - len(self._lines)
+
+    def run(self, judge: Judge, *, progress: bool) -> None:
+        """Judge the pairs that wait, portion by portion, and write each portion's labels at once."""
+        from tqdm.auto import tqdm
+
+        done = set(self._lines)
+        waiting = [pair for pair in self.pairs if pair.key not in done]
+        make_bar: Callable[..., Any] = tqdm if progress else partial(tqdm, disable=True)
+        with make_bar(total=len(self.pairs), initial=self.written, desc="Labelling", unit="pair") as bar:
+            for start in range(0, len(waiting), PORTION):
+                some = waiting[start : start + PORTION]
+                for pair, verdict in zip(some, judge.compare([pair.comparison for pair in some]), strict=True):
+                    if verdict.given:
+                        self._write(pair, verdict)
+                bar.update(len(some))
+        self._order()
+
+    def progress(self) -> str:
+        """Say how far the run has come."""
+        done = f"{self.written:,} of {len(self.pairs):,} pairs are in {self.path}"
+        return f"{done}; run the same command again to go on."
+
+    def _write(self, pair: _Pair, verdict: Verdict) -> None:
+        from pfm.judges.base import preference_row
+
+        made = preference_row(pair.columns, pair.comparison, verdict)
+        made["probability"] = round(made["probability"], 6)
+        line = {"pfm": {"row": pair.row, "pair": list(pair.places), "input": pair.digest}, **made}
+        rest = memoryview(_encoded_line(line))
+        while rest:  # a write to a nearly full disk may take a part only
+            rest = rest[self._file.write(rest) :]
+        self._lines.append(pair.key)
+        self.ties += verdict.probability == 0.5
+
+    def _recover(self, digests: Mapping[tuple[int, int, int], str]) -> None:
+        whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
+        for place, line in enumerate(whole.split(b"\n") if newline else [], 1):
+            try:
+                record = json.loads(line)
+                key = (record["pfm"]["row"], *record["pfm"]["pair"])
+                same = digests.get(key) == record["pfm"]["input"]
+                self.ties += record["probability"] == 0.5
+            except (ValueError, KeyError, TypeError):
+                raise self._foreign(place) from None
+            if not same:
+                raise ValueError(
+                    f"{self.path} holds labels of other rows or by another judge (line {place}): give another --out, "
+                    "or delete it to start again"
+                )
+            self._lines.append(key)
+        if not (rest.startswith(self.START) or self.START.startswith(rest)):
+            raise self._foreign(len(self._lines) + 1)
+        if rest:  # half a line: the run was stopped while it was being written
+            os.truncate(self.path, len(whole) + len(newline))
+
+    def _foreign(self, place: int) -> ValueError:
+        return ValueError(f"{self.path} is there and line {place} is no label of pfm label: give another --out")
+
+    def _order(self) -> None:
+        """Put the lines in the order of the pairs, if pairs that were asked again came out of it."""
+        written = set(self._lines)
+        order = [pair.key for pair in self.pairs if pair.key in written]
+        if self._lines == order:
+            return
+        from pfm.rows import write_lines
+
+        lines = dict(zip(self._lines, self.path.read_text(encoding="utf-8").split("\n"), strict=False))
+        write_lines(self.path, (lines[key] for key in order))
+        self._lines = order
+
+
+def _show(session: _Session, labels: _Labels, judge: Judge, earlier: int) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    lines = [("labelled", f"{labels.written:,}"), ("of these ties", f"{labels.ties:,}")]
+    lines.append(("without verdict", f"{labels.missing:,}"))
+    if earlier:
+        lines.append(("from an earlier run", f"{earlier:,}"))
+    tally = getattr(judge, "tally", None)
+    if tally is not None and tally.calls:
+        found = tally.to_dict()
+        lines += [("answers not read", f"{tally.unread:,}"), ("answers that never came", f"{tally.failed:,}")]
+        if found["position_bias"] is not None:
+            lines.append(("lean to the first place", f"{found['position_bias']:+.2f} (0: none, 1: always)"))
+        if found["consistency"] is not None:
+            lines.append(("both orders agree", f"{found['consistency']:.0%}"))
+    for name, value in lines:
+        table.add_row(name, Text(value, "bold"))
+    session.out.print(table)
+    session.out.print(Text(f"wrote {labels.path}", "dim"), soft_wrap=True)
+    if labels.missing:
+        session.note(f"{labels.missing:,} pairs got no verdict; a second run asks for them again")

@@ -1,0 +1,176 @@
+"""``pfm serve``: an OpenAI-compatible proxy with a flow in it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from pfm.cli import EncoderOfFlow, Traceback, _examples, _guarded, _load, _Session, app
+
+# Settings of pfm.wrap that a file of settings may hold too.
+CHOICE = ("n", "by", "margin", "strength", "seed")
+
+
+@app.command(
+    epilog=_examples(
+        "pfm serve flow/ --upstream http://localhost:8000/v1",
+        "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
+        "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
+    )
+)
+def serve(
+    flow: Annotated[Path, typer.Argument(help="Folder of a flow made by [cyan]pfm fit[/cyan].", show_default=False)],
+    upstream: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Base URL of the server to refine; most end in /v1.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="File of settings, .toml or .json, named as the options are (max_n = 16); options go first."),
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(help="Model to ask the upstream for.", show_default="the one that the client names"),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0: a free one.", show_default="8100")] = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Candidates of a request.", show_default="8")] = None,
+    max_n: Annotated[int | None, typer.Option(help="The most that a request may ask for.", show_default="32")] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="win_probability, alignment, combined or sample.", show_default="win_probability"),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Least gain in win probability to change an answer.", show_default="the flow's own"),
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="Exponent of --by sample.", show_default="1.0")] = None,
+    token_env: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Environment variable with the token that clients must send as their key."),
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Environment variable with the upstream's key.",
+            show_default="clients' keys are passed on, unless there is a token",
+        ),
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests worked on at once.", show_default="32")] = None,
+    queue: Annotated[
+        int | None, typer.Option(help="Requests that may wait; further ones get status 429.", show_default="128")
+    ] = None,
+    connections: Annotated[int | None, typer.Option(help="Calls of the upstream at once.", show_default="64")] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds for a request to wait and be drawn.", show_default="120")
+    ] = None,
+    encoder: EncoderOfFlow = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Refine every answer of an OpenAI-compatible server, for clients that only change their base URL.
+
+    Chat completions come back as the best of [cyan]-n[/cyan] candidates, with the evidence under the key
+    [cyan]pfm[/cyan]; what cannot be refined (tools, response_format, other endpoints) is passed through. A request
+    chooses for itself by a field [cyan]pfm[/cyan] in its body, as {"pfm": {"n": 4}} or {"pfm": false}, or by headers
+    such as [cyan]x-pfm-n[/cyan]. [cyan]/healthz[/cyan] and [cyan]/metrics[/cyan] tell how it is.
+
+    Keys are passed on and never kept. Ctrl-C ends what is under way first.
+    """
+    with _guarded(traceback) as session:
+        from pfm.serve import ServeConfig, run
+        from pfm.serve.config import is_loopback
+
+        given = {
+            "upstream": upstream,
+            "model": model_name,
+            "host": host,
+            "port": port,
+            "n": n,
+            "max_n": max_n,
+            "by": by,
+            "margin": margin,
+            "strength": strength,
+            "token_env": token_env,
+            "upstream_key_env": upstream_key_env,
+            "concurrency": concurrency,
+            "queue": queue,
+            "connections": connections,
+            "timeout": timeout,
+            "encoder": encoder,
+        }
+        settings = _settings(config, given)
+        choice = {name: settings.pop(name) for name in CHOICE if name in settings}
+        fitted, with_encoder = _load(flow, settings.pop("encoder", None))
+        served = ServeConfig(**settings)
+        for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
+            served.secret(name)
+        from pfm.refiner import wrap
+
+        # A proxy runs for months and candidates hardly ever repeat: what it encodes is not kept on disk.
+        for part in getattr(with_encoder, "encoders", [with_encoder]):
+            if getattr(part, "cache", None) is not None:
+                part.cache = None
+        refiner = wrap(None, fitted, encoder=with_encoder, **choice)
+        refiner.refine([["One text.", "Another text."]], ["A prompt."])  # loads the model before the first request
+        if fitted.guard_margin == float("inf") and choice.get("margin") is None and choice.get("by") != "sample":
+            session.note("this flow confirmed no gain: it keeps every original, so requests are passed through")
+        if not is_loopback(served.host) and not served.token_env:
+            session.note(f"whoever reaches {served.host} may use the upstream through it; --token-env asks for a token")
+        _log_requests(session, quiet)
+        # After its own handling of SIGTERM, uvicorn raises it again: by then all is done, and well.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            run(refiner, served, on_start=lambda address: _show_start(session, served.upstream, address, quiet))
+        except KeyboardInterrupt:
+            session.err.print(Text("stopped", "dim"))
+
+
+def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the file, overruled by the options given."""
+    from pfm.serve import ServeConfig, read_settings
+
+    settings = {} if file is None else read_settings(file)
+    known = [*(field.name for field in fields(ServeConfig)), *CHOICE, "encoder"]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"{file}: unknown settings: {', '.join(unknown)}; known are {', '.join(known)}")
+    settings |= {name: value for name, value in given.items() if value is not None}
+    if "upstream" not in settings:
+        raise ValueError("--upstream is needed: the base URL of the server to refine, as in http://localhost:8000/v1")
+    return settings
+
+
+def _show_start(session: _Session, upstream: str, address: str, quiet: bool) -> None:
+    typer.echo(f"refining {upstream} on {address}")  # plain, for programs that start this one and want the address
+    if not quiet:
+        session.err.print(
+            Text(f'a client uses it by OpenAI(base_url="{address}"); Ctrl-C stops', "dim"), soft_wrap=True
+        )
+
+
+class _Lines(logging.Handler):
+    """Writes what happens to each request in a line."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__(logging.INFO)
+        self.session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING:  # those are shown as notes already
+            self.session.err.print(Text(record.getMessage(), "dim"), soft_wrap=True)
+
+
+def _log_requests(session: _Session, quiet: bool) -> None:
+    if not quiet:
+        logger = logging.getLogger("pfm.serve")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(_Lines(session))

@@ -1,0 +1,186 @@
+"""An OpenAI-compatible endpoint: its address, its key, and clients that cannot be kept waiting for ever.
+
+The openai client retries and has a timeout, which bounds the wait for the *next* piece of an answer. A server
+that sends a byte a second, or bytes without end, is never timed out. The clients made here also bound the time
+and the size of an answer as a whole; breaking a bound is an error like any other, and retried by the client.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from importlib import import_module
+from typing import Any
+from urllib.parse import urlsplit
+
+from pfm.errors import MissingKeyError
+
+__all__ = ["OPENAI", "Endpoint", "public_address"]
+
+OPENAI = "https://api.openai.com/v1"
+MAX_ANSWER_BYTES = 32_000_000
+_NO_KEY = "none"
+
+
+class Endpoint:
+    """Holds where to send requests, and the key in memory only.
+
+    Args:
+        base_url: None: ``OPENAI_BASE_URL``, else OpenAI itself.
+        api_key: None: ``OPENAI_API_KEY``, which is sent to OpenAI and to ``OPENAI_BASE_URL`` only; another
+            ``base_url`` gets a placeholder.
+        timeout: seconds for one try; None: the client's default.
+        max_retries: None: the client's default.
+
+    Raises:
+        ValueError: the address is none, or holds a password or a query.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+    ) -> None:
+        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"base_url must be an address such as http://localhost:8000/v1, got {public_address(self.base_url)!r}"
+            )
+        if "@" in parts.netloc:
+            raise ValueError("base_url must not hold a password: it would show in logs; pass it as api_key")
+        if parts.query:
+            raise ValueError("base_url must not hold a query: requests would go astray; pass it as extra_query")
+        self.timeout = timeout
+        self.max_retries = max_retries
+        self._api_key = api_key
+        self._takes_environment_key = base_url is None or parts.hostname == urlsplit(OPENAI).hostname
+
+    @property
+    def address(self) -> str:
+        """The address without what may be secret in it."""
+        return public_address(self.base_url)
+
+    def key(self) -> str:
+        """Return the key to send.
+
+        Raises:
+            MissingKeyError: there is none, and OpenAI is to be asked.
+        """
+        if self._api_key is not None:
+            return self._api_key
+        if self._takes_environment_key and os.environ.get("OPENAI_API_KEY"):
+            return os.environ["OPENAI_API_KEY"]
+        if self.base_url != OPENAI:
+            return _NO_KEY
+        raise MissingKeyError("no key: set OPENAI_API_KEY, or pass api_key, or base_url for a server that needs none")
+
+    def secrets(self) -> list[str]:
+        """List what must not be shown."""
+        try:
+            key = self.key()
+        except MissingKeyError:
+            key = ""
+        return [key] if key and key != _NO_KEY else []
+
+    def client(self) -> Any:
+        """Make an `openai.OpenAI`."""
+        import openai
+
+        return openai.OpenAI(**self._options(_bounded_clients()[0]))
+
+    def async_client(self) -> Any:
+        """Make an `openai.AsyncOpenAI`."""
+        import openai
+
+        return openai.AsyncOpenAI(**self._options(_bounded_clients()[1]))
+
+    def _options(self, http_client: Any) -> dict[str, Any]:
+        options = {"timeout": self.timeout, "max_retries": self.max_retries}
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"base_url": self.base_url, "api_key": self.key(), "http_client": http_client(), **given}
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.address!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_api_key": None}  # the other process takes its key from its environment
+
+
+def public_address(base_url: str) -> str:
+    """Return an address without user, password, query and fragment."""
+    parts = urlsplit(base_url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+
+
+@functools.cache
+def _bounded_clients() -> tuple[type, type]:
+    """Make the two HTTP clients, once openai has been imported."""
+    import openai
+
+    class BoundedClient(openai.DefaultHttpxClient):
+        def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            bound = _Bound(request)
+            response = super().send(request, stream=True, **options)
+            if stream:
+                return response
+            try:
+                for piece in response.iter_bytes():
+                    bound.add(piece)
+            finally:
+                response.close()
+            return bound.whole(response)
+
+    class AsyncBoundedClient(openai.DefaultAsyncHttpxClient):
+        async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+            bound = _Bound(request)
+            response = await super().send(request, stream=True, **options)
+            if stream:
+                return response
+            try:
+                async for piece in response.aiter_bytes():
+                    bound.add(piece)
+            finally:
+                await response.aclose()
+            return bound.whole(response)
+
+    return BoundedClient, AsyncBoundedClient
+
+
+class _Bound:
+    """Collects the pieces of one answer, up to a size and a moment."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.seconds = (request.extensions.get("timeout") or {}).get("read")
+        self.started = time.monotonic()
+        self.pieces: list[bytes] = []
+        self.size = 0
+
+    def add(self, piece: bytes) -> None:
+        errors = import_module(type(self.request).__module__.partition(".")[0])  # httpx2, or the older httpx
+        self.size += len(piece)
+        if self.size > MAX_ANSWER_BYTES:
+            raise errors.ReadError(f"the answer is larger than {MAX_ANSWER_BYTES:,} bytes", request=self.request)
+        if self.seconds is not None and time.monotonic() - self.started > self.seconds:
+            raise errors.ReadTimeout(f"the answer took longer than {self.seconds:g} seconds", request=self.request)
+        self.pieces.append(piece)
+
+    def whole(self, response: Any) -> Any:
+        """Return the response with its body in memory."""
+        encoded = ("content-encoding", "transfer-encoding", "content-length")
+        headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in encoded]
+        whole = type(response)(
+            status_code=response.status_code,
+            headers=headers,
+            content=b"".join(self.pieces),
+            request=response.request,
+            extensions=response.extensions,
+            history=response.history,
+        )
+        whole.elapsed = response.elapsed
+        return whole

@@ -1,0 +1,141 @@
+"""Collect n samples for one prompt from a server that may give fewer, without doing any of the asking itself.
+
+:class:`Sampling` says which requests to send next and takes what came of them, in any order. It is the same for
+threads and for an event loop.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pfm.errors import BudgetError, GenerationError, RequestRefusedError, ServerError
+from pfm.generators.base import Draw, Sample, add_usage, draw_of
+from pfm.generators.protocols import Choice
+
+__all__ = ["Outcome", "Sampling", "Several"]
+
+_SPEAKS_OF_N = re.compile(r"\bn\b|choice", re.IGNORECASE)
+
+
+@dataclass
+class Outcome:
+    """What came of one request: choices, or an error."""
+
+    choices: list[Choice] = field(default_factory=list)
+    usage: dict[str, int] = field(default_factory=dict)
+    error: GenerationError | None = None
+
+
+class Several:
+    """Knows whether a server gives several choices in one request, as far as has been seen.
+
+    Args:
+        most: most choices to ask for in one request; None for no bound.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
+
+
+class Sampling:
+    """The way to n samples for one prompt.
+
+    All missing samples are asked for at once where the server takes n, else in parallel requests for one. Unusable
+    outputs are asked for again, until as many were unusable as were wanted, or two. An error ends the sampling;
+    what is there, and what is still under way, is kept.
+
+    Args:
+        n: samples wanted.
+        stored: samples that are there already, by place from 0 to n - 1.
+        several: what is known of the server; shared by all prompts.
+    """
+
+    def __init__(self, n: int, stored: Mapping[int, Sample], several: Several) -> None:
+        self.n = n
+        self.samples = dict(stored)
+        self._several = several
+        self._open: set[int] = set()
+        self._under_way = 0
+        self._calls = 0
+        self._fruitful = 0
+        self._dropped = 0
+        self._wasted: dict[str, int] = {}
+        self._refused_n = False
+        self._problem: GenerationError | None = None
+        self._error: GenerationError | None = None
+        self._started = time.perf_counter()
+
+    def requests(self) -> list[tuple[int, ...]]:
+        """Return the places for which to send a request now, one tuple a request; they count as sent."""
+        if self._error is not None or self._dropped >= max(self.n, 2):
+            return []
+        missing = [place for place in range(self.n) if place not in self.samples and place not in self._open]
+        room = 2 * self.n + self._refused_n - self._calls
+        size = self._several.most or len(missing)
+        if self._refused_n:
+            # One request at a time until it is sure that n was what the server refused.
+            size, room = 1, (room if self._several.most == 1 else min(room, 1 - self._under_way))
+        if not missing or room <= 0:
+            return []
+        found = [tuple(missing[at : at + size]) for at in range(0, len(missing), size)][:room]
+        for places in found:
+            self._open.update(places)
+        self._under_way += len(found)
+        self._calls += len(found)
+        return found
+
+    def take(self, places: Sequence[int], outcome: Outcome) -> dict[int, Sample]:
+        """Take what came of a request, and return the samples that are new."""
+        self._under_way -= 1
+        self._open.difference_update(places)
+        if outcome.error is not None:
+            self._calls -= isinstance(outcome.error, BudgetError)  # it was never sent
+            if len(places) > 1 and _may_be_about_n(outcome.error):
+                self._refused_n = True
+            else:
+                self._error = self._error or outcome.error
+            return {}
+        if (self._refused_n and len(places) == 1) or len(outcome.choices) == 1 < len(places):
+            self._several.most = 1
+        origin = uuid.uuid4().hex
+        free = iter(places)
+        new: dict[int, Sample] = {}
+        for choice in outcome.choices:
+            if choice.error is not None:
+                self._problem = choice.error
+                self._dropped += 1
+            elif (place := next(free, None)) is not None:
+                new[place] = Sample(choice.text, choice.finish_reason, None, origin, 1, outcome.usage)
+        if new:
+            self._fruitful += 1
+        else:
+            add_usage(self._wasted, outcome.usage)
+        self.samples |= new
+        return new
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is under way and nothing would be sent: ask after :meth:`requests`."""
+        return not self._under_way
+
+    def draw(self) -> Draw:
+        """Return what was drawn."""
+        draw = draw_of([self.samples[place] for place in sorted(self.samples)])
+        draw.calls += self._calls - self._fruitful
+        add_usage(draw.usage, self._wasted)
+        draw.dropped = self._dropped
+        draw.seconds = time.perf_counter() - self._started
+        error = self._error or (self._problem if not draw.texts else None)
+        if error is not None:
+            draw.fail(error)
+        return draw.close()
+
+
+def _may_be_about_n(error: GenerationError) -> bool:
+    if isinstance(error, ServerError):
+        return bool(_SPEAKS_OF_N.search(str(error)))
+    return isinstance(error, RequestRefusedError)

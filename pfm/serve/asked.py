@@ -1,0 +1,236 @@
+"""Read a chat request: what it asks of the proxy, and whether the proxy may refine its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pfm.decoders import Select
+from pfm.decoders.select import RULES
+from pfm.generators.base import is_usable_text
+from pfm.refiner import Refiner
+from pfm.rows import conversation_text
+from pfm.serve.config import ServeConfig
+from pfm.serve.errors import Refused
+
+__all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read"]
+
+EXTENSION = "pfm"
+HEADER = "x-pfm-"
+_OPTIONS = ("refine", "n", "by", "margin", "strength")
+# Fields whose answers have a shape or a meaning that choosing among texts would break.
+_NOT_TEXT = ("tools", "functions", "tool_choice", "function_call", "logprobs", "top_logprobs", "audio", "prediction")
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a candidate is chosen, see :class:`pfm.decoders.Select`."""
+
+    by: str
+    margin: float | None
+    strength: float
+    seed: int
+
+    def decoder(self) -> Select:
+        """Return the decoder that chooses so."""
+        return Select(self.by, self.margin, strength=self.strength, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A chat request as the proxy understands it.
+
+    Attributes:
+        body: the request for the upstream, without the extension; None if it is no JSON object.
+        content: the bytes to pass on when it is not refined.
+        prompt: the conversation, its contents as text.
+        n, rule: how many candidates, and how one is chosen; ``rule`` is None where the decoder is not ours.
+        stream: whether the answer is to be streamed.
+        include_usage: whether the stream is to end with the usage.
+        plain: why the answer is not refined but passed through; None if it is refined.
+    """
+
+    body: dict[str, Any] | None
+    content: bytes
+    prompt: list[dict[str, str]]
+    n: int
+    rule: Rule | None
+    stream: bool = False
+    include_usage: bool = False
+    plain: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The text of the prompt, as encoders read it."""
+        return conversation_text(self.prompt)
+
+
+def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refiner: Refiner) -> Asked:
+    """Read the body and the headers of a chat request.
+
+    Args:
+        content: the body as it came.
+        headers: by lower-case name.
+        config: the proxy's settings.
+        refiner: its n and decoder, which the request's extension may change for itself, and its flow.
+
+    Raises:
+        Refused: the extension asks for what there is not; status 400.
+    """
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        return Asked(None, content, [], 1, None, plain="the body is no JSON object")
+    extension = body.pop(EXTENSION, None)
+    replaced = config.model is not None and body.get("model") != config.model
+    if replaced:
+        body["model"] = config.model
+    if extension is not None or replaced:
+        content = json.dumps(body).encode()
+    options = _options(extension, headers)
+    refine = options.pop("refine", True)
+    n, rule = _choice(options, config, refiner)
+    streaming = body.get("stream_options")
+    asked = Asked(
+        body,
+        content,
+        [],
+        n,
+        rule,
+        stream=body.get("stream") is True,
+        include_usage=isinstance(streaming, dict) and streaming.get("include_usage") is True,
+        plain=_plain(body, refine, n, rule, refiner.flow),
+    )
+    if asked.plain is not None:
+        return asked
+    prompt = _prompt(body.get("messages"))
+    if prompt is None:
+        return dataclasses.replace(asked, plain="a message is not text")
+    asked = dataclasses.replace(asked, prompt=prompt)
+    if not is_usable_text(asked.key):
+        return dataclasses.replace(asked, plain="the prompt is empty or not valid text")
+    return asked
+
+
+def _plain(body: Mapping[str, Any], refine: bool, n: int, rule: Rule | None, flow: Any) -> str | None:
+    """Say why the answer to a request is not refined, or return None."""
+    if not refine:
+        return "the request asks for it"
+    for name in _NOT_TEXT:
+        if body.get(name) not in (None, False, []):
+            return f"the request has {name}"
+    form = body.get("response_format")
+    if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
+        return "the request has response_format"
+    if body.get("n") not in (None, 1):
+        return "the request has n"
+    if body.get("modalities") not in (None, ["text"]):
+        return "the request has modalities"
+    if n > 1 and _is_zero(body.get("temperature")):
+        return "temperature 0 gives one answer only"
+    if n > 1 and _is_zero(body.get("top_p")):
+        return "top_p 0 gives one answer only"
+    if n > 1 and rule is not None and rule.by != "sample" and rule.margin is None and flow.guard_margin == math.inf:
+        return "the flow's guard margin is infinite: it keeps every original"
+    return None
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+
+
+def _prompt(messages: Any) -> list[dict[str, str]] | None:
+    """Return the conversation with its contents as text, or None where one is something else."""
+    if not isinstance(messages, list) or not messages:
+        return None
+    prompt = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return None
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+            ]
+            if not all(isinstance(part, str) for part in parts):
+                return None
+            content = "\n".join(part for part in parts if part is not None)
+        if not isinstance(content, str):
+            return None
+        prompt.append({"role": message["role"], "content": content})
+    return prompt
+
+
+# ------------------------------------------------------------------------------------------------- the extension
+
+
+def _options(extension: Any, headers: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of a request by name; the body's go before the headers'."""
+    found: dict[str, Any] = {}
+    for name in _OPTIONS:
+        text = headers.get(HEADER + name)
+        if text is not None:
+            found[name] = _from_header(name, text.strip())
+    if isinstance(extension, bool):
+        extension = {"refine": extension}
+    if extension is None:
+        return found
+    if not isinstance(extension, dict):
+        raise _bad("", f"must be an object or a boolean, got {type(extension).__name__}")
+    unknown = [name for name in extension if name not in _OPTIONS]
+    if unknown:
+        raise _bad(unknown[0], f"is unknown; known are {', '.join(_OPTIONS)}")
+    return found | extension
+
+
+def _from_header(name: str, text: str) -> Any:
+    if name == "by":
+        return text
+    if name == "refine":
+        if text.lower() not in _TRUE + _FALSE:
+            raise _bad(name, f"must be true or false, got {text!r}")
+        return text.lower() in _TRUE
+    try:
+        return int(text) if name == "n" else float(text)
+    except ValueError:
+        raise _bad(name, f"must be a number, got {text!r}") from None
+
+
+def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -> tuple[int, Rule | None]:
+    n, most, decoder = options.get("n", refiner.n), max(config.max_n, refiner.n), refiner.decoder
+    if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
+        raise _bad("n", f"must be an integer from 1 to {most}, got {n!r}")
+    asked = {name: options[name] for name in ("by", "margin", "strength") if name in options}
+    if not isinstance(decoder, Select):
+        if asked:
+            raise _bad(next(iter(asked)), "has no effect: this proxy's decoder is not select")
+        return n, None
+    by = asked.get("by", decoder.by)
+    if "strength" in asked and "by" not in asked:
+        by = "sample"  # the one rule that strength has a meaning for
+    if by not in RULES:
+        raise _bad("by", f"must be one of {', '.join(RULES)}, got {by!r}")
+    margin, strength = asked.get("margin", decoder.margin), asked.get("strength", decoder.strength)
+    if margin is not None and not _is_number(margin):
+        raise _bad("margin", f"must be a number, or null for the flow's own, got {margin!r}")
+    if not (_is_number(strength) and 0 <= strength < math.inf):
+        raise _bad("strength", f"must be a finite number of at least 0, got {strength!r}")
+    if "strength" in asked and strength != 1 and by != "sample":
+        raise _bad("strength", f"has no effect with by={by}: the highest score stays the highest; use by=sample")
+    return n, Rule(by, margin, float(strength) if by == "sample" else 1.0, decoder.seed)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _bad(name: str, problem: str) -> Refused:
+    param = f"{EXTENSION}.{name}" if name else EXTENSION
+    return Refused(400, f"{param} {problem}", outcome="bad_request", param=param)

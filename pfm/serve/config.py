@@ -1,0 +1,143 @@
+"""What a proxy is told when it starts."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import os
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+__all__ = ["ServeConfig", "is_loopback", "read_settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Settings of ``pfm serve``. It names the variables that hold keys, never the keys.
+
+    Attributes:
+        upstream: base URL of the OpenAI-compatible server behind the proxy, as a client would be given it;
+            most end in ``/v1``.
+        model: sent to the upstream in place of the model that the client names; None leaves it alone.
+        max_n: the most candidates that a request may ask for.
+        host, port: where to listen; port 0 takes a free one.
+        token_env: name of the environment variable that holds the token which clients must send. The upstream
+            then never sees the clients' ``Authorization``. None: no token, and theirs is passed on.
+        upstream_key_env: name of the environment variable that holds the key of the upstream.
+        concurrency: requests worked on at once.
+        queue: requests that may wait beyond those; further ones are refused with status 429.
+        connections: calls of the upstream at once, over all requests.
+        timeout: seconds for a request to wait its turn and to have its candidates drawn. Then the candidates
+            that are there are judged; without any the status is 504.
+        judge_timeout: seconds for encoding and judging; then the original is the answer.
+        grace: seconds that a shutdown waits for requests under way.
+
+    Raises:
+        TypeError, ValueError: a setting is of another type or out of range, with its name.
+    """
+
+    upstream: str
+    model: str | None = None
+    max_n: int = 32
+    host: str = "127.0.0.1"
+    port: int = 8100
+    token_env: str | None = None
+    upstream_key_env: str | None = None
+    concurrency: int = 32
+    queue: int = 128
+    connections: int = 64
+    timeout: float = 120.0
+    judge_timeout: float = 60.0
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "upstream", _checked_upstream(self.upstream))
+        for name, least in (("max_n", 1), ("concurrency", 1), ("queue", 0), ("connections", 1), ("port", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("timeout", "judge_timeout", "grace"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number of seconds, got {value!r}")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a positive number of seconds, got {value}")
+        if self.port > 65535:
+            raise ValueError(f"port must be at most 65535, got {self.port}")
+        if self.upstream_key_env and not self.token_env and not is_loopback(self.host):
+            raise ValueError(
+                f"upstream_key_env without token_env on {self.host}: whoever reaches it could use the upstream's key; "
+                "set token_env too, or listen on 127.0.0.1"
+            )
+
+    def secret(self, name: str) -> str | None:
+        """Return the value of the variable that ``token_env`` or ``upstream_key_env`` names.
+
+        Raises:
+            ValueError: the variable is not set, or empty.
+        """
+        variable = getattr(self, name)
+        if variable is None:
+            return None
+        value = os.environ.get(variable, "").strip()
+        if not value:
+            raise ValueError(f"{name} names the environment variable {variable}, which is not set")
+        if not value.isascii():
+            raise ValueError(f"the environment variable {variable} must hold ASCII characters only")
+        return value
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read settings by name from a ``.toml`` or ``.json`` file.
+
+    Raises:
+        ValueError: the file cannot be parsed, or holds no settings by name.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; expected settings as TOML, or as JSON in a .json file") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings by name, got {type(values).__name__}")
+    return values
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether an address or name of a host is this machine's own."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _checked_upstream(upstream: Any) -> str:
+    if not isinstance(upstream, str):
+        raise TypeError(f"upstream must be a URL, got {type(upstream).__name__}")
+    shown = "as in http://localhost:8000/v1 or https://api.openai.com/v1"
+    try:
+        parts = urlsplit(upstream.strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"upstream must be a URL, {shown}: {error}") from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError("upstream must hold no user or password; name the variable of a key in upstream_key_env")
+    if parts.scheme not in ("http", "https") or not host:
+        raise ValueError(f"upstream must be a URL with http or https, {shown}; got {upstream!r}")
+    if parts.query or parts.fragment:
+        raise ValueError(f"upstream must be a base URL, without ? and #, {shown}; got {parts.scheme}://{host}…")
+    address = upstream.strip().rstrip("/")
+    for ending in ("/chat/completions", "/models"):
+        if address.endswith(ending):
+            raise ValueError(f"upstream must be the base URL, without {ending}: {address.removesuffix(ending)}")
+    return address
