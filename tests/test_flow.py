@@ -156,8 +156,8 @@ def test_b_orders_held_out_pairs_and_guards_only_what_is_confirmed(linear):
     assert float(right.float().mean()) > 0.7
     assert linear.guard_margin < 0.3
     shuffled = PreferenceFlow.fit(linear_pairs().shuffle_labels(2), FlowConfig(residual=False), progress=False)
-    right = shuffled.win_probability(held.chosen) > shuffled.win_probability(held.rejected)
-    assert abs(float(right.float().mean()) - 0.5) < 0.1
+    order = torch.sign(shuffled.win_probability(held.chosen) - shuffled.win_probability(held.rejected))
+    assert abs(float(order.mean())) < 0.2  # ties, as when b is constant, count half
     assert shuffled.guard_margin == math.inf
     swapped = PreferenceFlow.fit(linear_pairs().swap(), FlowConfig(residual=False), progress=False)
     right = swapped.win_probability(held.chosen) > swapped.win_probability(held.rejected)

@@ -313,9 +313,7 @@ def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], m
         FlowMover(TransportConfig(name="flow", **changes))
 
 
-@pytest.mark.parametrize(
-    ("mode", "source"), [("relabel", "reference"), ("relabel", "rejected"), ("reapply", "reference")]
-)
+@pytest.mark.parametrize(("mode", "source"), [("relabel", "reference"), ("reapply", "reference")])
 def test_stages_end_where_one_call_ends(mode: str, source: str):
     made = FlowMover(TransportConfig(name="flow", mode=mode, rounds=2, flow={"residual": False, "source": source}))
     made.learn(Line(), Line().pairs(500, generator()), BENCH)
@@ -424,7 +422,7 @@ def test_a_run_keeps_what_figures_need_and_little_more(runs: Path):
         assert arrays["moved"].shape == (1, 3, 500, 2)
         assert arrays["path"].shape == (17, 3, 150, 2)
         assert np.allclose(arrays["path"][0], arrays["reference"][:, :150], atol=1e-5)
-        assert np.allclose(arrays["path"][-1], arrays["moved"][0, :, :150], atol=0.05)
+        assert np.abs(arrays["path"][-1] - arrays["moved"][0, :, :150]).mean() < 0.02  # in steps of another size
         assert arrays["velocity"].shape == (3, 3, 289, 2)
         cell = (5.6 / 64) ** 2
         assert np.allclose(arrays["density"].astype(float).sum(-1) * cell, 1, atol=0.01)

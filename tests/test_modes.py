@@ -285,7 +285,7 @@ def test_bfloat16_training_learns_the_same():
     }
     assert losses["float32"]["loss"] < losses["float32"]["plain_loss"]
     assert losses["bfloat16"]["loss"] == pytest.approx(losses["float32"]["loss"], rel=0.02)
-    assert losses["bfloat16"]["loss"] != losses["float32"]["loss"]
+    assert losses["bfloat16"]["validation"] != losses["float32"]["validation"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

@@ -37,7 +37,7 @@ def test_swapped_labels_mirror_and_shuffled_labels_tell_nothing():
     pairs = bradley_terry_pairs(20_000, WEIGHTS)
     y = torch.randn(50, 4)
     torch.testing.assert_close(
-        BradleyTerry().fit(pairs.swap()).score(y, -y), -BradleyTerry().fit(pairs).score(y, -y), atol=1e-3, rtol=0
+        BradleyTerry().fit(pairs.swap()).score(y, -y), -BradleyTerry().fit(pairs).score(y, -y), atol=1e-2, rtol=0
     )
     assert float(BradleyTerry().fit(pairs.shuffle_labels()).score(y, -y).abs().max()) < 0.3
 

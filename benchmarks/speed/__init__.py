@@ -1,0 +1,1 @@
+"""What ``task=speed`` measures: one module a part of the library."""
