@@ -39,7 +39,7 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright
 
 unit: $(VENV)/.installed
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 test: lint unit
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pfm import decoders, distances, encoders, generators, preferences
+    from pfm import decoders, distances, encoders, generators, judges, preferences
     from pfm.config import FlowConfig
     from pfm.encoded import EncodedPairs
     from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, PfmError
