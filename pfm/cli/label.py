@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,21 +14,21 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pfm.cli import (
+from pfm.cli.generator import imported, make_generator
+from pfm.cli.lines import LineFile
+from pfm.cli.rows import find_reader
+from pfm.cli.shell import (
     SOME_FAILED,
     BadRowsOption,
     NoProgress,
     OnBadRows,
+    Session,
     Traceback,
-    _encoded_line,
-    _examples,
-    _guarded,
-    _made,
-    _reader,
-    _Session,
     app,
+    examples,
+    guarded,
+    make_folder,
 )
-from pfm.cli_generator import imported, make_generator
 
 if TYPE_CHECKING:
     from pfm.judges import Comparison, Judge, Verdict
@@ -39,7 +38,7 @@ PORTION = 64  # comparisons that an interrupt can cost
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "pfm label candidates.jsonl --out pairs.jsonl --model gpt-4.1-mini",
         "pfm label candidates.jsonl --out pairs.jsonl --model qwen3 --base-url http://localhost:8000/v1",
         "pfm label candidates.jsonl --out pairs.jsonl --judge reward:OpenAssistant/reward-model-deberta-v3-large-v2",
@@ -130,7 +129,7 @@ def label(
     pairs that got no verdict.
     Exit code 3: some pairs have no verdict; they are not in the file.
     """
-    with _guarded(traceback) as session:
+    with guarded(traceback) as session:
         asked = {"--generator": generator, "--model": model, "--local-model": local_model}
         named = [option for option, value in asked.items() if value is not None]
         if (judge is None) == (not named):
@@ -169,7 +168,7 @@ def label(
             raise ValueError(f"{rows}: no row has two different candidates")
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
-        _made(out.parent)
+        make_folder(out.parent)
         with _Labels(out, pairs) as labels:
             session.kept = labels.progress
             earlier = labels.written
@@ -214,7 +213,7 @@ def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: 
     from pfm.judges.base import candidate_pairs
     from pfm.rows import BadRows, PreferenceDataError, show
 
-    reader, unit = _reader(path)
+    reader, unit = find_reader(path)
     bad = BadRows(str(path), on_bad_rows)
     origin = judge.describe()
     kept = 0
@@ -234,45 +233,38 @@ def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: 
     bad.finish(kept)
 
 
-class _Labels:
-    """Is the file of labels: appended to pair by pair, read back when a run is repeated.
+class _Labels(LineFile):
+    """Is the file of labels, one line a pair with a verdict; a line starts with the pair's row, places and digest."""
 
-    A file that was made from other rows or by another judge is refused, so that no run mixes with another and no
-    file of the user is harmed.
-    """
-
-    START = b'{"pfm": {"row": '
+    RESULT = "label of pfm label"
+    ORIGIN = "labels of other rows or by another judge"
 
     def __init__(self, path: Path, pairs: Sequence[_Pair]) -> None:
-        self.path = path
         self.pairs = pairs
         self.ties = 0
-        self._lines: list[tuple[int, int, int]] = []
-        if path.exists():
-            self._recover({pair.key: pair.digest for pair in pairs})
+        self._digests = {pair.key: pair.digest for pair in pairs}
+        super().__init__(path)
 
-    def __enter__(self) -> _Labels:
-        self._file = self.path.open("ab", buffering=0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def meet(self, record: Mapping[str, Any]) -> tuple[int, ...] | None:
+        key = (record["pfm"]["row"], *record["pfm"]["pair"])
+        self.ties += record["probability"] == 0.5
+        return key if self._digests.get(key) == record["pfm"]["input"] else None
 
     @property
     def written(self) -> int:
         """Count the pairs that have a label."""
-        return len(self._lines)
+        return len(self.keys)
 
     @property
     def missing(self) -> int:
         """Count the pairs without one."""
-        return len(self.pairs) - len(self._lines)
+        return len(self.pairs) - len(self.keys)
 
     def run(self, judge: Judge, *, progress: bool) -> None:
         """Judge the pairs that wait, portion by portion, and write each portion's labels at once."""
         from tqdm.auto import tqdm
 
-        done = set(self._lines)
+        done = set(self.keys)
         waiting = [pair for pair in self.pairs if pair.key not in done]
         make_bar: Callable[..., Any] = tqdm if progress else partial(tqdm, disable=True)
         with make_bar(total=len(self.pairs), initial=self.written, desc="Labelling", unit="pair") as bar:
@@ -282,7 +274,8 @@ class _Labels:
                     if verdict.given:
                         self._write(pair, verdict)
                 bar.update(len(some))
-        self._order()
+        written = set(self.keys)
+        self.put_in_order([pair.key for pair in self.pairs if pair.key in written])
 
     def progress(self) -> str:
         """Say how far the run has come."""
@@ -294,51 +287,11 @@ class _Labels:
 
         made = preference_row(pair.columns, pair.comparison, verdict)
         made["probability"] = round(made["probability"], 6)
-        line = {"pfm": {"row": pair.row, "pair": list(pair.places), "input": pair.digest}, **made}
-        rest = memoryview(_encoded_line(line))
-        while rest:  # a write to a nearly full disk may take a part only
-            rest = rest[self._file.write(rest) :]
-        self._lines.append(pair.key)
+        self.append(pair.key, {"pfm": {"row": pair.row, "pair": list(pair.places), "input": pair.digest}, **made})
         self.ties += verdict.probability == 0.5
 
-    def _recover(self, digests: Mapping[tuple[int, int, int], str]) -> None:
-        whole, newline, rest = self.path.read_bytes().rpartition(b"\n")
-        for place, line in enumerate(whole.split(b"\n") if newline else [], 1):
-            try:
-                record = json.loads(line)
-                key = (record["pfm"]["row"], *record["pfm"]["pair"])
-                same = digests.get(key) == record["pfm"]["input"]
-                self.ties += record["probability"] == 0.5
-            except (ValueError, KeyError, TypeError):
-                raise self._foreign(place) from None
-            if not same:
-                raise ValueError(
-                    f"{self.path} holds labels of other rows or by another judge (line {place}): give another --out, "
-                    "or delete it to start again"
-                )
-            self._lines.append(key)
-        if not (rest.startswith(self.START) or self.START.startswith(rest)):
-            raise self._foreign(len(self._lines) + 1)
-        if rest:  # half a line: the run was stopped while it was being written
-            os.truncate(self.path, len(whole) + len(newline))
 
-    def _foreign(self, place: int) -> ValueError:
-        return ValueError(f"{self.path} is there and line {place} is no label of pfm label: give another --out")
-
-    def _order(self) -> None:
-        """Put the lines in the order of the pairs, if pairs that were asked again came out of it."""
-        written = set(self._lines)
-        order = [pair.key for pair in self.pairs if pair.key in written]
-        if self._lines == order:
-            return
-        from pfm.rows import write_lines
-
-        lines = dict(zip(self._lines, self.path.read_text(encoding="utf-8").split("\n"), strict=False))
-        write_lines(self.path, (lines[key] for key in order))
-        self._lines = order
-
-
-def _show(session: _Session, labels: _Labels, judge: Judge, earlier: int) -> None:
+def _show(session: Session, labels: _Labels, judge: Judge, earlier: int) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     lines = [("labelled", f"{labels.written:,}"), ("of these ties", f"{labels.ties:,}")]
     lines.append(("without verdict", f"{labels.missing:,}"))

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli import EncoderOfFlow, Traceback, _examples, _guarded, _load, _Session, app
+from pfm.cli.shell import EncoderOfFlow, Session, Traceback, app, examples, guarded, load_flow
 
 # Settings of pfm.wrap that a file of settings may hold too.
 CHOICE = ("n", "by", "margin", "strength", "seed")
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "pfm serve flow/ --upstream http://localhost:8000/v1",
         "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
         "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
@@ -85,7 +85,7 @@ def serve(
 
     Keys are passed on and never kept. Ctrl-C ends what is under way first.
     """
-    with _guarded(traceback) as session:
+    with guarded(traceback) as session:
         from pfm.serve import ServeConfig, run
         from pfm.serve.config import is_loopback
 
@@ -109,7 +109,7 @@ def serve(
         }
         settings = _settings(config, given)
         choice = {name: settings.pop(name) for name in CHOICE if name in settings}
-        fitted, with_encoder = _load(flow, settings.pop("encoder", None))
+        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None))
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
             served.secret(name)
@@ -149,7 +149,7 @@ def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _show_start(session: _Session, upstream: str, address: str, quiet: bool) -> None:
+def _show_start(session: Session, upstream: str, address: str, quiet: bool) -> None:
     typer.echo(f"refining {upstream} on {address}")  # plain, for programs that start this one and want the address
     if not quiet:
         session.err.print(
@@ -160,7 +160,7 @@ def _show_start(session: _Session, upstream: str, address: str, quiet: bool) -> 
 class _Lines(logging.Handler):
     """Writes what happens to each request in a line."""
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: Session) -> None:
         super().__init__(logging.INFO)
         self.session = session
 
@@ -169,7 +169,7 @@ class _Lines(logging.Handler):
             self.session.err.print(Text(record.getMessage(), "dim"), soft_wrap=True)
 
 
-def _log_requests(session: _Session, quiet: bool) -> None:
+def _log_requests(session: Session, quiet: bool) -> None:
     if not quiet:
         logger = logging.getLogger("pfm.serve")
         logger.setLevel(logging.INFO)

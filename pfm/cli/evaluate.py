@@ -1,0 +1,204 @@
+"""``pfm evaluate``: how much better the flow's picks are, by scores that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.text import Text
+
+from pfm.cli.rows import checked_row, find_reader
+from pfm.cli.shell import (
+    BadRowsOption,
+    EncoderOfFlow,
+    FlowFolder,
+    NoProgress,
+    OnBadRows,
+    Traceback,
+    app,
+    examples,
+    guarded,
+    load_flow,
+    make_folder,
+)
+
+if TYPE_CHECKING:
+    from pfm.encoded import EncodedPairs
+    from pfm.encoders import Encoder
+    from pfm.evaluation import Report
+    from pfm.pairs import PreferencePairs
+    from pfm.refiner import Refinement
+
+
+@app.command(
+    epilog=examples(
+        "pfm evaluate scored.jsonl --flow flow/ --pairs pairs.jsonl --html report.html",
+        "pfm evaluate scored.jsonl --flow flow/ --json report.json",
+    )
+)
+def evaluate(
+    rows: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows with prompt, candidates (the original first) and scores, one a candidate, higher is better; "
+            "optional: group, and independent_score, that of a further draw. Results of [cyan]pfm refine[/cyan] "
+            "carry such columns along.",
+            show_default=False,
+        ),
+    ],
+    flow: FlowFolder,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="The pairs that the flow was fitted on: for the baselines mean shift and Bradley–Terry."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    encoder: EncoderOfFlow = None,
+    on_bad_rows: BadRowsOption = OnBadRows.stop,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    no_progress: NoProgress = False,
+    traceback: Traceback = False,
+) -> None:
+    """Say how much better the flow's picks are, by scores that it has not seen, and against what."""
+    with guarded(traceback) as session:
+        fitted, with_encoder = load_flow(flow, encoder)
+        from pfm.pairs import PreferencePairs
+        from pfm.refiner import wrap
+
+        context = bool(fitted.metadata.get("context_dimension"))
+        scored = _read_scored(rows, on_bad_rows.value, prompted=context)
+        training = None if pairs is None else PreferencePairs.from_file(pairs, on_bad_rows=on_bad_rows.value)
+        for path in (html, json_file):
+            if path is not None:
+                make_folder(path.parent)
+        refiner = wrap(None, fitted, encoder=with_encoder)
+        records = refiner.refine(
+            [row.candidates for row in scored], [row.prompt for row in scored], progress=not no_progress
+        )
+        encoded = None
+        if training is not None:
+            encoded = training.encode(with_encoder, context=context, progress=not no_progress)
+        report = _report(scored, records, encoded, with_encoder, seed, not no_progress)
+        report.settings["judge"] = f"column scores of {rows.name}"
+        if training is not None:
+            _warn_of_leaks(report, scored, training)
+        session.out.print(report)
+        if html is not None:
+            report.save_html(html)
+        if json_file is not None:
+            report.save_json(json_file)
+        for path in (html, json_file):
+            if path is not None:
+                session.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _ScoredRow:
+    prompt: Any
+    candidates: list[str]
+    scores: list[float]
+    group: Any
+    independent: float | None
+
+
+def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool) -> list[_ScoredRow]:
+    from pfm.rows import BadRows, PreferenceDataError
+
+    reader, unit = find_reader(path)
+    bad = BadRows(str(path), on_bad_rows)
+    found: list[_ScoredRow] = []
+    for number, value in reader(path, bad):
+        try:
+            found.append(_scored_row(value, prompted))
+        except PreferenceDataError as error:
+            bad.meet(error, f"{unit} {number}")
+    bad.finish(len(found))
+    return found
+
+
+def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
+    from pfm.rows import PreferenceDataError, checked_response, conversation_text, require
+
+    prompt, candidates = checked_row(value, False, prompted)
+    texts = [conversation_text(checked_response(text, "candidates")) for text in candidates]
+    scores = require(value, "scores")
+    if not isinstance(scores, list | tuple) or len(scores) != len(texts) or not texts:
+        found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else repr(scores)
+        raise PreferenceDataError(f"got {found} for {len(texts)} candidates; expected one a candidate", column="scores")
+    further = value.get("independent_score")
+    return _ScoredRow(
+        prompt,
+        texts,
+        [_score(score, "scores") for score in scores],
+        value.get("group"),
+        None if further is None else _score(further, "independent_score"),
+    )
+
+
+def _score(value: Any, column: str) -> float:
+    from math import isfinite
+
+    from pfm.rows import PreferenceDataError, show
+
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise PreferenceDataError(f"got {show(value)}; expected a finite number", column=column)
+    return float(value)
+
+
+class _Recorded:
+    """Stands for a refiner and a judge whose outputs, further draws and scores are already there."""
+
+    def __init__(self, rows: Sequence[_ScoredRow], records: Sequence[Refinement]) -> None:
+        self.rows = rows
+        self.records = records
+        self._next = iter(rows)
+
+    def batch(self, prompts: Sequence[Any], *, progress: bool) -> list[Refinement]:
+        return list(self.records)
+
+    def candidates(self, prompts: Sequence[Any], n: int) -> list[list[str]]:
+        return [[] if row.independent is None else ["(a further draw)"] for row in self.rows]
+
+    def judge(self, prompt: Any, responses: list[str]) -> list[float]:
+        """Give the scores of the next row: rows are judged in order."""
+        row = next(self._next)
+        return row.scores if row.independent is None else [*row.scores, row.independent]
+
+
+def _report(
+    rows: Sequence[_ScoredRow],
+    records: Sequence[Refinement],
+    training: EncodedPairs | None,
+    encoder: Encoder,
+    seed: int,
+    progress: bool,
+) -> Report:
+    from pfm.evaluation import evaluate
+
+    groups = [row.group for row in rows]
+    options: dict[str, Any] = {
+        "training": training,
+        "encoder": None if training is None else encoder,
+        "groups": None if None in groups else groups,
+        "seed": seed,
+        "progress": progress,
+    }
+    if all(row.independent is None for row in rows):
+        return evaluate(list(records), scores=[row.scores for row in rows], **options)
+    recorded = _Recorded(rows, records)
+    return evaluate(recorded, [row.prompt for row in rows], judge=recorded.judge, **options)
+
+
+def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: PreferencePairs) -> None:
+    from pfm.rows import conversation_text
+
+    seen = set(training.prompts)
+    leaked = sum(conversation_text(row.prompt) in seen for row in rows)
+    if leaked:
+        report.verdict.warnings.append(
+            f"{leaked} of {len(rows)} prompts are among the training pairs too: figures on prompts that were trained "
+            "on flatter the flow and the fitted baselines."
+        )

@@ -1,0 +1,280 @@
+"""``pfm refine``: pick the best candidate of every row, or write a better one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from pfm.cli.generator import (
+    Api,
+    ApiKeyEnv,
+    ApiOption,
+    BaseUrl,
+    CacheOption,
+    CandidateCount,
+    Concurrency,
+    GeneratorOption,
+    LocalModelOption,
+    MaxCalls,
+    MaxTokens,
+    ModelOption,
+    NoCache,
+    ParameterOption,
+    PerCall,
+    Retries,
+    Timeout,
+    describe_generator,
+    make_generator,
+)
+from pfm.cli.lines import LineFile
+from pfm.cli.rows import Row, read_rows
+from pfm.cli.shell import (
+    SOME_FAILED,
+    EncoderOfFlow,
+    FlowFolder,
+    NoProgress,
+    Session,
+    Traceback,
+    app,
+    examples,
+    fingerprint,
+    guarded,
+    load_flow,
+    make_folder,
+)
+
+if TYPE_CHECKING:
+    from pfm.refiner import Refinement
+
+
+@app.command(
+    epilog=examples(
+        "pfm refine outputs.jsonl --flow flow/ --out refined.jsonl",
+        "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 --base-url http://localhost:8000/v1",
+        "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --generator my_bot:reply -n 8",
+    )
+)
+def refine(
+    rows: Annotated[
+        Path,
+        typer.Argument(
+            help="Rows with prompt and candidates (a list, the original first), or prompt and output.",
+            show_default=False,
+        ),
+    ],
+    flow: FlowFolder,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of results (.jsonl), one line a row.")],
+    generator: GeneratorOption = None,
+    model: ModelOption = None,
+    local_model: LocalModelOption = None,
+    n: CandidateCount = 8,
+    parameter: ParameterOption = None,
+    response_cache: CacheOption = None,
+    no_cache: NoCache = False,
+    base_url: BaseUrl = None,
+    api_key_env: ApiKeyEnv = None,
+    api: ApiOption = Api.chat,
+    concurrency: Concurrency = 8,
+    n_per_call: PerCall = None,
+    max_calls: MaxCalls = None,
+    max_tokens_total: MaxTokens = None,
+    timeout: Timeout = None,
+    retries: Retries = None,
+    encoder: EncoderOfFlow = None,
+    no_progress: NoProgress = False,
+    traceback: Traceback = False,
+) -> None:
+    """Pick the best candidate of every row, or keep the original.
+
+    The candidates are read from the rows, or drawn from the generator that an option names.
+    Results are written as they come, with all columns of their rows.
+    Run the same command again to go on after Ctrl-C, or to retry rows with errors.
+    Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
+    """
+    with guarded(traceback) as session:
+        fitted, with_encoder = load_flow(flow, encoder)
+        from pfm.generators.base import first_samples
+        from pfm.refiner import wrap
+
+        source = make_generator(
+            generator=generator,
+            model=model,
+            local_model=local_model,
+            parameters=parameter or (),
+            cache=response_cache,
+            no_cache=no_cache,
+            base_url=base_url,
+            api_key_env=api_key_env,
+            api=api.value,
+            concurrency=concurrency,
+            n_per_call=n_per_call,
+            max_calls=max_calls,
+            max_tokens_total=max_tokens_total,
+            timeout=timeout,
+            max_retries=retries,
+        )
+        drawn = source is not None
+        refiner = wrap(source, fitted, encoder=with_encoder, n=n)
+        origin = [fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else [])]
+        asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
+        if out.exists() and out.samefile(rows):
+            raise ValueError(f"--out must be another file than the input {rows}")
+        make_folder(out.parent)
+        with _Results(out, asked) as results:
+            session.kept = results.progress
+            waiting = results.waiting()
+            sound = [row for row in waiting if row.error is None]
+            prompts = [row.prompt for row in sound]
+
+            def keep(result: Refinement) -> None:
+                results.add_up_to(sound[results.refined], result)
+
+            if drawn:
+                # By its place among all rows, so that a prompt that comes twice gets the same draws in a second run.
+                whole = [row for row in asked if row.error is None]
+                numbers = first_samples([row.prompt for row in whole], n)
+                first = {row.number: number for row, number in zip(whole, numbers, strict=True)}
+                start = [first[row.number] for row in sound]
+                refiner.batch(prompts, progress=not no_progress, on_result=keep, start=start)
+            else:
+                refiner.refine([row.candidates for row in sound], prompts, progress=not no_progress, on_result=keep)
+            results.finish()
+        _show_refined(session, results, len(asked) - len(waiting))
+        if results.errors:
+            raise typer.Exit(SOME_FAILED)
+
+
+class _Results(LineFile):
+    """Is the file of results, one line a row; a line starts with the row's number and digest.
+
+    A row with an error is tried again in a second run.
+    """
+
+    RESULT = "result of pfm refine"
+    ORIGIN = "results of other rows, another flow, generator or decoder"
+
+    def __init__(self, path: Path, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.refined = 0
+        self._digests = {row.number: row.digest for row in rows}
+        self._results: dict[int, dict[str, Any]] = {}
+        super().__init__(path)
+        self._waiting = self.waiting()
+        self._at = 0
+
+    def meet(self, record: Mapping[str, Any]) -> int | None:
+        number, digest = record["pfm"]["row"], record["pfm"]["input"]
+        if self._digests.get(number) == digest:
+            self._note(number, record)
+            return number
+        # an error's row may have been corrected since
+        return number if record["error"] is not None else None
+
+    def _note(self, number: int, record: Mapping[str, Any]) -> None:
+        before, after = (record["probabilities"] or [None])[0], record["win_probability"]
+        self._results[number] = {
+            "error": record["error"] is not None,
+            "changed": record["changed"],
+            "b": None if before is None or after is None else (before, after),
+        }
+
+    def waiting(self) -> list[Row]:
+        """List the rows that have no result yet, or one with an error that a second try may not meet."""
+        return [
+            row
+            for row in self.rows
+            if row.number not in self._results or (row.error is None and self._results[row.number]["error"])
+        ]
+
+    def add_up_to(self, row: Row, result: Refinement) -> None:
+        """Write the result of a row, and before it the errors of the bad rows that precede it."""
+        self._write_bad(row)
+        self._write(row, result)
+        self.refined += 1
+        self._at += 1
+
+    def finish(self) -> None:
+        """Write what is left, and put the lines in the order of the rows if a repeated row came out of it."""
+        self._write_bad(None)
+        self.put_in_order([row.number for row in self.rows])
+
+    def _write_bad(self, stop: Row | None) -> None:
+        while self._at < len(self._waiting) and self._waiting[self._at] is not stop:
+            row = self._waiting[self._at]
+            self._write(row, None)
+            self._at += 1
+
+    def _write(self, row: Row, result: Refinement | None) -> None:
+        record = _unusable(row) if result is None else _rounded(result.to_dict())
+        columns = {name: value for name, value in row.columns.items() if name != "pfm"}
+        self.append(row.number, {"pfm": {"row": row.number, "input": row.digest}, **columns, **record})
+        self._note(row.number, record)
+
+    @property
+    def errors(self) -> int:
+        """Count the rows with an error."""
+        return sum(result["error"] for result in self._results.values())
+
+    @property
+    def changed(self) -> int:
+        """Count the rows whose text is another than the original."""
+        return sum(result["changed"] for result in self._results.values())
+
+    def mean_b(self) -> tuple[float, float] | None:
+        """Give the mean win probability of originals and of results, or None if nothing was judged."""
+        pairs = [result["b"] for result in self._results.values() if result["b"] is not None]
+        if not pairs:
+            return None
+        before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        return before, after
+
+    def progress(self) -> str:
+        """Say how far the run has come."""
+        done = f"{len(self._results):,} of {len(self.rows):,} rows are in {self.path}"
+        return f"{done}; run the same command again to go on."
+
+
+def _unusable(row: Row) -> dict[str, Any]:
+    """Give the result of a bad row, in the columns of any other."""
+    from pfm.refiner import Refinement
+
+    prompt = row.columns.get("prompt")
+    result = Refinement(prompt or "", "", "", [], float("nan"), [], -1, False, "no candidate", 0.0, 0, row.error)
+    return result.to_dict()
+
+
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """Round to the digits that do not depend on which rows were judged together."""
+
+    def six(value: float | None) -> float | None:
+        return None if value is None else round(value, 6)
+
+    return record | {
+        "win_probability": six(record["win_probability"]),
+        "probabilities": [six(value) for value in record["probabilities"]],
+        "seconds": round(record["seconds"], 3),
+    }
+
+
+def _show_refined(session: Session, results: _Results, earlier: int) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    kept = len(results.rows) - results.changed - results.errors
+    lines = [("changed", f"{results.changed:,}"), ("kept", f"{kept:,}"), ("errors", f"{results.errors:,}")]
+    b = results.mean_b()
+    if b is not None:
+        lines.append(("mean win probability", f"{b[0]:.3f} before, {b[1]:.3f} after"))
+    if earlier:
+        lines.append(("from an earlier run", f"{earlier:,}"))
+    for name, value in lines:
+        table.add_row(name, Text(value, "bold"))
+    session.out.print(table)
+    session.out.print(Text(f"wrote {results.path}", "dim"), soft_wrap=True)
+    if results.errors:
+        session.note(
+            f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again"
+        )

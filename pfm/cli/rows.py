@@ -1,0 +1,87 @@
+"""Rows that a command reads: prompts with candidates, bad ones with their error."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pfm.rows import BadRows
+
+__all__ = ["Row", "checked_row", "find_reader", "read_rows"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Holds a row to refine, or what is wrong with it; ``digest`` changes with all that the result depends on."""
+
+    number: int
+    prompt: Any
+    candidates: list[Any]
+    columns: Mapping[str, Any]
+    error: str | None
+    digest: str
+
+
+def find_reader(path: Path) -> tuple[Callable[[Path, BadRows], Iterator[tuple[int, Any]]], str]:
+    """Find the reader of a file, and what it counts."""
+    from pfm.rows import read_jsonl, reader_for
+
+    reader = reader_for(path)
+    return reader, "line" if reader is read_jsonl else "row"
+
+
+def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool) -> list[Row]:
+    """Read the rows to refine, bad ones with their error, in the order of the file."""
+    from pfm.rows import BadRows, PreferenceDataError
+
+    reader, unit = find_reader(path)
+    found: list[Row] = []
+
+    def add(number: int, value: Any, error: PreferenceDataError | None, place: str) -> None:
+        prompt, candidates = None, []
+        if error is None:
+            try:
+                prompt, candidates = checked_row(value, drawn, prompted)
+            except PreferenceDataError as problem:
+                error = problem
+        described = json.dumps([*origin, prompt, candidates, error and error.problem], default=str)
+        digest = hashlib.sha256(described.encode()).hexdigest()[:16]
+        if error is not None:
+            error.source, error.row = str(path), place
+        columns = value if isinstance(value, Mapping) else {}
+        found.append(Row(number, prompt, candidates, columns, None if error is None else str(error), digest))
+
+    class Recorded(BadRows):
+        def meet(self, error: PreferenceDataError, row: str, count: int = 1) -> None:
+            add(int(row.split()[-1]), None, error, row)
+
+    for number, value in reader(path, Recorded(str(path), "drop")):
+        add(number, value, None, f"{unit} {number}")
+    if not found:
+        raise ValueError(f"{path}: there are no rows; expected at least one")
+    return found
+
+
+def checked_row(value: Any, drawn: bool, prompted: bool) -> tuple[Any, list[Any]]:
+    """Return the prompt and the candidates of a row, none where they are to be drawn."""
+    from pfm.rows import PreferenceDataError, checked_prompt, conversation_text, is_blank, require, show
+
+    if not isinstance(value, Mapping):
+        raise PreferenceDataError(f"got {show(value)}; expected an object with columns")
+    prompt = checked_prompt(require(value, "prompt"), "prompt")
+    if prompted and is_blank(prompt):
+        raise PreferenceDataError("the prompt is empty, and this flow was fitted with prompts", column="prompt")
+    if drawn:
+        return prompt, []
+    column = "candidates" if value.get("candidates") is not None or value.get("output") is None else "output"
+    given = require(value, column)
+    if column == "candidates" and not isinstance(given, list | tuple):
+        raise PreferenceDataError(f"got {show(given)}; expected a list of texts", column=column)
+    texts = list(given) if column == "candidates" else [given]
+    # Whole messages become the text that encoders read; what is no text at all the refiner drops and counts.
+    return prompt, [conversation_text(text) if isinstance(text, list) else text for text in texts]

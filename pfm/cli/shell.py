@@ -1,0 +1,198 @@
+"""The shell of every command: the app, common options, and what becomes of mistakes and of Ctrl-C."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from pfm.errors import PfmError
+
+if TYPE_CHECKING:
+    from pfm.encoders import Encoder
+    from pfm.flow import PreferenceFlow
+
+__all__ = [
+    "SOME_FAILED",
+    "BadRowsOption",
+    "EncoderOfFlow",
+    "FlowFolder",
+    "NoProgress",
+    "OnBadRows",
+    "Session",
+    "Traceback",
+    "app",
+    "examples",
+    "fingerprint",
+    "guarded",
+    "load_flow",
+    "make_folder",
+]
+
+
+MISTAKES = (ValueError, TypeError, OSError, ImportError, PfmError)
+SOME_FAILED = 3
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Refine the outputs of any frozen generator with a learned preference flow.",
+    epilog="Start with [cyan]pfm quickstart[/cyan]: two minutes, no data needed.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,  # its frames would hide a defect's own traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class OnBadRows(StrEnum):
+    """What to do with a bad row."""
+
+    stop = "raise"
+    drop = "drop"
+
+
+def examples(*lines: str) -> str:
+    """Write an epilog with one example a line."""
+    return "\n".join(["[bold]Examples[/bold]", *(f"[cyan]{line}[/cyan]" for line in lines)])
+
+
+FlowFolder = Annotated[Path, typer.Option("--flow", help="Folder of a flow made by [cyan]pfm fit[/cyan].")]
+EncoderOfFlow = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        help="Name of the encoder that the flow was fitted with, where the flow cannot tell.",
+        show_default="the one that the flow names",
+    ),
+]
+BadRowsOption = Annotated[
+    OnBadRows, typer.Option("--on-bad-rows", help="Stop at a bad row, or drop and count such rows.")
+]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")]
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", envvar="PFM_TRACEBACK", help="Show the traceback of a mistake too."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"preference-flow {version('preference-flow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Refine the outputs of any frozen generator with a learned preference flow."""
+
+
+@dataclass
+class Session:
+    """Holds the consoles of one command, and says what an interrupt or an error leaves behind."""
+
+    out: Console = field(default_factory=lambda: Console(highlight=False))
+    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    kept: Callable[[], str] = lambda: ""
+
+    def note(self, text: str) -> None:
+        """Print a warning in one line."""
+        self.err.print(Text(f"Note: {_one_line(text)}", "yellow"), soft_wrap=True)
+
+
+@contextmanager
+def guarded(traceback: bool) -> Iterator[Session]:
+    """Turn mistakes and Ctrl-C into a line and an exit code, warnings and log entries into lines."""
+    session = Session()
+    logger, handler = logging.getLogger("pfm"), _Notes(session)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: session.note(str(message))
+        logger.addHandler(handler)
+        try:
+            yield session
+        except KeyboardInterrupt:
+            session.err.print(Text(f"\nInterrupted. {session.kept()}".rstrip(), "bold yellow"), soft_wrap=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except MISTAKES as error:
+            if traceback:
+                raise
+            session.err.print(Text(f"Error: {_in_words(error)}", "bold red"), soft_wrap=True)
+            if isinstance(error, PfmError | OSError) and session.kept():  # it may pass, unlike a wrong argument
+                session.err.print(Text(session.kept(), "yellow"), soft_wrap=True)
+            raise typer.Exit(2) from None
+        finally:
+            logger.removeHandler(handler)
+
+
+class _Notes(logging.Handler):
+    """Shows warnings of the library as lines."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(logging.WARNING)
+        self.session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.session.note(record.getMessage())
+
+
+def _in_words(error: BaseException) -> str:
+    """Write an error in one line, with options in place of the arguments that the library names."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    text = text.replace('on_bad_rows="drop"', "--on-bad-rows drop").replace("max_pairs_per_prompt=", "--max-pairs")
+    return _one_line(re.sub(r"\b(prompt|chosen|rejected|weight|group)_key=", r"--\1-key", text))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} must be a folder, and is a file") from None
+    return folder
+
+
+def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow, Encoder]:
+    from pfm.encoders import encoder_from_description, encoder_from_name
+    from pfm.flow import PreferenceFlow
+
+    if not (folder / "config.json").is_file():
+        found = "holds no flow" if folder.is_dir() else "is no folder"
+        raise ValueError(f"--flow {folder} {found}: make one with pfm fit PAIRS --out {folder}")
+    flow = PreferenceFlow.from_pretrained(folder)
+    if encoder is not None:
+        return flow, encoder_from_name(encoder)
+    try:
+        return flow, encoder_from_description(flow.metadata.get("encoder"))
+    except ValueError as error:
+        raise ValueError(f"{error}; on the command line, --encoder NAME") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Give a checksum of a saved flow."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
