@@ -65,7 +65,7 @@ class Refinement:
         error: type and message of what went wrong, or None. With an error there may still be a text.
         trace: what the decoder did, round by round, in JSON values; None for one that only selects.
         generator: name of the generator that made ``text``, where several did; else None.
-        generators: the same for each candidate that was drawn; empty where there is only one generator.
+        generators: the same for each candidate, "" where it is not known; empty where there is only one generator.
         usage: tokens that drawing the candidates took (``prompt_tokens``, ``completion_tokens``,
             ``total_tokens``); empty where that is not known.
     """
@@ -530,11 +530,14 @@ def _take(result: Refinement, selection: Selection) -> None:
     if selection.added:
         result.candidates = [*result.candidates, *selection.added]
         result.probabilities = [*result.probabilities, *selection.added_probabilities]
+        if result.generators or selection.added_tags:
+            drawn = result.generators or [""] * (len(result.candidates) - len(selection.added))
+            result.generators = [*drawn, *(selection.added_tags or [""] * len(selection.added))]
     result.index = selection.index
     result.text = result.candidates[selection.index]
     result.win_probability = result.probabilities[selection.index]
     result.changed = selection.changed
-    result.generator = next(iter(result.generators[selection.index : selection.index + 1]), None)
+    result.generator = (result.generators[selection.index] or None) if result.generators else None
     result.reason = selection.reason
     result.calls += selection.calls
     result.usage = added(result.usage, selection.usage)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from style_corpus import Writer, blocks, preferences, quality, request
+from test_cli import run, write_rows
 
 import pfm
 from pfm.decoders import ExemplarBank, Rewrite
@@ -196,6 +197,40 @@ def test_a_conversation_is_asked_for_as_a_conversation(flow, bank):
     assert [message["role"] for message in seen[1]] == ["user"]
     assert blocks(seen[1][0]["content"])["request"] == f"system: kind\nuser: {ASKED[0]}"
     assert result.calls == 2
+
+
+def test_a_pool_tags_what_each_of_its_generators_wrote(flow, bank):
+    pool = pfm.generators.GeneratorPool({"able": Writer("able", 1), "other": Writer("able", 2)}, seed=0)
+    results = rewriting(pool, flow, bank, n=2, rounds=1, rewrites=4, strength=4.0).batch(ASKED[:10], progress=False)
+    for result in results:
+        assert len(result.generators) == len(result.candidates)
+        assert set(result.generators) <= {"able", "other"}
+        assert result.generator == result.generators[result.index]
+    assert {tag for result in results for tag in result.generators[2:]} == {"able", "other"}
+
+
+def test_the_command_line_rewrites_with_the_pairs_as_exemplars(flow, tmp_path, monkeypatch):
+    (tmp_path / "my_writer.py").write_text("from style_corpus import Writer\n\nreply = Writer('able')\n")
+    monkeypatch.chdir(tmp_path)
+    flow.save_pretrained(tmp_path / "flow")
+    preferences(200, 0).to_jsonl(tmp_path / "pairs.jsonl")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in ASKED[:12]])
+    given = ["refine", prompts, "--flow", tmp_path / "flow", "--no-progress", "--generator", "my_writer:reply", "-n", 2]
+    rewrite = ["--decoder", "rewrite", "--exemplars", tmp_path / "pairs.jsonl", "--set", "rounds=1"]
+    run(*given, "--out", tmp_path / "out.jsonl", *rewrite)
+    rows = [Refinement.from_dict(json.loads(line)) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row.prompt for row in rows] == ASKED[:12]
+    assert all(len(row.trace or ()) == 1 and row.error is None for row in rows)
+    assert any(row.index >= 2 for row in rows)  # a revision was taken
+    told = run(*given, "--out", tmp_path / "out.jsonl", *rewrite, "--set", "rewrites=2", code=2).stderr
+    assert "another flow, generator or decoder" in told
+    for more, why in [
+        (rewrite[:2], "--decoder rewrite needs --exemplars"),
+        ([*rewrite[:4], "--set", "shot=1"], "--decoder rewrite has no shot; it has rounds"),
+        (["--exemplars", tmp_path / "pairs.jsonl"], "--exemplars belongs to --decoder rewrite"),
+    ]:
+        assert why in " ".join(run(*given, "--out", tmp_path / "no.jsonl", *more, code=2).stderr.split())
+    assert not (tmp_path / "no.jsonl").exists()
 
 
 def test_settings_are_checked_before_any_work(flow, bank, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.panel import Panel
@@ -22,6 +22,7 @@ from pfm.cli.shell import (
     examples,
     guarded,
     make_folder,
+    setting,
 )
 
 if TYPE_CHECKING:
@@ -115,29 +116,8 @@ def fit(
 def _config(settings: Sequence[str], seed: int) -> FlowConfig:
     from pfm.config import FlowConfig
 
-    defaults = {item.name: item.default for item in fields(FlowConfig)}
-    values: dict[str, Any] = {"seed": seed}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise ValueError(f"--set takes KEY=VALUE: got {setting!r}; for example --set sigma=0.1")
-        values[key] = _value(key, text.strip(), isinstance(defaults.get(key), bool))
-    return FlowConfig.from_dict(values)
-
-
-def _value(key: str, text: str, switch: bool) -> Any:
-    """Read a value as what it looks like: a number, or text; as true or false where the setting is a switch."""
-    if switch:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"--set {key} must be true or false: got {text!r}")
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    switches = {item.name for item in fields(FlowConfig) if isinstance(item.default, bool)}
+    return FlowConfig.from_dict({"seed": seed} | dict(setting(text, switches) for text in settings))
 
 
 def _split(pairs: PreferencePairs, held_out: float, seed: int) -> tuple[PreferencePairs, PreferencePairs | None]:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from pfm.cli.decoder import DecoderName, DecoderOption, DecoderSettings, ExemplarsOption, make_decoder
 from pfm.cli.generator import (
     Api,
     ApiKeyEnv,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
         "pfm refine outputs.jsonl --flow flow/ --out refined.jsonl",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 --base-url http://localhost:8000/v1",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --generator my_bot:reply -n 8",
+        "pfm refine prompts.jsonl --flow flow/ --out new.jsonl --model qwen3 --decoder rewrite --exemplars pairs.jsonl",
     )
 )
 def refine(
@@ -85,13 +87,17 @@ def refine(
     max_tokens_total: MaxTokens = None,
     timeout: Timeout = None,
     retries: Retries = None,
+    decoder: DecoderOption = DecoderName.select,
+    exemplars: ExemplarsOption = None,
+    settings: DecoderSettings = None,
     encoder: EncoderOfFlow = None,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
 ) -> None:
     """Pick the best candidate of every row, or keep the original.
 
-    The candidates are read from the rows, or drawn from the generator that an option names.
+    The candidates are read from the rows, or drawn from the generator that an option names; with
+    [cyan]--decoder rewrite[/cyan] that generator also revises the best one.
     Results are written as they come, with all columns of their rows.
     Run the same command again to go on after Ctrl-C, or to retry rows with errors.
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
@@ -119,8 +125,11 @@ def refine(
             max_retries=retries,
         )
         drawn = source is not None
-        refiner = wrap(source, fitted, encoder=with_encoder, n=n)
-        origin = [fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else [])]
+        made, depends = make_decoder(
+            decoder, settings or (), exemplars, with_encoder, drawn=drawn, progress=not no_progress
+        )
+        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=n)
+        origin = [fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else []), *depends]
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")

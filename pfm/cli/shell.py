@@ -6,12 +6,12 @@ import hashlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -38,6 +38,7 @@ __all__ = [
     "guarded",
     "load_flow",
     "make_folder",
+    "setting",
 ]
 
 
@@ -163,6 +164,23 @@ def _in_words(error: BaseException) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
+    """Read ``KEY=VALUE``, the value as what it looks like: a number, or text; of a switch, true or false."""
+    key, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not key:
+        raise ValueError(f"--set takes KEY=VALUE: got {text!r}; for example --set seed=1")
+    if key in switches:
+        if value.lower() not in ("true", "false"):
+            raise ValueError(f"--set {key} must be true or false: got {value!r}")
+        return key, value.lower() == "true"
+    for kind in (int, float):
+        try:
+            return key, kind(value)
+        except ValueError:
+            continue
+    return key, value
 
 
 def make_folder(folder: Path) -> Path:

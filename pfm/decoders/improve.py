@@ -26,6 +26,7 @@ class Draft:
         row: what the decoder was given.
         texts, vectors, probabilities: candidates and, after them, every text judged since.
         current: the text to improve on, a place in ``texts``.
+        tags: the name of the generator that made each text beyond the candidates, "" where it is not known.
         calls, usage: of the generator, and tokens by kind.
         trace: one entry a round.
         stopped: why there is no further round, or None.
@@ -37,6 +38,7 @@ class Draft:
     vectors: list[torch.Tensor]
     probabilities: list[float]
     current: int
+    tags: list[str] = field(default_factory=list)
     calls: int = 0
     usage: dict[str, int] = field(default_factory=dict)
     trace: list[dict[str, Any]] = field(default_factory=list)
@@ -60,6 +62,7 @@ class Proposal:
 
     Attributes:
         texts: the proposals, in order.
+        tags: the name of the generator that made a text, where there are several.
         details: what else belongs into the trace, in JSON values.
         calls, usage: of the generator, and tokens by kind.
         stop: why no further round makes sense after this one, or None.
@@ -68,6 +71,7 @@ class Proposal:
 
     texts: list[str]
     details: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     calls: int = 0
     usage: dict[str, int] = field(default_factory=dict)
     stop: str | None = None
@@ -196,6 +200,7 @@ class Improver(ABC):
         texts, vectors, probabilities = [texts[row] for row in sound], vectors[sound], probabilities[sound]
         before, places = draft.current, range(len(draft.texts), len(draft.texts) + len(texts))
         draft.texts.extend(texts)
+        draft.tags.extend(proposal.tags.get(text, "") for text in texts)
         draft.vectors.extend(vectors)
         draft.probabilities.extend(probabilities.tolist())
         draft.calls += proposal.calls
@@ -260,6 +265,7 @@ class Improver(ABC):
             reason,
             added=tuple(draft.texts[given:]),
             added_probabilities=tuple(draft.probabilities[given:]),
+            added_tags=tuple(draft.tags) if any(draft.tags) else (),
             calls=draft.calls,
             usage=draft.usage,
             trace=draft.trace or None,

@@ -183,6 +183,7 @@ class _Request:
         drawn = [_without_fences(text, self.mark) for text in draw.texts]
         proposal = self.proposal
         proposal.texts = [text for text in drawn if text not in self.copies]
+        proposal.tags = dict(zip(drawn, draw.tags, strict=False))
         proposal.details["copies"] = len(drawn) - len(proposal.texts)
         proposal.calls, proposal.usage, proposal.error = draw.calls, dict(draw.usage), draw.error
         if draw.error is not None:

@@ -28,6 +28,7 @@ class Selection:
         reason: why the original was kept or changed, in one phrase.
         added: texts that the decoder itself has made, all of them usable candidates.
         added_probabilities: b(y|x) of each of them.
+        added_tags: the name of the generator that made each of them; empty where there is only one.
         calls, usage: calls of the generator, and tokens by kind where they are known, that making them took.
         trace: what the decoder did, round by round, in JSON values; None if there is nothing to tell.
         error: type and message of what failed while it did so, or None; the selection is sound all the same.
@@ -39,6 +40,7 @@ class Selection:
     reason: str
     added: tuple[str, ...] = ()
     added_probabilities: tuple[float, ...] = ()
+    added_tags: tuple[str, ...] = ()
     calls: int = 0
     usage: dict[str, int] = field(default_factory=dict)
     trace: list[dict[str, Any]] | None = None
