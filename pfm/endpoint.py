@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from pfm.errors import MissingKeyError
 
-__all__ = ["OPENAI", "Endpoint", "public_address"]
+__all__ = ["NO_KEY", "OPENAI", "Endpoint", "public_address"]
 
 OPENAI = "https://api.openai.com/v1"
 MAX_ANSWER_BYTES = 32_000_000
-_NO_KEY = "none"
+NO_KEY = "none"  # what a server that needs none is sent
 
 
 class Endpoint:
@@ -76,7 +76,7 @@ class Endpoint:
         if self._takes_environment_key and os.environ.get("OPENAI_API_KEY"):
             return os.environ["OPENAI_API_KEY"]
         if self.base_url != OPENAI:
-            return _NO_KEY
+            return NO_KEY
         raise MissingKeyError("no key: set OPENAI_API_KEY, or pass api_key, or base_url for a server that needs none")
 
     def secrets(self) -> list[str]:
@@ -85,7 +85,7 @@ class Endpoint:
             key = self.key()
         except MissingKeyError:
             key = ""
-        return [key] if key and key != _NO_KEY else []
+        return [key] if key and key != NO_KEY else []
 
     def client(self) -> Any:
         """Make an `openai.OpenAI`."""

@@ -892,8 +892,7 @@ def test_a_failing_batch_leaves_the_finished_ones_in_the_cache(endpoint, tmp_pat
 
 def test_the_key_stays_in_memory(endpoint, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    address = f"{endpoint.url}?token=pa55phrase"
-    encoder = OpenAIEncoder("tiny", base_url=address, api_key=KEY, cache=tmp_path, max_retries=0)
+    encoder = OpenAIEncoder("tiny", base_url=endpoint.url, api_key=KEY, cache=tmp_path, max_retries=0)
     encoder.encode(TEXTS)
     assert endpoint.requests[0][1] == f"Bearer {KEY}"
     endpoint.behaviour = "refuse"
@@ -913,13 +912,16 @@ def test_the_key_stays_in_memory(endpoint, tmp_path, caplog):
     }
     for place, text in places.items():
         assert KEY not in text, place
-        assert "pa55phrase" not in text, place
     assert pickle.loads(pickle.dumps(encoder)).encode(TEXTS).shape == (len(TEXTS), 8)
 
 
-def test_an_address_with_a_password_is_refused_without_repeating_it():
-    with pytest.raises(ValueError, match="base_url must not hold a password") as caught:
-        OpenAIEncoder("tiny", base_url="http://user:pa55phrase@127.0.0.1/v1")
+@pytest.mark.parametrize(
+    ("address", "what"),
+    [("http://user:pa55phrase@127.0.0.1/v1", "password"), ("http://127.0.0.1/v1?token=pa55phrase", "query")],
+)
+def test_an_address_with_a_secret_is_refused_without_repeating_it(address, what):
+    with pytest.raises(ValueError, match=f"base_url must not hold a {what}") as caught:
+        OpenAIEncoder("tiny", base_url=address)
     assert "pa55phrase" not in str(caught.value)
 
 

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
+from pfm.endpoint import NO_KEY, Endpoint, public_address
 from pfm.errors import EncodingError
 
 __all__ = ["OpenAIEncoder"]
 
 # Endpoints bound the tokens of one request (300,000 at OpenAI); a token is at least one byte.
 _BYTES_PER_REQUEST = 300_000
-_OPENAI = "https://api.openai.com/v1"
-_NO_KEY = "none"
 
 
 class OpenAIEncoder(CachedEncoder):
@@ -80,31 +79,28 @@ class OpenAIEncoder(CachedEncoder):
         ):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        self._options = {"timeout": timeout, "max_retries": max_retries}
         if client is not None:
             create = getattr(getattr(client, "embeddings", None), "create", None)
             if create is None or inspect.iscoroutinefunction(create):
                 raise TypeError(f"client must be an openai.OpenAI (not async), got {type(client).__name__}")
             if (base_url, api_key, timeout, max_retries) != (None,) * 4:
                 raise ValueError("pass a client, or base_url, api_key, timeout and max_retries, not both")
-            base_url = str(getattr(client, "base_url", "")) or None
         self.model = model
-        self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI
-        if client is None and "@" in urlsplit(self.base_url).netloc:
-            raise ValueError("base_url must not hold a password: it would show in logs; pass it as api_key")
+        self._endpoint = (
+            Endpoint(base_url, api_key, timeout=timeout, max_retries=max_retries) if client is None else None
+        )
+        self.base_url = str(getattr(client, "base_url", "")) if self._endpoint is None else self._endpoint.base_url
         self.dimensions = dimensions
         self.batch_size = batch_size
         self.max_concurrency = max_concurrency
         self.normalize = normalize
         self._client = client
-        self._api_key = api_key
-        self._takes_environment_key = base_url is None or urlsplit(base_url).hostname == urlsplit(_OPENAI).hostname
         self._lock = threading.Lock()
 
     def fingerprint(self) -> str:
         """Return what determines the vectors: endpoint, model, dimensions, normalisation."""
         settings = {
-            "endpoint": self._endpoint(),
+            "endpoint": public_address(self.base_url),
             "model": self.model,
             "dimensions": self.dimensions,
             "normalize": self.normalize,
@@ -117,7 +113,7 @@ class OpenAIEncoder(CachedEncoder):
             "type": type(self).__name__,
             "name": self.model,
             "revision": None,
-            "endpoint": self._endpoint(),
+            "endpoint": public_address(self.base_url),
             "dimension": self.dimension,
             "dimensions": self.dimensions,
             "normalize": self.normalize,
@@ -152,8 +148,9 @@ class OpenAIEncoder(CachedEncoder):
             executor.shutdown(wait=False, cancel_futures=True)
         if failures:
             # Raised outside of any handler: the client's error, which may quote the key, is not chained to it.
+            address = public_address(self.base_url)
             raise EncodingError(
-                f"embeddings from {self._endpoint()} failed: {failures[0]} ({finished} of {len(texts)} texts"
+                f"embeddings from {address} failed: {failures[0]} ({finished} of {len(texts)} texts"
                 f" were encoded{' and are in the cache' if self.cache is not None else ''})"
             )
 
@@ -186,41 +183,25 @@ class OpenAIEncoder(CachedEncoder):
     def _connected(self) -> Any:
         with self._lock:
             if self._client is None:
-                from openai import OpenAI
-
-                options = {name: value for name, value in self._options.items() if value is not None}
-                self._client = OpenAI(base_url=self.base_url, api_key=self._key(), **options)
+                if self._endpoint is None:  # it came with a client, which another process does not have
+                    self._endpoint = Endpoint(self.base_url)
+                self._client = self._endpoint.client()
             return self._client
 
-    def _key(self) -> str:
-        if self._api_key is not None:
-            return self._api_key
-        if self._takes_environment_key and os.environ.get("OPENAI_API_KEY"):
-            return os.environ["OPENAI_API_KEY"]
-        if self.base_url != _OPENAI:
-            return _NO_KEY
-        raise ValueError("no key: set OPENAI_API_KEY, or pass api_key, or base_url for a server that needs none")
-
-    def _endpoint(self) -> str:
-        """Return the address without what may be secret in it: user, password, query."""
-        parts = urlsplit(self.base_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
-
     def _without_key(self, text: str) -> str:
-        address = urlsplit(self.base_url)
-        secrets = (self._api_key, getattr(self._client, "api_key", None), address.query)
-        for secret in secrets:
-            if secret and secret != _NO_KEY:
+        kept = [] if self._endpoint is None else self._endpoint.secrets()
+        for secret in (*kept, getattr(self._client, "api_key", None), urlsplit(self.base_url).query):
+            if secret and secret != NO_KEY:
                 text = text.replace(secret, "***")
         return text if len(text) <= 500 else f"{text[:500]}..."
 
     def __repr__(self) -> str:
-        return f"OpenAIEncoder({self.model!r}, {self._endpoint()!r})"
+        return f"OpenAIEncoder({self.model!r}, {public_address(self.base_url)!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         # base_url goes without password and query; the other process takes its key from its environment.
-        state = {**self.__dict__, "base_url": self._endpoint()}
-        return {name: value for name, value in state.items() if name not in ("_client", "_api_key", "_lock")}
+        state = {**self.__dict__, "base_url": public_address(self.base_url)}
+        return {name: value for name, value in state.items() if name not in ("_client", "_lock")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _client=None, _api_key=None, _lock=threading.Lock())
+        self.__dict__.update(state, _client=None, _lock=threading.Lock())
