@@ -1,0 +1,572 @@
+"""Collecting preferences: several noisy segments from the same exact state, run on, valued and labelled.
+
+States lie uniformly over whole episodes of the (explored) reference. From each, M segments of the reference with noise
+on its actions and one without are run from the restored state, and the deterministic reference goes on from their ends:
+a teacher who does not look beyond the segment prefers what pays at once and costs later.
+
+Work is cut into shards that depend on the seed and their number alone: the result is the same for any number of
+workers, and a collection that was interrupted goes on from the shards that are on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pfm.files import replace_file
+from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
+from pfm.pbrl.teachers import Teacher, all_comparisons
+
+__all__ = ["Continued", "collect", "correlated_noise", "half_range", "open_environment", "run_on"]
+
+SHARD = 100  # states; a constant of the format: results depend on it
+LARGE = 4096  # rows of an environment in array code that are stepped together
+TRAJECTORIES = 1_000_000  # more than a shard has
+MANIFEST = "collection.json"
+
+Value = Callable[[np.ndarray], np.ndarray]
+"""What is still to come after observations (B, O), discounted: (B,)."""
+
+Memory = tuple[np.ndarray, ...] | None
+"""What a policy's ``predict`` hands on from step to step: arrays with one row an episode."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Holds all that decides what a shard holds, besides the policy and the environment themselves."""
+
+    environment: str
+    policy: str
+    length: int
+    continuation: int
+    members: int
+    noise: float | None
+    correlation: float
+    explore: float
+    states_per_trajectory: int
+    discount: float
+    valued: bool
+    batch: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Is sent to a worker: what to run, and where to put it."""
+
+    environment: Any
+    policy: Any
+    value: Value | None
+    settings: _Settings
+    folder: Path | None
+
+
+def collect(
+    environment: Any,
+    policy: Any,
+    pairs: int,
+    *,
+    length: int,
+    continuation: int,
+    teacher: str | Teacher = "oracle",
+    seed: int = 0,
+    members: int = 2,
+    design: str = "all",
+    noise: float | None = 0.3,
+    correlation: float = 0.0,
+    explore: float | None = None,
+    states_per_trajectory: int = 10,
+    discount: float = 1.0,
+    value: Value | None = None,
+    workers: int = 1,
+    folder: str | Path | None = None,
+    batch: int = 32,
+    progress: bool = False,
+) -> SegmentPairs:
+    """Collect labelled comparisons of action segments from the same exact state.
+
+    Args:
+        environment: a gymnasium id, a batch environment, or a callable that makes one (sent to the workers).
+        policy: the frozen reference: an object with stable-baselines3's ``predict``.
+        pairs: comparisons to ask the teacher for. With two members that is the number of states; with more, as many
+            states as give that number of comparisons, rounded up.
+        length: H, steps of a segment. continuation: further steps of the deterministic reference that count for the
+            label.
+        teacher: a :class:`Teacher` or the name of one. design: who meets whom, see :meth:`SegmentPairs.relabel`.
+        seed: decides states, noise and labels. The first states do not depend on how many are asked for.
+        members: M, segments a state.
+        noise: standard deviation of the Gaussian noise on the deterministic reference, as a share of half the range
+            of the action space; None for the reference's own stochastic actions.
+        correlation: of the noise from one step to the next, in [0, 1]; 1 is one offset for the whole segment, which
+            shows more clearly in what follows.
+        explore: noise on the trajectories that the states are taken from; None for that of the segments.
+        states_per_trajectory: how many states are taken from one episode.
+        discount: of rewards a step, in (0, 1].
+        value: what is to be expected after the continuation, from observations (B, O) to (B,), such as a fitted
+            value function; None for nothing.
+        workers: processes. folder: for the shards, from which an interrupted collection goes on; None keeps nothing.
+        batch: copies of a gymnasium environment that are stepped together; results depend on it by rounding only.
+        progress: show a progress bar.
+
+    Returns:
+        the segments with their states and labels.
+
+    Raises:
+        ValueError: an argument is out of range, the policy acts in another space, observations are not finite, or
+            ``folder`` holds a collection with other settings.
+        TypeError: ``environment`` is none of the three.
+        pfm.pbrl.UnsupportedEnvironmentError: the environment's state cannot be restored exactly.
+    """
+    teacher = Teacher.named(teacher)
+    _check(pairs, length, continuation, members, noise, correlation, explore, states_per_trajectory, discount,
+           workers, batch, design)  # fmt: skip
+    env, name = open_environment(environment)
+    settings = _Settings(
+        name, _fingerprint(env, policy), length, continuation, members, noise, correlation,
+        float((noise or 0.0) if explore is None else explore), states_per_trajectory, discount, value is not None,
+        batch, seed,
+    )  # fmt: skip
+    per_state = len(all_comparisons(1, members)) if design == "all" else members - 1
+    states = math.ceil(pairs / per_state)
+    place = None if folder is None else Path(folder)
+    if place is not None:
+        _claim(place, settings)
+    work = _Work(environment, policy, value, settings, place)
+    sizes = [min(SHARD, states - begin) for begin in range(0, states, SHARD)]
+    parts: list[SegmentPairs | None] = [None] * len(sizes)
+    for number, part in _bar(_shards(work, sizes, env, workers), len(sizes), progress):
+        parts[number] = part
+    segments = SegmentPairs.concatenate([part for part in parts if part is not None])
+    steps = sum(part.meta["steps"] for part in parts if part is not None)
+    meta = {name: value for name, value in asdict(settings).items() if name not in ("batch", "policy")}
+    segments = replace(segments, meta=meta | {"steps": steps})
+    return segments.relabel(teacher, design=design, seed=seed)
+
+
+def _check(pairs: int, length: int, continuation: int, members: int, noise: float | None, correlation: float,
+           explore: float | None, states_per_trajectory: int, discount: float, workers: int, batch: int,
+           design: str) -> None:  # fmt: skip
+    whole = {
+        "pairs": (pairs, 1), "length": (length, 1), "continuation": (continuation, 0), "members": (members, 2),
+        "states_per_trajectory": (states_per_trajectory, 1), "workers": (workers, 1), "batch": (batch, 1),
+    }  # fmt: skip
+    for name, (number, low) in whole.items():
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < low:
+            raise ValueError(f"{name} must be a whole number of at least {low}: got {number!r}")
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise must be above 0, or None for the reference's own stochastic actions: got {noise}")
+    if explore is not None and not 0 <= explore < math.inf:
+        raise ValueError(f"explore must be >= 0: got {explore}")
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"correlation must lie in [0, 1]: got {correlation}")
+    if not 0 < discount <= 1:
+        raise ValueError(f"discount must lie in (0, 1]: got {discount}")
+    if design not in ("all", "knockout"):
+        raise ValueError(f"design must be 'all' or 'knockout': got {design!r}")
+
+
+# -- shards -----------------------------------------------------------------------------------------------------
+
+
+def _shards(work: _Work, sizes: list[int], env: Any, workers: int) -> Iterator[tuple[int, SegmentPairs]]:
+    missing = []
+    for number, size in enumerate(sizes):
+        found = _stored(work, number, size)
+        if found is None:
+            missing.append(number)
+        else:
+            yield number, found
+    if workers == 1 or len(missing) <= 1:
+        for number in missing:
+            yield number, _shard(work, env, number, sizes[number])
+        return
+    # Not forked from here: simulators and torch keep threads and handles that a fork would share.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        multiprocessing.set_forkserver_preload(["pfm.pbrl.policies", "pfm.pbrl.collection"])
+    with ProcessPoolExecutor(min(workers, len(missing)), context, initializer=_start_worker) as pool:
+        running = {pool.submit(_in_worker, work, number, sizes[number]): number for number in missing}
+        try:
+            for future in as_completed(running):
+                yield running[future], future.result()
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
+
+
+_environments: dict[str, Any] = {}
+
+
+def _start_worker() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _in_worker(work: _Work, number: int, size: int) -> SegmentPairs:
+    if work.settings.environment not in _environments:
+        _environments[work.settings.environment] = open_environment(work.environment)[0]
+    return _shard(work, _environments[work.settings.environment], number, size)
+
+
+def _stored(work: _Work, number: int, size: int) -> SegmentPairs | None:
+    if work.folder is None:
+        return None
+    path = _shard_path(work.folder, number)
+    if not path.is_file():
+        return None
+    try:
+        found = SegmentPairs.load(path)
+    except ValueError:
+        return None  # damaged: it is run again
+    if len(found) < size:
+        return None
+    return found if len(found) == size else found.select(np.arange(size))
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.npz"
+
+
+def _shard(work: _Work, env: Any, number: int, size: int) -> SegmentPairs:
+    """Collect the first ``size`` states of a shard."""
+    from pfm.pbrl.policies import seed_policy
+
+    settings = work.settings
+    random = np.random.default_rng([settings.seed, number])
+    seed_policy(work.policy, int(random.integers(2**31)))
+    seen, walked = _visit(env, work.policy, settings, number, random)
+    seen = seen.pick(np.arange(size))
+    action = env.action_space.shape[0]
+    spread = half_range(env.action_space)
+    added = correlated_noise(
+        random, (SHARD, settings.members, settings.length, action), settings.noise or 0.0, settings.correlation
+    )[:size] * spread  # fmt: skip
+    # The members of a state, and last the reference without noise.
+    added = np.concatenate([added, np.zeros_like(added[:, :1])], axis=1)
+    each = settings.members + 1
+    stochastic = np.tile(np.arange(each) < settings.members, size) & (settings.noise is None)
+    rows = np.repeat(np.arange(size), each)
+    flat = added.reshape(size * each, settings.length, action)
+    pieces = []
+    chunk = LARGE if isinstance(seen.states, np.ndarray) else settings.batch
+    for begin in range(0, len(rows), chunk):
+        part = slice(begin, begin + chunk)
+        at = seen.pick(rows[part])
+        pieces.append(
+            run_on(
+                env, work.policy, at.states, flat[part], settings.continuation, memory=at.memory,
+                stochastic=stochastic[part], discount=settings.discount, value=work.value,
+            )
+        )  # fmt: skip
+    whole = Continued.concatenate(pieces)
+    shape = (size, each)
+    actions = whole.actions.reshape(*shape, *whole.actions.shape[1:])
+    rewards = whole.rewards.reshape(*shape, -1)
+    after, steps = whole.after.reshape(shape), whole.steps.reshape(shape)
+    reference = whole.reference_actions.reshape(actions.shape)
+    plan_return = rewards[:, -1] @ settings.discount ** np.arange(settings.length)
+    segments = SegmentPairs(
+        observation=seen.observation.astype(np.float32), actions=actions[:, :-1].astype(np.float32),
+        rewards=rewards[:, :-1].astype(np.float32), after=after[:, :-1], steps=steps[:, :-1].astype(np.int32),
+        trajectory=seen.trajectory, low=env.action_space.low.astype(np.float32),
+        high=env.action_space.high.astype(np.float32), reference_actions=reference[:, :-1].astype(np.float32),
+        plan=actions[:, -1].astype(np.float32), plan_return=plan_return, plan_value=plan_return + after[:, -1],
+        states=pack_states(seen.states), memory=seen.memory, discount=settings.discount,
+        meta={"environment": settings.environment, "steps": walked + whole.simulated},
+    )  # fmt: skip
+    if work.folder is not None:
+        segments.save(_shard_path(work.folder, number))
+    return segments
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Holds states that were met: observations (N, O), exact states, the policy's memory, trajectories (N,)."""
+
+    observation: np.ndarray
+    states: Any
+    memory: Memory
+    trajectory: np.ndarray
+
+    def pick(self, index: np.ndarray) -> _Seen:
+        memory = None if self.memory is None else tuple(part[index] for part in self.memory)
+        return _Seen(self.observation[index], pick_states(self.states, index), memory, self.trajectory[index])
+
+    @classmethod
+    def concatenate(cls, parts: list[_Seen]) -> _Seen:
+        memory: Memory = None
+        if parts[0].memory is not None:
+            memory = tuple(np.concatenate(each) for each in zip(*(part.memory or () for part in parts), strict=True))
+        return cls(
+            np.concatenate([part.observation for part in parts]), join_states([part.states for part in parts]), memory,
+            np.concatenate([part.trajectory for part in parts]),
+        )  # fmt: skip
+
+
+def _visit(env: Any, policy: Any, settings: _Settings, number: int, random: np.random.Generator) -> tuple[_Seen, int]:
+    """Walk whole episodes and keep SHARD states of them, each step as likely as any other; count the steps."""
+    per = settings.states_per_trajectory
+    count = math.ceil(SHARD / per)
+    found: list[_Seen] = []
+    walked = begun = 0
+    spread = half_range(env.action_space)
+    while sum(len(each.trajectory) for each in found) < SHARD:
+        observation = env.reset(count, int(random.integers(2**31)))
+        # Reservoir sampling over time: the length of an episode is not known before its end.
+        kept: list[_Seen] = []
+        memory: Memory = None
+        start, noise, step = np.ones(count, dtype=bool), np.zeros(()), 0
+        alive = ~env.done
+        while alive.any():
+            slot = len(kept) if len(kept) < per else int(random.integers(step + 1))
+            # A memory is None before the first step only, and states are kept with memories of one kind.
+            if slot < per and (step > 0 or not _remembers(policy, observation)):
+                seen = _Seen(observation, env.save_states(), memory, begun + np.arange(count))
+                kept[slot : slot + 1] = [seen.pick(np.flatnonzero(alive))]
+            action, memory = policy.predict(observation, memory, start, settings.noise is not None)
+            memory = _checked_memory(memory, count)
+            start = np.zeros(count, dtype=bool)
+            _check_actions(action, env, count)
+            fresh = random.standard_normal(np.shape(action))
+            noise = fresh if step == 0 else _follow(noise, fresh, settings.correlation)
+            action = _clip(_clip(action, env) + settings.explore * spread * noise, env)
+            walked += int(alive.sum())
+            observation, _, done = env.step(action.astype(env.action_space.dtype))
+            alive = ~done
+            _check_observation(observation, alive, f"step {step + 1} of a trajectory of shard {number}")
+            step += 1
+        found += kept
+        begun += count
+    seen = _Seen.concatenate(found)
+    # Trajectories of one shard do not meet those of another.
+    seen = replace(seen, trajectory=seen.trajectory + number * TRAJECTORIES)
+    return seen.pick(random.permutation(len(seen.trajectory))[:SHARD]), walked
+
+
+def _remembers(policy: Any, observation: np.ndarray) -> bool:
+    return policy.predict(observation, None, np.ones(len(observation), dtype=bool), True)[1] is not None
+
+
+def _checked_memory(memory: Any, count: int) -> Memory:
+    if memory is None:
+        return None
+    if isinstance(memory, tuple) and all(isinstance(part, np.ndarray) and len(part) == count for part in memory):
+        return memory
+    raise ValueError(
+        "a policy's state must be None or a tuple of arrays with one row an episode, so that it can be kept with the "
+        f"environment's: got {type(memory).__name__}"
+    )
+
+
+# -- running segments -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Holds B segments that were run from restored states, and what followed them.
+
+    ``actions`` and ``reference_actions`` (B, H, A), ``rewards`` (B, H), 0 after an episode's end; ``after`` (B,)
+    discounted to the segment's first step; ``steps`` (B,) before the episode's end; ``simulated`` steps were taken.
+    """
+
+    actions: np.ndarray
+    reference_actions: np.ndarray
+    rewards: np.ndarray
+    after: np.ndarray
+    steps: np.ndarray
+    simulated: int
+
+    @classmethod
+    def concatenate(cls, parts: list[Continued]) -> Continued:
+        """Join runs of equal length."""
+        names = ("actions", "reference_actions", "rewards", "after", "steps")
+        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, simulated=sum(part.simulated for part in parts))
+
+
+def run_on(
+    env: Any,
+    policy: Any,
+    states: Any,
+    segments: np.ndarray,
+    continuation: int,
+    *,
+    form: str = "residual",
+    memory: Memory = None,
+    stochastic: np.ndarray | None = None,
+    discount: float = 1.0,
+    value: Value | None = None,
+) -> Continued:
+    """Run segments from saved states, then the deterministic reference, and add up the rewards.
+
+    Args:
+        env: a batch environment. policy: the reference.
+        states: B states as ``env.save_states`` gives them.
+        segments: (B, H, A), in the form that ``form`` names: what is added to the reference's own actions at the
+            observations met on the way (``"residual"``), or the actions themselves (``"actions"``).
+        continuation: steps of the reference after the segment. value: what is expected after those.
+        memory: the reference's own state at the saved states, a tuple of arrays (B, ...); None if it keeps none.
+        stochastic: (B,) rows whose reference acts stochastically during the segment; None for none.
+        discount: of rewards a step.
+
+    Raises:
+        ValueError: shapes disagree, or an observation is not finite.
+    """
+    observation = env.restore_states(states)
+    count, length, size = segments.shape
+    if count != env.count or size != env.action_space.shape[0]:
+        raise ValueError(
+            f"segments must be ({env.count}, H, {env.action_space.shape[0]}), one a state: got {segments.shape}"
+        )
+    alive = ~env.done
+    start = np.full(count, memory is None)
+    actions, reference_actions = np.zeros((2, count, length, size))
+    rewards, after, steps = np.zeros((count, length)), np.zeros(count), np.zeros(count, dtype=np.int64)
+    simulated = 0
+    for step in range(length + continuation):
+        if not alive.any():
+            break
+        reference, following = policy.predict(observation, memory, start, True)
+        _check_actions(reference, env, count)
+        reference = _clip(reference, env)
+        action = reference
+        if step < length:
+            if stochastic is not None and stochastic.any():
+                drawn, _ = policy.predict(observation, memory, start, False)
+                action = np.where(stochastic[:, None], _clip(drawn, env), reference)
+            action = _clip(action + segments[:, step], env) if form == "residual" else _clip(segments[:, step], env)
+            actions[:, step], reference_actions[:, step] = action, reference
+            if step:
+                actions[~alive, step] = actions[~alive, step - 1]
+                reference_actions[~alive, step] = reference_actions[~alive, step - 1]
+            steps += alive
+        memory, start = following, np.zeros(count, dtype=bool)
+        simulated += int(alive.sum())
+        observation, reward, done = env.step(action.astype(env.action_space.dtype))
+        reward = np.where(alive, reward, 0.0)
+        if step < length:
+            rewards[:, step] = reward
+        else:
+            after += discount**step * reward
+        alive &= ~done
+        _check_observation(observation, alive, f"step {step + 1} of a segment")
+    ran = int(steps.max())
+    if 0 < ran < length:  # every episode had ended
+        for each in (actions, reference_actions):
+            each[:, ran:] = each[:, ran - 1 : ran]
+    if value is not None and alive.any():
+        expected = np.asarray(value(observation[alive]), dtype=np.float64).reshape(-1)
+        after[alive] += discount ** (length + continuation) * expected
+    return Continued(actions, reference_actions, rewards, after, steps, simulated)
+
+
+def correlated_noise(
+    random: np.random.Generator, shape: tuple[int, ...], scale: float, correlation: float
+) -> np.ndarray:
+    """Draw Gaussian noise (..., H, A) of standard deviation ``scale``, correlated from step to step along H."""
+    noise = random.standard_normal(shape)
+    for step in range(1, shape[-2]):
+        noise[..., step, :] = _follow(noise[..., step - 1, :], noise[..., step, :], correlation)
+    return scale * noise
+
+
+def _follow(before: np.ndarray, fresh: np.ndarray, correlation: float) -> np.ndarray:
+    return correlation * before + math.sqrt(1 - correlation**2) * fresh
+
+
+def half_range(space: Any) -> np.ndarray:
+    """Give half the range of each action (A,), 1 where it is unbounded."""
+    half = (space.high.astype(np.float64) - space.low.astype(np.float64)) / 2
+    return np.where(np.isfinite(half), half, 1.0)
+
+
+def _clip(action: np.ndarray, env: Any) -> np.ndarray:
+    return np.clip(np.asarray(action, dtype=np.float64), env.action_space.low, env.action_space.high)
+
+
+def _check_actions(action: Any, env: Any, count: int) -> None:
+    wanted = (count, *env.action_space.shape)
+    if np.shape(action) != wanted:
+        raise ValueError(
+            f"the policy gives actions {np.shape(action)} and the environment takes {wanted}: it was made for another "
+            "action space"
+        )
+    if not np.isfinite(action).all():
+        raise ValueError("the policy gives actions that are NaN or infinite")
+
+
+def _check_observation(observation: np.ndarray, alive: np.ndarray, where: str) -> None:
+    bad = alive & ~np.isfinite(observation).all(1)
+    if bad.any():
+        raise ValueError(
+            f"the environment gives NaN or infinite observations in {where} ({int(bad.sum())} of {int(alive.sum())} "
+            "rows): less noise, or another seed; shards that were finished are kept"
+        )
+
+
+# -- environments, settings, progress ---------------------------------------------------------------------------
+
+
+def open_environment(environment: Any) -> tuple[Any, str]:
+    """Give a batch environment and its name, from a gymnasium id, a batch environment or what makes one."""
+    if isinstance(environment, str):
+        from pfm.pbrl.rollouts import VectorEnv
+
+        return VectorEnv(environment), environment
+    if hasattr(environment, "restore_states") and not isinstance(environment, type):
+        return environment, getattr(environment, "name", type(environment).__name__)
+    if callable(environment):
+        made = environment()
+        if hasattr(made, "restore_states"):
+            return made, getattr(made, "name", type(made).__name__)
+    raise TypeError(
+        f"environment must be a gymnasium id, a batch environment or a callable that makes one: got "
+        f"{type(environment).__name__}; a batch environment has reset, step, save_states and restore_states"
+    )
+
+
+def _fingerprint(env: Any, policy: Any) -> str:
+    """Give a short name of what the policy does at a few observations of the environment."""
+    observation = env.reset(8, 0)
+    action, _ = policy.predict(observation, None, np.ones(8, dtype=bool), True)
+    _check_actions(action, env, 8)
+    return hashlib.sha256(np.round(np.asarray(action, dtype=np.float64), 4).tobytes()).hexdigest()[:16]
+
+
+def _claim(folder: Path, settings: _Settings) -> None:
+    """Write the settings beside the shards, or refuse those of another collection."""
+    path = folder / MANIFEST
+    ours = asdict(settings)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda partial: partial.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8"))
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a collection with {name}={theirs.get(name)!r}, and this one has {value!r}: "
+                "use another folder"
+            )
+
+
+def _bar(items: Iterator[Any], total: int, progress: bool) -> Any:
+    if not progress:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, desc="collecting", unit="shard")

@@ -1,0 +1,465 @@
+"""A frozen policy, refined: propose a segment of actions, carry it along the flow, execute its beginning, plan anew.
+
+Shapes: E episodes in a batch, O observation values, H steps of a segment, A action values.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.flow import PreferenceFlow
+from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
+from pfm.pbrl.fast import FastTransport
+from pfm.pbrl.segments import FORMS, SegmentPairs, pick_states
+
+__all__ = ["FlowPolicy", "PolicyCounts", "RoundsChoice", "choose_rounds"]
+
+MODES = ("single", "gated", "reapply", "relabel")
+GUARDS = ("keep", "shrink", "off")
+PROPOSALS = ("deterministic", "stochastic")
+CHOICES = (1, 2, 3, 4, 6, 8)
+BATCH = 32  # copies of a gymnasium environment that are stepped together
+
+
+@dataclass
+class PolicyCounts:
+    """Counts what a policy did since it was made or ``reset``.
+
+    ``plans`` segments were refined; of those ``off_support`` ended further from the proposals' law than the data did,
+    ``not_better`` had a lower win probability than their proposals; ``kept`` are those whose proposal was executed in
+    their place. ``clipped`` of ``actions`` were brought back to the bounds. ``moved`` is the sum of the distances
+    between result and proposal, in root mean square units of the data's noise.
+    """
+
+    plans: int = 0
+    off_support: int = 0
+    not_better: int = 0
+    kept: int = 0
+    actions: int = 0
+    clipped: int = 0
+    moved: float = 0.0
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.__init__()
+
+
+class FlowPolicy:
+    """Acts like stable-baselines3's models: ``predict`` refines what a frozen policy proposes.
+
+    A flow on residuals (:meth:`SegmentPairs.encode` with ``form="residual"``) is carried from the zero segment, which
+    is the reference itself, and what it arrives at is added to the reference's action at each step: neither a
+    simulator nor a cloned policy is needed. A flow on actions needs whole segments proposed: online by rolling
+    the reference on a copy of the simulator, or offline by a policy that was cloned from data.
+
+    Args:
+        flow: fitted on pairs from :meth:`SegmentPairs.encode`.
+        reference: the frozen policy; None for an offline ``proposal`` on actions.
+        env: what the episodes are played in - an environment with exact state, a batch environment, or
+            stable-baselines3's vector of such -; needed online by a flow on actions, and never stepped.
+        proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the law that the data were drawn from -,
+            or a policy with ``propose(observations, deterministic)``, such as :class:`ClonedPolicy`.
+        mode, rounds, strength, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0`` leaves the proposal.
+        execute: h, how many steps of a refined segment are executed before the next plan; up to H.
+        guard: what becomes of a result that lies further from the proposals' law than 99% of the data, by its root
+            mean square distance in units of the noise: ``"keep"`` executes the proposal, ``"shrink"`` brings the result
+            back to that distance, ``"off"`` executes the result.
+        win_guard: keep the proposal where the result's win probability is lower, if held-out pairs confirm b.
+        seed: of stochastic proposals.
+
+    Attributes:
+        counts: what happened so far, see :class:`PolicyCounts`.
+
+    Raises:
+        ValueError: the flow was not fitted on action segments, or an argument is out of range.
+        TypeError: ``reference`` has no ``predict``, or ``proposal`` no ``propose``.
+    """
+
+    def __init__(
+        self,
+        flow: PreferenceFlow,
+        reference: Any,
+        *,
+        env: Any = None,
+        proposal: Any = "deterministic",
+        mode: str = "single",
+        rounds: int | None = None,
+        strength: float = 1.0,
+        execute: int = 1,
+        guard: str = "off",
+        win_guard: bool = False,
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        described = flow.metadata.get("encoder") or {}
+        if described.get("kind") != "action segments":
+            raise ValueError("flow was not fitted on action segments: fit it on SegmentPairs.encode()")
+        self.flow = flow
+        self.reference = reference
+        self.form: str = described["form"]
+        self.length: int = described["length"]
+        self._low = _bounds(described["low"], -math.inf)
+        self._high = _bounds(described["high"], math.inf)
+        self._unit = None if described.get("unit") is None else np.asarray(described["unit"], dtype=np.float32)
+        self._radius = math.inf if described.get("radius") is None else float(described["radius"])
+        self._correlation = float(described.get("correlation") or 0.0)
+        if rounds is not None and rounds > 1 and mode == "single":
+            raise ValueError(f"rounds={rounds} needs mode='reapply' or mode='relabel': got mode='single'")
+        for name, value, known in (("mode", mode, MODES), ("guard", guard, GUARDS), ("form", self.form, FORMS)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}: got {value!r}")
+        if isinstance(proposal, str) and proposal not in PROPOSALS:
+            raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}, or a policy: got {proposal!r}")
+        if isinstance(execute, bool) or not isinstance(execute, int) or not 1 <= execute <= self.length:
+            raise ValueError(f"execute must be a whole number from 1 to the segments' {self.length}: got {execute!r}")
+        if guard != "off" and math.isinf(self._radius):
+            raise ValueError(f"guard={guard!r} needs to know how far the data lay from the proposals, and they carried "
+                             "no plan: use guard='off'")  # fmt: skip
+        offline = not isinstance(proposal, str)
+        if offline and not callable(getattr(proposal, "propose", None)):
+            raise TypeError(f"proposal must have propose(observations, deterministic): got {type(proposal).__name__}")
+        if not (offline and self.form == "actions") and not callable(getattr(reference, "predict", None)):
+            raise TypeError(f"reference must have stable-baselines3's predict: got {type(reference).__name__}")
+        if self.form == "residual" and offline:
+            raise ValueError("a flow on residuals starts from the reference: give a cloned policy as reference")
+        if self.form == "actions" and not offline and env is None:
+            raise ValueError(
+                "a flow on actions needs whole segments proposed: give env to roll the reference on a copy of it, "
+                "a cloned policy as proposal, or fit on encode(form='residual')"
+            )
+        space = getattr(reference, "action_space", None)
+        if space is not None and (space.shape != self._low.shape or not np.allclose(space.low, self._low)
+                                  or not np.allclose(space.high, self._high)):  # fmt: skip
+            raise ValueError(
+                f"the reference acts in {space} and the flow was fitted on actions {self._low.shape} from "
+                f"{self._low.tolist()} to {self._high.tolist()}: take the policy that the segments were collected with"
+            )
+        self.proposal = proposal
+        self.mode, self.rounds, self.strength, self.steps = mode, rounds, float(strength), steps
+        self.execute, self.guard, self.win_guard = execute, guard, win_guard
+        self.counts = PolicyCounts()
+        self._random = np.random.default_rng(seed)
+        self._env, self._simulator = env, None
+        self._fast = FastTransport.of(flow)
+
+    def seed(self, seed: int) -> None:
+        """Start the draws of stochastic proposals anew."""
+        self._random = np.random.default_rng(seed)
+
+    def bind(self, env: Any) -> FlowPolicy:
+        """Copy, to be played in another environment."""
+        twin = copy.copy(self)
+        twin._env, twin._simulator, twin.counts = env, None, PolicyCounts()
+        return twin
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Choose actions, as stable-baselines3's ``predict`` does.
+
+        Args:
+            observation: (O,) or (E, O).
+            state: what the call before returned, None at first; it holds what is left of the segments in execution.
+            episode_start: (E,) or bool: which episodes begin now, and plan anew.
+            deterministic: without effect: what is proposed is decided by ``proposal``.
+
+        Returns:
+            actions (A,) or (E, A) within the bounds, and the state for the next call.
+
+        Raises:
+            ValueError: the observation has another size than the flow's context, or is not finite; online, the
+                environment stands at another observation.
+        """
+        seen = np.asarray(observation)
+        rows = np.atleast_2d(seen)
+        if rows.ndim != 2 or rows.shape[1] != self.flow.context_dimension:
+            raise ValueError(
+                f"observation must be ({self.flow.context_dimension},) or (E, {self.flow.context_dimension}): "
+                f"got {seen.shape}"
+            )
+        if not np.isfinite(rows).all():
+            raise ValueError("observation holds NaN or infinity: the environment broke, or was given such actions")
+        count = len(rows)
+        segment, place, memory = self._recall(state, episode_start, count)
+        base = None
+        if self.form == "residual":
+            started = np.full(count, state is None) if episode_start is None else np.broadcast_to(episode_start, count)
+            base, memory = self.reference.predict(rows, memory, started, deterministic=True)
+            base = np.asarray(base)
+            if base.shape != (count, len(self._low)):
+                raise ValueError(f"the reference gives actions {base.shape}, the flow has ({count}, {len(self._low)})")
+        due = np.flatnonzero(place >= self.execute)
+        if len(due):
+            proposed = self._propose(rows, due)
+            segment[due] = self.refine(proposed, rows[due])
+            place[due] = 0
+        action = segment[np.arange(count), place]
+        if base is not None:
+            action = np.clip(base, self._low, self._high) + action
+        bounded = np.clip(action, self._low, self._high)
+        self.counts.actions += count
+        self.counts.clipped += int((bounded != action).any(1).sum())
+        kept: Any = memory
+        if self.execute > 1:
+            kept = (segment, place + 1, *(memory or ()))
+        bounded = bounded.astype(np.float32)
+        return (bounded if seen.ndim == 2 else bounded[0]), kept
+
+    def refine(self, proposed: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        """Carry proposed segments (B, H, A) along the flow, under observations (B, O), and guard the results."""
+        if self.rounds == 0 or self.strength == 0:
+            return proposed
+        result = self._carried(proposed, observation)
+        if self.form == "actions":
+            result = np.clip(result, self._low, self._high)
+        self.counts.plans += len(result)
+        return self._guarded(proposed.astype(np.float32), result, observation)
+
+    def _carried(self, proposed: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        again = self.mode in ("single", "reapply")
+        if again and self._fast is not None:
+            result = self._fast(
+                proposed.reshape(len(proposed), -1), observation, rounds=self.rounds or 1, strength=self.strength,
+                steps=self.steps,
+            )  # fmt: skip
+            if np.isfinite(result).all():
+                return result.reshape(proposed.shape)
+        carried = self.flow.transport(
+            np.asarray(proposed, dtype=np.float32), np.asarray(observation, dtype=np.float32), mode=self.mode,
+            rounds=self.rounds if self.mode in ("reapply", "relabel") else None, strength=self.strength,
+            steps=self.steps,
+        )  # fmt: skip
+        return carried.numpy()
+
+    def _guarded(self, proposed: np.ndarray, result: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        if self._unit is not None:
+            centre = 0.0 if self.form == "residual" else proposed
+            distance = np.sqrt(np.square((result - centre) / self._unit).mean((1, 2)))
+            far = distance > self._radius
+            self.counts.moved += float(np.sqrt(np.square((result - proposed) / self._unit).mean((1, 2))).sum())
+            self.counts.off_support += int(far.sum())
+            if self.guard == "shrink" and far.any():
+                share = np.where(far, self._radius / np.maximum(distance, 1e-12), 1.0)[:, None, None]
+                result = (centre + share * (result - centre)).astype(np.float32)
+            elif self.guard == "keep" and far.any():
+                result = np.where(far[:, None, None], proposed, result)
+                self.counts.kept += int(far.sum())
+        if self.win_guard and math.isfinite(self.flow.guard_margin):
+            before, after = (
+                self.flow.win_probability(np.asarray(y, np.float32), np.asarray(observation, np.float32)).numpy()
+                for y in (proposed, result)
+            )
+            worse = after < before
+            self.counts.not_better += int(worse.sum())
+            self.counts.kept += int(worse.sum())
+            result = np.where(worse[:, None, None], proposed, result)
+        return result
+
+    def _recall(self, state: Any, episode_start: Any, count: int) -> tuple[np.ndarray, np.ndarray, Memory]:
+        """Take the state apart: segments (E, H, A), the next step of each (E,), the reference's own state."""
+        segment = np.zeros((count, self.length, len(self._low)), dtype=np.float32)
+        place = np.full(count, self.execute)
+        if state is None:
+            return segment, place, None
+        if self.execute == 1:
+            return segment, place, state
+        segment, place, *memory = state
+        if len(segment) != count:
+            raise ValueError(f"state is of {len(segment)} episodes, and there are {count} observations")
+        segment, place = segment.copy(), place.copy()
+        if episode_start is not None:
+            place[np.broadcast_to(episode_start, count)] = self.execute
+        return segment, place, tuple(memory) or None
+
+    # -- proposals ----------------------------------------------------------------------------------------------
+
+    def _propose(self, observation: np.ndarray, due: np.ndarray) -> np.ndarray:
+        """Propose segments (B, H, A) for the rows that are due."""
+        drawn = self.proposal == "stochastic"
+        if self.form == "residual":
+            return self._noise(len(due)) if drawn else np.zeros((len(due), *self.flow.event_shape), dtype=np.float32)
+        if not isinstance(self.proposal, str):
+            return np.asarray(self.proposal.propose(observation[due], True), dtype=np.float32)
+        states = pick_states(_states_of(self._env, len(observation)), due)
+        if self._simulator is None:
+            self._simulator = _copy_of(self._env)
+        added = self._noise(len(due)) if drawn else np.zeros((len(due), *self.flow.event_shape), dtype=np.float32)
+        stands = self._simulator.restore_states(states)
+        if not np.allclose(stands, observation[due], rtol=1e-4, atol=1e-5):
+            raise ValueError(
+                "the environment stands at another observation than the one given: env must be the very environment "
+                "that is played, without wrappers that change observations outside of it"
+            )
+        return run_on(self._simulator, self.reference, states, added, 0).actions.astype(np.float32)
+
+    def _noise(self, count: int) -> np.ndarray:
+        if self._unit is None:
+            raise ValueError("proposal='stochastic' needs the noise of the data, and they carried no plan")
+        noise = correlated_noise(self._random, (count, *self._unit.shape), 1.0, self._correlation)
+        return (noise * self._unit).astype(np.float32)
+
+
+def _bounds(values: list[float | None], otherwise: float) -> np.ndarray:
+    return np.array([otherwise if value is None else value for value in values], dtype=np.float32)
+
+
+def _states_of(env: Any, count: int) -> Any:
+    """Save the states of a batch environment, of one environment, or of stable-baselines3's vector of them."""
+    if hasattr(env, "save_states"):
+        states = env.save_states()
+    elif hasattr(env, "envs"):
+        states = [_saver(each)() for each in env.envs]
+    else:
+        states = [_saver(env)()]
+    if len(states) != count:
+        raise ValueError(
+            f"env has {len(states)} episodes and there are {count} observations: give the one that is played"
+        )
+    return states
+
+
+def _saver(env: Any) -> Any:
+    if hasattr(env, "get_wrapper_attr"):
+        try:
+            return env.get_wrapper_attr("save_state")
+        except AttributeError:
+            pass
+    raise TypeError(f"{env} has no exact state: make it with pfm.pbrl.make_env")
+
+
+def _copy_of(env: Any) -> Any:
+    """Make a batch environment of the same kind, to roll proposals on."""
+    from pfm.pbrl.rollouts import VectorEnv
+
+    if isinstance(env, VectorEnv):
+        return VectorEnv(env.name, **env.settings)
+    if hasattr(env, "save_states"):
+        return type(env)()
+    one = env.envs[0] if hasattr(env, "envs") else env
+    spec = one.spec
+    settings = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
+    return VectorEnv(spec.id, **settings)
+
+
+# -- held-out choice ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RoundsChoice:
+    """Says what held-out states were best served by.
+
+    ``rounds`` and ``strength`` are the choice, ``rounds`` 0 if nothing beat the proposals beyond doubt; ``gain`` is
+    its mean gain over the proposals - in reward, or in win probability for ``by="win"`` -, ``z`` the same in standard
+    errors over trajectories. ``table`` has one row a candidate; ``steps`` of the simulator were taken.
+    """
+
+    rounds: int
+    strength: float
+    gain: float
+    z: float
+    by: str
+    steps: int = 0
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments for :class:`FlowPolicy`."""
+        return {"mode": "reapply", "rounds": self.rounds, "strength": self.strength}
+
+
+def choose_rounds(
+    policy: FlowPolicy,
+    held_out: SegmentPairs,
+    *,
+    by: str = "value",
+    env: Any = None,
+    rounds: tuple[int, ...] = CHOICES,
+    strengths: tuple[float, ...] = (1.0,),
+    continuation: int | None = None,
+    value: Any = None,
+) -> RoundsChoice:
+    """Choose how often and how strongly to apply a flow, on held-out states.
+
+    Args:
+        policy: whose flow, reference and guard are used; it is not changed.
+        held_out: segments of other trajectories than the flow was fitted on, with their plans.
+        by: ``"value"`` runs refined segments in the simulator and takes their return with what follows; ``"win"``
+            asks the flow's own win probability, without a simulator - it knows the data's support only.
+        env: for ``by="value"``: a gymnasium id, a batch environment or what makes one.
+        rounds, strengths: the candidates.
+        continuation: steps of the reference after a segment; None for those of the segments' collection.
+        value: what is expected after the continuation, as in :func:`collect`.
+
+    Returns:
+        the candidate of the largest gain, if the gain is beyond doubt on these states, else ``rounds=0``.
+
+    Raises:
+        ValueError: what is asked for needs a simulator, states or plans that are not there.
+    """
+    if by not in ("value", "win"):
+        raise ValueError(f"by must be 'value' or 'win': got {by!r}")
+    observation = held_out.observation
+    if policy.form == "residual":
+        start = np.zeros((len(held_out), *policy.flow.event_shape), dtype=np.float32)
+    elif not isinstance(policy.proposal, str):
+        start = np.asarray(policy.proposal.propose(observation, True), dtype=np.float32)
+    elif held_out.plan is not None:
+        start = held_out.plan
+    else:
+        raise ValueError("held_out carries no plan, the reference's own segment: collect it with pfm.pbrl.collect")
+    made, taken = None, 0
+    if by == "value":
+        if env is None or held_out.states is None:
+            raise ValueError("by='value' needs env and the segments' states: give both, or use by='win'")
+        made = open_environment(env)[0]
+        after = int(held_out.meta.get("continuation", 0)) if continuation is None else continuation
+    group = torch.from_numpy(held_out.trajectory.astype(np.int64))
+
+    def judge(segments: np.ndarray) -> np.ndarray:
+        nonlocal taken
+        if made is None:
+            return policy.flow.win_probability(segments, observation).numpy()
+        ran = _run_all(made, policy, held_out, segments, after, value)
+        taken += ran.simulated
+        return ran.rewards @ held_out.discount ** np.arange(held_out.length) + ran.after
+
+    plain = judge(start)
+    table: list[dict[str, Any]] = []
+    for count in rounds:
+        for strength in strengths:
+            twin = copy.copy(policy)
+            twin.mode, twin.rounds, twin.strength, twin.counts = "reapply", count, strength, PolicyCounts()
+            gain = judge(twin.refine(start, observation)) - plain
+            z = standard_errors(torch.from_numpy(gain), group)
+            table.append(
+                {"rounds": count, "strength": strength, "gain": float(gain.mean()), "z": z,
+                 "off_support": twin.counts.off_support / len(start)}
+            )  # fmt: skip
+    best = max(table, key=lambda row: row["gain"])
+    if best["z"] <= CONFIRMED:
+        return RoundsChoice(0, 1.0, 0.0, best["z"], by, taken, table)
+    return RoundsChoice(best["rounds"], best["strength"], best["gain"], best["z"], by, taken, table)
+
+
+def _run_all(env: Any, policy: FlowPolicy, held_out: SegmentPairs, segments: np.ndarray, continuation: int,
+             value: Any) -> Continued:  # fmt: skip
+    states = held_out.saved_states()
+    chunk = 4096 if isinstance(states, np.ndarray) else BATCH
+    pieces = []
+    for begin in range(0, len(held_out), chunk):
+        rows = np.arange(begin, min(begin + chunk, len(held_out)))
+        memory = None if held_out.memory is None else tuple(part[rows] for part in held_out.memory)
+        pieces.append(
+            run_on(
+                env, policy.reference, pick_states(states, rows), segments[rows], continuation, form=policy.form,
+                memory=memory, discount=held_out.discount, value=value,
+            )
+        )  # fmt: skip
+    return Continued.concatenate(pieces)

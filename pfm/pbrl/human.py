@@ -1,0 +1,196 @@
+"""Human preferences between recorded segments that begin in different states.
+
+A flow carries outputs of one context, and here the two segments of a pair have none in common: the state is part of
+what was judged. So a pair is encoded without a context, and an output is the whole state-action segment, pooled over
+its steps. Such pairs are for preference models and for b, which say how good a segment is; a flow on them would move
+states too, which no policy can. What a model learned from them can then label segments from one state.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfm.encoded import EncodedPairs
+
+__all__ = ["PARTS", "POOLINGS", "HumanSegments"]
+
+PARTS = ("both", "observations", "actions")
+POOLINGS = ("mean", "mean+std")
+ARRAYS = ("observations", "actions", "rewards", "episode", "human_i1", "human_i2", "human_label", "segment_len")
+
+
+@dataclass(frozen=True)
+class HumanSegments:
+    """Holds recorded transitions and people's preferences between segments of them.
+
+    Args:
+        observations: (T, O). actions: (T, A), taken there. rewards: (T,), which the people did not see as numbers.
+        episode: (T,) which episode a transition belongs to.
+        first, second: (N,) the transitions at which the two segments of a pair begin.
+        label: (N,) probability that the first is preferred: 1, 0, or 0.5 for a tie.
+        length: H, steps of a segment. It may run over an episode's end into the next one.
+
+    Raises:
+        ValueError: shapes disagree, a segment runs over the end of the data, or values are not finite.
+    """
+
+    observations: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    episode: np.ndarray
+    first: np.ndarray
+    second: np.ndarray
+    label: np.ndarray
+    length: int
+
+    def __post_init__(self) -> None:
+        steps, count = len(self.observations), len(self.first)
+        if count == 0:
+            raise ValueError("first and second hold no pairs: at least one is needed")
+        for name, ndim, rows in (("observations", 2, steps), ("actions", 2, steps), ("rewards", 1, steps),
+                                 ("episode", 1, steps), ("second", 1, count), ("label", 1, count)):  # fmt: skip
+            value = getattr(self, name)
+            if value.ndim != ndim or len(value) != rows:
+                raise ValueError(f"{name} must have {ndim} dimensions and {rows} rows: got {value.shape}")
+        for name in ("observations", "actions"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(f"{name} must be finite")
+        if not ((self.label >= 0) & (self.label <= 1)).all():
+            raise ValueError("label must lie in [0, 1]: 0.5 is a tie")
+        for name in ("first", "second"):
+            begins = getattr(self, name)
+            if (begins < 0).any() or (begins + self.length > steps).any():
+                raise ValueError(f"{name} must lie in 0..{steps - self.length}, so that {self.length} steps follow")
+
+    @classmethod
+    def load(cls, path: str | Path, *, straddling: bool = True) -> HumanSegments:
+        """Read the human labels of an .npz file of the D4RL kind, such as ``door_human_prefs.npz``.
+
+        Args:
+            path: the file: observations, actions, rewards, episode, human_i1, human_i2, human_label (0 the first, 1
+                the second, -1 a tie) and segment_len.
+            straddling: keep pairs in which a segment runs over an episode's end.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it holds something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}: give the file of recorded segments and human labels")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in ARRAYS}
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            raise ValueError(f"{path} must hold {', '.join(ARRAYS)}: {error}") from error
+        label = np.select([found["human_label"] == 0, found["human_label"] == 1], [1.0, 0.0], 0.5)
+        segments = cls(
+            found["observations"], found["actions"], found["rewards"], found["episode"],
+            found["human_i1"].astype(np.int64), found["human_i2"].astype(np.int64), label, int(found["segment_len"]),
+        )  # fmt: skip
+        if straddling:
+            return segments
+        whole = segments.episodes()
+        return segments.select((whole[:, 0] == whole[:, 1]) & (whole[:, 2] == whole[:, 3]))
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def select(self, index: Any) -> HumanSegments:
+        """Take the pairs at ``index`` (integers or a mask); all transitions stay."""
+        return replace(self, first=self.first[index], second=self.second[index], label=self.label[index])
+
+    def episodes(self) -> np.ndarray:
+        """Give the episodes at the first and last steps of both segments of each pair, (N, 4)."""
+        ends = [begin + offset for begin in (self.first, self.second) for offset in (0, self.length - 1)]
+        return np.stack([self.episode[end] for end in ends], axis=1)
+
+    def split(self, held_out: float = 0.4, seed: int = 0) -> tuple[HumanSegments, HumanSegments]:
+        """Split by episode into (train, held out): no transition stands on both sides.
+
+        A pair belongs to a side only if both its segments do, so about ``held_out`` squared of the pairs are held out,
+        and those between the sides are in neither.
+
+        Raises:
+            ValueError: ``held_out`` is not in (0, 1), or a side would hold no pairs.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        names = np.unique(self.episode)
+        out = np.random.default_rng(seed).permutation(names)[: max(round(held_out * len(names)), 1)]
+        inside = np.isin(self.episodes(), out)
+        train, check = ~inside.any(1), inside.all(1)
+        if not train.any() or not check.any():
+            raise ValueError(
+                f"of {len(names)} episodes, held_out={held_out} leaves {int(train.sum())} pairs to train on and "
+                f"{int(check.sum())} to judge by: both need some"
+            )
+        return self.select(train), self.select(check)
+
+    def returns(self) -> np.ndarray:
+        """Give the sums of the rewards of both segments of each pair, (N, 2)."""
+        total = np.concatenate([[0.0], np.cumsum(self.rewards.astype(np.float64))])
+        return np.stack([total[begin + self.length] - total[begin] for begin in (self.first, self.second)], axis=1)
+
+    def outputs(self, part: str = "both", pooling: str = "mean") -> tuple[Tensor, Tensor]:
+        """Give both segments of each pair as vectors (N, D), pooled over their steps.
+
+        Args:
+            part: ``"both"`` observations and actions, or one of them.
+            pooling: ``"mean"``, on which a linear reward is a reward a step; ``"mean+std"`` appends the spread.
+        """
+        if part not in PARTS:
+            raise ValueError(f"part must be one of {', '.join(PARTS)}: got {part!r}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}: got {pooling!r}")
+        kept = {"observations": [self.observations], "actions": [self.actions]}.get(
+            part, [self.observations, self.actions]
+        )
+        values = np.concatenate(kept, axis=1)
+        pooled = []
+        for begins in (self.first, self.second):
+            steps = values[begins[:, None] + np.arange(self.length)]
+            vectors = [steps.mean(1)] + ([steps.std(1)] if pooling == "mean+std" else [])
+            pooled.append(torch.from_numpy(np.concatenate(vectors, axis=1).astype(np.float32)))
+        return pooled[0], pooled[1]
+
+    def encode(self, part: str = "both", pooling: str = "mean") -> EncodedPairs:
+        """Turn the pairs into outputs without a context; a tie is half a label each way.
+
+        Raises:
+            ValueError: all pairs are ties.
+        """
+        if (self.label == 0.5).all():
+            raise ValueError(f"all {len(self)} pairs are ties: nothing can be learned from them")
+        one, other = self.outputs(part, pooling)
+        forward = torch.from_numpy(self.label >= 0.5)[:, None]
+        certain = np.maximum(self.label, 1 - self.label)
+        return EncodedPairs(
+            torch.where(forward, one, other), torch.where(forward, other, one),
+            probability=None if (certain == 1).all() else torch.from_numpy(certain.astype(np.float32)),
+            encoder={"kind": "state-action segments", "part": part, "pooling": pooling, "length": self.length},
+        )  # fmt: skip
+
+    def accuracy(self, score: Callable[[Tensor], Tensor], part: str = "both", pooling: str = "mean") -> float:
+        """Give the share of the decided pairs that a score orders as people did, equal scores counting half.
+
+        Args:
+            score: outputs (N, D) to scores (N,), higher is better, such as a flow's ``win_probability``.
+
+        Raises:
+            ValueError: all pairs are ties.
+        """
+        decided = self.label != 0.5
+        if not decided.any():
+            raise ValueError(f"all {len(self)} pairs are ties: there is no order to agree with")
+        one, other = self.outputs(part, pooling)
+        with torch.no_grad():
+            gap = np.sign((score(one) - score(other)).numpy())[decided]
+        return float((0.5 + 0.5 * gap * np.sign(self.label[decided] - 0.5)).mean())

@@ -1,0 +1,302 @@
+"""Frozen policies: pretrained actors, stable-baselines3 checkpoints, added noise.
+
+A policy is whatever has stable-baselines3's ``predict``; nothing here trains one by reinforcement.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from gymnasium.spaces import Box
+
+from pfm.pbrl.cloning import ClonedPolicy
+from pfm.pbrl.environments import make_env
+
+__all__ = ["ActorPolicy", "ClonedPolicy", "NoisyPolicy", "Policy", "check_policy", "load_policy", "seed_policy"]
+
+EXPLORATION = 1e-6  # what generalised state-dependent exploration adds to its variance
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Chooses actions as stable-baselines3's models do.
+
+    ``predict`` takes one observation (O,) or a batch (E, O), the state it returned before (None at first), for each
+    episode whether it begins now (E,), and whether to take the mode of its law in place of a draw. It gives the actions
+    (A,) or (E, A), and its new state, None if it keeps none.
+    """
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]: ...
+
+
+def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int = 0) -> Policy:
+    """Load a frozen policy.
+
+    Args:
+        path: ``.npz``: an actor's layers, see :class:`ActorPolicy`; ``.zip``: a checkpoint of stable-baselines3, which
+            is unpickled, so it must come from where you trust code; ``.safetensors``: a :class:`ClonedPolicy`.
+        action_space: of an actor; None for that of the environment it was trained in.
+        seed: of an actor's stochastic actions.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no policy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no policy at {path}")
+    if path.suffix == ".npz":
+        return ActorPolicy.load(path, action_space=action_space, seed=seed)
+    if path.suffix == ".zip":
+        return _load_checkpoint(path)
+    if path.suffix == ".safetensors":
+        policy = ClonedPolicy.load(path)
+        policy.seed(seed)
+        return policy
+    raise ValueError(f"{path.name} must end in .npz, .zip or .safetensors to be a policy")
+
+
+def check_policy(policy: Any, env: Any) -> None:
+    """Check that a policy acts in an environment's spaces, as far as it names its own.
+
+    Args:
+        policy: the policy.
+        env: anything with ``action_space`` and ``observation_space``.
+
+    Raises:
+        TypeError: it has no ``predict``.
+        ValueError: another action or observation space.
+    """
+    if not callable(getattr(policy, "predict", None)):
+        raise TypeError(f"a policy needs predict(observation, ...), got {type(policy).__name__}")
+    theirs, ours = getattr(policy, "action_space", None), env.action_space
+    if theirs is not None:
+        same = (
+            isinstance(theirs, Box)
+            and isinstance(ours, Box)
+            and theirs.shape == ours.shape
+            and np.allclose(theirs.low, ours.low)
+            and np.allclose(theirs.high, ours.high)
+        )
+        if not same:
+            raise ValueError(f"the policy acts in {theirs} and the environment takes {ours}: take one made for it")
+    theirs, ours = getattr(policy, "observation_space", None), env.observation_space
+    if theirs is not None and theirs.shape != ours.shape:
+        raise ValueError(f"the policy reads {theirs.shape} numbers and the environment shows {ours.shape}")
+
+
+def seed_policy(policy: Any, seed: int) -> None:
+    """Start the randomness of a policy anew: its own ``seed``, or (stable-baselines3) torch's global stream."""
+    own = getattr(policy, "seed", None)
+    if callable(own):
+        own(seed)
+        return
+    import torch
+
+    torch.manual_seed(seed)
+
+
+class ActorPolicy:
+    """The actor network of a pretrained agent, in numpy.
+
+    The file holds layers ``W0``, ``b0``, ... and optionally the statistics of normalised observations (``obs_mean``,
+    ``obs_var``, ``clip_obs``, ``norm_eps``) and ``log_std`` or ``logstd_W``, ``logstd_b`` of a stochastic actor; its
+    ``meta`` is JSON: ``algo``, ``env``, ``hidden_activation`` (tanh or relu), ``output``, ``time_feature``. Outputs:
+    ``clip`` clips to the bounds; ``tanh`` maps tanh of the output onto them; ``hardtanh2_tanh`` clips to [-2, 2]
+    before that. A time feature appends 1 - t/1000 to the observation, t the steps since the episode began.
+
+    Attributes:
+        algorithm: what trained it.
+        env_name: the version of its environment in which it can run today.
+        stochastic: whether it has a law to draw from; otherwise it acts the same whatever ``deterministic`` says.
+        action_space: the bounds of its actions.
+    """
+
+    def __init__(
+        self, arrays: dict[str, np.ndarray], meta: dict[str, Any], *, action_space: Box | None = None, seed: int = 0
+    ) -> None:
+        self.algorithm = str(meta["algo"])
+        self.env_name = _runnable(meta["env"])
+        self.meta = meta
+        self.action_space: Box = make_env(self.env_name).action_space if action_space is None else action_space  # type: ignore[assignment]
+        self._layers = []
+        while f"W{len(self._layers)}" in arrays:
+            index = len(self._layers)
+            self._layers.append((np.float32(arrays[f"W{index}"]).T.copy(), np.float32(arrays[f"b{index}"])))
+        self._activation = _choose("hidden_activation", meta["hidden_activation"], {"tanh": np.tanh, "relu": _relu})
+        self._output = _choose("output", meta["output"], {"clip": "clip", "tanh": "tanh", "hardtanh2_tanh": "hard"})
+        self._statistics = None
+        if "obs_mean" in arrays:
+            scale = np.sqrt(arrays["obs_var"] + arrays["norm_eps"])
+            self._statistics = arrays["obs_mean"], scale, float(arrays["clip_obs"])
+        self._log_std = arrays.get("log_std")
+        self._log_std_layer = (arrays["logstd_W"].T, arrays["logstd_b"]) if "logstd_W" in arrays else None
+        self._timed = bool(meta.get("time_feature", False))
+        actions = self._layers[-1][1].shape
+        if actions != self.action_space.shape:
+            raise ValueError(f"the actor gives {actions} numbers and the action space is {self.action_space}")
+        self._noise = np.random.default_rng(seed)
+
+    @classmethod
+    def load(cls, path: str | Path, *, action_space: Box | None = None, seed: int = 0) -> ActorPolicy:
+        """Read an actor; see :func:`load_policy`."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            meta = json.loads(str(arrays.pop("meta")))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} holds no actor (arrays W0, b0, ... and meta as JSON): {error}") from error
+        if "W0" not in arrays:
+            raise ValueError(f"{path} holds {sorted(arrays)} and no layer W0, b0")
+        return cls(arrays, meta, action_space=action_space, seed=seed)
+
+    @property
+    def stochastic(self) -> bool:
+        return self._log_std is not None or self._log_std_layer is not None
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Choose actions; see :class:`Policy`. Draws are independent from step to step."""
+        observation = np.asarray(observation)
+        rows = np.atleast_2d(observation)
+        if not np.isfinite(rows).all():
+            raise ValueError("observation holds NaN or infinity")
+        if self._timed:
+            steps = np.zeros(len(rows)) if state is None else state[0]
+            if episode_start is not None:
+                steps = np.where(episode_start, 0.0, steps)
+            rows = np.column_stack([rows, 1.0 - steps / 1000.0])
+            state = (steps + 1.0,)
+        hidden = self._normalised(rows)
+        for weight, bias in self._layers[:-1]:
+            hidden = self._activation(hidden @ weight + bias)
+        weight, bias = self._layers[-1]
+        action = hidden @ weight + bias
+        if self._output == "hard":
+            action = np.clip(action, -2.0, 2.0)
+        if not deterministic and self.stochastic:
+            action = action + self._std(hidden) * self._noise.standard_normal(action.shape)
+        low, high = self.action_space.low, self.action_space.high
+        if self._output != "clip":
+            action = low + (np.tanh(action) + 1.0) / 2.0 * (high - low)
+        action = np.clip(action, low, high).astype(self.action_space.dtype)
+        return (action if observation.ndim == 2 else action[0]), state
+
+    def seed(self, seed: int) -> None:
+        """Start the draws anew."""
+        self._noise = np.random.default_rng(seed)
+
+    def _std(self, hidden: np.ndarray) -> np.ndarray:
+        if self._log_std_layer is not None:
+            weight, bias = self._log_std_layer
+            return np.exp(np.clip(hidden @ weight + bias, -20.0, 2.0))
+        assert self._log_std is not None
+        if self._log_std.ndim == 1:
+            return np.exp(self._log_std)
+        # generalised state-dependent exploration (Raffin et al., 2005.05719): the noise is a random map of the features
+        return np.sqrt(np.square(hidden) @ np.exp(2.0 * self._log_std) + EXPLORATION)
+
+    def _normalised(self, rows: np.ndarray) -> np.ndarray:
+        expected = self._layers[0][0].shape[0]
+        if self.meta["env"] == "Ant-v3" and rows.shape[1] < expected:
+            # 84 contact forces at the end, which were 0 in Ant-v3 and which Ant-v4 leaves out
+            rows = np.pad(rows, ((0, 0), (0, expected - rows.shape[1])))
+        if rows.shape[1] != expected:
+            raise ValueError(f"observation must have {expected} numbers, got {rows.shape[1]}: use {self.env_name}")
+        if self._statistics is not None:
+            mean, scale, clip = self._statistics
+            rows = np.clip((rows - mean) / scale, -clip, clip)
+        return rows.astype(np.float32)
+
+
+class NoisyPolicy:
+    """Adds independent Gaussian noise to a policy's deterministic actions, and clips them to the bounds.
+
+    Args:
+        policy: the policy.
+        sigma: standard deviation, in half ranges of each action (1 reaches from the middle to a bound).
+        seed: of the noise.
+        action_space: the bounds; None for the policy's own.
+    """
+
+    def __init__(self, policy: Policy, sigma: float, seed: int = 0, action_space: Box | None = None) -> None:
+        space = action_space if action_space is not None else getattr(policy, "action_space", None)
+        if not isinstance(space, Box) or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+            raise ValueError(f"action_space must be a box with finite bounds, got {space}")
+        if not (np.isfinite(sigma) and sigma >= 0):
+            raise ValueError(f"sigma must be a number >= 0, got {sigma}")
+        self.policy = policy
+        self.sigma = sigma
+        self.action_space = space
+        self._noise = np.random.default_rng(seed)
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[np.ndarray, Any]:
+        """Choose actions; see :class:`Policy`. Without noise when deterministic."""
+        action, state = self.policy.predict(observation, state, episode_start, deterministic=True)
+        if deterministic:
+            return action, state
+        half = (self.action_space.high - self.action_space.low) / 2.0
+        noisy = action + self.sigma * half * self._noise.standard_normal(np.shape(action))
+        return np.clip(noisy, self.action_space.low, self.action_space.high).astype(self.action_space.dtype), state
+
+    def seed(self, seed: int) -> None:
+        """Start the noise anew, and that of the policy within."""
+        self._noise = np.random.default_rng(seed)
+        seed_policy(self.policy, seed)
+
+
+def _runnable(name: str) -> str:
+    """Name the version in which an actor of an older one still runs and its returns were measured again."""
+    task, _, version = name.rpartition("-")
+    if task == "LunarLanderContinuous":
+        return "LunarLanderContinuous-v3"
+    if version in ("v2", "v3") and task in ("Ant", "HalfCheetah", "Hopper", "Humanoid", "Swimmer", "Walker2d"):
+        return f"{task}-v4"
+    return name
+
+
+def _choose(name: str, value: Any, known: dict[str, Any]) -> Any:
+    if value not in known:
+        raise ValueError(f"{name} of the actor must be one of {', '.join(known)}, got {value!r}")
+    return known[value]
+
+
+def _relu(array: np.ndarray) -> np.ndarray:
+    return np.maximum(array, 0)
+
+
+def _load_checkpoint(path: Path) -> Policy:
+    """Find the algorithm of a checkpoint by the settings that only it has, and load it for prediction."""
+    try:
+        import stable_baselines3
+    except ImportError as error:  # pragma: no cover - the extra is installed where tests run
+        raise ImportError(f'{path.name} needs stable-baselines3: pip install "preference-flow[pbrl]"') from error
+    try:
+        with zipfile.ZipFile(path) as file:
+            settings = json.loads(file.read("data"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint of stable-baselines3: {error}") from error
+    marks = {"target_entropy": "SAC", "target_policy_noise": "TD3", "clip_range": "PPO", "gae_lambda": "A2C"}
+    algorithm = next((name for mark, name in marks.items() if mark in settings), None)
+    module = str(settings.get("policy_class", {}).get("__module__", ""))
+    if algorithm is None or not module.startswith("stable_baselines3."):
+        raise ValueError(
+            f"{path.name} is of no algorithm for continuous actions that is known here ({', '.join(marks.values())}): "
+            "load it yourself, any object with predict is a policy"
+        )
+    unneeded = {"learning_rate": 0.0, "lr_schedule": _constant, "clip_range": _constant, "buffer_size": 1}
+    kept = {name: value for name, value in unneeded.items() if name in settings}
+    return getattr(stable_baselines3, algorithm).load(path, device="cpu", custom_objects=kept)
+
+
+def _constant(_: float) -> float:
+    return 0.0
