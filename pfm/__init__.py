@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pfm import decoders, distances, encoders, generators, judges, preferences
+    from pfm import decoders, distances, encoders, generators, judges, pbrl, preferences, references, tastes
+    from pfm.composition import Composition, compose
     from pfm.config import FlowConfig
     from pfm.encoded import EncodedPairs
     from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, PfmError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pfm.refiner import Refinement, Refiner, wrap
 
 _HOME = {
+    "Composition": "composition",
     "EncodedPairs": "encoded",
     "EncodingError": "errors",
     "FlowConfig": "config",
@@ -30,11 +32,13 @@ _HOME = {
     "Refiner": "refiner",
     "Report": "evaluation",
     "Scored": "evaluation",
+    "compose": "composition",
     "evaluate": "evaluation",
     "wrap": "refiner",
 }
 
 __all__ = [
+    "Composition",
     "EncodedPairs",
     "EncodingError",
     "FlowConfig",
@@ -48,13 +52,17 @@ __all__ = [
     "Refiner",
     "Report",
     "Scored",
+    "compose",
     "decoders",
     "distances",
     "encoders",
     "evaluate",
     "generators",
     "judges",
+    "pbrl",
     "preferences",
+    "references",
+    "tastes",
     "wrap",
 ]
 

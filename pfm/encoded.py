@@ -42,6 +42,16 @@ class PairBatch:
     weight: Tensor
     probability: Tensor
 
+    def joined(self, other: PairBatch) -> PairBatch:
+        """Put another batch behind this one."""
+        context = None
+        if self.context is not None and other.context is not None:
+            context = torch.cat([self.context, other.context])
+        return PairBatch(
+            torch.cat([self.chosen, other.chosen]), torch.cat([self.rejected, other.rejected]), context,
+            torch.cat([self.weight, other.weight]), torch.cat([self.probability, other.probability]),
+        )  # fmt: skip
+
 
 class EncodedPairs:
     """Holds N labelled pairs as tensors; a pair is (chosen, rejected) under one context.
@@ -468,9 +478,21 @@ class EncodedPairs:
 
     def shuffle_labels(self, seed: int = 0) -> EncodedPairs:
         """Exchange chosen and rejected in a random half: the control in which nothing can be learned."""
+        return self.flip_labels(0.5, seed)
+
+    def flip_labels(self, share: float, seed: int = 0) -> EncodedPairs:
+        """Exchange chosen and rejected of each pair with probability ``share``, as a careless labeller does.
+
+        Candidate sets, whose scores say which label was right, are left out.
+
+        Raises:
+            ValueError: ``share`` does not lie in [0, 1].
+        """
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must lie in [0, 1]: got {share}")
         # Not the stream of data that were drawn with the same small seed.
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
-        flip = torch.rand(len(self), generator=generator) < 0.5
+        flip = torch.rand(len(self), generator=generator) < share
         if self._tables[0] is self._tables[1]:
             part = self.select(torch.arange(len(self)))
             first, second = self._indices

@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from pfm.errors import NonFiniteWarning
 from pfm.fields import SMALL, Field, Normalizer, Velocity
 from pfm.files import replace_file
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
+from pfm.opponents import PreferenceWin, candidate_wins, rescored
+from pfm.preferences.base import PreferenceModel
+from pfm.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
 from pfm.training import remove_checkpoint
 from pfm.transport import ADAPTIVE_SOLVERS, STAGES, integrate
 from pfm.win import WinHead
@@ -30,9 +33,6 @@ from pfm.win import WinHead
 __all__ = ["PreferenceFlow"]
 
 logger = logging.getLogger(__name__)
-
-Labeller = Callable[[Tensor, Tensor, Tensor | None], Any]
-"""Labels outputs y, y' (B, \\*D) under contexts (B, C) or None: the probability (B,), or whether, y is preferred."""
 
 MODES = ("single", "gated", "reapply", "relabel")
 FAILURES = ("keep", "raise")
@@ -69,7 +69,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         self.normalizer = Normalizer(self.dimension, self.context_dimension)
         self.field = self._new_field(self.context_dimension)
         self.context_free = self._new_field(0) if self.config.context_free else None
-        self.win = WinHead(self.dimension, self.context_dimension)
+        described = self.metadata.pop("preference", None)
+        self.win: WinHead | PreferenceWin = (
+            WinHead(self.dimension, self.context_dimension)
+            if described is None
+            else PreferenceWin.restored(described, self.dimension, self.context_dimension)
+        )
         self.later = nn.ModuleList(
             PreferenceFlow(event_shape, context_dimension, **described) for described in self.metadata.pop("later", [])
         )
@@ -77,7 +82,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             self.field.drop_residual()
         if self.context_free is not None and self.metadata.get("context_free", {}).get("residual_kept") is False:
             self.context_free.drop_residual()
-        if self.metadata.get("win_network_kept") is False:
+        if self.metadata.get("win_network_kept") is False and isinstance(self.win, WinHead):
             self.win.drop_network()
         self.eval()
 
@@ -118,6 +123,11 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         return 1 + len(self.later)
 
     @property
+    def preference(self) -> PreferenceModel | None:
+        """Give the preference model behind b, or None where b is the flow's own classifier."""
+        return self.win.model if isinstance(self.win, PreferenceWin) else None
+
+    @property
     def guard_margin(self) -> float:
         """Give the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         return float(self.win.margin)
@@ -137,6 +147,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         validation: EncodedPairs | None = None,
         progress: bool = True,
         *,
+        preference: PreferenceModel | None = None,
         checkpoint: str | Path | None = None,
     ) -> PreferenceFlow:
         """Fit a flow on labelled pairs.
@@ -147,6 +158,10 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             validation: pairs of other prompts, on which the ridge, the residual and the number of steps are
                 decided; None holds out ``config.validation_share`` of the prompts of ``encoded``.
             progress: show a progress bar.
+            preference: a preference model that is to give b, in place of the flow's own classifier, and the scores of
+                candidate sets for ``best_of`` above 2; fitted on the training prompts here if it is not yet. Its guard
+                is set on the validation pairs, which a model that is fitted already should not have seen. See
+                :mod:`pfm.opponents` for what b means when preferences go round.
             checkpoint: folder for the training state; a fit that was stopped goes on from it.
 
         Raises:
@@ -165,6 +180,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             config = FlowConfig.from_dict(dict(config))
         began = time.perf_counter()
         train, held = _training_sets(encoded, validation, config)
+        if preference is not None:
+            if isinstance(preference, PreferenceModel) and preference.layout is None:
+                preference.fit(train, progress=progress)
+            win, judgement = PreferenceWin.made(preference, encoded, held, config.seed)
+            if config.best_of > 2:
+                train, held = (rescored(part, preference) for part in (train, held))
         device = _device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -198,10 +219,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 flow.context_free, flow.normalizer, WithoutContext(coupling), WithoutContext(check), config,
                 checkpoint=None if folder is None else folder / "context_free", progress=progress,
             ).to_dict()  # fmt: skip
-        head = flow.win.to("cpu").fit(encoded, seed=config.seed)
-        flow.win.to(device)
-        flow.metadata["win"] = head.to_dict()
-        flow.metadata["win_network_kept"] = head.network_kept
+        if preference is None:
+            head = WinHead(flow.dimension, flow.context_dimension)
+            judgement = head.fit(encoded, seed=config.seed).to_dict()
+            flow._set_win(head, judgement)
+        else:
+            flow._set_win(win, judgement)
         flow.metadata["unit_norm"] = _on_unit_sphere(some.chosen, some.rejected, config)
         flow._set_steps(*choose_steps(flow.field, flow.normalizer, check, config))
         flow.metadata["seconds"] = round(time.perf_counter() - began, 3)
@@ -210,6 +233,31 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             remove_checkpoint(folder)
         logger.info("fitted on %d pairs: %s", len(encoded), json.dumps(flow.metadata, default=str))
         return flow.eval()
+
+    def with_preference(self, preference: PreferenceModel, pairs: EncodedPairs) -> PreferenceFlow:
+        """Copy the flow, with b(y|x) from a fitted preference model: gate, guard, selection, slope of b.
+
+        Args:
+            preference: the model.
+            pairs: labelled pairs, best of prompts that the model was not fitted on: they say from which difference in
+                b on it can be trusted, and one member of each is kept as an opponent, a draw of the reference.
+
+        Raises:
+            TypeError: not a preference model. ValueError: it or the pairs are of other shapes than the flow.
+        """
+        for name in ("event_shape", "context_dimension"):
+            ours, theirs = getattr(self, name), getattr(pairs, name)
+            if ours != theirs:
+                raise ValueError(f"pairs must have the flow's {name} {ours}: got {theirs}")
+        win, judgement = PreferenceWin.made(preference, pairs, pairs, self.config.seed)
+        twin = self._copy()
+        twin._set_win(win, judgement)
+        return twin
+
+    def _set_win(self, win: WinHead | PreferenceWin, judgement: dict[str, Any]) -> None:
+        self.win = win.to(self.device)
+        self.metadata["win"] = judgement
+        self.metadata["win_network_kept"] = judgement["network_kept"]
 
     def _set_units(self) -> None:
         for field in (self.field, self.context_free):
@@ -221,27 +269,32 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
     def relabel(
         self,
-        labeller: Labeller,
+        labeller: Labeller | PreferenceModel,
         y: Any,
         other: Any,
         context: Any = None,
         *,
         config: FlowConfig | Mapping[str, Any] | None = None,
+        check: int = 512,
         progress: bool = True,
     ) -> PreferenceFlow:
         """Add a round: carry reference draws through the rounds so far, have them labelled, fit a flow on the labels.
 
         With honest labels and exact flows round n carries to the law of the best of 2^n while preferences are
         transitive. ``transport(mode="relabel")`` passes through all rounds; what :meth:`win_probability` gives
-        stays the chance against the reference itself.
+        stays the chance against the reference itself. Preferences that go round need not converge: the new round is
+        compared with those before it, and a :class:`pfm.rounds.CyclingWarning` says when it beats the last one and
+        yet loses ground against an earlier one; ``metadata["rounds"]`` holds the figures.
 
         Args:
             labeller: labels outputs y, y' (B, \\*D) under contexts (B, C) or None with the probability (B,) that y
-                is preferred, in [0, 1], or with booleans.
+                is preferred, in [0, 1], or with booleans; or a fitted preference model, which gives the round's b too.
             y, other: (B, \\*D) independent draws of the reference, two for each context; better not those of an
                 earlier round.
             context: (B, C), or None as the flow was fitted.
             config: settings of the round; None for this flow's.
+            check: draws, at most, that are labelled again in every comparison of rounds, 2 n - 1 of them for round n;
+                0 for no comparison.
 
         Returns:
             a flow with one more round; this one stays as it is.
@@ -253,14 +306,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         two, _ = self._checked(other, context)
         if len(one) != len(two):
             raise ValueError(f"y and other must hold equally many draws: got {len(one)} and {len(two)}")
+        if isinstance(check, bool) or not isinstance(check, int) or check < 0:
+            raise ValueError(f"check must be a whole number of at least 0: got {check!r}")
+        ask = as_labeller(labeller)
+        draws = one[:check], two[:check], None if contexts is None else contexts[:check]
         one, two = (self.transport(draws, contexts, mode="relabel") for draws in (one, two))
-        label = torch.as_tensor(labeller(one, two, contexts)).float().cpu()
-        if label.shape != (len(one),) or not bool(((label >= 0) & (label <= 1)).all()):
-            raise ValueError(
-                f"labeller must give ({len(one)},) probabilities in [0, 1], or booleans, that y is preferred: got "
-                f"{tuple(label.shape)}"
-                + (f" from {float(label.min()):g} to {float(label.max()):g}" if label.numel() else "")
-            )
+        label = labelled(ask, one, two, contexts)
         first = (label >= 0.5).view(-1, *[1] * len(self.event_shape))
         one, two = one.cpu(), two.cpu()
         hard = bool(((label == 0) | (label == 1)).all())
@@ -268,9 +319,20 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             torch.where(first, one, two), torch.where(first, two, one), None if contexts is None else contexts.cpu(),
             probability=None if hard else torch.maximum(label, 1 - label), encoder=self.metadata.get("encoder"),
         )  # fmt: skip
-        further = PreferenceFlow.fit(pairs, self.config if config is None else config, progress=progress)
+        further = PreferenceFlow.fit(
+            pairs, self.config if config is None else config, progress=progress,
+            preference=labeller if isinstance(labeller, PreferenceModel) else None,
+        )  # fmt: skip
         chain = self._copy()
         chain.later.append(further.to(self.device))
+        if len(draws[0]):
+            ours, theirs = (
+                [draw, *(chain.transport(draw, draws[2], mode="relabel", rounds=n + 1) for n in range(chain.rounds))]
+                for draw in draws[:2]
+            )
+            found = compare_rounds(ours, theirs, ask, draws[2])
+            chain.metadata["rounds"] = [*chain.metadata.get("rounds", []), found.to_dict()]
+            warn_of_cycle(found)
         return chain
 
     def _copy(self) -> PreferenceFlow:
@@ -612,6 +674,28 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         return torch.sigmoid(self.win(y.flatten(1), context))
 
     @torch.no_grad()
+    def candidate_probabilities(self, y: Any, context: Any, prompt: Tensor) -> Tensor:
+        """Give b(y|x) (B,) of the candidates of several prompts, with the other candidates for opponents.
+
+        So it is where a preference model gives b and a prompt has two or more candidates: they are draws of its own
+        reference. Else it is :meth:`win_probability`.
+
+        Args:
+            y: (B, \\*D) candidates. context: as for :meth:`transport`.
+            prompt: (B,) number of each one's prompt.
+        """
+        found = self.win_probability(y, context)
+        if not isinstance(self.win, PreferenceWin):
+            return found
+        y, context = self._checked(y, context)
+        for number in prompt.unique().tolist():
+            rows = (prompt == number).nonzero().flatten().to(self.device)
+            if len(rows) > 1:
+                of_prompt = None if context is None else context[rows]
+                found[rows] = candidate_wins(self.win.model, y[rows], of_prompt)
+        return found
+
+    @torch.no_grad()
     def alignment(self, y: Any, context: Any = None) -> Tensor:
         """Give how far each of one prompt's candidates lies along the flow's displacement of them.
 
@@ -674,6 +758,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
     def _described(self) -> dict[str, Any]:
         metadata = dict(self.metadata)
+        if isinstance(self.win, PreferenceWin):
+            metadata["preference"] = self.win.describe()
         rounds = [self._round(number)._described() for number in range(1, self.rounds)]
         if rounds:
             metadata["later"] = [{name: found[name] for name in ("config", "metadata")} for found in rounds]

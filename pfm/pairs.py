@@ -40,6 +40,7 @@ from pfm.rows import (
     read_parquet,
     reader_for,
     show,
+    vote_counts,
     vote_rows,
     write_lines,
 )
@@ -81,7 +82,10 @@ class PreferencePairs:
 
     Optional columns are ``weight`` (≥ 0, 1 where null), ``probability`` (in [0, 1]: that chosen is the better
     one, 1 where null) and ``group``. All others, ``margin`` among them, are kept in ``extra``; only unpaired rows
-    lose theirs, and the weight of their pairs is the product of the two rows' weights.
+    lose theirs, and the weight of their pairs is the product of the two rows' weights. Two of the others mean
+    something: ``votes``, an object of the counts ``chosen``, ``rejected`` and ``tie``, gives the probability where
+    the row has none, a tie half, and the weight likewise; ``rater`` names who made the row's judgement, and
+    :func:`pfm.preferences.reconcile` joins the rows of one pair by how reliable their raters are.
 
     A row is bad when a column is missing (the prompt too, once a row has one), a text is blank, or both responses
     are the same text. The empty string as a prompt says that there is none; such rows count as one prompt, or as
@@ -279,34 +283,44 @@ class PreferencePairs:
         soft: bool = True,
         weight: str = "total",
         ties: str = "drop",
+        prior: float | None = 0.0,
         group_key: str = "group",
         on_bad_rows: str = "raise",
     ) -> PreferencePairs:
         """Make pairs from rows of counted votes: ``prompt, a, b, votes_a, votes_b`` and, if any, ``votes_tie``.
 
         The side with more votes is chosen. With v₁ ≥ v₂ the votes of the two sides, t the undecided ones and
-        n = v₁ + v₂ + t, the probability is (v₁ + t/2) / n.
+        n = v₁ + v₂ + t, the probability is (v₁ + t/2 + prior) / (n + 2 prior).
 
         Args:
             rows: one row a pair; vote counts are numbers ≥ 0; other columns are kept.
             soft: keep the probability; False takes the majority's word as certain.
-            weight: "total" for n, "margin" for v₁ − v₂, "one" for 1.
+            weight: "total" for n, "margin" for v₁ − v₂, "one" for 1, "effective" for how many single votes on
+                different pairs the n are worth (:func:`pfm.preferences.soft_labels`).
             ties: where v₁ = v₂: "drop" leaves the row out and counts it as ``dropped["tie"]``; "half" keeps it
                 with probability ½ (needs ``soft``).
+            prior: votes for either side that are added to every pair, so that one vote makes nothing certain; None
+                finds how many (:func:`pfm.preferences.fit_prior`).
             group_key: column of what belongs together beyond the prompt.
             on_bad_rows: "raise" or "drop".
 
         Raises:
             PreferenceDataError: a row is bad, has no vote at all, or nothing but ties is left.
         """
-        _check_choice("weight", weight, ("total", "one", "margin"))
+        _check_choice("weight", weight, ("total", "one", "margin", "effective"))
         _check_choice("ties", ties, ("drop", "half"))
         if ties == "half" and not soft:
             raise ValueError('ties="half" needs soft=True: a hard label has no half; use ties="drop"')
+        if prior is not None and not (math.isfinite(prior) and prior >= 0):
+            raise ValueError(f"prior must be a number of votes >= 0, or None to be found, got {prior}")
+        if prior is None:
+            rows = list(rows)
+            prior = _vote_prior(rows)
+        a_priori = prior
         place = "row {n} (rows[{i}])"
 
         def pairs(bad: BadRows) -> NumberedRows:
-            return vote_rows(_numbered(rows), bad, place, soft=soft, weight=weight, ties=ties)
+            return vote_rows(_numbered(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
 
         options: RowOptions = {"group_key": group_key, "on_bad_rows": on_bad_rows}
         way_out = '; ties="half" keeps ties' if ties == "drop" else ""
@@ -594,6 +608,20 @@ def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise TypeError(f"rows must be a list of dictionaries, got {show(rows)}; for a path use from_file")
     return enumerate(rows, 1)
+
+
+def _vote_prior(rows: Sequence[Any]) -> float:
+    """Fit the prior to the rows that are sound; the others are met where rows are read."""
+    from pfm.preferences.votes import fit_prior
+
+    counts = []
+    for row in rows:
+        try:
+            counts.append(vote_counts(row))
+        except PreferenceDataError:
+            continue
+    decided = any(one or two for one, two, _ in counts)
+    return fit_prior(*zip(*counts, strict=True)) if decided else 0.0
 
 
 def _numbers(values: list[float | None]) -> list[float] | None:

@@ -381,18 +381,22 @@ class Refiner:
         texts = [text for result, _ in judged for text in result.candidates]
         vectors = _encoded(self.encoder.encode, texts, self.flow.metadata["dimension"])
         usable = vectors.isfinite().all(dim=1)
+        sizes = torch.tensor([len(result.candidates) for result, _ in judged])
+        of_prompt = torch.arange(len(judged)).repeat_interleave(sizes)
         contexts = context_rows = None
         context_dimension = self.flow.metadata.get("context_dimension")
         if context_dimension:
             encode = getattr(self.encoder, "encode_prompts", self.encoder.encode)
             contexts = _encoded(encode, [key for _, key in judged], context_dimension)
-            sizes = torch.tensor([len(result.candidates) for result, _ in judged])
-            context_rows = contexts.repeat_interleave(sizes, dim=0)
+            context_rows = contexts[of_prompt]
             usable &= context_rows.isfinite().all(dim=1)
             context_rows = context_rows[usable]
         probabilities = np.full(len(texts), np.nan)
         if usable.any():
-            found = self.flow.win_probability(vectors[usable], context_rows)
+            if isinstance(self.decoder, Select) and hasattr(self.flow, "candidate_probabilities"):
+                found = self.flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable])
+            else:  # texts that a decoder adds later are to be compared with these: against the reference alike
+                found = self.flow.win_probability(vectors[usable], context_rows)
             probabilities[usable.numpy()] = found.detach().cpu().double().numpy()
         return vectors, contexts, probabilities
 

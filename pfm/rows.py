@@ -569,8 +569,12 @@ class RowParser:
                 reason="identical pair",
             )
         extra = {name: value for name, value in row.items() if name not in self._used}
-        probability = optional_number(row, "probability", highest=1.0)
-        columns.add(prompt, chosen, rejected, self._weight(row), probability, self._group(row), extra)
+        probability, weight = optional_number(row, "probability", highest=1.0), self._weight(row)
+        votes = extra.get("votes")
+        if probability is None and isinstance(votes, Mapping) and {"chosen", "rejected"} <= votes.keys():
+            probability, total = _voted(votes)
+            weight = total if weight is None else weight
+        columns.add(prompt, chosen, rejected, weight, probability, self._group(row), extra)
 
     def _prompt(self, row: Mapping[str, Any]) -> Text | None:
         column = self.prompt_key
@@ -642,6 +646,15 @@ class RowParser:
             columns.add(rated.prompt, chosen, rejected, weight, group=rated.group)
 
 
+def _voted(votes: Mapping[str, Any]) -> tuple[float, float]:
+    """Give the share of votes for chosen, a tie half, and their number, of a row's column ``votes``."""
+    counts = [optional_number(votes, name) or 0.0 for name in ("chosen", "rejected", "tie")]
+    total = sum(counts)
+    if not total:
+        raise PreferenceDataError("nobody voted; expected at least one vote", reason="no votes", column="votes")
+    return (counts[0] + counts[2] / 2) / total, total
+
+
 @dataclass
 class _Rated:
     """Completions of one prompt with their weights, by label; ``number`` is the prompt's first row."""
@@ -676,23 +689,14 @@ def separate(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, T
 
 
 def vote_rows(
-    rows: NumberedRows, bad: BadRows, place: str, *, soft: bool, weight: str, ties: str
+    rows: NumberedRows, bad: BadRows, place: str, *, soft: bool, weight: str, ties: str, prior: float
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Turn rows of vote counts into rows with chosen, rejected, weight and (if ``soft``) probability."""
     for number, row in rows:
         where = place.format(n=number, i=number - 1)
         try:
-            if not isinstance(row, Mapping):
-                raise PreferenceDataError(f"got {show(row)}; expected an object with columns", reason="wrong type")
+            votes_a, votes_b, votes_tie = vote_counts(row)
             a, b = response(row, "a"), response(row, "b")
-            require(row, "votes_a")
-            require(row, "votes_b")
-            votes_a = optional_number(row, "votes_a") or 0.0
-            votes_b = optional_number(row, "votes_b") or 0.0
-            votes_tie = optional_number(row, "votes_tie") or 0.0
-            total = votes_a + votes_b + votes_tie
-            if not total:
-                raise PreferenceDataError("nobody voted; expected at least one vote", reason="no votes")
         except PreferenceDataError as error:
             bad.meet(error, where)
             continue
@@ -701,10 +705,25 @@ def vote_rows(
             continue
         pair = {name: value for name, value in row.items() if name not in _VOTE_COLUMNS}
         pair["chosen"], pair["rejected"] = (a, b) if votes_a >= votes_b else (b, a)
-        pair["weight"] = {"total": total, "one": 1.0, "margin": abs(votes_a - votes_b)}[weight]
+        total = votes_a + votes_b + votes_tie
+        shared = 1 + max(total - 1, 0) / (2 * prior + 1)
+        worth = {"total": total, "one": 1.0, "margin": abs(votes_a - votes_b), "effective": total / shared}
+        pair["weight"] = worth[weight]
         if soft:
-            pair["probability"] = (max(votes_a, votes_b) + votes_tie / 2) / total
+            pair["probability"] = (max(votes_a, votes_b) + votes_tie / 2 + prior) / (total + 2 * prior)
         yield number, pair
+
+
+def vote_counts(row: Any) -> tuple[float, float, float]:
+    """Give the votes for a, for b, and undecided ones, of a row that must have some."""
+    if not isinstance(row, Mapping):
+        raise PreferenceDataError(f"got {show(row)}; expected an object with columns", reason="wrong type")
+    require(row, "votes_a")
+    require(row, "votes_b")
+    a, b, tie = (optional_number(row, name) or 0.0 for name in ("votes_a", "votes_b", "votes_tie"))
+    if not a + b + tie:
+        raise PreferenceDataError("nobody voted; expected at least one vote", reason="no votes")
+    return a, b, tie
 
 
 _VOTE_COLUMNS = {"a", "b", "votes_a", "votes_b", "votes_tie", "weight", "probability", "chosen", "rejected"}

@@ -23,20 +23,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.encoded import EncodedPairs, PairBatch
-from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+from pfm.preferences.coordinates import Coordinates
+from pfm.preferences.crossvalidation import Search, deal_folds
+from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss
+from pfm.preferences.networks import Perceptron, train_network
 
-__all__ = ["WinFit", "WinHead"]
+__all__ = ["WinFit", "WinHead", "confirmed_margin"]
 
-PENALTIES = (1e-1, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)  # from strong to weak: each start is the last solution
-PRODUCT_SCALES = (
-    0.0,
-    0.05,
-    0.1,
-)  # of a product of two unit-variance components, against |y| of unit mean square
-COMPONENTS = 8
-FOLDS = 5
-AVERAGED = 4
-CV_PAIRS = 20_000
+PRODUCT_SCALES = (0.0, 0.05, 0.1)  # of a product of two unit-variance components, against |y| of unit mean square
 FIT_PAIRS = 30_000
 
 
@@ -69,35 +63,22 @@ class WinHead(nn.Module):
 
     def __init__(self, dimension: int, context_dimension: int, hidden: int = 64) -> None:
         super().__init__()
-        components = min(COMPONENTS, dimension)
-        products = components * (components + 1) // 2
+        self.coordinates = Coordinates(dimension)
         for name, value in {
-            "mean": torch.zeros(dimension),
-            "scale": torch.ones(()),
-            "axes": torch.zeros(dimension, components),
-            "product_mean": torch.zeros(products),
             "weights": torch.zeros(dimension),
-            "product_weights": torch.zeros(products),
+            "product_weights": torch.zeros(self.coordinates.products),
             "context_mean": torch.zeros(context_dimension),
             "context_weights": torch.zeros(context_dimension),
             "slope": torch.zeros(()),
             "offset": torch.zeros(()),
             "gain": torch.zeros(()),
             "margin": torch.tensor(math.inf),
-            "spread": torch.ones(dimension),
             "context_spread": torch.ones(context_dimension),
         }.items():
             self.register_buffer(name, value)
-        self.network: nn.Sequential | None = nn.Sequential(
-            nn.Linear(dimension + context_dimension, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
-            nn.Linear(hidden, 1),
-        )  # fmt: skip
+        self.network: Perceptron | None = Perceptron(dimension + context_dimension, hidden, 1)
 
     # The buffers, typed.
-    mean: Tensor
-    scale: Tensor
-    axes: Tensor
-    product_mean: Tensor
     weights: Tensor
     product_weights: Tensor
     context_mean: Tensor
@@ -106,7 +87,6 @@ class WinHead(nn.Module):
     offset: Tensor
     gain: Tensor
     margin: Tensor
-    spread: Tensor
     context_spread: Tensor
 
     def drop_network(self) -> None:
@@ -123,52 +103,47 @@ class WinHead(nn.Module):
 
     def reward(self, y: Tensor) -> Tensor:
         """Give the Bradley-Terry reward (B,) of outputs y (B, D), before calibration."""
-        linear, products = self._features(y)
+        linear, products = self.coordinates(y)
         return linear @ self.weights + products @ self.product_weights
 
     def _reference_reward(self, context: Tensor | None) -> Tensor | float:
         return 0.0 if context is None else (context - self.context_mean) @ self.context_weights
 
     def _inputs(self, y: Tensor, context: Tensor | None) -> Tensor:
-        inputs = (y - self.mean) / self.spread
+        inputs = self.coordinates.standardised(y)
         if context is None:
             return inputs
         return torch.cat([inputs, (context - self.context_mean) / self.context_spread], dim=-1)
-
-    def _features(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        linear = (y - self.mean) / self.scale
-        # Clipped, so that one outlying text does not dominate a product.
-        leading = (linear @ self.axes).clamp(-4, 4)
-        first, second = torch.triu_indices(leading.shape[-1], leading.shape[-1], device=y.device)
-        return linear, leading[..., first] * leading[..., second] - self.product_mean
 
     @torch.no_grad()
     def fit(self, pairs: EncodedPairs, *, seed: int = 0, network: bool = True) -> WinFit:
         """Fit all parts of the head on labelled pairs.
 
         Predictions used for calibration, margin and figures come from models that did not see their prompts
-        (:data:`FOLDS`-fold over prompts; over pairs when there is one prompt only).
+        (five-fold over prompts; over pairs when there is one prompt only).
         """
         generator = torch.Generator().manual_seed(seed)
         index = torch.arange(len(pairs))
         if len(pairs) > FIT_PAIRS:
             index = torch.randperm(len(pairs), generator=generator)[:FIT_PAIRS]
         batch, group = pairs.gather(index), pairs.group[index]
-        fold = _folds(group, generator)
-        self._set_coordinates(batch)
-        linear_a, products_a = self._features(batch.chosen)
-        linear_b, products_b = self._features(batch.rejected)
-        problem = _Problem(linear_a - linear_b, products_a - products_b, batch.weight, batch.probability)
-
-        settings, fold_weights = _cross_validate(problem, fold)
+        fold = deal_folds(group, generator)
+        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]))
+        if batch.context is not None:
+            self.context_mean.copy_(batch.context.mean(0))
+            self.context_spread.copy_(batch.context.std(0, correction=0).clamp_min(1e-6))
+        linear_a, products_a = self.coordinates(batch.chosen)
+        linear_b, products_b = self.coordinates(batch.rejected)
+        search = Search((linear_a - linear_b, products_a - products_b), batch.weight, batch.probability, fold)
+        search.over([(scale,) for scale in PRODUCT_SCALES])
+        settings = search.best()
         loose_a, loose_b = torch.zeros(len(index)), torch.zeros(len(index))
-        for number, (weights, product_weights) in fold_weights.items():
+        for number in fold.unique().tolist():
             part = fold == number
+            weights, product_weights = search.weights(settings, number)
             loose_a[part] = linear_a[part] @ weights + products_a[part] @ product_weights
             loose_b[part] = linear_b[part] @ weights + products_b[part] @ product_weights
-        every = torch.ones_like(fold, dtype=torch.bool)
-        fits = [problem.solver(every, scale).fit(penalty, iterations=100) for penalty, scale in settings]
-        weights, product_weights = problem.average(fits, settings)
+        weights, product_weights = search.refit(settings)
         self.weights.copy_(weights)
         self.product_weights.copy_(product_weights)
 
@@ -195,25 +170,10 @@ class WinHead(nn.Module):
         gap, weight, probability = (column[seen_by_none] for column in (gap, batch.weight, batch.probability))
         accuracy = _accuracy(gap, weight, probability)
         z = standard_errors(_agreement(gap, weight, probability), group[seen_by_none])
-        self.margin.fill_(_confirmed_margin(gap, weight, probability) if z > CONFIRMED else math.inf)
+        self.margin.fill_(confirmed_margin(gap, weight, probability) if z > CONFIRMED else math.inf)
         loss = pairwise_log_loss((logit[0] - logit[1])[seen_by_none], weight, probability)
-        return WinFit(settings, accuracy, loss, z, self.network is not None, network_gain)
-
-    def _set_coordinates(self, batch: PairBatch) -> None:
-        both = torch.cat([batch.chosen, batch.rejected])
-        self.mean.copy_(both.mean(0))
-        centred = both - self.mean
-        self.scale.copy_(centred.square().sum(1).mean().sqrt().clamp_min(1e-12))
-        self.spread.copy_(centred.square().mean(0).sqrt().clamp_min(1e-6 * float(self.scale)))
-        centred = centred / self.scale
-        values, vectors = torch.linalg.eigh((centred.T @ centred).double() / len(centred))
-        leading = values.flip(0)[: self.axes.shape[1]].clamp_min(1e-12)
-        self.axes.copy_(vectors.flip(1)[:, : self.axes.shape[1]] / leading.sqrt())
-        self.product_mean.zero_()
-        self.product_mean.copy_(self._features(both)[1].mean(0))
-        if batch.context is not None:
-            self.context_mean.copy_(batch.context.mean(0))
-            self.context_spread.copy_(batch.context.std(0, correction=0).clamp_min(1e-6))
+        pairs_of = [(penalty, scale) for penalty, scale in settings]
+        return WinFit(pairs_of, accuracy, loss, z, self.network is not None, network_gain)
 
     def _fit_reference_reward(self, context: Tensor | None, reward: Tensor, fold: Tensor) -> Tensor:
         """Regress the reference's mean reward on the context; give its out-of-fold predictions (N,)."""
@@ -258,8 +218,14 @@ class WinHead(nn.Module):
         """
         assert self.network is not None
         inputs = torch.stack([self._inputs(batch.chosen, batch.context), self._inputs(batch.rejected, batch.context)])
-        _train_network(self.network, inputs, logit, label, batch.weight, held_out, generator)
-        correction = self.network(inputs).squeeze(-1)
+        network = self.network
+
+        def error(index: Tensor) -> Tensor:
+            value = network(inputs[:, index]).squeeze(-1) + logit[:, index]
+            return binary_cross_entropy_with_logits(value, label[:, index], reduction="none").mean(0)
+
+        train_network(network, network.restart, error, batch.weight, held_out, generator)
+        correction = network(inputs).squeeze(-1)
 
         def loss(gain: float) -> Tensor:
             fuller = (logit + gain * correction)[:, held_out]
@@ -282,75 +248,6 @@ class WinHead(nn.Module):
         return gain * correction, float(better.sum() / batch.weight[held_out].sum())
 
 
-@dataclass
-class _Problem:
-    """Holds the pairwise regression in its two blocks of features, linear and products."""
-
-    linear: Tensor
-    products: Tensor
-    weight: Tensor
-    probability: Tensor
-
-    def solver(self, part: Tensor, product_scale: float) -> PairwiseLogistic:
-        rows = self.rows(product_scale)[part]
-        return PairwiseLogistic(rows, self.weight[part], self.probability[part])
-
-    def rows(self, product_scale: float) -> Tensor:
-        return torch.cat([self.linear, self.products * product_scale], dim=1) if product_scale else self.linear
-
-    def average(self, fits: list[Tensor], settings: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-        """Give the mean weights of both blocks over fits at (penalty, product scale)."""
-        linear, products = self.linear.shape[1], self.products.shape[1]
-        mean, product_mean = torch.zeros(linear), torch.zeros(products)
-        for weights, (_, scale) in zip(fits, settings, strict=True):
-            mean += weights[:linear] / len(fits)
-            if scale:
-                product_mean += weights[linear:] * scale / len(fits)
-        return mean, product_mean
-
-
-def _cross_validate(
-    problem: _Problem, fold: Tensor
-) -> tuple[list[tuple[float, float]], dict[int, tuple[Tensor, Tensor]]]:
-    """Choose the settings (penalty, product scale) of least log loss on left-out prompts.
-
-    Returns the :data:`AVERAGED` best, whose mean predicts left-out prompts better than the best alone does, and for
-    each fold the mean weights of their fits on the other folds.
-    """
-    if len(fold) > CV_PAIRS:  # whole folds thinned alike: every prompt stays in its fold
-        keep = torch.arange(len(fold)) % -(-len(fold) // CV_PAIRS) == 0
-        problem = _Problem(*(column[keep] for column in vars(problem).values()))
-        fold = fold[keep]
-    numbers = fold.unique().tolist()
-    loss: dict[tuple[float, float], float] = {}
-    fits: dict[tuple[float, float], list[Tensor]] = {}
-    for scale in PRODUCT_SCALES:
-        rows = problem.rows(scale)
-        for number in numbers:
-            part = fold == number
-            solver = problem.solver(~part, scale)
-            for penalty in PENALTIES:
-                weights = solver.fit(penalty)
-                total = pairwise_log_loss(rows[part] @ weights, problem.weight[part], problem.probability[part])
-                setting = penalty, scale
-                loss[setting] = loss.get(setting, 0.0) + total * float(problem.weight[part].sum())
-                fits.setdefault(setting, []).append(weights)
-    best = sorted(loss, key=lambda setting: loss[setting])[:AVERAGED]
-    return best, {
-        number: problem.average([fits[setting][place] for setting in best], best)
-        for place, number in enumerate(numbers)
-    }
-
-
-def _folds(group: Tensor, generator: torch.Generator) -> Tensor:
-    """Deal the prompts (pairs, when there is one prompt) into folds; give each pair's fold (N,)."""
-    names, member = torch.unique(group, return_inverse=True)
-    if len(names) < 2:
-        names, member = torch.arange(len(group)), torch.arange(len(group))
-    place = torch.randperm(len(names), generator=generator) % min(FOLDS, max(len(names), 1))
-    return place[member]
-
-
 def _normal_equations(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return inputs.T @ inputs / len(inputs), inputs.T @ target / len(inputs)
 
@@ -362,58 +259,6 @@ def _ridge(system: tuple[Tensor, Tensor], penalty: float) -> Tensor:
     return torch.linalg.solve(gram, cross)
 
 
-def _train_network(
-    network: nn.Sequential,
-    inputs: Tensor,
-    logit: Tensor,
-    label: Tensor,
-    weight: Tensor,
-    held_out: Tensor,
-    generator: torch.Generator,
-    updates: int = 1500,
-    rows: int = 512,
-) -> None:
-    """Fit the network to the logits' errors by AdamW with early stopping on the held-out pairs, in place."""
-    seed = int(torch.randint(2**31, (1,), generator=generator))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
-        for module in network:
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        last = network[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        train = (~held_out).nonzero().flatten()
-        if len(train) == 0 or not bool(held_out.any()):
-            return
-        check = held_out.nonzero().flatten()[:4096]
-        optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, weight_decay=1e-2, fused=True)
-        best, kept, patience = math.inf, {}, 0
-        for update in range(updates):
-            if update % 50 == 0:
-                with torch.no_grad():
-                    value = network(inputs[:, check]).squeeze(-1) + logit[:, check]
-                    each = binary_cross_entropy_with_logits(value, label[:, check], reduction="none")
-                    loss = float((each * weight[check]).mean())
-                if loss < best:
-                    best, patience = loss, 0
-                    kept = {name: value.detach().clone() for name, value in network.state_dict().items()}
-                else:
-                    patience += 1
-                    if patience >= 10:
-                        break
-            for group in optimizer.param_groups:
-                group["lr"] = 4e-3 * (1 + math.cos(math.pi * update / updates)) / 2
-            some = train[torch.randint(len(train), (rows // 2,), generator=generator)]
-            value = network(inputs[:, some]).squeeze(-1) + logit[:, some]
-            each = binary_cross_entropy_with_logits(value, label[:, some], reduction="none")
-            optimizer.zero_grad()
-            (each * weight[some]).mean().backward()
-            optimizer.step()
-        network.load_state_dict(kept)
-
-
 def _accuracy(gap: Tensor, weight: Tensor, probability: Tensor) -> float:
     """Give the weighted share of pairs whose order agrees with the label, ties half."""
     return float(0.5 + 0.5 * (_agreement(gap, weight, probability)).sum() / weight.sum())
@@ -423,7 +268,7 @@ def _agreement(gap: Tensor, weight: Tensor, probability: Tensor) -> Tensor:
     return (2 * probability - 1) * torch.sign(gap) * weight
 
 
-def _confirmed_margin(gap: Tensor, weight: Tensor, probability: Tensor, bins: int = 10) -> float:
+def confirmed_margin(gap: Tensor, weight: Tensor, probability: Tensor, bins: int = 10) -> float:
     """Give the smallest difference in b from which on every larger one is right more often than not.
 
     The pairs are cut into equally filled bins of |gap|; from the largest gaps downwards, bins are taken as long

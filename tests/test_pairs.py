@@ -647,7 +647,7 @@ def test_bad_vote_options():
         PreferencePairs.from_votes(VOTES[2:])
     with pytest.raises(ValueError, match=r'ties="half" needs soft=True'):
         PreferencePairs.from_votes(VOTES, soft=False, ties="half")
-    with pytest.raises(ValueError, match="weight must be one of 'total', 'one', 'margin', got 'sum'"):
+    with pytest.raises(ValueError, match="weight must be one of 'total', 'one', 'margin', 'effective', got 'sum'"):
         PreferencePairs.from_votes(VOTES, weight="sum")
 
 

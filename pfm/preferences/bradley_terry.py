@@ -1,63 +1,125 @@
-"""Bradley-Terry preference model: P(y > y') = sigmoid(r(y) - r(y')) with a linear reward r."""
+"""Bradley-Terry preference model: P(y > y') = sigmoid(r(y) - r(y')) with a reward r, linear or a network's."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pfm.encoded import EncodedPairs, as_float_tensor
-from pfm.preferences.logistic import PairwiseLogistic
+from pfm.encoded import EncodedPairs
+from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
+from pfm.preferences.correction import Correction, component_axes, fit_correction
+from pfm.preferences.crossvalidation import deal_folds
+from pfm.preferences.logistic import PairwiseLogistic, fit_temperature
 
 __all__ = ["BradleyTerry"]
 
+NETWORK_INPUTS = 64  # components of an output that the network reads
 
-class BradleyTerry:
-    """Scores outputs with a linear Bradley-Terry reward (Bradley & Terry 1952), by penalised likelihood.
 
-    The context plays no part: within a prompt a linear term in it cancels.
+class BradleyTerry(PreferenceModel):
+    """Scores outputs with a Bradley-Terry reward (Bradley & Terry 1952), by penalised likelihood.
+
+    The reward is linear, and the context then plays no part: within a prompt a linear term in it cancels. ``hidden``
+    adds a network in y and x to it, as far as held-out prompts confirm it. A linear reward is not calibrated by
+    itself: its fit takes the training pairs at their word; :meth:`calibrate`, or ``fit(pairs, validation)``, does it.
 
     Args:
         l2: penalty on the weights, in units of the outputs' mean squared distance from their mean.
+        hidden: width of the network; 0 for none.
+        seed: of the network.
     """
 
-    def __init__(self, l2: float = 1e-4) -> None:
+    mean: Tensor
+    weights: Tensor
+    slope: Tensor
+
+    def __init__(self, l2: float = 1e-4, *, hidden: int = 0, seed: int = 0) -> None:
         if not l2 > 0:
             raise ValueError(f"l2 must be positive: got {l2}")
-        self.l2 = l2
-        self._weights: Tensor | None = None
-        self._mean = torch.zeros(0)
+        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 0:
+            raise ValueError(f"hidden must be a whole number of at least 0: got {hidden!r}")
+        super().__init__()
+        self.l2, self.hidden, self.seed = l2, hidden, seed
 
-    def fit(self, pairs: EncodedPairs) -> BradleyTerry:
-        """Fit on labelled pairs and return the model itself."""
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments of the constructor."""
+        return {"l2": self.l2, "hidden": self.hidden, "seed": self.seed}
+
+    def _build(self, dimension: int, contexts: int = 0, network: dict[str, int] | None = None) -> None:
+        self.dimension, self.context_dimension = dimension, contexts if network else 0
+        self.register_buffer("mean", torch.zeros(dimension))
+        self.register_buffer("weights", torch.zeros(dimension))
+        self.register_buffer("slope", torch.ones(()))
+        self.network = None if network is None else Correction(dimension, contexts, **network, **self._shape())
+
+    def _shape(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "blocks": 0, "reward": True}
+
+    @torch.no_grad()
+    def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> Self:
+        """Fit on labelled pairs and return the model itself.
+
+        ``validation`` sets the temperature, and with ``hidden`` judges the network; without it one prompt in five does
+        the latter.
+        """
+        check_pairs(pairs, validation)
         batch = pairs.gather(torch.arange(len(pairs)))
-        self._mean = (batch.chosen.mean(0) + batch.rejected.mean(0)) / 2
-        scale = (batch.chosen - self._mean).square().sum(1).mean().sqrt().clamp_min(1e-12)
+        self._ready(dimension=pairs.dimension, contexts=pairs.context_dimension, network=None)
+        self.mean.copy_((batch.chosen.mean(0) + batch.rejected.mean(0)) / 2)
+        scale = (batch.chosen - self.mean).square().sum(1).mean().sqrt().clamp_min(1e-12)
+        difference = (batch.chosen - batch.rejected) / scale
         soft = None if pairs.probability is None else batch.probability
-        solver = PairwiseLogistic((batch.chosen - batch.rejected) / scale, batch.weight, soft)
-        self._weights = solver.fit(self.l2, iterations=100) / scale
+        self.weights.copy_(PairwiseLogistic(difference, batch.weight, soft).fit(self.l2, iterations=100) / scale)
+        if self.hidden:
+            self._fit_network(pairs, validation, difference)
+        if validation is not None:
+            self.calibrate(validation)
         return self
 
+    def _fit_network(self, pairs: EncodedPairs, validation: EncodedPairs | None, difference: Tensor) -> None:
+        """Fit the network to what the linear reward, fitted without each pair's prompt, leaves."""
+        generator = torch.Generator().manual_seed(self.seed)
+        batch, group = pairs.gather(torch.arange(len(pairs))), pairs.group
+        fold = deal_folds(group, generator)
+        score = torch.zeros(len(fold))
+        for number in fold.unique().tolist():
+            out = fold == number
+            if not bool(out.all()):
+                solver = PairwiseLogistic(difference[~out], batch.weight[~out], batch.probability[~out])
+                score[out] = difference[out] @ solver.fit(self.l2)
+        held_out = fold == 0
+        if validation is not None:
+            held = validation.gather(torch.arange(len(validation)))
+            score = torch.cat([score, (held.chosen - held.rejected) @ self.weights])
+            batch, group = batch.joined(held), torch.cat([group, validation.group + 1 + int(group.max())])
+            held_out = torch.arange(len(score)) >= len(fold)
+        if bool(held_out.all()):
+            return
+        slope = fit_temperature(score, batch.probability, batch.weight)
+        one, other = batch.chosen - self.mean, batch.rejected - self.mean
+        axes = component_axes(torch.cat([one, other]), NETWORK_INPUTS)
+        fitted = fit_correction(one, other, axes, batch, slope * score, held_out, group, generator, **self._shape())
+        self.weights *= slope
+        self.network = fitted.network
+        self.found = {"network": fitted.network is not None, "network_gain": fitted.gain}
+        if fitted.network is not None:
+            assert self.layout is not None
+            self.layout["network"] = fitted.network.sizes
+            self.context_dimension = self.layout["contexts"]
+
+    def _rescale(self, slope: float) -> None:
+        self.slope *= slope
+
     def reward(self, y: Any, context: Any = None) -> Tensor:
-        """Give the reward (B,), in log-odds, of outputs y (B, \\*D)."""
-        if self._weights is None:
-            raise RuntimeError("BradleyTerry is not fitted: call fit(pairs) first")
-        y = as_float_tensor("y", y).float().flatten(1)
-        if y.shape[1] != len(self._weights):
-            raise ValueError(f"y must have {len(self._weights)} values a row: got {y.shape[1]}")
-        return (y - self._mean) @ self._weights
+        """Give the reward (B,), in log-odds, of outputs y (B, \\*D), under contexts (B, C) if a network reads them."""
+        y, context = self._checked("y", y, context)
+        return self.embed(y, context).reward
 
-    def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
-        return self.reward(y) - self.reward(other)
-
-    def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y (B, D) is preferred to its opponents, (M, D) or (B, M, D)."""
-        opponents = as_float_tensor("opponents", opponents).float()
-        mine = self.reward(y)
-        if opponents.ndim == 3:
-            theirs = self.reward(opponents.flatten(0, 1)).unflatten(0, opponents.shape[:2])
-        else:
-            theirs = self.reward(opponents)[None, :]
-        return torch.sigmoid(mine[:, None] - theirs).mean(1)
+    def embed(self, y: Tensor, context: Tensor | None) -> Embedded:
+        """Embed outputs (B, D) by their reward alone."""
+        reward = (y - self.mean) @ self.weights
+        if self.network is not None:
+            reward = reward + self.network(y - self.mean, context).reward
+        return Embedded(reward * self.slope, y.new_zeros(*y.shape[:-1], 0))

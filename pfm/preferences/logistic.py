@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-__all__ = ["PairwiseLogistic", "drawn_in", "fit_platt", "pairwise_log_loss"]
+__all__ = ["PairwiseLogistic", "drawn_in", "fit_platt", "fit_temperature", "pairwise_log_loss"]
 
 
 class PairwiseLogistic:
@@ -115,3 +115,12 @@ def fit_platt(score: Tensor, label: Tensor, weight: Tensor | None = None) -> tup
     if at[0] <= 0:
         return 0.0, 0.0
     return float(at[0]) / spread, float(at[1])
+
+
+def fit_temperature(score: Tensor, probability: Tensor, weight: Tensor) -> float:
+    """Fit the factor >= 0 by which score differences (N,) become log-odds of the soft labels (N,).
+
+    Both orders of a pair count, so that :func:`fit_platt` finds no offset.
+    """
+    label = drawn_in(probability)
+    return fit_platt(torch.cat([score, -score]), torch.cat([label, 1 - label]), weight.repeat(2))[0]

@@ -7,29 +7,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.encoded import EncodedPairs, as_float_tensor
+from pfm.encoded import EncodedPairs
+from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 
 __all__ = ["MeanShift"]
 
 
-class MeanShift:
+class MeanShift(PreferenceModel):
     """Scores outputs by their projection on E[y+ - y-], the mean of chosen minus rejected outputs.
 
     A soft label p points p of the way forward and 1 - p back. Of all directions of one length it is the one along
     which winners lead losers most on average; it is the first step of :class:`BradleyTerry` from weight 0 too, whose
-    gradient there is -E[y+ - y-] / 2. The context plays no part.
+    gradient there is -E[y+ - y-] / 2. The context plays no part, and the score's unit is that of squared outputs:
+    what it gives as log-odds is not calibrated.
     """
 
-    def __init__(self) -> None:
-        self._direction: Tensor | None = None
+    _direction: Tensor
 
-    def fit(self, pairs: EncodedPairs) -> MeanShift:
-        """Average the labelled pairs' differences by their weights, and return the model itself."""
+    def _build(self, dimension: int) -> None:
+        self.dimension = dimension
+        self.register_buffer("_direction", torch.zeros(dimension))
+
+    def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> MeanShift:
+        """Average the labelled pairs' differences by their weights, and return the model itself.
+
+        There is nothing to decide: ``validation`` and ``progress`` change nothing.
+        """
+        check_pairs(pairs, validation)
         weight = torch.ones(len(pairs)) if pairs.weight is None else pairs.weight
         forward = weight if pairs.probability is None else weight * (2 * pairs.probability - 1)
         difference = (pairs.chosen - pairs.rejected).flatten(1).double()
-        self._direction = (forward.double() @ difference / weight.double().sum()).float()
+        self._ready(dimension=pairs.dimension)
+        self._direction.copy_(forward.double() @ difference / weight.double().sum())
         return self
+
+    def _rescale(self, slope: float) -> None:
+        self._direction *= slope
 
     @property
     def direction(self) -> Tensor:
@@ -38,17 +51,15 @@ class MeanShift:
         Raises:
             RuntimeError: the model is not fitted.
         """
-        if self._direction is None:
+        if self.layout is None:
             raise RuntimeError("MeanShift is not fitted: call fit(pairs) first")
         return self._direction
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
         """Give the projections (B,) of outputs y (B, \\*D), in squared units of the outputs."""
-        y = as_float_tensor("y", y).float().flatten(1)
-        if y.shape[1] != len(self.direction):
-            raise ValueError(f"y must have {len(self.direction)} values a row: got {y.shape[1]}")
+        y, _ = self._checked("y", y, None)
         return y @ self.direction
 
-    def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give by how much y (B, \\*D) lies further along the direction than other (B, \\*D), (B,)."""
-        return self.reward(y) - self.reward(other)
+    def embed(self, y: Tensor, context: Tensor | None) -> Embedded:
+        """Embed outputs (B, D) by their projection alone."""
+        return Embedded(y @ self._direction, y.new_zeros(*y.shape[:-1], 0))

@@ -1,0 +1,404 @@
+"""Composition: one flow made of several at run time, v(t, y | x) = sum over k of w_k v_k(t, y | x).
+
+Every v_k was fitted on its own, for a taste, a criterion or a group of raters. Weights sum to 1, and then:
+
+- at t = 0 the sum is exactly the field of pairs whose labels come from a taste drawn with the weights; later it is not,
+  since that field weighs each v_k by how dense its own paths are at (t, y), w_k rho_k / sum_j w_j rho_j;
+- where all fields share their slope in y, v_k = A(t) y + c_k(t), a pass moves every output by the weighted sum of what
+  the flows move it by alone, T(y) - y = sum_k w_k (T_k(y) - y). The closed-form fields of tastes on one Gaussian
+  reference share it up to the squares of the displacements; of other fields this holds to first order in them;
+- sum_k w_k b_k is exactly the chance to beat a reference draw by the taste that is drawn.
+
+So the law that a composed pass reaches is not a stated one: :meth:`Composition.trade_off` measures what it is worth.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pfm.encoded import as_float_tensor, check_finite
+from pfm.errors import NonFiniteWarning
+from pfm.fields import Velocity
+from pfm.flow import PreferenceFlow
+from pfm.transport import integrate
+
+__all__ = ["Composition", "TradeOff", "check_weights", "compose", "simplex"]
+
+CHUNK = 1024
+TOLERANCE = 1e-4  # of the weights' sum from 1
+
+WinProbability = Callable[[Tensor, Tensor | None], Tensor]
+"""Gives for outputs y (B, \\*D) under contexts (B, C) or None the chance (B,) to beat a draw of the reference."""
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """Holds what compositions reach for each of K tastes.
+
+    Attributes:
+        weights: (M, K), one row a composition.
+        win: (M, K) mean chance, by each taste, that a moved output beats a draw of the reference.
+        moved: (M,) mean distance by which outputs were moved.
+        names: of the tastes.
+    """
+
+    weights: Tensor
+    win: Tensor
+    moved: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def worst(self) -> Tensor:
+        """Give the chance for the worst-off taste (M,)."""
+        return self.win.amin(1)
+
+    @property
+    def average(self) -> Tensor:
+        """Give the chance averaged over tastes (M,)."""
+        return self.win.mean(1)
+
+    @property
+    def maxmin(self) -> int:
+        """Give the number of the composition that is best for its worst-off taste (MaxMin)."""
+        return int(self.worst.argmax())
+
+    @property
+    def best_average(self) -> int:
+        """Give the number of the composition that is best on average over tastes."""
+        return int(self.average.argmax())
+
+    def rows(self) -> list[dict[str, float]]:
+        """Give one dict a composition: weight and win by taste, worst, average, moved."""
+        return [
+            {f"weight {name}": float(w) for name, w in zip(self.names, weights, strict=True)}
+            | {f"win {name}": float(b) for name, b in zip(self.names, win, strict=True)}
+            | {"worst": float(win.min()), "average": float(win.mean()), "moved": float(moved)}
+            for weights, win, moved in zip(self.weights, self.win, self.moved, strict=True)
+        ]
+
+    def plot(self, axes: Any) -> None:
+        """Draw the curve of the first two tastes on matplotlib axes, with the MaxMin and the best average marked."""
+        order = self.weights[:, 0].argsort()
+        first, second = self.win[order, 0].tolist(), self.win[order, 1].tolist()
+        axes.plot(first, second, "o-" if len(self.names) == 2 else "o", markersize=3, color="tab:blue")
+        for number, marker, label in (
+            (self.maxmin, "s", "best for the worst-off"),
+            (self.best_average, "*", "best on average"),
+        ):
+            axes.plot(*self.win[number, :2].tolist(), marker, markersize=9, fillstyle="none", label=label)
+        axes.set_xlabel(f"chance to beat the reference, {self.names[0]}")
+        axes.set_ylabel(f"chance to beat the reference, {self.names[1]}")
+        axes.legend(frameon=False)
+
+
+class Composition:
+    """Moves outputs by a weighted sum of fitted flows' velocities; made by :func:`compose`.
+
+    Args:
+        flows: K flows of outputs of one shape, each with or without contexts of one dimension.
+        weights: (K,) at least 0, with sum 1.
+        names: of the flows; None for their numbers.
+    """
+
+    def __init__(self, flows: Sequence[PreferenceFlow], weights: Any, names: Sequence[str] | None = None) -> None:
+        self.flows = tuple(flows)
+        _check_flows(self.flows)
+        self.weights = check_weights("weights", weights, len(self.flows))
+        if self.weights.ndim != 1:
+            raise ValueError(f"weights must be ({len(self.flows)},), one a flow: got {tuple(self.weights.shape)}")
+        self.names = tuple(map(str, range(len(self.flows)) if names is None else names))
+        if len(self.names) != len(self.flows) or len(set(self.names)) != len(self.names):
+            raise ValueError(f"names must be {len(self.flows)} different names, one a flow: got {list(self.names)}")
+
+    def __repr__(self) -> str:
+        shares = ", ".join(
+            f"{name}: {weight:.3g}" for name, weight in zip(self.names, self.weights.tolist(), strict=True)
+        )
+        return f"Composition({{{shares}}} on outputs {tuple(self.event_shape)})"
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Give the shape of one output."""
+        return self.flows[0].event_shape
+
+    @property
+    def context_dimension(self) -> int:
+        """Give the number of values of a context; 0 if no flow takes any."""
+        return max(flow.context_dimension for flow in self.flows)
+
+    @property
+    def steps(self) -> int:
+        """Give the number of fixed steps of a pass: that of the flow which needs most."""
+        return max(flow.steps for flow in self.flows)
+
+    def with_weights(self, weights: Any) -> Composition:
+        """Compose the same flows with other weights."""
+        return Composition(self.flows, weights, self.names)
+
+    @torch.no_grad()
+    def transport(
+        self, y: Any, context: Any = None, *, weights: Any = None, strength: float = 1.0, on_failure: str = "keep"
+    ) -> Tensor:
+        """Carry outputs along the composed field, once.
+
+        Args:
+            y: (B, \\*D) outputs, finite. context: (B, C), or (C,) for all rows, or None.
+            weights: (K,), or (B, K) for every output its own; None for those of the composition.
+            strength: up to 1 the time at which the integration stops; above 1 the whole displacement is multiplied.
+            on_failure: of rows for which the field leaves the finite numbers: ``"keep"`` gives their last finite state
+                with a :class:`pfm.NonFiniteWarning`, ``"raise"`` raises.
+
+        Returns:
+            (B, \\*D) float32; on flows of unit vectors projected to the sphere.
+        """
+        if not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(f"strength must be a number >= 0: got {strength}")
+        if on_failure not in ("keep", "raise"):
+            raise ValueError(f"on_failure must be one of keep, raise: got {on_failure!r}")
+        y, context, weights = self._checked(y, context, weights)
+        if strength == 0:
+            return y.clone()
+        flat = y.flatten(1)
+        states, finite = self._integrate(flat, context, weights, (0.0, min(strength, 1.0)))
+        moved = states[-1]
+        if strength > 1:
+            moved = flat + strength * (moved - flat)
+        if not bool(finite.all()):
+            warning = NonFiniteWarning(finite)
+            if on_failure == "raise":
+                raise FloatingPointError(f"{warning}; on_failure='keep' gives their last finite state")
+            warnings.warn(warning, stacklevel=2)
+        return self._projected(moved).unflatten(1, self.event_shape)
+
+    @torch.no_grad()
+    def trajectory(self, y: Any, context: Any = None, *, times: Any, weights: Any = None) -> Tensor:
+        """Give the states (T, B, \\*D) along a pass at ``times`` (T,), increasing in [0, 1]."""
+        marks = [float(t) for t in torch.as_tensor(times).flatten().tolist()]
+        if not marks or any(not 0 <= t <= 1 for t in marks) or marks != sorted(set(marks)):
+            raise ValueError(f"times must be increasing numbers in [0, 1]: got {marks}")
+        y, context, weights = self._checked(y, context, weights)
+        path = marks if marks[0] == 0 else [0.0, *marks]
+        flat = y.flatten(1)
+        states = flat[None] if len(path) == 1 else self._integrate(flat, context, weights, path)[0]
+        kept = states[-len(marks) :]
+        return torch.cat([kept[:1], self._projected(kept[1:])] if marks[0] == 0 else [self._projected(kept)]).unflatten(
+            2, self.event_shape
+        )
+
+    @torch.no_grad()
+    def velocity(self, t: float, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
+        """Give sum_k w_k v_k(t, y | x) (B, \\*D) at one time, in the outputs' units a pass."""
+        if not 0 <= t <= 1:
+            raise ValueError(f"t must lie in [0, 1]: got {t}")
+        y, context, weights = self._checked(y, context, weights)
+        return self._velocity(context, weights)(float(t), y.flatten(1)).unflatten(1, self.event_shape)
+
+    @torch.no_grad()
+    def win_probability(self, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
+        """Give sum_k w_k b_k(y|x) (B,): the chance to beat a reference draw by a taste drawn with the weights."""
+        y, context, weights = self._checked(y, context, weights)
+        return (weights * self._wins(y, context)).sum(1)
+
+    @torch.no_grad()
+    def trade_off(
+        self,
+        y: Any,
+        context: Any = None,
+        *,
+        weights: Any = None,
+        points: int = 11,
+        strength: float = 1.0,
+        judges: Sequence[WinProbability] | None = None,
+    ) -> TradeOff:
+        """Measure compositions over a range of weights: what moving ``y`` by each reaches for every taste.
+
+        The weights at which the worst-off taste fares best are ``trade_off(...).weights[trade_off(...).maxmin]``.
+
+        Args:
+            y: (B, \\*D) reference draws. context: as for :meth:`transport`.
+            weights: (M, K) compositions to try; None for a lattice on the simplex with ``points`` values a weight.
+            strength: of the transports.
+            judges: K functions (y, context) -> (B,) that give each taste's chance to beat the reference; None asks
+                the flows' own b, which were fitted on the same pairs as the fields: for a claim give models that
+                were fitted on other pairs.
+        """
+        if judges is not None and len(judges) != len(self.flows):
+            raise ValueError(f"judges must be {len(self.flows)}, one a flow: got {len(judges)}")
+        if weights is None:
+            weights = simplex(len(self.flows), points)
+        weights = check_weights("weights", weights, len(self.flows))
+        if weights.ndim != 2:
+            raise ValueError(
+                f"weights must be (M, {len(self.flows)}), one row a composition: got {tuple(weights.shape)}"
+            )
+        y, context, _ = self._checked(y, context, None)
+        wins, distances = [], []
+        for row in weights:
+            moved = self.transport(y, context, weights=row, strength=strength)
+            if judges is None:
+                wins.append(self._wins(moved, context).mean(0))
+            else:
+                wins.append(torch.stack([torch.as_tensor(judge(moved, context)).float().mean() for judge in judges]))
+            distances.append((moved - y).flatten(1).norm(dim=1).mean())
+        return TradeOff(weights, torch.stack(wins), torch.stack(distances), self.names)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _wins(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Give b_k(y|x) of every flow, (B, K)."""
+        return torch.stack([flow.win_probability(y, _own(flow, context)) for flow in self.flows], dim=1)
+
+    def _velocity(self, context: Tensor | None, weights: Tensor) -> Velocity:
+        """Give the composed velocity of flat outputs, in their own units."""
+        # A flow that no row asks for is not evaluated.
+        parts = [
+            (flow.normalizer, flow.field.at(flow.normalizer.context(_own(flow, context))), weight[:, None])
+            for flow, weight in zip(self.flows, weights.T, strict=True)
+            if bool(weight.any())
+        ]
+
+        def velocity(t: float, y: Tensor) -> Tensor:
+            moved = torch.zeros_like(y)
+            for normalizer, field, weight in parts:
+                moved = torch.addcmul(moved, weight, field(t, normalizer(y)) * normalizer.scale)
+            return moved
+
+        return velocity
+
+    def _integrate(
+        self, y: Tensor, context: Tensor | None, weights: Tensor, times: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        solver = max(self.flows, key=lambda flow: flow.steps).config.solver
+        pieces, wells = [y.new_zeros(len(times), 0, y.shape[1])], [torch.ones(0, dtype=torch.bool, device=y.device)]
+        for at in range(0, len(y), CHUNK):
+            rows = slice(at, at + CHUNK)
+            velocity = self._velocity(None if context is None else context[rows], weights[rows])
+            states, finite, _ = integrate(velocity, y[rows], times, solver=solver, steps=self.steps)
+            pieces.append(states)
+            wells.append(finite)
+        return torch.cat(pieces, dim=1), torch.cat(wells)
+
+    def _projected(self, y: Tensor) -> Tensor:
+        if any(flow.metadata.get("unit_norm") for flow in self.flows):
+            return nn.functional.normalize(y, dim=-1)
+        return y
+
+    def _checked(self, y: Any, context: Any, weights: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        device = self.flows[0].device
+        y = as_float_tensor("y", y).to(device, torch.float32)
+        if y.shape[1:] != self.event_shape or y.ndim < 2:
+            wanted = ", ".join(["B", *map(str, self.event_shape)])
+            raise ValueError(f"y must be ({wanted}), as these flows were fitted: got {tuple(y.shape)}")
+        check_finite("y", y)
+        weights = self.weights if weights is None else check_weights("weights", weights, len(self.flows))
+        if weights.ndim == 2 and len(weights) != len(y):
+            raise ValueError(
+                f"weights must be ({len(self.flows)},) or ({len(y)}, {len(self.flows)}): got {tuple(weights.shape)}"
+            )
+        weights = weights.to(device).expand(len(y), -1)
+        wanted = self.context_dimension
+        if wanted == 0:
+            if context is not None:
+                raise ValueError("context must be None: these flows were fitted without contexts")
+            return y, None, weights
+        if context is None:
+            raise ValueError(f"context (B, {wanted}) is missing: at least one flow was fitted with contexts")
+        context = as_float_tensor("context", context).to(device, torch.float32)
+        if context.ndim == 1:
+            context = context[None]
+        if context.ndim != 2 or context.shape[1] != wanted or len(context) not in (1, len(y)):
+            raise ValueError(
+                f"context must be ({len(y)}, {wanted}), one row an output, or one for all: got {tuple(context.shape)}"
+            )
+        check_finite("context", context)
+        return y, context.expand(len(y), -1), weights
+
+
+def compose(flows: Sequence[tuple[PreferenceFlow, float]], *, names: Sequence[str] | None = None) -> Composition:
+    """Compose fitted flows: v = sum_k w_k v_k, with weights that may be changed at every call.
+
+    Args:
+        flows: pairs (flow, weight); weights at least 0 with sum 1. A larger step is asked for by ``strength``.
+        names: of the tastes that the flows stand for.
+
+    Raises:
+        TypeError: not pairs of a flow and a number.
+        ValueError: weights are negative, not finite or do not sum to 1, or flows of different outputs or contexts.
+    """
+    pairs = list(flows)
+    if not pairs:
+        raise ValueError("flows holds no flow: at least one (flow, weight) is needed")
+    for number, pair in enumerate(pairs):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], PreferenceFlow)):
+            raise TypeError(f"flows must be pairs (PreferenceFlow, weight): number {number} is {pair!r:.80}")
+    return Composition([flow for flow, _ in pairs], [weight for _, weight in pairs], names)
+
+
+def check_weights(name: str, weights: Any, count: int) -> Tensor:
+    """Check weights (K,) or (B, K): finite, at least 0, each row with sum 1 (to rounding, which is divided out).
+
+    Raises:
+        ValueError: they are not.
+    """
+    found = as_float_tensor(name, weights).float()
+    if found.ndim not in (1, 2) or found.shape[-1] != count:
+        raise ValueError(f"{name} must be ({count},), or (B, {count}) for rows of their own: got {tuple(found.shape)}")
+    check_finite(name, found)
+    if bool((found < 0).any()):
+        raise ValueError(
+            f"{name} must be at least 0: got {_shown(found)}; to leave a taste, fit a flow on its pairs swapped"
+        )
+    total = found.sum(-1, keepdim=True)
+    if bool(((total - 1).abs() > TOLERANCE).any()):
+        worst = float(total.flatten()[(total - 1).abs().argmax()])
+        raise ValueError(
+            f"{name} must sum to 1: got {_shown(found)} with sum {worst:g}; "
+            "divide them by their sum, and ask for a larger step by strength"
+        )
+    return found / total
+
+
+def simplex(tastes: int, points: int = 11) -> Tensor:
+    """Give all weights (M, K) over K tastes whose entries are multiples of 1 / (points - 1)."""
+    if tastes < 1 or points < 2:
+        raise ValueError(f"a lattice needs at least one taste and two points: got {tastes} and {points}")
+    parts = points - 1
+    bars = itertools.combinations(range(parts + tastes - 1), tastes - 1)
+    rows = [[b - a - 1 for a, b in itertools.pairwise((-1, *bar, parts + tastes - 1))] for bar in bars]
+    return torch.tensor(rows, dtype=torch.float32) / parts
+
+
+def _own(flow: PreferenceFlow, context: Tensor | None) -> Tensor | None:
+    return context if flow.context_dimension else None
+
+
+def _shown(values: Tensor) -> str:
+    return str([round(value, 4) for value in values.flatten()[:8].tolist()])
+
+
+def _check_flows(flows: Sequence[PreferenceFlow]) -> None:
+    first = flows[0]
+    for number, flow in enumerate(flows):
+        if flow.event_shape != first.event_shape:
+            raise ValueError(
+                f"flows must move outputs of one shape: flow 0 moves {tuple(first.event_shape)}, flow {number} "
+                f"{tuple(flow.event_shape)}"
+            )
+        if "distilled" in flow.metadata:
+            raise ValueError(
+                f"flow {number} is distilled, and has no velocity but at its start: compose the flow it was distilled "
+                "from"
+            )
+        if flow.rounds > 1:
+            raise ValueError(f"flow {number} has {flow.rounds} rounds: compose flows of one round each")
+    with_context = sorted({flow.context_dimension for flow in flows} - {0})
+    if len(with_context) > 1:
+        raise ValueError(f"flows must take contexts of one dimension, or none: got {with_context}")

@@ -1,0 +1,178 @@
+"""What a small network adds to the closed form of a preference model, if held-out prompts confirm it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, softplus
+
+from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.encoded import PairBatch
+from pfm.preferences.base import Embedded
+from pfm.preferences.logistic import drawn_in
+from pfm.preferences.networks import Perceptron, train_network
+
+__all__ = ["Correction", "FittedCorrection", "component_axes", "fit_correction", "label_loss"]
+
+CONTEXT_INPUTS = 32  # components of a context that it reads
+LEARNING_RATE = 2e-3
+GAINS = (0.25, 0.5, 0.75, 1.0)
+
+
+class Correction(nn.Module):
+    """Embeds outputs under contexts by a network that reads a few axes of their features.
+
+    Args:
+        features, context_dimension: numbers of values it is given of an output and of a context; 0 for none.
+        inputs, context_inputs: numbers of axes that it reads of them.
+        hidden: width of its two hidden layers.
+        blocks: number of planes k, 0 for none.
+        reward: whether it gives a reward.
+        gate: whether the context sets the planes' strengths, k softmax(U x).
+        unit: bring v to length 1 and divide the score by ``temperature``, as the General Preference Model may.
+        temperature: > 0.
+    """
+
+    input_axes: Tensor
+    context_mean: Tensor
+    context_axes: Tensor
+    gain: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        context_dimension: int,
+        inputs: int,
+        context_inputs: int,
+        *,
+        hidden: int,
+        blocks: int,
+        reward: bool,
+        gate: bool = False,
+        unit: bool = False,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.blocks, self.rewards, self.unit, self.temperature = blocks, int(reward), unit, temperature
+        for name, value in {
+            "input_axes": torch.zeros(features, inputs),
+            "context_mean": torch.zeros(context_dimension),
+            "context_axes": torch.zeros(context_dimension, context_inputs),
+            "gain": torch.ones(()),
+        }.items():
+            self.register_buffer(name, value)
+        self.body = Perceptron(inputs + context_inputs, hidden, self.rewards + 2 * blocks)
+        self.gate = nn.Linear(context_inputs, blocks) if gate and context_inputs and blocks > 1 else None
+
+    def restart(self) -> None:
+        """Draw the weights anew: no reward, small planes - between none the slope would be zero -, equal strengths."""
+        self.body.restart(alive=2 * self.blocks)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Give what its constructor was told of the axes it reads."""
+        return {"inputs": self.input_axes.shape[1], "context_inputs": self.context_axes.shape[1]}
+
+    def forward(self, features: Tensor, context: Tensor | None) -> Embedded:
+        """Embed outputs of features (B, F) under contexts (B, C) or None."""
+        return self.of_axes(features @ self.input_axes, self.read(context)).scaled(self.gain)
+
+    def read(self, context: Tensor | None) -> Tensor | None:
+        """Give what is read of contexts (B, C)."""
+        return None if context is None else (context - self.context_mean) @ self.context_axes
+
+    def of_axes(self, inputs: Tensor, context: Tensor | None) -> Embedded:
+        """Embed, at full gain, what was read of outputs and contexts."""
+        found = self.body(inputs if context is None else torch.cat([inputs, context], dim=-1))
+        reward = found[..., 0] if self.rewards else found.new_zeros(found.shape[:-1])
+        planes = found[..., self.rewards :]
+        if self.unit:
+            planes = normalize(planes, dim=-1) / math.sqrt(self.temperature)
+        if self.gate is not None and context is not None:
+            strength = self.blocks * self.gate(context).softmax(-1)
+            planes = planes * strength.sqrt().repeat_interleave(2, dim=-1)
+        return Embedded(reward, planes)
+
+
+@dataclass(frozen=True)
+class FittedCorrection:
+    """Holds a fitted network, or None if it was not confirmed; the corrections (N,) of all pairs' scores; and the gain
+    in log loss of the held-out pairs, nats a pair.
+    """
+
+    network: Correction | None
+    scores: Tensor
+    gain: float
+
+
+def fit_correction(
+    one: Tensor,
+    other: Tensor,
+    axes: Tensor,
+    batch: PairBatch,
+    score: Tensor,
+    held_out: Tensor,
+    group: Tensor,
+    generator: torch.Generator,
+    **shape: Any,
+) -> FittedCorrection:
+    """Fit a network to what calibrated scores leave; keep as much of it as the held-out pairs confirm, or nothing.
+
+    Args:
+        one, other: (N, F) features of chosen and rejected outputs.
+        axes: (F, n) what it is to read of them.
+        batch: the pairs' contexts, labels and weights.
+        score: (N,) calibrated log-odds, each by a model that did not see the pair's prompt.
+        held_out: (N,) which pairs judge. group: (N,) the pairs' prompts.
+        generator: draws weights and batches.
+        shape: further arguments of :class:`Correction`.
+    """
+    context, label = batch.context, drawn_in(batch.probability)
+    context_axes = torch.zeros(0, 0) if context is None else component_axes(context, CONTEXT_INPUTS)
+    network = Correction(one.shape[1], len(context_axes), axes.shape[1], context_axes.shape[1], **shape)
+    network.input_axes.copy_(axes)
+    if context is not None:
+        network.context_mean.copy_(context.mean(0))
+        network.context_axes.copy_(context_axes)
+    inputs, others, read = one @ axes, other @ axes, network.read(context)
+
+    def correction(index: Tensor) -> Tensor:
+        some = None if read is None else read[index].repeat(2, 1)
+        both = network.of_axes(torch.cat([inputs[index], others[index]]), some)
+        return both[: len(index)].against(both[len(index) :])
+
+    def loss(index: Tensor) -> Tensor:
+        return label_loss(score[index] + correction(index), label[index])
+
+    train_network(network, network.restart, loss, batch.weight, held_out, generator, learning_rate=LEARNING_RATE)
+    with torch.no_grad():
+        more = torch.cat([correction(part) for part in torch.arange(len(score)).split(4096)])
+    weight = batch.weight[held_out]
+    plain = label_loss(score, label)[held_out]
+    fuller = {gain: label_loss(score + gain * more, label)[held_out] for gain in GAINS}
+    gain = min(GAINS, key=lambda gain: float((fuller[gain] * weight).sum()))
+    better = (plain - fuller[gain]) * weight
+    if standard_errors(better, group[held_out]) <= CONFIRMED:
+        return FittedCorrection(None, torch.zeros_like(score), 0.0)
+    network.gain.fill_(gain)
+    return FittedCorrection(network, gain * more, float(better.sum() / weight.sum()))
+
+
+def label_loss(score: Tensor, label: Tensor) -> Tensor:
+    """Give the log loss (N,), in nats, of log-odds (N,) under soft labels (N,)."""
+    return softplus(-score) + (1 - label) * score
+
+
+def component_axes(rows: Tensor, count: int) -> Tensor:
+    """Give axes (F, n) along which rows (N, F) have unit variance: the n <= ``count`` leading principal components."""
+    centred = rows - rows.mean(0)
+    values, vectors = torch.linalg.eigh((centred.T @ centred).double() / len(rows))
+    first = max(len(values) - count, int((values <= 1e-6 * values[-1]).sum()))
+    return (vectors[:, first:] * values[first:].rsqrt()).float()

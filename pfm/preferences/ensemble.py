@@ -1,0 +1,166 @@
+"""A calibrated committee of preference models, and how far its members disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from pfm.encoded import EncodedPairs
+from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, unfitted
+from pfm.preferences.bradley_terry import BradleyTerry
+from pfm.preferences.calibration import pair_scores, reliability
+from pfm.preferences.general import HybridPreference
+from pfm.preferences.logistic import PairwiseLogistic, drawn_in
+
+__all__ = ["PreferenceEnsemble"]
+
+STACKING_PENALTY = 1e-4
+
+
+class PreferenceEnsemble(PreferenceModel):
+    """Averages the log-odds of models of several kinds, each fitted with one part of the prompts left out in turn.
+
+    Every pair is so scored by models that did not see its prompt; on these scores the kinds get weights >= 0 by
+    logistic regression, whose sum is the temperature. The mean of skew scores is skew, and embeds as one model does.
+
+    Args:
+        members: models of the kinds to combine, fitted or not: their settings count; None for
+            ``BradleyTerry(1e-3)`` and ``HybridPreference()``.
+        folds: parts of the prompts, >= 2; there are ``folds`` models of each kind.
+        seed: of the parts; fold number k adds k to a member's own seed.
+    """
+
+    shares: Tensor
+
+    def __init__(
+        self,
+        members: Sequence[PreferenceModel | dict[str, Any]] | None = None,
+        *,
+        folds: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+            raise ValueError(f"folds must be a whole number of at least 2: got {folds!r}")
+        if members is None:
+            members = [BradleyTerry(1e-3), HybridPreference()]
+        if len(members) == 0:
+            raise ValueError("members holds no models: at least one is needed")
+        self.folds, self.seed = folds, seed
+        self._kinds_of = [
+            {"kind": type(member).__name__, "settings": member.settings()}
+            if isinstance(member, PreferenceModel)
+            else {name: member[name] for name in ("kind", "settings")}
+            for member in members
+        ]
+        for kind in self._kinds_of:
+            unfitted(kind)
+
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments of the constructor."""
+        return {"members": self._kinds_of, "folds": self.folds, "seed": self.seed}
+
+    def _build(self, dimension: int, context_dimension: int, members: list[dict[str, Any]]) -> None:
+        from pfm.preferences.base import restored
+
+        self.dimension, self.context_dimension = dimension, context_dimension
+        self.models = nn.ModuleList(restored(described) for described in members)
+        self.register_buffer("shares", torch.full((len(members),), 1 / max(len(members), 1)))
+
+    @torch.no_grad()
+    def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> Self:
+        """Fit the members, weigh and calibrate them, and return the ensemble itself.
+
+        ``found`` then holds the ``weights`` of the kinds, and ``accuracy``, ``log_loss`` and ``ece`` on pairs whose
+        prompts the scoring members did not see; on ``validation`` where it is given, which then sets the weights too.
+        """
+        from tqdm import tqdm
+
+        check_pairs(pairs, validation)
+        part = _parts(pairs.group, self.folds, self.seed)
+        kinds, numbers = len(self._kinds_of), part.unique().tolist()
+        left_out = torch.zeros(len(pairs), kinds)
+        models: list[PreferenceModel] = []
+        work = [(number, place) for number in numbers for place in range(kinds)]
+        for number, place in tqdm(work, desc="Fitting members", disable=not progress):
+            member = unfitted(self._kinds_of[place])
+            if hasattr(member, "seed"):
+                member.seed += number  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+            out = part == number
+            member.fit(pairs.select(~out))
+            left_out[out, place] = pair_scores(member, pairs.select(out))
+            models.append(member)
+        judged, scores = pairs, left_out
+        if validation is not None:
+            judged = validation
+            scores = torch.stack([pair_scores(model, validation) for model in models])
+            scores = scores.unflatten(0, (len(numbers), kinds)).mean(0).T
+        weights = _stacked(scores, judged)
+        self._ready(
+            dimension=pairs.dimension,
+            context_dimension=max(model.context_dimension for model in models),
+            members=[model.describe() for model in models],
+        )
+        self.models = nn.ModuleList(models)
+        self.shares.copy_(weights.repeat(len(numbers)) / len(numbers))
+        found = reliability(scores @ weights, judged.probability, judged.weight)
+        self.found = {
+            "weights": weights.tolist(),
+            "accuracy": found.accuracy,
+            "log_loss": found.log_loss,
+            "ece": found.ece,
+        }
+        return self
+
+    def embed(self, y: Tensor, context: Tensor | None) -> Embedded:
+        """Embed outputs by all members side by side."""
+        parts = [
+            model.embed(y, context).scaled(share) for model, share in zip(self._members(), self.shares, strict=True)
+        ]
+        reward = torch.stack([part.reward for part in parts]).sum(0)
+        return Embedded(reward, torch.cat([part.planes for part in parts], dim=-1))
+
+    def member_scores(self, y: Any, other: Any, context: Any = None) -> Tensor:
+        """Give the log-odds (members, B) of each member's kind's share, scaled as if it stood alone.
+
+        Their mean weighted by the shares is :meth:`score`; where they lie apart the members disagree.
+        """
+        y, contexts = self._checked("y", y, context)
+        other, others = self._checked("other", other, context)
+        total = float(self.shares.sum())
+        return torch.stack(
+            [total * model.embed(y, contexts).against(model.embed(other, others)) for model in self._members()]
+        )
+
+    def _members(self) -> list[PreferenceModel]:
+        return [model for model in self.models if isinstance(model, PreferenceModel)]
+
+    def _rescale(self, slope: float) -> None:
+        self.shares *= slope
+
+
+def _parts(group: Tensor, count: int, seed: int) -> Tensor:
+    """Deal the prompts into parts; pairs, where there are fewer prompts than parts."""
+    names, member = torch.unique(group, return_inverse=True)
+    if len(names) < count:
+        names, member = torch.arange(len(group)), torch.arange(len(group))
+    if len(names) < count:
+        raise ValueError(f"folds={count} needs at least as many pairs: got {len(group)}")
+    return (torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)) % count)[member]
+
+
+def _stacked(scores: Tensor, pairs: EncodedPairs) -> Tensor:
+    """Give weights (kinds,) >= 0 of scores (N, kinds) by penalised likelihood, those that would get less left out."""
+    label = drawn_in(torch.ones(len(scores)) if pairs.probability is None else pairs.probability)
+    spread = scores.square().mean(0).sqrt().clamp_min(1e-12)
+    kept = torch.ones(scores.shape[1], dtype=torch.bool)
+    while bool(kept.any()):
+        weights = torch.zeros(scores.shape[1])
+        weights[kept] = PairwiseLogistic((scores / spread)[:, kept], pairs.weight, label).fit(STACKING_PENALTY, 100)
+        if bool((weights >= 0).all()):
+            return weights / spread
+        kept &= weights > 0
+    return torch.zeros(scores.shape[1])

@@ -1,0 +1,92 @@
+"""Small networks that learn beyond a closed form, with early stopping on held-out prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Perceptron", "train_network"]
+
+CHECKED = 4096
+CHECK_EVERY = 50
+PATIENCE = 10
+WEIGHT_DECAY = 1e-2
+
+
+class Perceptron(nn.Sequential):
+    """Maps (..., F) to (..., outputs) through two hidden layers; after :meth:`restart` to zero."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__(
+            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
+        )
+
+    @torch.no_grad()
+    def restart(self, alive: int = 0) -> None:
+        """Draw the weights anew; the outputs start at zero, but for the last ``alive`` ones, which start small."""
+        for module in self:
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        last = self[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight[: len(last.weight) - alive] = 0
+        nn.init.zeros_(last.bias)
+
+
+def train_network(
+    network: nn.Module,
+    restart: Callable[[], None],
+    loss: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    held_out: Tensor,
+    generator: torch.Generator,
+    *,
+    updates: int = 1500,
+    rows: int = 256,
+    learning_rate: float = 4e-3,
+) -> None:
+    """Train by AdamW on a cosine schedule, and keep the weights that do best on the held-out pairs, in place.
+
+    Args:
+        network: what is trained, all parameters of it.
+        restart: sets its starting weights; called under a seed drawn from ``generator``.
+        loss: gives the losses (B,) of the pairs at an index (B,).
+        weight: (N,) weights of the pairs.
+        held_out: (N,) which pairs decide when to stop; the others are trained on.
+        generator: draws the batches.
+        updates, rows: number of updates at most, and of pairs in one.
+        learning_rate: of AdamW, at the start.
+    """
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        restart()
+        train = (~held_out).nonzero().flatten()
+        if len(train) == 0 or not bool(held_out.any()):
+            return
+        check = held_out.nonzero().flatten()[:CHECKED]
+        network.requires_grad_(True)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
+        best, kept, patience = math.inf, {}, 0
+        for update in range(updates):
+            if update % CHECK_EVERY == 0:
+                with torch.no_grad():
+                    found = float((loss(check) * weight[check]).mean())
+                if found < best:
+                    best, patience = found, 0
+                    kept = {name: value.detach().clone() for name, value in network.state_dict().items()}
+                else:
+                    patience += 1
+                    if patience >= PATIENCE:
+                        break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
+            some = train[torch.randint(len(train), (rows,), generator=generator)]
+            optimizer.zero_grad()
+            (loss(some) * weight[some]).mean().backward()
+            optimizer.step()
+        network.load_state_dict(kept)
+        network.requires_grad_(False)

@@ -1,0 +1,90 @@
+"""Planes in which preferences go round: the closed form of a skew-symmetric part, s = f(y)' A f(y') with A' = -A.
+
+Where labels follow P = sigmoid(f' A f'), the gradient of the likelihood at A = 0 is half the skew moment
+M = E[f+ f-' - f- f+'], and for features of second moment S the first Newton step is proportional to S^-1 M S^-1: its
+leading planes are to a cycle what the linear discriminant is to a reward. Classes that beat each other in turn span
+exactly one of them. A reward leaves no trace in M, since winners' and losers' means lie on one line.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["SkewMoments", "skew_products", "skew_weights", "to_planes"]
+
+
+class SkewMoments:
+    """Finds the planes of paired features (N, F), centred, of chosen and rejected outputs.
+
+    Args:
+        chosen, rejected: (N, F) features.
+        weight: (N,) weights. probability: (N,) soft labels, of which 1/2 points nowhere.
+    """
+
+    def __init__(self, chosen: Tensor, rejected: Tensor, weight: Tensor, probability: Tensor) -> None:
+        self.chosen, self.rejected = chosen, rejected
+        self.weight, self.forward = weight, weight * (2 * probability - 1)
+        self._known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def axes(self, part: Tensor, ridge: float, count: int) -> Tensor:
+        """Give axes (F, count) that span the leading planes of the pairs in the mask ``part`` (N,).
+
+        A feature along an axis has variance at most 1; ``ridge`` is in units of the features' mean variance.
+        """
+        values, vectors, moment = self._moments(part)
+        whiten = vectors * (values + ridge * values.mean()).rsqrt()
+        inside = whiten.T @ moment @ whiten
+        order = torch.linalg.eigh(inside.T @ inside)[1]  # planes are its pairs of equal eigenvalues
+        return (whiten @ order.flip(1)[:, :count]).float()
+
+    def _moments(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        key = hash(part.numpy().tobytes())
+        if key not in self._known:
+            chosen, rejected = self.chosen[part], self.rejected[part]
+            weight, forward = self.weight[part], self.forward[part]
+            total = weight.sum()
+            second = chosen.T @ (chosen * weight[:, None]) + rejected.T @ (rejected * weight[:, None])
+            values, vectors = torch.linalg.eigh((second / (2 * total)).double())
+            one_way = (chosen.T @ (rejected * forward[:, None]) / total).double()
+            self._known[key] = values.clamp_min(1e-9 * values[-1].clamp_min(1e-30)), vectors, one_way - one_way.T
+        return self._known[key]
+
+
+def skew_products(one: Tensor, other: Tensor) -> Tensor:
+    """Give u_i u'_j - u_j u'_i for i < j, (N, P), of coordinates (N, m): what a skew form is linear in."""
+    first, second = torch.triu_indices(one.shape[1], one.shape[1], offset=1)
+    return one[:, first] * other[:, second] - one[:, second] * other[:, first]
+
+
+def skew_weights(weights: Tensor, count: int) -> Tensor:
+    """Give the skew matrix (count, count) whose form the weights of :func:`skew_products` are."""
+    matrix = weights.new_zeros(count, count)
+    first, second = torch.triu_indices(count, count, offset=1)
+    matrix[first, second] = weights
+    return matrix - matrix.T
+
+
+def to_planes(matrix: Tensor, second: Tensor, count: int) -> Tensor:
+    """Give at most ``count`` planes V (m, 2 k) with u' A u' ~ the sum over l of (V u)_2l (V u')_2l+1 - its mirror.
+
+    Args:
+        matrix: A (m, m), skew.
+        second: (m, m) second moment of u, by which the planes that matter most for scores are told.
+        count: number of planes to keep; those without weight are left out.
+    """
+    values, vectors = torch.linalg.eigh(second.double())
+    reached = values > 1e-9 * values[-1].clamp_min(1e-30)
+    root = (vectors * values.clamp_min(0).sqrt())[:, reached]
+    inverse = (vectors / values.clamp_min(1e-30).sqrt())[:, reached]
+    inside = root.T @ matrix.double() @ root
+    # i K is Hermitian; K = sum of s (b a' - a b') over its eigenvectors (a + i b) / sqrt 2 with eigenvalue s > 0.
+    sizes, found = torch.linalg.eigh(1j * inside)
+    planes = []
+    for place in range(len(sizes) - 1, max(len(sizes) - 1 - count, -1), -1):
+        size = float(sizes[place])
+        if size <= 1e-6:
+            break
+        vector = found[:, place] * (2 * size) ** 0.5
+        planes += [inverse @ vector.imag, inverse @ vector.real]
+    return torch.stack(planes, dim=1).float() if planes else matrix.new_zeros(len(matrix), 0)
