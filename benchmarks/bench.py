@@ -16,8 +16,9 @@ __all__ = ["Bench", "Outcome"]
 
 @dataclass(frozen=True)
 class Bench:
-    """Lends the encoder that all methods share, the run's seed, and whether to show progress.
+    """Lends the encoder that all methods share, the run's seed, whether to show progress, and wrong labels.
 
+    ``flips`` is the share of training labels that a task turns round, by chance, before any method sees them.
     The encoder is made when a task first asks for it: the laws on the plane have nothing to encode.
     """
 
@@ -25,6 +26,7 @@ class Bench:
     long_texts: str
     seed: int
     progress: bool
+    flips: float = 0.0
 
     @cached_property
     def encoder(self) -> Encoder:

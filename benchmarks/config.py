@@ -29,6 +29,8 @@ __all__ = [
     "PolicyConfig",
     "RLHFConfig",
     "RegressionConfig",
+    "RobustConfig",
+    "RobustFlowConfig",
     "RunConfig",
     "SPPOConfig",
     "ShiftConfig",
@@ -154,6 +156,20 @@ class BradleyTerryConfig(MethodConfig):
 
 
 @dataclass
+class RobustConfig(MethodConfig):
+    """Choose by a model of labels that :func:`pfm.preferences.noise.corrected` has corrected first.
+
+    ``model``: "bradley_terry" with penalty ``l2``, or "memorising", a network that is trained until it knows its pairs.
+    ``correction``: "estimated" finds the share of wrong labels, "known" is told it, "unbiased" is told it and takes the
+    unbiased loss instead (linear model only), "none" corrects nothing.
+    """
+
+    model: str = "bradley_terry"
+    correction: str = "estimated"
+    l2: float = 1e-4
+
+
+@dataclass
 class FlowMethodConfig(MethodConfig):
     """Choose by a preference flow.
 
@@ -166,6 +182,13 @@ class FlowMethodConfig(MethodConfig):
     labels: str = "given"
     # A dict, since OmegaConf makes frozen dataclasses read-only; FlowConfig itself checks the values.
     flow: dict[str, Any] = field(default_factory=lambda: pfm.FlowConfig().to_dict())
+
+
+@dataclass
+class RobustFlowConfig(FlowMethodConfig):
+    """Choose by a flow fitted on labels that were corrected first: ``correction`` "estimated", "known" or "none"."""
+
+    correction: str = "estimated"
 
 
 @dataclass
@@ -323,6 +346,7 @@ class RunConfig:
         task, method: see the classes above. seed: of the split, the draws and the fit.
         encoder: a name for :func:`pfm.encoders.encoder_from_name`, the same for all methods that read vectors.
         long_texts: "truncate" reads the beginning of a text, "chunk" all of it.
+        flips: share of the training labels that are turned round by chance; tasks of choices only.
 
     How it is run
         out: folder of the runs. threads: for computation, or "auto" for the cores divided by the number of runs at a
@@ -334,6 +358,7 @@ class RunConfig:
     seed: int = 0
     encoder: str = "minilm+surface"
     long_texts: str = "truncate"
+    flips: float = 0.0
 
     out: str = MISSING
     threads: Any = "auto"
@@ -344,7 +369,8 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """Give what determines the result, as JSON values."""
         measured = ("task", "method", "seed", "encoder", "long_texts")
-        return {name: value for name, value in asdict(self).items() if name in measured}
+        noise = {"flips": self.flips} if self.flips else {}  # a run without is the same as before there were any
+        return {name: value for name, value in asdict(self).items() if name in measured} | noise
 
     def key(self) -> str:
         """Give a short name of the settings: equal settings, equal key."""
@@ -368,7 +394,16 @@ def register() -> None:
         "plain": MethodConfig,
         "bradley_terry": BradleyTerryConfig,
         "flow": FlowMethodConfig,
+        "robust": RobustConfig,
+        "robust_flow": RobustFlowConfig,
         "transport": TransportConfig,
     }
     for name, node in {**methods, **BASELINES}.items():
         store.store(group="schema/method", name=name, node=node)
+    from benchmarks import acquisition_config, pool_config, preference_config  # which need the classes above
+    from benchmarks.control import config as control_config
+
+    acquisition_config.register(store)
+    preference_config.register(store)
+    pool_config.register(store)
+    control_config.register(store)

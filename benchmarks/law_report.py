@@ -242,7 +242,11 @@ def _rounds(report: LawReport) -> list[str]:
 def _exact_line(about: dict[str, Any]) -> str:
     reward, win = about["exact"]["reward"], about["exact"]["win"]
     text = f" An exact draw of round 1 wins {100 * win[1]:.1f}% against the reference"
-    return f"{text}." if reward is None else f"{text}; its E[r] is {reward[1]:.3f}, the reference's {round(reward[0], 3) + 0.0:.3f}."
+    return (
+        f"{text}."
+        if reward is None
+        else f"{text}; its E[r] is {reward[1]:.3f}, the reference's {round(reward[0], 3) + 0.0:.3f}."
+    )
 
 
 def _shown(estimate: Estimate | None, **style: Any) -> str:

@@ -14,7 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import law_plots, law_report, selection_plots, selection_report, speed_report
+from benchmarks import (
+    acquisition_report,
+    law_plots,
+    law_report,
+    noise_report,
+    preference_plots,
+    preference_report,
+    selection_plots,
+    selection_report,
+    speed_report,
+)
+from benchmarks.control import plots as control_plots
+from benchmarks.control import report as control_report
 from benchmarks.runs import Run, collect
 from benchmarks.tables import save_parquet
 
@@ -24,10 +36,13 @@ Written = tuple[str, list[dict[str, Any]]]  # Markdown, and JSON values
 
 
 def _selection(runs: Sequence[Run], folder: Path) -> Written:
-    reports = selection_report.compare(selection_report.read(runs))
+    choices = selection_report.read(runs)
+    reports, noise = selection_report.compare(choices), noise_report.costs(choices)
     for name, report in zip(_names(reports), reports, strict=True):
         selection_plots.save_plot(report, folder / f"{name}.png")
-    return selection_report.markdown(reports), [{"kind": "selection", **asdict(report)} for report in reports]
+    described = [{"kind": "selection", **asdict(report)} for report in reports]
+    described += [{"kind": "noise", **asdict(cost)} for cost in noise]
+    return selection_report.markdown(reports) + "\n" * bool(noise) + noise_report.markdown(noise), described
 
 
 def _law(runs: Sequence[Run], folder: Path) -> Written:
@@ -37,11 +52,40 @@ def _law(runs: Sequence[Run], folder: Path) -> Written:
     return law_report.markdown(reports), [report.to_dict() for report in reports]
 
 
+def _preference(runs: Sequence[Run], folder: Path) -> Written:
+    reports = preference_report.compare(preference_report.read(runs))
+    for name, report in zip(_names(reports), reports, strict=True):
+        preference_plots.save_plot(report, folder / f"{name}.png")
+    return preference_report.markdown(reports), [{"kind": "preference", **asdict(report)} for report in reports]
+
+
+def _control(runs: Sequence[Run], folder: Path) -> Written:
+    reports = control_report.compare(runs)
+    for name, report in zip(_names(reports), reports, strict=True):
+        control_plots.save_plots(report, folder, name)
+    return control_report.markdown(reports), [report.to_dict() for report in reports]
+
+
+def _acquisition(runs: Sequence[Run], folder: Path) -> Written:
+    curves = acquisition_report.compare(runs)
+    for number, data in enumerate(dict.fromkeys(curve.data for curve in curves), 1):
+        some = [curve for curve in curves if curve.data == data]
+        acquisition_report.save_plot(some, folder / f"acquisition-{number}.png")
+    return acquisition_report.markdown(curves), [curve.to_dict() for curve in curves]
+
+
 def _speed(runs: Sequence[Run], folder: Path) -> Written:
     return speed_report.markdown(runs), [{"kind": "speed", **run.metrics} for run in runs]
 
 
-KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {"selection": _selection, "law": _law, "speed": _speed}
+KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
+    "selection": _selection,
+    "preference": _preference,
+    "law": _law,
+    "control": _control,
+    "acquisition": _acquisition,
+    "speed": _speed,
+}
 
 
 def _names(reports: Sequence[Any]) -> list[str]:

@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 METRICS, ERROR = "metrics.json", "error.txt"
 # what a run of a kind keeps beside its metrics
-ARRAYS = {"selection": "picks.npz", "law": "draws.npz", "speed": "seconds.npz"}
+ARRAYS = {"selection": "picks.npz", "law": "draws.npz", "speed": "seconds.npz", "preference": "predictions.npz",
+          "acquisition": "curves.npz",
+          "control": "returns.npz"}  # fmt: skip
 
 
 def run(config: RunConfig, folder: Path) -> float:
@@ -75,7 +77,7 @@ def _measure(config: RunConfig, folder: Path) -> dict[str, Any]:
     task = load_task(config.task, config.seed)
     method = make_method(config.method)
     loading = round(time.perf_counter() - began, 3)
-    outcome = task.run(method, Bench(config.encoder, config.long_texts, config.seed, config.progress))
+    outcome = task.run(method, Bench(config.encoder, config.long_texts, config.seed, config.progress, config.flips))
     metrics = {
         "key": config.key(),
         "kind": outcome.kind,

@@ -97,6 +97,8 @@ class Selection:
             train = self.train.encode(bench.encoder, progress=bench.progress)
             candidate_vectors(self.items, bench.encoder, progress=bench.progress)  # into the cache, and timed
             marks.append(time.perf_counter())
+            if bench.flips:
+                train = train.flip_labels(bench.flips, bench.seed)
             notes = method.fit(train, bench)
         else:
             marks.append(marks[0])

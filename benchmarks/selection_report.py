@@ -70,8 +70,9 @@ class TaskReport:
 
     @property
     def title(self) -> str:
-        """Name the task, and its encoder."""
-        return f"{self.task} ({self.settings['encoder']})"
+        """Name the task, its encoder, and how many labels were turned round, if any."""
+        flips = self.settings.get("flips")
+        return f"{self.task} ({self.settings['encoder']}{f', {flips:.0%} of the labels wrong' if flips else ''})"
 
 
 def read(runs: Iterable[Run]) -> list[ChoiceRun]:

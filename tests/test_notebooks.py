@@ -106,11 +106,61 @@ def _an_api_model_is_refined(shown: dict[str, SimpleNamespace]) -> None:
     assert "exit code 0" in shown["stop"].text
 
 
+def _a_policy_is_refined(shown: dict[str, SimpleNamespace]) -> None:
+    assert "1500 labels from 1500 states" in shown["collect"].text
+    chosen = re.search(r"chosen: (\d+)", shown["choose"].text)
+    assert chosen is not None
+    assert int(chosen[1]) >= 1
+    found = re.search(r"gain (\S+) \+- (\S+)", shown["after"].text)
+    assert found is not None
+    assert float(found[1]) > 10 * float(found[2])
+    gains = _table(shown["control"].text)
+    for rounds in ("1 rounds", "2 rounds", "4 rounds", "8 rounds"):
+        assert gains["labels as given"][rounds] > 1
+        assert gains["labels shuffled"][rounds] < 0.25 * gains["labels as given"][rounds]
+
+
+def _preferences_are_found_as_they_are(shown: dict[str, SimpleNamespace]) -> None:
+    cycle, rivals, votes, noise, adapted, weights = (
+        _table(shown[cell].text) for cell in ("fit-cycle", "select", "votes", "noise", "plot-adapt", "plot-compose")
+    )
+    for name in ("general preference", "hybrid"):
+        assert cycle[name]["two kinds"] > 95
+        assert cycle[name]["excess"] < 0.02
+    for name in ("Bradley–Terry", "Bradley–Terry network"):
+        assert cycle[name]["two kinds"] < 80
+        assert cycle[name]["excess"] > 0.1
+    assert "skew to rounding: True" in shown["plot-tables"].text
+    assert rivals["hybrid"]["a crowd of rock"] > rivals["Bradley–Terry"]["a crowd of rock"] + 4
+    assert abs(rivals["hybrid"]["the reference"] - rivals["Bradley–Terry"]["the reference"]) < 3
+    turns = dict(re.findall(r"(\S.*\S) +turns of .*: (\d+)", shown["plot-rounds"].text))
+    assert min(int(turns["the truth"]), int(turns["hybrid"])) >= 2
+    assert turns["Bradley–Terry"] == "0"
+    assert votes["share"]["excess"] < votes["share, drawn in"]["excess"] < votes["majority's word"]["excess"]
+    width = re.search(r"tie width: ([\d.]+), true 0.7", shown["plot-ties"].text)
+    assert width
+    assert 0.5 < float(width[1]) < 0.9
+    assert noise["clean"]["excess"] < noise["corrected"]["excess"] < 0.75 * noise["a fifth turned round"]["excess"]
+    assert noise["corrected"]["accuracy"] > noise["a fifth turned round"]["accuracy"]
+    assert "people placed with those of their own taste: 100%" in shown["tastes"].text
+    assert adapted["adapt"]["20"] > max(adapted["infer"]["20"], adapted["own pairs alone"]["20"])
+    assert adapted["all people"]["20"] < 60
+    ends = max(weights["0.00"]["worst"], weights["1.00"]["worst"])
+    assert max(win["worst"] for win in weights.values()) > ends + 2
+    control = shown["control"].text
+    assert re.findall(r"planes (\d+), network (\w+)", control) == [("0", "False")] * 2
+    assert re.search(r"coin tosses .*\| 0\.0[0-2]\d", control)
+    assert "tastes kept: 1" in control
+    assert "share of wrong ones found: 0.0%" in control
+
+
 # Notebook -> what its prose takes for granted, checked on what its cells printed.
 PROMISES = {
     "01_wrap_a_generator": _wrapping_helps,
     "02_what_a_preference_flow_learns": _flows_reach_their_laws,
     "03_refine_an_api_model": _an_api_model_is_refined,
+    "04_refine_a_policy": _a_policy_is_refined,
+    "05_preferences_as_they_are": _preferences_are_found_as_they_are,
 }
 
 

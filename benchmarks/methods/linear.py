@@ -1,4 +1,4 @@
-"""Choices by one direction in the space of embeddings."""
+"""Choices and comparisons by one direction in the space of embeddings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.bench import Bench
 from benchmarks.config import BradleyTerryConfig, MethodConfig
@@ -19,7 +20,7 @@ __all__ = ["make"]
 
 
 class LinearChoice:
-    """Chooses the candidate of the highest linear reward: best of n. A tie keeps the earlier one."""
+    """Chooses the candidate of the highest linear reward: best of n, a tie keeps the earlier one."""
 
     reads_vectors = True
 
@@ -30,6 +31,14 @@ class LinearChoice:
         """Fit the reward."""
         self.model.fit(train)
         return {}
+
+    def learn(self, train: EncodedPairs, bench: Bench) -> dict[str, Any]:
+        """Fit the reward."""
+        return self.fit(train, bench)
+
+    def compare(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
+        """Give the difference in reward (B,): with Bradley–Terry log-odds, with the mean shift in no unit."""
+        return self.model.score(y, other, context)
 
     def choose(self, items: Sequence[Item], encoder: Encoder) -> NDArray[np.float64]:
         """Encode all candidates at once, and take each item's best."""

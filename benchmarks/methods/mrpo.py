@@ -10,7 +10,7 @@ authors also let e depend on the pair; then no one law is the reference of all p
 fixed here, which their programme offers too. A second point of freedom: a probability of a cell depends on the
 cell's size, so the clip, which is relative to log pi, does as well (theirs depends on the length of a text).
 
-No law here has two references. The second one is made: the reference tilted, pi_2 ~ pi_ref exp(tilt w . y / spread),
+Most laws here have one reference. The second one is made: the reference tilted, pi_2 ~ pi_ref exp(tilt w . y / spread),
 with w drawn on the unit sphere by the run's seed. It knows nothing of the preferences, so that in one seed it leans
 the right way and in another the wrong way. The pairs are everyone's pairs, drawn from the base reference.
 """
@@ -76,10 +76,7 @@ class MRPO(PolicyMover):
     def learn(self, law: Law, train: EncodedPairs, bench: Bench) -> dict[str, Any]:
         """Fit on the pairs; of the law, the reference's density is read."""
         grid = Grid.over(law, self.config.cells)
-        base = reference_of(law, grid)
-        direction = torch.randn(law.dimension, generator=torch.Generator().manual_seed(bench.seed))
-        direction = direction / direction.norm()
-        other = tilted_reference(base, grid, direction, self.config.tilt)
+        base, other, notes = self.references(law, grid, bench.seed)
 
         def virtual(context: Tensor | None) -> Tensor:
             log_base = base(context)
@@ -91,7 +88,14 @@ class MRPO(PolicyMover):
             policy, pair_rows(policy, lambda rho: dpo_loss(rho, self.beta), train), train, seed=bench.seed
         )
         # The divergence, as all of the method, is from the virtual reference.
-        return fitted.notes() | self.release(policy, law, train) | {"direction": direction.tolist()}
+        return fitted.notes() | self.release(policy, law, train) | notes
+
+    def references(self, law: Law, grid: Grid, seed: int) -> tuple[Reference, Reference, dict[str, Any]]:
+        """Give the base reference, the other one, and what is worth noting of them."""
+        base = reference_of(law, grid)
+        direction = torch.randn(law.dimension, generator=torch.Generator().manual_seed(seed))
+        direction = direction / direction.norm()
+        return base, tilted_reference(base, grid, direction, self.config.tilt), {"direction": direction.tolist()}
 
 
 def make(config: MRPOConfig) -> MRPO:

@@ -1,4 +1,4 @@
-"""What is measured on: one module a task, with ``load(config, seed)``."""
+"""What is measured on: one module a task, with ``load(config, seed)``; variants of a task share its module."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Task(Protocol):
 
 
 def load_task(config: TaskConfig, seed: int) -> Task:
-    """Load the task that a config names.
+    """Load the task that a config names: the module, and after a hyphen what variant of it.
 
     Raises:
         MissingDataError: its data are absent.
     """
-    return import_module(f"benchmarks.tasks.{config.name}").load(config, seed)
+    return import_module(f"benchmarks.tasks.{config.name.partition('-')[0]}").load(config, seed)
