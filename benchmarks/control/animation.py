@@ -1,0 +1,114 @@
+"""Before and after, side by side: python -m benchmarks.control.animation reacher [--out FILE.gif] [key=value ...].
+
+Fits a method on the pairs of a task (those of the benchmark, if they have been collected), plays one episode of the
+reference and one of the chosen policy from the same start, and writes both as one animated picture. The keys are those
+of ``python -m benchmarks``, such as ``method=control/dpo`` or ``task.limit=1000``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+__all__ = ["main", "play_frames", "side_by_side"]
+
+_SIZE = 220  # pixels of a picture's side
+_FRAMES = 90  # at most
+_LAST = 8  # how often the last frame is repeated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fit, play and write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.control.animation", description=__doc__)
+    parser.add_argument("task", help="a task of conf/task/pbrl, such as reacher")
+    parser.add_argument("overrides", nargs="*", help="settings, such as method=control/dpo seed=1")
+    parser.add_argument("--out", type=Path, help="where to write; default: <task>.gif in the folder of the task")
+    parser.add_argument("--start", type=int, default=0, help="which start of the test")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from benchmarks.bench import Bench
+    from benchmarks.config import RunConfig, register
+    from benchmarks.control.task import ControlTask
+    from benchmarks.methods import make_method
+    from benchmarks.tasks import load_task
+
+    register()
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
+        composed = compose("config", [f"task=pbrl/{options.task}", "method=control/flow", *options.overrides])
+    settings = cast(RunConfig, OmegaConf.to_object(composed))
+    task = cast(ControlTask, load_task(settings.task, settings.seed))
+    method = make_method(settings.method)
+    policy = task.learned(method, Bench(settings.encoder, settings.long_texts, settings.seed, settings.progress))
+    name = task.config.environment
+    played = [play_frames(name, each, task.start(options.start)) for each in (task.reference, policy)]
+    out = options.out or Path(task.config.folder) / f"{options.task}.gif"
+    side_by_side(played, ["reference", settings.method.label], out)
+    print(f"{out}: reference {played[0][1][-1]:.1f}, {settings.method.label} {played[1][1][-1]:.1f}")
+    return 0
+
+
+def play_frames(name: str, policy: Any, seed: int) -> tuple[list[np.ndarray], list[float]]:
+    """Play one episode and give its pictures (h, w, 3) uint8, and the return so far at each of them."""
+    from pfm.pbrl import make_env
+
+    env = make_env(name, render_mode="rgb_array")
+    seen, _ = env.reset(seed=seed)
+    policy = policy.bind(env) if hasattr(policy, "bind") else policy
+    frames, earned, total = [_picture(env)], [0.0], 0.0
+    memory, start, over = None, np.ones(1, dtype=bool), False
+    while not over:
+        action, memory = policy.predict(np.asarray(seen)[None], memory, start, True)
+        start = np.zeros(1, dtype=bool)
+        seen, reward, terminated, truncated, _ = env.step(action[0])
+        total += float(reward)
+        over = terminated or truncated
+        frames.append(_picture(env))
+        earned.append(total)
+    env.close()
+    return frames, earned
+
+
+def side_by_side(
+    played: Sequence[tuple[list[np.ndarray], list[float]]], labels: Sequence[str], out: Path, seconds: float = 5.0
+) -> None:
+    """Write episodes (frames, returns) next to each other as an animated GIF; one that is over keeps its last frame."""
+    from PIL import Image, ImageDraw
+
+    longest = max(len(frames) for frames, _ in played)
+    times = np.unique(np.linspace(0, longest - 1, min(_FRAMES, longest)).round().astype(int))
+    pictures = []
+    for time in [*times, *[times[-1]] * _LAST]:
+        sheet = Image.new("RGB", (len(played) * _SIZE, _SIZE + 30), "white")
+        draw = ImageDraw.Draw(sheet)
+        for number, ((frames, earned), label) in enumerate(zip(played, labels, strict=True)):
+            at = min(int(time), len(frames) - 1)
+            sheet.paste(Image.fromarray(frames[at]), (number * _SIZE, 30))
+            draw.text((number * _SIZE + 6, 3), label, fill="#333333")
+            draw.text((number * _SIZE + 6, 16), f"return {earned[at]:.1f}", fill="#333333")
+        pictures.append(sheet.quantize(64))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures[0].save(
+        out, save_all=True, append_images=pictures[1:], duration=round(1000 * seconds / len(pictures)), loop=0,
+        optimize=True,
+    )  # fmt: skip
+
+
+def _picture(env: Any) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(env.render()).resize((_SIZE, _SIZE)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

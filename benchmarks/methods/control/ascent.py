@@ -1,0 +1,60 @@
+"""Ascent on a learned reward: from the reference's segment along the gradient of a Bradley–Terry network.
+
+Steps are of equal length in units of the noise, so that the length of the way is what is chosen on held-out episodes;
+how far the network can be trusted, the gradient does not say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bench import Bench
+from benchmarks.control.config import ControlAscentConfig
+from benchmarks.control.learning import Candidate, ControlData, Displaced
+from benchmarks.control.rewards import RewardEnsemble
+
+__all__ = ["SegmentAscent", "make"]
+
+
+class SegmentAscent:
+    """Climbs the reward that it fitted."""
+
+    def __init__(self, config: ControlAscentConfig) -> None:
+        self.config = config
+
+    def learn(self, data: ControlData, bench: Bench) -> dict[str, Any]:
+        """Fit the reward on the pairs."""
+        reward = RewardEnsemble(self.config.members, data.seed)
+        notes = reward.fit(data.pairs)
+        size = data.factor.shape[1]
+
+        def climbed(length: float) -> Any:
+            step = length * size**0.5 / self.config.steps
+
+            def displacement(seen: Tensor) -> Tensor:
+                z = torch.zeros(len(seen), size)
+                for _ in range(self.config.steps if notes["confirmed"] else 0):
+                    z.requires_grad_(True)
+                    with torch.enable_grad():
+                        (slope,) = torch.autograd.grad(reward.reward(data.colour(z).flatten(1), seen).sum(), z)
+                    z = (z + step * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)).detach()
+                return data.colour(z)
+
+            return displacement
+
+        self._candidates = [
+            Candidate({"length": length}, Displaced.on(data, climbed(length))) for length in self.config.lengths
+        ]
+        return notes
+
+    def candidates(self) -> list[Candidate]:
+        """Give one policy for every length."""
+        return self._candidates
+
+
+def make(config: ControlAscentConfig) -> SegmentAscent:
+    """Make the method of a config."""
+    return SegmentAscent(config)
