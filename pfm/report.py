@@ -1,17 +1,32 @@
 """Draw a report card: for the terminal with rich, and as one self-contained HTML page.
 
-The page needs no network, no script and no font; its plots are inline SVG. Texts of prompts, models and users are
-data: all of them pass through ``escape`` or ``rich.text.Text``.
+Texts of prompts, models and users are data: all of them pass through ``escape`` or ``rich.text.Text``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from math import ceil, floor, log10, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from pfm.page import (
+    LABELS_END,
+    PLOT_WIDTH,
+    ROW,
+    Axis,
+    clipped,
+    common_decimals,
+    document,
+    dot,
+    figure,
+    forest,
+    horizontal_axis,
+    label_at,
+    line,
+    svg,
+)
 from pfm.statistics import Bin, Estimate
 
 if TYPE_CHECKING:
@@ -63,13 +78,8 @@ def _cell(report: Report, row: MethodRow, column: _Column) -> tuple[str, str]:
     estimate = column.value(row)
     if estimate is None or (column.signed and row is _tested(report)):
         return "–", ""
-    decimals = None if column.percent else _decimals(filter(None, map(column.value, report.rows)))
+    decimals = None if column.percent else common_decimals(filter(None, map(column.value, report.rows)))
     return estimate.parts(percent=column.percent, signed=column.signed, decimals=decimals)
-
-
-def _decimals(estimates: Iterable[Estimate]) -> int:
-    """Return the decimals that suit estimates shown below each other: those of the least certain."""
-    return min((e.decimals for e in estimates if e.high > e.low), default=1)
 
 
 # ---------------------------------------------------------------------------------------------------- terminal
@@ -122,7 +132,7 @@ def _groups_table(groups: Sequence[GroupRow]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    decimals = _decimals(group.gain for group in groups)
+    decimals = common_decimals(group.gain for group in groups)
     title = "\nBy group of prompts"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title, title_justify="left")
     table.add_column("Group")
@@ -178,23 +188,7 @@ def page(report: Report, examples: int = 5) -> str:
         _examples(report, examples),
         _measured(report),
     ]
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{"".join(parts)}
-</main>
-</body>
-</html>
-"""
+    return document(title, parts)
 
 
 def _banner(report: Report) -> str:
@@ -245,17 +239,17 @@ def _methods(report: Report) -> str:
 pass it.</p>
 <div class="plots">
 {
-        _figure(
+        figure(
             "Win rate against the original",
             "Right of the line: better than the original more often than worse.",
-            _forest(wins, "Win rate of each method against the original, with intervals", 0.5, "even", percent=True),
+            forest(wins, "Win rate of each method against the original, with intervals", 0.5, "even", percent=True),
         )
     }
 {
-        _figure(
+        figure(
             "Mean judge score",
             "The line is the original’s score.",
-            _forest(scores, "Mean judge score of each method, with intervals", original, "original"),
+            forest(scores, "Mean judge score of each method, with intervals", original, "original"),
         )
     }
 </div>
@@ -287,17 +281,17 @@ def _length(report: Report) -> str:
 length alone.</p>
 <div class="plots">
 {
-        _figure(
+        figure(
             "Win rate against the original, at equal length",
             "Ring: as measured. Dot and bar: at equal length.",
             _dumbbells(rows),
         )
     }
 {
-        _figure(
+        figure(
             "Length of the pick",
             "Mean ratio to the length of the original, in characters.",
-            _forest(ratios, "Mean length of the picks relative to the original", 1.0, "same"),
+            forest(ratios, "Mean length of the picks relative to the original", 1.0, "same"),
         )
     }
 </div>
@@ -312,7 +306,7 @@ def _believed(calibration: Calibration) -> str:
             f"{calibration.accuracy.text(percent=True)} right (a coin: 50%)."
         )
     figures = [
-        _figure(
+        figure(
             "Predicted and observed win probability",
             "On the diagonal b is right. A dot’s size is its number of candidates.",
             _reliability(calibration.reliability.bins),
@@ -320,7 +314,7 @@ def _believed(calibration: Calibration) -> str:
     ]
     if calibration.gaps:
         figures.append(
-            _figure(
+            figure(
                 "What a rise in b is worth",
                 "All candidates beside the original, by how much higher their b is.",
                 _gaps(calibration.gaps),
@@ -335,9 +329,9 @@ def _believed(calibration: Calibration) -> str:
 
 
 def _groups(report: Report) -> str:
-    rows = [(f"{_clipped(g.name, 16)} ({g.prompts})", g.win, "group") for g in report.groups]
+    rows = [(f"{clipped(g.name, 16)} ({g.prompts})", g.win, "group") for g in report.groups]
     rows.append(("All prompts", _tested(report).win, ""))
-    decimals = _decimals(group.gain for group in report.groups)
+    decimals = common_decimals(group.gain for group in report.groups)
     body = "".join(
         f'<tr><th scope="row">{escape(g.name)}</th><td>{g.prompts}</td>'
         + "".join(
@@ -352,12 +346,12 @@ def _groups(report: Report) -> str:
         for g in report.groups
     )
     heads = "".join(f'<th scope="col">{head}</th>' for head in GROUP_HEADS)
-    plot = _forest(rows, "Win rate against the original in each group of prompts", 0.5, "even", percent=True)
+    plot = forest(rows, "Win rate against the original in each group of prompts", 0.5, "even", percent=True)
     return f"""
 <section>
 <h2>By group of prompts</h2>
 <div class="plots">
-{_figure("Win rate against the original", "With the number of prompts. Few prompts make wide bars.", plot)}
+{figure("Win rate against the original", "With the number of prompts. Few prompts make wide bars.", plot)}
 <div class="scroll" tabindex="0" role="region" aria-label="Figures by group"><table>
 <thead><tr><th scope="col">Group</th>{heads}</tr></thead><tbody>{body}</tbody>
 </table></div>
@@ -452,136 +446,49 @@ def _measured(report: Report) -> str:
 # -------------------------------------------------------------------------------------------------------- plots
 
 
-def _figure(title: str, note: str, plot: str) -> str:
-    return f"<figure><figcaption><b>{escape(title)}</b> {escape(note)}</figcaption>{plot}</figure>"
-
-
-class _Axis:
-    """A linear scale from data to pixels with round ticks."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float, limits: tuple[float, float] | None = None):
-        low, high = min(values), max(values)
-        span = high - low or abs(high) or 1.0
-        low, high = low - 0.04 * span, high + 0.04 * span
-        if limits:
-            low, high = max(limits[0], low), min(limits[1], high)
-        step = 10 ** floor(log10((high - low) / 4))
-        step *= next(m for m in (1, 2, 2.5, 5, 10) if (high - low) / (m * step) <= 7)
-        self.low, self.high, self.start, self.end = low, high, start, end
-        self.ticks = [k * step for k in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
-        self.decimals = max(0, next(d for d in range(12) if abs(round(step, d) - step) < 1e-9 * step))
-
-    def __call__(self, value: float) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
-
-    def label(self, tick: float, percent: bool) -> str:
-        written = f"{100 * tick:.{max(0, self.decimals - 2)}f}%" if percent else f"{tick + 0.0:.{self.decimals}f}"
-        return written.replace("-", "−")
-
-
-def _svg(width: int, height: int, description: str, body: str, data: str) -> str:
-    name = "".join(letter if letter.isalnum() else "-" for letter in description)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}t {name}d">'
-        f'<title id="{name}t">{escape(description)}</title><desc id="{name}d">{escape(data)}</desc>{body}</svg>'
-    )
-
-
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" class="{kind}"/>'
-
-
-def _dot(x: float, y: float, radius: float, kind: str, tip: str) -> str:
-    return f'<circle cx="{x}" cy="{y}" r="{radius:.1f}" class="dot {kind}"><title>{escape(tip)}</title></circle>'
-
-
-def _horizontal_axis(axis: _Axis, top: float, bottom: float, percent: bool) -> str:
-    return "".join(
-        _line(axis(tick), top, axis(tick), bottom, "grid")
-        + _text(axis(tick), bottom + 18, axis.label(tick, percent), "tick", "middle")
-        for tick in axis.ticks
-    )
-
-
-LABELS_END, PLOT_WIDTH, ROW = 182, 540, 32
-
-
-def _forest(
-    rows: Sequence[tuple[str, Estimate, str]],
-    description: str,
-    reference: float,
-    reference_label: str,
-    percent: bool = False,
-) -> str:
-    """Draw estimates with intervals, one row each: (label, estimate, class)."""
-    values = [v for _, e, _ in rows for v in (e.low, e.high)] + [reference]
-    axis = _Axis(values, LABELS_END + 8, PLOT_WIDTH - 66, (0, 1) if percent else None)
-    decimals = None if percent else _decimals(e for _, e, _ in rows)
-    top, bottom = 22, 26 + ROW * len(rows)
-    body = [_horizontal_axis(axis, top, bottom, percent)]
-    body.append(_line(axis(reference), top, axis(reference), bottom, "reference"))
-    body.append(_text(axis(reference), top - 7, reference_label, "tick", "middle"))
-    for index, (label, e, kind) in enumerate(rows):
-        y, (value, interval) = top + ROW * (index + 0.5) + 2, e.parts(percent=percent, decimals=decimals)
-        body.append(_text(LABELS_END, y + 5, _clipped(label), f"label {kind}", "end"))
-        body.append(_line(axis(e.low), y, axis(e.high), y, f"bar {kind}"))
-        body.append(_dot(axis(e.value), y, 6, kind, f"{label}: {value} {interval}"))
-        body.append(_text(PLOT_WIDTH, y + 5, value, f"value {kind}", "end"))
-    data = "; ".join(f"{label}: {e.text(percent=percent)}" for label, e, _ in rows)
-    return _svg(PLOT_WIDTH, int(bottom + 26), description, "".join(body), data)
-
-
 def _dumbbells(rows: Sequence[tuple[str, Estimate, Estimate, str]]) -> str:
     """Draw measured and length-controlled win rates: (label, measured, controlled, class)."""
     values = [v for _, e, c, _ in rows for v in (e.value, c.low, c.high)] + [0.5]
-    axis = _Axis(values, LABELS_END + 8, PLOT_WIDTH - 66, (0, 1))
+    axis = Axis(values, LABELS_END + 8, PLOT_WIDTH - 66, (0, 1))
     top, bottom = 22, 26 + ROW * len(rows)
-    body = [_horizontal_axis(axis, top, bottom, percent=True)]
-    body.append(_line(axis(0.5), top, axis(0.5), bottom, "reference"))
-    body.append(_text(axis(0.5), top - 7, "even", "tick", "middle"))
+    body = [horizontal_axis(axis, top, bottom, percent=True)]
+    body.append(line(axis(0.5), top, axis(0.5), bottom, "reference"))
+    body.append(label_at(axis(0.5), top - 7, "even", "tick", "middle"))
     for index, (label, e, c, kind) in enumerate(rows):
         y = top + ROW * (index + 0.5) + 2
-        body.append(_text(LABELS_END, y + 5, _clipped(label), f"label {kind}", "end"))
-        body.append(_line(axis(c.low), y, axis(c.high), y, f"bar {kind}"))
-        body.append(_line(axis(e.value), y, axis(c.value), y, "link"))
-        body.append(_dot(axis(c.value), y, 6, kind, f"{label} at equal length: {c.text(percent=True)}"))
-        body.append(_dot(axis(e.value), y, 6, f"open {kind}", f"{label} as measured: {e.text(percent=True)}"))
-        body.append(_text(PLOT_WIDTH, y + 5, c.parts(percent=True)[0], f"value {kind}", "end"))
+        body.append(label_at(LABELS_END, y + 5, clipped(label), f"label {kind}", "end"))
+        body.append(line(axis(c.low), y, axis(c.high), y, f"bar {kind}"))
+        body.append(line(axis(e.value), y, axis(c.value), y, "link"))
+        body.append(dot(axis(c.value), y, 6, kind, f"{label} at equal length: {c.text(percent=True)}"))
+        body.append(dot(axis(e.value), y, 6, f"open {kind}", f"{label} as measured: {e.text(percent=True)}"))
+        body.append(label_at(PLOT_WIDTH, y + 5, c.parts(percent=True)[0], f"value {kind}", "end"))
     data = "; ".join(
         f"{label}: {e.text(percent=True)} measured, {c.text(percent=True)} at equal length" for label, e, c, _ in rows
     )
     description = "Win rate of each method against the original, as measured and at equal length"
-    return _svg(PLOT_WIDTH, int(bottom + 26), description, "".join(body), data)
+    return svg(PLOT_WIDTH, int(bottom + 26), description, "".join(body), data)
 
 
-def _clipped(label: str, length: int = 23) -> str:
-    return label if len(label) <= length else f"{label[: length - 1].rstrip()}…"
-
-
-def _plane(x: _Axis, y: _Axis, x_label: str, y_label: str, percent_x: bool) -> str:
+def _plane(x: Axis, y: Axis, x_label: str, y_label: str, percent_x: bool) -> str:
     """Draw the frame of a plot of y (a share) against x."""
     rows = "".join(
-        _line(x.start, y(tick), x.end, y(tick), "grid")
-        + _text(x.start - 8, y(tick) + 4, y.label(tick, True), "tick", "end")
+        line(x.start, y(tick), x.end, y(tick), "grid")
+        + label_at(x.start - 8, y(tick) + 4, y.label(tick, True), "tick", "end")
         for tick in y.ticks
     )
     return (
         rows
-        + _horizontal_axis(x, y.end, y.start, percent_x)
-        + _text(x.start, y.end - 10, y_label, "tick")
-        + _text(x.end, y.start + 38, x_label, "tick", "end")
+        + horizontal_axis(x, y.end, y.start, percent_x)
+        + label_at(x.start, y.end - 10, y_label, "tick")
+        + label_at(x.end, y.start + 38, x_label, "tick", "end")
     )
 
 
-def _points(bins: Sequence[Bin], x: _Axis, y: _Axis) -> str:
+def _points(bins: Sequence[Bin], x: Axis, y: Axis) -> str:
     largest = max(b.count for b in bins)
     return "".join(
-        _line(x(b.x), y(b.outcome.low), x(b.x), y(b.outcome.high), "bar tested")
-        + _dot(
+        line(x(b.x), y(b.outcome.low), x(b.x), y(b.outcome.high), "bar tested")
+        + dot(
             x(b.x),
             y(b.outcome.value),
             2 + 4 * sqrt(b.count / largest),
@@ -595,136 +502,19 @@ def _points(bins: Sequence[Bin], x: _Axis, y: _Axis) -> str:
 def _reliability(bins: Sequence[Bin]) -> str:
     """Draw observed against predicted win probability on equal axes."""
     values = [v for b in bins for v in (b.x, b.outcome.low, b.outcome.high)]
-    x, y = _Axis(values, 52, PLOT_WIDTH - 16, (0, 1)), _Axis(values, 318, 30, (0, 1))
-    diagonal = _line(x(x.low), y(y.low), x(x.high), y(y.high), "reference")
+    x, y = Axis(values, 52, PLOT_WIDTH - 16, (0, 1)), Axis(values, 318, 30, (0, 1))
+    diagonal = line(x(x.low), y(y.low), x(x.high), y(y.high), "reference")
     body = _plane(x, y, "predicted b", "observed win share", True) + diagonal + _points(bins, x, y)
     data = "; ".join(f"predicted {b.x:.3f}: {b.outcome.text(percent=True)} of {b.count}" for b in bins)
-    return _svg(PLOT_WIDTH, 364, "Observed win share against predicted win probability", body, data)
+    return svg(PLOT_WIDTH, 364, "Observed win share against predicted win probability", body, data)
 
 
 def _gaps(bins: Sequence[Bin]) -> str:
     """Draw the share of candidates that beat the original against their rise in b."""
-    x = _Axis([b.x for b in bins] + [0.0], 52, PLOT_WIDTH - 16)
-    y = _Axis([v for b in bins for v in (b.outcome.low, b.outcome.high)] + [0.5], 318, 30, (0, 1))
-    references = _line(x.start, y(0.5), x.end, y(0.5), "reference") + _line(x(0), y.start, x(0), y.end, "reference")
+    x = Axis([b.x for b in bins] + [0.0], 52, PLOT_WIDTH - 16)
+    y = Axis([v for b in bins for v in (b.outcome.low, b.outcome.high)] + [0.5], 318, 30, (0, 1))
+    references = line(x.start, y(0.5), x.end, y(0.5), "reference") + line(x(0), y.start, x(0), y.end, "reference")
     body = _plane(x, y, "b of the candidate − b of the original", "beats the original", False)
     data = "; ".join(f"rise {b.x:.3f}: {b.outcome.text(percent=True)} of {b.count}" for b in bins)
     description = "Share of candidates that beat the original, by their rise in b"
-    return _svg(PLOT_WIDTH, 364, description, body + references + _points(bins, x, y), data)
-
-
-STYLE = """
-:root {
-  --paper: #f6f5f2; --card: #ffffff; --ink: #1c2126; --muted: #5a636d; --rule: #dcdfe2; --grid: #e9ebed;
-  --tested: #0a66b0; --other: #77808a; --bound: #9aa1a8; --bad: #b4480a; --mixed: #7b4ea3; --calm: #56606a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #131619; --card: #1b1f23; --ink: #e7eaed; --muted: #a0a9b2; --rule: #343a41; --grid: #282e34;
-    --tested: #62b3f2; --other: #98a2ac; --bound: #727c86; --bad: #f2964f; --mixed: #bf9ae6; --calm: #8d98a3;
-  }
-}
-* { box-sizing: border-box; }
-body {
-  margin: 0; background: var(--paper); color: var(--ink); -webkit-text-size-adjust: 100%;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-}
-main { max-width: 1120px; margin: 0 auto; padding: 32px 24px 64px; }
-h1, h2, h3, h4, p, dl, dd, figure, ul { margin: 0; }
-h1 { font-size: clamp(1.7rem, 1.1rem + 2.4vw, 2.6rem); line-height: 1.15; letter-spacing: -0.02em; }
-h2 { font-size: 1.3rem; line-height: 1.3; letter-spacing: -0.01em; }
-section, footer { margin-top: 52px; }
-small { font-size: .78rem; color: var(--muted); font-weight: 400; }
-.lead { color: var(--muted); max-width: 76ch; margin-top: 6px; }
-.hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-.verdict {
-  --tone: var(--calm); padding: 26px 30px 28px; border: 1px solid var(--rule); border-radius: 10px;
-  border-left: 8px solid var(--tone); background: var(--card);
-  background: color-mix(in srgb, var(--tone) 8%, var(--card));
-}
-.verdict.helps { --tone: var(--tested); } .verdict.hurts { --tone: var(--bad); }
-.verdict.mixed { --tone: var(--mixed); }
-.verdict h1 { color: var(--tone); margin: 4px 0 14px; }
-.verdict h1 span { font-size: .68em; vertical-align: .12em; margin-right: .15em; }
-.verdict p { max-width: 74ch; font-size: 1.06rem; } .verdict p + p { margin-top: 6px; }
-.verdict .over { font-size: .85rem; color: var(--muted); }
-.warnings {
-  margin-top: 14px; border: 1px solid var(--bad); border-radius: 10px; padding: 10px 16px; font-size: .95rem;
-}
-.warnings ul { padding-left: 1.1em; } .warnings li::marker { content: "! "; color: var(--bad); font-weight: 700; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 14px; margin-top: 14px; }
-.tiles div {
-  display: flex; flex-direction: column; justify-content: space-between; padding: 14px 18px;
-  background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
-}
-.tiles dt { font-size: .85rem; color: var(--muted); }
-.tiles dd { font-size: 1.65rem; font-weight: 650; line-height: 1.25; font-variant-numeric: tabular-nums; }
-.tiles small, td small { display: block; white-space: nowrap; }
-.plots {
-  display: grid; gap: 18px; margin-top: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
-}
-figure, .scroll, .example {
-  background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 16px 18px; min-width: 0;
-}
-figcaption { font-size: .9rem; color: var(--muted); margin-bottom: 10px; }
-figcaption b { display: block; color: var(--ink); font-size: 1rem; }
-svg { display: block; overflow: visible; width: 100%; height: auto; max-width: 640px; margin: 0 auto; }
-svg text { font-size: 14px; fill: var(--ink); }
-svg text.tick { font-size: 12.5px; fill: var(--muted); }
-svg text.value { font-variant-numeric: tabular-nums; }
-svg text.label.tested, svg text.value.tested { font-weight: 650; fill: var(--tested); }
-svg text.bound { fill: var(--muted); }
-.grid { stroke: var(--grid); } .reference { stroke: var(--ink); stroke-dasharray: 4 4; opacity: .55; }
-.bar { stroke: var(--other); stroke-width: 3; stroke-linecap: round; opacity: .6; }
-.bar.tested, .bar.group { stroke: var(--tested); }
-.link { stroke: var(--ink); stroke-width: 1; }
-.dot { fill: var(--other); stroke: var(--card); stroke-width: 1.5; } .dot.tested, .dot.group { fill: var(--tested); }
-.bar.bound { stroke: var(--bound); } .dot.bound { fill: var(--card); stroke: var(--bound); stroke-width: 2; }
-.dot.open { fill: var(--card); stroke: var(--other); stroke-width: 2; }
-.dot.open.tested { stroke: var(--tested); }
-.scroll { overflow-x: auto; margin-top: 18px; padding: 4px 0; } .plots .scroll { margin-top: 0; }
-.plots th, .plots td { padding-inline: 10px; }
-table {
-  border-collapse: separate; border-spacing: 0; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums;
-}
-th, td { padding: 9px 14px; text-align: right; vertical-align: top; border-top: 1px solid var(--grid); }
-thead th { border-top: 0; font-size: .85rem; font-weight: 600; line-height: 1.3; vertical-align: bottom; }
-thead small { display: block; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); }
-tbody th { font-weight: 500; min-width: 168px; } .plots tbody th { min-width: 90px; }
-tr.tested th { box-shadow: inset 4px 0 var(--tested); } tr.tested th, tr.tested td { font-weight: 650; }
-.example { margin-top: 16px; }
-.example header { display: flex; gap: 16px; justify-content: space-between; align-items: flex-start; }
-h3 { font-size: 1rem; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere; }
-h3, .text { max-height: 20rem; overflow: auto; }
-h4 { font-size: .85rem; font-weight: 600; }
-.chip { flex: none; font-size: .82rem; font-weight: 600; border: 1px solid; border-radius: 99px; padding: 1px 11px; }
-.better { color: var(--tested); } .worse { color: var(--bad); } .equal { color: var(--calm); }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 26px; margin-top: 12px; }
-.sides > div { min-width: 0; border-top: 3px solid var(--rule); padding-top: 8px; }
-.sides > div + div { border-color: var(--tested); }
-.figures { font-size: .82rem; color: var(--muted); font-variant-numeric: tabular-nums; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: 6px; }
-footer { border-top: 1px solid var(--rule); padding-top: 26px; font-size: .93rem; }
-footer h3 { margin-top: 18px; } footer ul { padding-left: 1.2em; color: var(--muted); margin-top: 10px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 8px 28px; margin-top: 12px; }
-.facts dt { color: var(--muted); font-size: .85rem; } .facts dd { overflow-wrap: anywhere; }
-@media (max-width: 640px) {
-  main { padding: 14px 12px 40px; } .verdict { padding: 18px 18px 20px; } section, footer { margin-top: 36px; }
-  .sides { grid-template-columns: 1fr; } figure { padding: 14px 10px; } .facts { grid-template-columns: 1fr; }
-  svg text { font-size: 15px; } svg text.tick { font-size: 14px; }
-  .tiles { grid-template-columns: 1fr 1fr; gap: 10px; } .tiles div { padding: 10px 14px; }
-}
-@media print {
-  :root {
-    --paper: #fff; --card: #fff; --ink: #000; --muted: #444; --rule: #bbb; --grid: #ddd; --tested: #0a66b0;
-    --other: #666; --bound: #999; --bad: #b4480a; --mixed: #7b4ea3; --calm: #444;
-  }
-  body { font-size: 11pt; } main { max-width: none; padding: 0; }
-  figure, .example, .tiles div, tr { break-inside: avoid; } h2 { break-after: avoid; }
-  h3, .text { max-height: none; overflow: visible; } .scroll { overflow: visible; }
-  .tiles { grid-template-columns: repeat(5, 1fr); gap: 6px; } .tiles div { padding: 8px 10px; }
-  .plots { grid-template-columns: 1fr 1fr; } tbody th { min-width: 0; } th, td { padding: 4px 5px; }
-  table, thead th { font-size: 8pt; } td small, th small { font-size: 6.5pt; }
-}
-"""
+    return svg(PLOT_WIDTH, 364, description, body + references + _points(bins, x, y), data)
