@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class NoiseReport:
     known: bool
     estimate: float
     z: float
-    correct: Tensor
+    correct: Tensor = field(repr=False)
     log_loss: float
     spread: float
     raters: RaterFlips | None
