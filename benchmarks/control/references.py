@@ -35,7 +35,7 @@ class Recipe:
 
 RECIPES = {
     "a2c_Reacher-v5": Recipe("Reacher-v5", "A2C", 28_000),
-    "sac_Pendulum-v1_early": Recipe("Pendulum-v1", "SAC", 4_000, copies=1),
+    "sac_Pendulum-v1_early": Recipe("Pendulum-v1", "SAC", 7_000, copies=1),
 }
 
 
