@@ -66,7 +66,8 @@ class Correction(nn.Module):
         }.items():
             self.register_buffer(name, value)
         self.body = Perceptron(inputs + context_inputs, hidden, self.rewards + 2 * blocks)
-        self.gate = nn.Linear(context_inputs, blocks) if gate and context_inputs and blocks > 1 else None
+        with torch.random.fork_rng(devices=[]):
+            self.gate = nn.Linear(context_inputs, blocks) if gate and context_inputs and blocks > 1 else None
 
     def restart(self) -> None:
         """Draw the weights anew: no reward, small planes - between none the slope would be zero -, equal strengths."""

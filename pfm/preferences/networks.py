@@ -17,12 +17,16 @@ WEIGHT_DECAY = 1e-2
 
 
 class Perceptron(nn.Sequential):
-    """Maps (..., F) to (..., outputs) through two hidden layers; after :meth:`restart` to zero."""
+    """Maps (..., F) to (..., outputs) through two hidden layers; after :meth:`restart` to zero.
+
+    Making one leaves torch's global random state alone.
+    """
 
     def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
-        super().__init__(
-            nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
-        )
+        with torch.random.fork_rng(devices=[]):
+            super().__init__(
+                nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
+            )
 
     @torch.no_grad()
     def restart(self, alive: int = 0) -> None:
