@@ -113,4 +113,15 @@ def _arguments() -> dict[str, list[str]]:
     return texts
 
 
-_TEXTS = {"alpaca": _alpaca, "arguments": _arguments}
+def _imdb() -> dict[str, list[str]]:
+    """Deal the reviews into hands of :data:`_HAND`, in the place of answers to one prompt."""
+    texts = [row["text"].replace("<br />", "\n") for row in read_jsonl(data_folder("imdb") / "train.jsonl.xz")]
+    order = np.random.default_rng(0).permutation(len(texts))
+    return {
+        f"Reviews, hand {number}": [texts[place] for place in order[start : start + _HAND]]
+        for number, start in enumerate(range(0, len(order), _HAND))
+    }
+
+
+_HAND = 60
+_TEXTS = {"alpaca": _alpaca, "arguments": _arguments, "imdb": _imdb}
