@@ -32,7 +32,7 @@ def _gains(report: ControlReport) -> Any:
         axes.plot(found.gain.value, place, "o", color=_color(found), markersize=6, markeredgecolor="white")
     axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
     axes.set_yticks(range(len(methods)), [found.label for found in methods])
-    axes.set_xlabel("gain in episode return over the reference's deterministic mode")
+    axes.set_xlabel("gain in episode return over the reference")
     _finish(axes, figure, f"{_title(report)}, {methods[-1].pairs:,} pairs")
     return figure
 

@@ -320,4 +320,5 @@ def _section(report: ControlReport) -> list[str]:
 def _shown(estimate: Estimate | None, **style: Any) -> str:
     if estimate is None:
         return "–"
-    return "0" if estimate.low == estimate.high == estimate.value == 0 else estimate.text(**style)
+    nothing = max(abs(estimate.low), abs(estimate.high)) < 1e-5  # what restoring a state rounds to
+    return "0" if nothing else estimate.text(**style)
