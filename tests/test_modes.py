@@ -20,12 +20,12 @@ def larger(y, other, context):
 
 @pytest.fixture(scope="module")
 def line() -> PreferenceFlow:
-    return PreferenceFlow.fit(line_pairs(), LIGHT, progress=False)
+    return PreferenceFlow.fit(line_pairs(10_000), LIGHT, progress=False)
 
 
 @pytest.fixture(scope="module")
 def two_rounds(line) -> PreferenceFlow:
-    one, other = torch.rand(2, 20_000, 1, generator=torch.Generator().manual_seed(3))
+    one, other = torch.rand(2, 10_000, 1, generator=torch.Generator().manual_seed(3))
     return line.relabel(larger, one, other, progress=False)
 
 
