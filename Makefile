@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE = 1
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test lint unit peers clean
+.PHONY: quickstart test lint unit slow peers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ unit: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(MAKE) --jobs 2 lint unit
+
+slow: $(VENV)/.installed
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info quickstart runs multirun outputs

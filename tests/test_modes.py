@@ -58,6 +58,7 @@ def test_rounds_are_saved_and_loaded(two_rounds, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_gated_round_is_gated():
     flow = PreferenceFlow.fit(line_pairs(), LIGHT.replace(source="rejected", epochs=24), progress=False)
     assert ks_to_square_law(flow.transport(uniforms(), mode="relabel")) <= 0.04
@@ -118,6 +119,7 @@ def test_all_rounds_fit_into_one_evaluation(two_rounds):
     assert student.metadata["distilled"]["teacher_evaluations"] == 2 * two_rounds.evaluations
 
 
+@pytest.mark.slow
 def test_a_distilled_context_still_steers():
     teacher = PreferenceFlow.fit(compass_pairs(), QUICK, progress=False)
     student = teacher.distill(compass_pairs(seed=2), progress=False)
@@ -196,6 +198,7 @@ def test_straightness_of_a_translation_is_nought_and_of_a_turn_is_known(line):
     assert line.straightness(uniforms(500)) < 0.2
 
 
+@pytest.mark.slow
 def test_ot_paths_are_straighter_than_independent_ones():
     generator = torch.Generator().manual_seed(0)
     rejected = torch.randn(3000, 2, generator=generator)

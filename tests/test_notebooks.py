@@ -19,6 +19,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 VERDICT = "against the original ("  # of every verdict that compares at least one changed output
 
+SLOW = ("02_what_a_preference_flow_learns", "05_preferences_as_they_are")  # many fits: make slow
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -38,8 +40,10 @@ def test_stored_without_outputs(path):
             assert cell.execution_count is None, cell.id
 
 
-@pytest.mark.slow
-@each_notebook
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in NOTEBOOKS],
+)
 def test_runs_and_keeps_its_promises(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)

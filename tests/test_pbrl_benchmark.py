@@ -22,6 +22,8 @@ from benchmarks.runner import find_result, run
 from benchmarks.runs import collect
 from benchmarks.tasks import load_task
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method" / "control").glob("*.yaml"))
 SMALL = {

@@ -31,6 +31,8 @@ from pfm.encoders import SurfaceEncoder
 from pfm.preferences import BradleyTerry, PreferenceEnsemble, PreferenceModel, ViewPreference, load
 from pfm.statistics import Bootstrap, Estimate
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = {
     "cycle_text": "alpaca_eval",

@@ -11,6 +11,8 @@ from pfm.composition import Composition, compose, simplex
 from pfm.preferences import BradleyTerry
 from pfm.tastes import TasteMixture, append_code, taste_flows, with_code
 
+pytestmark = pytest.mark.slow
+
 VARIANCE = torch.tensor([1.0, 2.0, 0.5])
 TASTES = (torch.tensor([0.8, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.3]))
 LINEAR = FlowConfig(residual=False)
