@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import logging
 import lzma
 import math
@@ -27,6 +26,7 @@ from typing import IO, Any, TypeAlias, TypedDict, cast
 import numpy as np
 
 from pfm.errors import PfmError
+from pfm.nesting import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -256,10 +256,10 @@ def read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
 
 def _parse_line(line: bytes, number: int, offset: int) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise _not_utf8(error, offset) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if line.endswith(b"\n"):
             raise PreferenceDataError(
                 f"not valid JSON ({error}); expected one JSON object a line", reason="invalid JSON"
@@ -274,10 +274,10 @@ def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     """Yield (row number from 1, value) of a file that holds one JSON array."""
     raw = _read_all(path, bad)
     try:
-        rows = json.loads(raw.decode("utf-8-sig"))
+        rows = parse_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _not_utf8(error, source=bad.source) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         hint = (
             "; the file holds one object a line: rename it to .jsonl or use from_jsonl"
             if str(error).startswith("Extra data")
@@ -349,8 +349,8 @@ def _csv_rows(reader: Any, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]
 def _csv_cell(cell: str) -> Text | None:
     if cell.startswith(("[", "{")):
         try:
-            return as_text(json.loads(cell), None)
-        except (ValueError, RecursionError):
+            return as_text(parse_json(cell), None)
+        except ValueError:
             return cell
     return cell or None
 

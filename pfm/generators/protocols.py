@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from pfm.errors import (
     ToolCallError,
 )
 from pfm.generators.base import is_usable_text
+from pfm.nesting import parse_json
 
 __all__ = ["PROTOCOLS", "Choice", "Protocol", "answer_usage"]
 
@@ -56,7 +56,7 @@ def _parsed(answer: Any) -> Any:
     if not isinstance(answer, str):
         return answer
     try:
-        return json.loads(answer)
+        return parse_json(answer)
     except ValueError:
         page = answer.lstrip().startswith("<")
         found = "a web page" if page else f"{answer[:80]!r}"

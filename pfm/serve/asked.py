@@ -12,6 +12,7 @@ from typing import Any
 from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text
+from pfm.nesting import parse_json
 from pfm.refiner import Refiner
 from pfm.rows import conversation_text
 from pfm.serve.config import ServeConfig
@@ -83,8 +84,8 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
         Refused: the extension asks for what there is not; status 400.
     """
     try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
+        body = parse_json(content)
+    except ValueError:
         body = None
     if not isinstance(body, dict):
         return Asked(None, content, [], 1, None, plain="the body is no JSON object")

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from pfm.generators.base import is_usable_text
+from pfm.nesting import parse_json
 from pfm.serve.asked import HEADER
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
@@ -373,8 +374,8 @@ def returned_headers(headers: httpx2.Headers, *, body: bool = False) -> list[tup
 def _completion(content: bytes) -> dict[str, Any] | None:
     """Return the body of a chat completion that has at least one choice with a message, else None."""
     try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
+        data = parse_json(content)
+    except ValueError:
         return None
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not choices:
