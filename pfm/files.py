@@ -1,4 +1,4 @@
-"""Files that are either whole or left as they were."""
+"""Files that are either whole or left as they were, and the folder of those that may be deleted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["replace_file"]
+__all__ = ["cache_folder", "replace_file"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -20,3 +20,20 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def cache_folder(kind: str) -> Path:
+    """Return the folder of a cache: the one that ``PFM_CACHE`` names, else ``pfm/KIND`` in the user's cache folder.
+
+    A user without a home gets a folder that cannot be written, which makes a cache warn and step aside.
+    """
+    named = os.environ.get("PFM_CACHE")
+    if named:
+        return Path(named).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(base):
+        return Path(base, "pfm", kind)
+    try:
+        return Path.home() / ".cache" / "pfm" / kind
+    except RuntimeError:
+        return Path(os.devnull, "pfm")

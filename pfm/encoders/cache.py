@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pfm.files import cache_folder
+
 __all__ = ["EmbeddingCache", "text_keys"]
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = _default_folder() if folder is None else Path(folder).expanduser()
+        self.folder = cache_folder("embeddings") if folder is None else Path(folder).expanduser()
         self._lock = threading.RLock()
         self._indices: dict[str, _Index] = {}
         self._writers: dict[str, _Writer] = {}
@@ -366,20 +368,6 @@ class _Index:
 
     def distinct(self) -> int:
         return len(np.unique(self.prefixes))
-
-
-def _default_folder() -> Path:
-    named = os.environ.get("PFM_CACHE")
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):
-        return Path(base, "pfm", "embeddings")
-    try:
-        return Path.home() / ".cache" / "pfm" / "embeddings"
-    except RuntimeError:
-        # A user without a home: a folder that cannot be written makes the cache warn and step aside.
-        return Path(os.devnull, "pfm")
 
 
 def _header(dimension: int) -> bytes:

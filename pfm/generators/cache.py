@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pfm.files import cache_folder
 from pfm.generators.base import Prompt, Sample, as_messages, canonical
 
 __all__ = ["ResponseCache", "sample_key"]
@@ -54,7 +55,7 @@ class ResponseCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self.folder = _default_folder() if folder is None else Path(folder).expanduser()
+        self.folder = cache_folder("responses") if folder is None else Path(folder).expanduser()
         self.path = self.folder / "responses.sqlite"
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -185,16 +186,3 @@ def _open(path: Path) -> sqlite3.Connection:
         except sqlite3.Error:
             connection.close()
             raise
-
-
-def _default_folder() -> Path:
-    named = os.environ.get("PFM_CACHE")
-    if named:
-        return Path(named).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):
-        return Path(base, "pfm", "responses")
-    try:
-        return Path.home() / ".cache" / "pfm" / "responses"
-    except RuntimeError:  # a user without a home: a folder that cannot be written makes the cache step aside
-        return Path(os.devnull, "pfm")
