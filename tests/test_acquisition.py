@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from bench_settings import configured, needs
 from torch import Tensor
 
 from benchmarks.acquisition_config import AcquisitionMethodConfig
 from benchmarks.acquisition_report import compare, markdown, student_interval
-from benchmarks.config import RunConfig, register
-from benchmarks.data import MissingDataError, data_folder
 from benchmarks.methods.acquisition import make
 from benchmarks.runner import run
 from benchmarks.runs import collect
 from pfm import EncodedPairs
 from pfm.acquisition import CRITERIA, Beliefs, LaplacePosterior, _expectations, choose_pairs, ensemble_beliefs
 from pfm.preferences import BradleyTerry
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def labelled(count: int, dimension: int, seed: int = 0, weights: Tensor | None = None) -> tuple[EncodedPairs, Tensor]:
@@ -262,18 +256,12 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 
 def test_the_benchmark_runs_and_pairs_its_gain_by_seed(tmp_path: Path) -> None:
-    register()
-    try:
-        data_folder("ukp_convarg")
-    except MissingDataError as error:
-        pytest.skip(str(error))
+    needs("ukp_convarg")
     for method in ("acquire_random", "acquire_information"):
         for seed in (0, 1):
-            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                settings = ["task=acquisition", "task.labels=[10,20]", "task.pool=80", "task.options={draws: 2}",
-                            f"method={method}", f"seed={seed}", "encoder=surface", "progress=false", "threads=1",
-                            f"out={tmp_path}"]  # fmt: skip
-                config = cast(RunConfig, OmegaConf.to_object(compose("config", settings)))
+            config = configured("task=acquisition", "task.labels=[10,20]", "task.pool=80", "task.options={draws: 2}",
+                                f"method={method}", f"seed={seed}", "encoder=surface", "progress=false", "threads=1",
+                                f"out={tmp_path}")  # fmt: skip
             folder = tmp_path / f"{method}-{seed}"
             folder.mkdir()
             run(config, folder)

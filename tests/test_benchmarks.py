@@ -12,13 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from bench_settings import ROOT, configured, needs
 from omegaconf import OmegaConf
 
 from benchmarks import report, selection_report
 from benchmarks.bench import Bench
-from benchmarks.config import RunConfig, register
-from benchmarks.data import MissingDataError, data_folder
+from benchmarks.data import MissingDataError
 from benchmarks.measures import ChoiceTable, NestedBootstrap
 from benchmarks.methods import make_method
 from benchmarks.runner import run
@@ -26,21 +25,7 @@ from benchmarks.runs import collect
 from benchmarks.selection import Selection, draw_candidates, limited, one_hot, split_prompts
 from benchmarks.tasks import load_task
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = {"alpaca": "alpaca_eval", "arguments": "ukp_convarg", "captions": "caption_contest"}
-
-
-def needs(folder: str) -> None:
-    try:
-        data_folder(folder)
-    except MissingDataError as error:
-        pytest.skip(str(error))
-
-
-def configured(*overrides: str) -> RunConfig:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return cast(RunConfig, OmegaConf.to_object(compose("config", list(overrides))))
 
 
 @cache

@@ -9,13 +9,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from bench_settings import ROOT, configured
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from benchmarks import law_report, report
 from benchmarks.bench import Bench
-from benchmarks.config import LawConfig, RunConfig, TransportConfig, register
+from benchmarks.config import LawConfig, TransportConfig
 from benchmarks.law_task import LawTask
 from benchmarks.laws import Flowing, Law, Mover, Staged
 from benchmarks.methods import make_method
@@ -32,17 +32,10 @@ from benchmarks.tasks.ring import Ring
 from pfm import EncodedPairs, FlowConfig
 from pfm.distances import sliced_wasserstein
 
-ROOT = Path(__file__).resolve().parents[1]
 LAWS: list[Law] = [Line(), Mixture(), Ring(), Cycle()]
 each_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 BENCH = Bench("surface", "truncate", 0, False)
 SMALL = LawConfig(name="law", pairs=2000, draws=3, samples=1500, directions=32, energy_samples=300)
-
-
-def configured(*overrides: str) -> RunConfig:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return cast(RunConfig, OmegaConf.to_object(compose("config", list(overrides))))
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from bench_settings import ROOT, configured
 from omegaconf import OmegaConf
 
 from benchmarks import report
-from benchmarks.config import RunConfig, register
+from benchmarks.config import RunConfig
 from benchmarks.control import references
 from benchmarks.control.animation import side_by_side
 from benchmarks.control.report import compare
@@ -24,7 +24,6 @@ from benchmarks.tasks import load_task
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "conf" / "method" / "control").glob("*.yaml"))
 SMALL = {
     "task.pairs": 300,
@@ -35,13 +34,6 @@ SMALL = {
     "progress": "false",
     "threads": 1,
 }
-
-
-def configured(*overrides: str, **settings: Any) -> RunConfig:
-    register()
-    given = [*overrides, *(f"{name}={value}" for name, value in settings.items())]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return cast(RunConfig, OmegaConf.to_object(compose("config", given)))
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +79,11 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_every_method_can_be_made():
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for name in METHODS:
-            composed = compose("config", ["task=pbrl/reacher", f"method=control/{name}", "seed=3"])
-            config = cast(RunConfig, OmegaConf.to_object(composed))
-            assert config.method.name == name
-            assert make_method(config.method)
-            assert vars(config.method).get("flow", {"seed": 3})["seed"] == 3
+    for name in METHODS:
+        config = configured("task=pbrl/reacher", f"method=control/{name}", "seed=3")
+        assert config.method.name == name
+        assert make_method(config.method)
+        assert vars(config.method).get("flow", {"seed": 3})["seed"] == 3
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("pbrl*.yaml")), ids=lambda path: path.stem)

@@ -11,14 +11,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from bench_settings import configured, needs
 
 from benchmarks import preference_report, report
 from benchmarks.bench import Bench
 from benchmarks.comparisons import Comparison, Comparisons, deal_folds
-from benchmarks.config import RunConfig, register
-from benchmarks.data import MissingDataError, data_folder
 from benchmarks.methods import make_method
 from benchmarks.prediction_measures import PredictionTable
 from benchmarks.runner import run
@@ -33,7 +30,6 @@ from pfm.statistics import Bootstrap, Estimate
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[1]
 TASKS = {
     "cycle_text": "alpaca_eval",
     "cycle_text-dominant": "alpaca_eval",
@@ -46,19 +42,6 @@ TASKS = {
     "qlora-told": "qlora_tournament",
 }
 SURFACE = Bench("surface", "truncate", 0, False)
-
-
-def needs(folder: str) -> None:
-    try:
-        data_folder(folder)
-    except MissingDataError as error:
-        pytest.skip(str(error))
-
-
-def configured(*overrides: str) -> RunConfig:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return cast(RunConfig, OmegaConf.to_object(compose("config", list(overrides))))
 
 
 @cache

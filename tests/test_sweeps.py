@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hydra import compose, initialize_config_dir
+from bench_settings import ROOT, composed
 from omegaconf import OmegaConf
 
-from benchmarks.config import cores, register
+from benchmarks.config import cores
 from benchmarks.sweeps import LAUNCHERS, check_launcher, threads_of_a_job
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "task=line", "task.pairs=200", "task.samples=200", "task.draws=2", "task.directions=8", "task.energy_samples=50",
     "progress=false",
@@ -47,9 +46,7 @@ def finished(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def hydra_config(*overrides: str) -> Any:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides), return_hydra_config=True).hydra
+    return composed(*overrides, return_hydra_config=True).hydra
 
 
 def needs(launcher: str) -> None:
@@ -140,10 +137,10 @@ def test_jobs_at_a_time_share_the_cores(overrides: list[str], threads: int, monk
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_can_be_composed(path: Path):
-    composed = hydra_config(f"experiment={path.stem}")
-    params = composed.sweeper.params or {}
+    found = hydra_config(f"experiment={path.stem}")
+    params = found.sweeper.params or {}
     assert cast(Any, OmegaConf.load(path)).get("hydra", {}).get("sweeper", {}).get("params", {}) == params
-    choices = {"task": composed.runtime.choices.task, "method": composed.runtime.choices.method, **params}
+    choices = {"task": found.runtime.choices.task, "method": found.runtime.choices.method, **params}
     for group in ("task", "method"):
         for name in str(choices[group]).replace(" ", "").split(","):
             assert (ROOT / "conf" / group / f"{name}.yaml").is_file(), f"{group}={name}"

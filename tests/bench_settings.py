@@ -1,0 +1,31 @@
+"""What tests of the benchmarks share: composed settings, and the skip where a folder of data is absent."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from benchmarks.config import RunConfig, register
+from benchmarks.data import MissingDataError, data_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def composed(*overrides: str, **options: Any) -> Any:
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides), **options)
+
+
+def configured(*overrides: str, **settings: Any) -> RunConfig:
+    given = [*overrides, *(f"{name}={value}" for name, value in settings.items())]
+    return cast(RunConfig, OmegaConf.to_object(composed(*given)))
+
+
+def needs(folder: str) -> None:
+    try:
+        data_folder(folder)
+    except MissingDataError as error:
+        pytest.skip(str(error))
