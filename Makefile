@@ -14,9 +14,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first and pinned: an unpinned torch brings several GB of another build
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,dev]"
+	# torch first and pinned: an unpinned torch brings several GB of another build. Modules are compiled when first used:
+	# most of these never are, and compiling all takes more than a minute
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,dev]"
 	touch $@
 
 # What `task=speed` compares with. A second environment over the packages of the first: both sides of a comparison run in

@@ -8,7 +8,6 @@ between them are paired.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.prediction_measures import PredictionTable
-from benchmarks.runs import Run, code_notes, common_setting
+from benchmarks.runs import Run, code_notes, grouped
 from benchmarks.tables import markdown_table
 from pfm.statistics import Bootstrap, Estimate, Reliability
 
@@ -31,11 +30,6 @@ class PredictionRun(Run):
     """Is a finished run with its predictions."""
 
     predictions: PredictionTable
-
-    @property
-    def setting(self) -> str:
-        """Give all settings but method and seed, as one text: what runs must share to be compared."""
-        return common_setting(self, [name for name in self.metrics["settings"] if name not in ("method", "seed")])
 
 
 @dataclass(frozen=True)
@@ -86,23 +80,14 @@ def compare(runs: Sequence[PredictionRun]) -> list[TaskReport]:
     Raises:
         ValueError: two methods of one task and seed did not predict the same comparisons.
     """
-    by_setting: dict[str, list[PredictionRun]] = defaultdict(list)
-    for run in runs:
-        by_setting[run.setting].append(run)
-    return [_compare(by_setting[setting]) for setting in sorted(by_setting)]
+    alike = grouped(
+        runs, lambda run, other: run.predictions.same_comparisons(other.predictions), "predict the same comparisons"
+    )
+    return [_compare(methods) for methods in alike]
 
 
-def _compare(runs: list[PredictionRun]) -> TaskReport:
-    methods: dict[str, dict[int, PredictionRun]] = defaultdict(dict)
-    first: dict[int, PredictionRun] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        other = first.setdefault(run.seed, run)
-        if not run.predictions.same_comparisons(other.predictions):
-            raise ValueError(
-                f"{run.folder} and {other.folder} did not predict the same comparisons: the data or the task's "
-                "code changed in between; repeat the older with force=true"
-            )
-        methods[run.method][run.seed] = run
+def _compare(methods: dict[str, dict[int, PredictionRun]]) -> TaskReport:
+    runs = [run for of in methods.values() for run in of.values()]
     reports = [_method_report(name, methods) for name in methods]
     losses = {report.name: _value(report.figures["log_loss"]) for report in reports}
     latest = max(runs, key=lambda run: run.metrics["finished"])

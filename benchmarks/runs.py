@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.runner import ARRAYS, METRICS
 
-__all__ = ["Run", "code_notes", "collect", "common_setting"]
+__all__ = ["Run", "code_notes", "collect", "common_setting", "grouped"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,17 @@ class Run:
         return self.metrics["settings"]["seed"]
 
     @property
+    def setting(self) -> str:
+        """Give all settings but method and seed, as one text: what runs must share to be compared."""
+        return common_setting(self, [name for name in self.metrics["settings"] if name not in ("method", "seed")])
+
+    @property
     def arrays(self) -> Path:
         """Give the file of what the run kept beside its metrics."""
         return self.folder / ARRAYS[self.kind]
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def collect(paths: Iterable[Path]) -> list[Run]:
@@ -72,6 +81,32 @@ def collect(paths: Iterable[Path]) -> list[Run]:
 def common_setting(run: Run, names: Sequence[str]) -> str:
     """Give some of a run's settings as one text: what runs must share to be compared."""
     return json.dumps({name: run.metrics["settings"][name] for name in names})
+
+
+def grouped(
+    runs: Sequence[AnyRun], alike: Callable[[AnyRun, AnyRun], bool], did: str
+) -> list[dict[str, dict[int, AnyRun]]]:
+    """Group runs of equal setting: in each group every method's runs by seed, seeds in order.
+
+    Args:
+        runs: of any settings.
+        alike: whether two runs of one setting and seed were given the same things.
+        did: what they did with them, such as "choose among the same candidates".
+
+    Raises:
+        ValueError: two runs of one setting and seed are not alike.
+    """
+    groups: dict[str, dict[str, dict[int, AnyRun]]] = defaultdict(lambda: defaultdict(dict))
+    first: dict[tuple[str, int], AnyRun] = {}
+    for run in sorted(runs, key=lambda run: (run.setting, run.seed)):
+        other = first.setdefault((run.setting, run.seed), run)
+        if not alike(run, other):
+            raise ValueError(
+                f"{run.folder} and {other.folder} did not {did}: the data or the task's code changed in between; "
+                "repeat the older with force=true"
+            )
+        groups[run.setting][run.method][run.seed] = run
+    return list(groups.values())
 
 
 def code_notes(runs: Sequence[Run]) -> list[str]:

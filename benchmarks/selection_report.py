@@ -7,7 +7,6 @@ seed. Methods of one task and seed chose among the same candidates, so that diff
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measures import ChoiceTable, NestedBootstrap, interquartile_mean
-from benchmarks.runs import Run, code_notes, common_setting
+from benchmarks.runs import Run, code_notes, grouped
 from benchmarks.tables import markdown_table
 from pfm.statistics import Estimate
 
@@ -34,11 +33,6 @@ class ChoiceRun(Run):
     """Is a finished run with its choices."""
 
     choices: ChoiceTable
-
-    @property
-    def setting(self) -> str:
-        """Give all settings but method and seed, as one text: what runs must share to be compared."""
-        return common_setting(self, [name for name in self.metrics["settings"] if name not in ("method", "seed")])
 
 
 @dataclass(frozen=True)
@@ -86,23 +80,12 @@ def compare(runs: Sequence[ChoiceRun]) -> list[TaskReport]:
     Raises:
         ValueError: two methods of one task and seed did not choose among the same candidates.
     """
-    by_setting: dict[str, list[ChoiceRun]] = defaultdict(list)
-    for run in runs:
-        by_setting[run.setting].append(run)
-    return [_compare(by_setting[setting]) for setting in sorted(by_setting)]
+    alike = grouped(runs, lambda run, other: run.choices.same_items(other.choices), "choose among the same candidates")
+    return [_compare(methods) for methods in alike]
 
 
-def _compare(runs: list[ChoiceRun]) -> TaskReport:
-    methods: dict[str, dict[int, ChoiceRun]] = defaultdict(dict)
-    first: dict[int, ChoiceRun] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
-        other = first.setdefault(run.seed, run)
-        if not run.choices.same_items(other.choices):
-            raise ValueError(
-                f"{run.folder} and {other.folder} did not choose among the same candidates: the data or the task's "
-                "code changed in between; repeat the older with force=true"
-            )
-        methods[run.method][run.seed] = run
+def _compare(methods: dict[str, dict[int, ChoiceRun]]) -> TaskReport:
+    runs = [run for of in methods.values() for run in of.values()]
     reports = [_method_report(name, methods) for name in methods]
     scores = {report.name: _value(report.figures["score"]) for report in reports}
     latest = max(runs, key=lambda run: run.metrics["finished"])

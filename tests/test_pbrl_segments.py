@@ -12,6 +12,7 @@ import torch
 
 from pfm.pbrl.arrays import BatchedPendulum, BatchedPointMass
 from pfm.pbrl.collection import collect, correlated_noise, run_on
+from pfm.pbrl.environments import UnsupportedEnvironmentError
 from pfm.pbrl.rollouts import VectorEnv
 from pfm.pbrl.segments import SegmentPairs, pick_states
 from pfm.pbrl.teachers import Teacher
@@ -208,6 +209,71 @@ class Lost(BatchedPointMass):
 def test_observations_that_are_not_finite_are_named():
     with pytest.raises(ValueError, match=r"NaN or infinite observations in step 30 of a trajectory of shard 0"):
         collect(Lost, Steering(), 20, length=4, continuation=2)
+
+
+class LostLater(BatchedPointMass):
+    """Loses its observations on the way from a restored state."""
+
+    restored = False
+
+    def restore_states(self, states: Any) -> Any:
+        self.restored = True
+        return super().restore_states(states)
+
+    def reset(self, count: int, seed: int) -> Any:
+        self.restored = False
+        return super().reset(count, seed)
+
+    def step(self, actions: Any) -> Any:
+        observation, reward, done = super().step(actions)
+        observation[self.restored & (self._states[:, -1] == 30)] = np.inf
+        return observation, reward, done
+
+
+def test_shards_that_were_finished_are_kept_when_observations_are_lost(segments, tmp_path):
+    class Second(LostLater):
+        """Its first shard is whole."""
+
+        name = "BatchedPointMass"
+        shards = 0
+
+        def reset(self, count: int, seed: int) -> Any:
+            self.shards += count == 10
+            return super().reset(count, seed)
+
+        def restore_states(self, states: Any) -> Any:
+            observation = super().restore_states(states)
+            self.restored = self.shards > 1
+            return observation
+
+    settings: dict[str, Any] = {"length": 4, "continuation": 10, "noise": 0.3, "seed": 5, "folder": tmp_path}
+    with pytest.raises(ValueError, match=r"NaN or infinite observations in step \d+ of a segment.*are kept"):
+        collect(Second(), Steering(), 250, **settings)
+    assert [path.name for path in tmp_path.glob("shard-*")] == ["shard-00000.npz"]
+    assert same(collect(BatchedPointMass, Steering(), 250, **settings), segments)
+
+
+def test_an_environment_without_exact_state_is_refused():
+    with pytest.raises(UnsupportedEnvironmentError, match="CartPole"):
+        collect("CartPole-v1", Steering(), 20, length=4, continuation=2)
+
+
+class Indifferent(BatchedPointMass):
+    """Pays the same whatever is done."""
+
+    def _move(self, state: Any, action: Any) -> Any:
+        reward, moved = super()._move(state, action)
+        return np.ones_like(reward), moved
+
+
+def test_nothing_is_learned_from_ties_alone():
+    ties = collect(Indifferent, Steering(), 50, length=4, continuation=2)
+    assert ties.label is not None
+    assert (ties.label == 0.5).all()
+    assert ties.statistics().ties == 1.0
+    for handling in ("keep", "drop"):
+        with pytest.raises(ValueError, match=r"none of the 50 comparisons prefers a segment \(50 ties"):
+            ties.encode(ties=handling)
 
 
 def test_a_policy_for_another_action_space_is_refused():

@@ -18,8 +18,10 @@ import numpy as np
 
 __all__ = ["main", "play_frames", "side_by_side"]
 
-_SIZE = 220  # pixels of a picture's side
+_HEIGHT = 300  # pixels of a picture
+_TITLE = 30  # pixels above it
 _FRAMES = 90  # at most
+_KEPT = 300  # pictures of a whole episode, about
 _LAST = 8  # how often the last frame is repeated
 
 
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def play_frames(name: str, policy: Any, seed: int) -> tuple[list[np.ndarray], list[float]]:
-    """Play one episode and give its pictures (h, w, 3) uint8, and the return so far at each of them."""
+    """Play one episode and give pictures (h, w, 3) uint8 at even steps of it, and the return so far at each of them."""
     from pfm.pbrl import make_env
 
     env = make_env(name, render_mode="rgb_array")
@@ -67,14 +69,16 @@ def play_frames(name: str, policy: Any, seed: int) -> tuple[list[np.ndarray], li
     policy = policy.bind(env) if hasattr(policy, "bind") else policy
     frames, earned, total = [_picture(env)], [0.0], 0.0
     memory, start, over = None, np.ones(1, dtype=bool), False
+    every, step = max((env.horizon or 0) // _KEPT, 1), 0
     while not over:
         action, memory = policy.predict(np.asarray(seen)[None], memory, start, True)
         start = np.zeros(1, dtype=bool)
         seen, reward, terminated, truncated, _ = env.step(action[0])
         total += float(reward)
-        over = terminated or truncated
-        frames.append(_picture(env))
-        earned.append(total)
+        over, step = terminated or truncated, step + 1
+        if over or step % every == 0:
+            frames.append(_picture(env))
+            earned.append(total)
     env.close()
     return frames, earned
 
@@ -83,20 +87,24 @@ def side_by_side(
     played: Sequence[tuple[list[np.ndarray], list[float]]], labels: Sequence[str], out: Path, seconds: float = 5.0
 ) -> None:
     """Write episodes (frames, returns) next to each other as an animated GIF; one that is over keeps its last frame."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     longest = max(len(frames) for frames, _ in played)
     times = np.unique(np.linspace(0, longest - 1, min(_FRAMES, longest)).round().astype(int))
+    height, width = played[0][0][0].shape[:2]
+    font: Any = ImageFont.load_default(size=15)
     pictures = []
     for time in [*times, *[times[-1]] * _LAST]:
-        sheet = Image.new("RGB", (len(played) * _SIZE, _SIZE + 30), "white")
+        sheet = Image.new("RGB", (len(played) * width, height + _TITLE), "white")
         draw = ImageDraw.Draw(sheet)
         for number, ((frames, earned), label) in enumerate(zip(played, labels, strict=True)):
-            at = min(int(time), len(frames) - 1)
-            sheet.paste(Image.fromarray(frames[at]), (number * _SIZE, 30))
-            draw.text((number * _SIZE + 6, 3), label, fill="#333333")
-            draw.text((number * _SIZE + 6, 16), f"return {earned[at]:.1f}", fill="#333333")
-        pictures.append(sheet.quantize(64))
+            at, left = min(int(time), len(frames) - 1), number * width
+            sheet.paste(Image.fromarray(frames[at]), (left, _TITLE))
+            draw.text((left + 8, _TITLE // 2), label, fill="#222222", font=font, anchor="lm")
+            over = " (ended)" if at < time else ""
+            note = f"{earned[at]:.1f}{over}"
+            draw.text((left + width - 8, _TITLE // 2), note, fill="#222222", font=font, anchor="rm")
+        pictures.append(sheet.quantize(64, dither=Image.Dither.NONE))
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures[0].save(
         out, save_all=True, append_images=pictures[1:], duration=round(1000 * seconds / len(pictures)), loop=0,
@@ -107,7 +115,8 @@ def side_by_side(
 def _picture(env: Any) -> np.ndarray:
     from PIL import Image
 
-    return np.asarray(Image.fromarray(env.render()).resize((_SIZE, _SIZE)))
+    picture = Image.fromarray(env.render())
+    return np.asarray(picture.resize((round(_HEIGHT * picture.width / picture.height), _HEIGHT)))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from pfm.pbrl.segments import SegmentPairs, SegmentStatistics
     from pfm.pbrl.teachers import TEACHERS, Teacher
+    from pfm.pbrl.values import FittedValue
 
 _HOME = {
     "TEACHERS": "teachers",
@@ -48,6 +49,7 @@ _HOME = {
     "BatchedPendulum": "arrays",
     "BatchedPointMass": "arrays",
     "ClonedPolicy": "policies",
+    "FittedValue": "values",
     "FlowPolicy": "flow_policy",
     "HumanSegments": "human",
     "NoisyPolicy": "policies",
@@ -83,6 +85,7 @@ __all__ = [
     "BatchedPendulum",
     "BatchedPointMass",
     "ClonedPolicy",
+    "FittedValue",
     "FlowPolicy",
     "HumanSegments",
     "NoisyPolicy",

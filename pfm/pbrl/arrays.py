@@ -17,7 +17,7 @@ __all__ = ["BatchedPendulum", "BatchedPointMass"]
 class _Batched:
     """E episodes of one law of motion; the state (E, S) ends with the count of steps.
 
-    An episode ends after ``horizon`` steps. From then on its row stays as it is and its rewards are 0.
+    An episode ends after ``horizon`` steps, by time alone. From then on its row stays as it is and its rewards are 0.
     """
 
     observation_space: Box
@@ -37,6 +37,11 @@ class _Batched:
     def done(self) -> np.ndarray:
         """(E,) bool: which episodes have ended."""
         return self._states[:, -1] >= self.horizon
+
+    @property
+    def terminated(self) -> np.ndarray:
+        """(E,) bool: which episodes have ended by something else than time: none."""
+        return np.zeros(self.count, bool)
 
     def reset(self, count: int, seed: int) -> np.ndarray:
         """Start ``count`` episodes; the first of them do not depend on how many there are.
@@ -73,6 +78,10 @@ class _Batched:
             moved = np.where(ended[:, None], self._states[:, :-1], moved)
         self._states = np.column_stack([moved, self._states[:, -1] + ~ended])
         return self._observe(), reward, self.done
+
+    def restart_clock(self) -> None:
+        """Put the time limit of the episodes that go on as far away as after a reset."""
+        self._states[~self.done, -1] = 0
 
     def save_states(self) -> np.ndarray:
         """Copy the states, (E, S) float64."""

@@ -1,8 +1,9 @@
 """Collecting preferences: several noisy segments from the same exact state, run on, valued and labelled.
 
 States lie uniformly over whole episodes of the (explored) reference. From each, M segments of the reference with noise
-on its actions and one without are run from the restored state, and the deterministic reference goes on from their ends:
-a teacher who does not look beyond the segment prefers what pays at once and costs later.
+on its actions and one without are run from the restored state, and the deterministic reference goes on from their ends,
+or a fitted value says what it would earn: a teacher who does not look beyond the segment prefers what pays at once and
+costs later.
 
 Work is cut into shards that depend on the seed and their number alone: the result is the same for any number of
 workers, and a collection that was interrupted goes on from the shards that are on disk.
@@ -27,7 +28,18 @@ from pfm.files import replace_file
 from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
-__all__ = ["Continued", "collect", "correlated_noise", "half_range", "open_environment", "run_on"]
+__all__ = [
+    "Continued",
+    "Met",
+    "check_observation",
+    "clip_action",
+    "collect",
+    "correlated_noise",
+    "half_range",
+    "open_environment",
+    "run_on",
+    "visit",
+]
 
 SHARD = 100  # states; a constant of the format: results depend on it
 LARGE = 4096  # rows of an environment in array code that are stepped together
@@ -55,7 +67,7 @@ class _Settings:
     explore: float
     states_per_trajectory: int
     discount: float
-    valued: bool
+    value: str | None
     batch: int
     seed: int
 
@@ -112,8 +124,10 @@ def collect(
         explore: noise on the trajectories that the states are taken from; None for that of the segments.
         states_per_trajectory: how many states are taken from one episode.
         discount: of rewards a step, in (0, 1].
-        value: what is to be expected after the continuation, from observations (B, O) to (B,), such as a fitted
-            value function; None for nothing.
+        value: what is to be expected after the continuation, from observations (B, O) to (B,), such as a
+            :class:`pfm.pbrl.FittedValue` of the same ``discount``; most often with ``continuation=0``. An episode that
+            ends by termination is worth nothing more, one that is cut by the time limit what its last observation is.
+            None for nothing.
         workers: processes. folder: for the shards, from which an interrupted collection goes on; None keeps nothing.
         batch: copies of a gymnasium environment that are stepped together; results depend on it by rounding only.
         progress: show a progress bar.
@@ -122,19 +136,19 @@ def collect(
         the segments with their states and labels.
 
     Raises:
-        ValueError: an argument is out of range, the policy acts in another space, observations are not finite, or
-            ``folder`` holds a collection with other settings.
-        TypeError: ``environment`` is none of the three.
+        ValueError: an argument is out of range, the policy acts in another space, observations or values are not
+            finite, the value has another discount, or ``folder`` holds a collection with other settings.
+        TypeError: ``environment`` is none of the three, or does not say which episodes terminated, as a value asks.
         pfm.pbrl.UnsupportedEnvironmentError: the environment's state cannot be restored exactly.
     """
     teacher = Teacher.named(teacher)
     _check(pairs, length, continuation, members, noise, correlation, explore, states_per_trajectory, discount,
            workers, batch, design)  # fmt: skip
     env, name = open_environment(environment)
+    acts, foretells = _fingerprints(env, policy, value, discount)
     settings = _Settings(
-        name, _fingerprint(env, policy), length, continuation, members, noise, correlation,
-        float((noise or 0.0) if explore is None else explore), states_per_trajectory, discount, value is not None,
-        batch, seed,
+        name, acts, length, continuation, members, noise, correlation,
+        float((noise or 0.0) if explore is None else explore), states_per_trajectory, discount, foretells, batch, seed,
     )  # fmt: skip
     per_state = len(all_comparisons(1, members)) if design == "all" else members - 1
     states = math.ceil(pairs / per_state)
@@ -248,7 +262,10 @@ def _shard(work: _Work, env: Any, number: int, size: int) -> SegmentPairs:
     settings = work.settings
     random = np.random.default_rng([settings.seed, number])
     seed_policy(work.policy, int(random.integers(2**31)))
-    seen, walked = _visit(env, work.policy, settings, number, random)
+    seen, walked = visit(
+        env, work.policy, random, per=settings.states_per_trajectory, explore=settings.explore,
+        correlation=settings.correlation, deterministic=settings.noise is not None, number=number,
+    )  # fmt: skip
     seen = seen.pick(np.arange(size))
     action = env.action_space.shape[0]
     spread = half_range(env.action_space)
@@ -294,7 +311,7 @@ def _shard(work: _Work, env: Any, number: int, size: int) -> SegmentPairs:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Met:
     """Holds states that were met: observations (N, O), exact states, the policy's memory, trajectories (N,)."""
 
     observation: np.ndarray
@@ -302,12 +319,12 @@ class _Seen:
     memory: Memory
     trajectory: np.ndarray
 
-    def pick(self, index: np.ndarray) -> _Seen:
+    def pick(self, index: np.ndarray) -> Met:
         memory = None if self.memory is None else tuple(part[index] for part in self.memory)
-        return _Seen(self.observation[index], pick_states(self.states, index), memory, self.trajectory[index])
+        return Met(self.observation[index], pick_states(self.states, index), memory, self.trajectory[index])
 
     @classmethod
-    def concatenate(cls, parts: list[_Seen]) -> _Seen:
+    def concatenate(cls, parts: list[Met]) -> Met:
         memory: Memory = None
         if parts[0].memory is not None:
             memory = tuple(np.concatenate(each) for each in zip(*(part.memory or () for part in parts), strict=True))
@@ -317,41 +334,57 @@ class _Seen:
         )  # fmt: skip
 
 
-def _visit(env: Any, policy: Any, settings: _Settings, number: int, random: np.random.Generator) -> tuple[_Seen, int]:
-    """Walk whole episodes and keep SHARD states of them, each step as likely as any other; count the steps."""
-    per = settings.states_per_trajectory
+def visit(
+    env: Any,
+    policy: Any,
+    random: np.random.Generator,
+    *,
+    per: int,
+    explore: float,
+    correlation: float,
+    deterministic: bool,
+    number: int = 0,
+) -> tuple[Met, int]:
+    """Walk whole episodes and keep SHARD states of them, each step as likely as any other; count the steps.
+
+    Args:
+        env: a batch environment. policy: the reference, ``deterministic`` or not. random: decides everything.
+        per: states of one episode. explore: standard deviation of the noise on its actions, in half ranges, with its
+            ``correlation`` from step to step.
+        number: of the shard; trajectories of different shards have different names.
+    """
     count = math.ceil(SHARD / per)
-    found: list[_Seen] = []
+    found: list[Met] = []
     walked = begun = 0
-    spread = half_range(env.action_space)
+    spread = explore * half_range(env.action_space)
     while sum(len(each.trajectory) for each in found) < SHARD:
         observation = env.reset(count, int(random.integers(2**31)))
         # Reservoir sampling over time: the length of an episode is not known before its end.
-        kept: list[_Seen] = []
+        kept: list[Met] = []
         memory: Memory = None
-        start, noise, step = np.ones(count, dtype=bool), np.zeros(()), 0
+        start, going_on = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
+        noise, step = np.zeros(()), 0
         alive = ~env.done
-        while alive.any():
+        while left := np.count_nonzero(alive):
             slot = len(kept) if len(kept) < per else int(random.integers(step + 1))
             # A memory is None before the first step only, and states are kept with memories of one kind.
             if slot < per and (step > 0 or not _remembers(policy, observation)):
-                seen = _Seen(observation, env.save_states(), memory, begun + np.arange(count))
+                seen = Met(observation, env.save_states(), memory, begun + np.arange(count))
                 kept[slot : slot + 1] = [seen.pick(np.flatnonzero(alive))]
-            action, memory = policy.predict(observation, memory, start, settings.noise is not None)
-            memory = _checked_memory(memory, count)
-            start = np.zeros(count, dtype=bool)
+            action, memory = policy.predict(observation, memory, start, deterministic)
+            memory, start = _checked_memory(memory, count), going_on
             _check_actions(action, env, count)
             fresh = random.standard_normal(np.shape(action))
-            noise = fresh if step == 0 else _follow(noise, fresh, settings.correlation)
-            action = _clip(_clip(action, env) + settings.explore * spread * noise, env)
-            walked += int(alive.sum())
+            noise = fresh if step == 0 else _follow(noise, fresh, correlation)
+            action = clip_action(clip_action(action, env) + spread * noise, env)
+            walked += left
             observation, _, done = env.step(action.astype(env.action_space.dtype))
             alive = ~done
-            _check_observation(observation, alive, f"step {step + 1} of a trajectory of shard {number}")
+            check_observation(observation, alive, f"step {step + 1} of a trajectory of shard {number}")
             step += 1
         found += kept
         begun += count
-    seen = _Seen.concatenate(found)
+    seen = Met.concatenate(found)
     # Trajectories of one shard do not meet those of another.
     seen = replace(seen, trajectory=seen.trajectory + number * TRAJECTORIES)
     return seen.pick(random.permutation(len(seen.trajectory))[:SHARD]), walked
@@ -418,7 +451,8 @@ def run_on(
         states: B states as ``env.save_states`` gives them.
         segments: (B, H, A), in the form that ``form`` names: what is added to the reference's own actions at the
             observations met on the way (``"residual"``), or the actions themselves (``"actions"``).
-        continuation: steps of the reference after the segment. value: what is expected after those.
+        continuation: steps of the reference after the segment. value: what is expected after those, or after the last
+            observation of an episode that the time limit cut; nothing after a termination.
         memory: the reference's own state at the saved states, a tuple of arrays (B, ...); None if it keeps none.
         stochastic: (B,) rows whose reference acts stochastically during the segment; None for none.
         discount: of rewards a step.
@@ -433,44 +467,49 @@ def run_on(
             f"segments must be ({env.count}, H, {env.action_space.shape[0]}), one a state: got {segments.shape}"
         )
     alive = ~env.done
-    start = np.full(count, memory is None)
+    start, going_on = np.full(count, memory is None), np.zeros(count, dtype=bool)
     actions, reference_actions = np.zeros((2, count, length, size))
-    rewards, after, steps = np.zeros((count, length)), np.zeros(count), np.zeros(count, dtype=np.int64)
+    rewards, after = np.zeros((count, length)), np.zeros(count)
+    steps, taken = np.zeros((2, count), dtype=np.int64)  # in the segment, and in all
     simulated = 0
     for step in range(length + continuation):
-        if not alive.any():
+        left = np.count_nonzero(alive)
+        if left == 0:
             break
         reference, following = policy.predict(observation, memory, start, True)
         _check_actions(reference, env, count)
-        reference = _clip(reference, env)
+        reference = clip_action(reference, env)
         action = reference
         if step < length:
             if stochastic is not None and stochastic.any():
                 drawn, _ = policy.predict(observation, memory, start, False)
-                action = np.where(stochastic[:, None], _clip(drawn, env), reference)
-            action = _clip(action + segments[:, step], env) if form == "residual" else _clip(segments[:, step], env)
+                action = np.where(stochastic[:, None], clip_action(drawn, env), reference)
+            action = clip_action(action + segments[:, step] if form == "residual" else segments[:, step], env)
             actions[:, step], reference_actions[:, step] = action, reference
-            if step:
+            if step and left < count:
                 actions[~alive, step] = actions[~alive, step - 1]
                 reference_actions[~alive, step] = reference_actions[~alive, step - 1]
             steps += alive
-        memory, start = following, np.zeros(count, dtype=bool)
-        simulated += int(alive.sum())
+        memory, start = following, going_on
+        simulated += left
+        taken += alive
         observation, reward, done = env.step(action.astype(env.action_space.dtype))
-        reward = np.where(alive, reward, 0.0)
+        if left < count:
+            reward = np.where(alive, reward, 0.0)
         if step < length:
             rewards[:, step] = reward
         else:
             after += discount**step * reward
         alive &= ~done
-        _check_observation(observation, alive, f"step {step + 1} of a segment")
+        check_observation(observation, alive, f"step {step + 1} of a segment")
     ran = int(steps.max())
     if 0 < ran < length:  # every episode had ended
         for each in (actions, reference_actions):
             each[:, ran:] = each[:, ran - 1 : ran]
-    if value is not None and alive.any():
-        expected = np.asarray(value(observation[alive]), dtype=np.float64).reshape(-1)
-        after[alive] += discount ** (length + continuation) * expected
+    if value is not None:
+        open_ended = ~env.terminated  # what a time limit cut off would still have earned
+        if open_ended.any():
+            after[open_ended] += discount ** taken[open_ended] * _expected(value, observation[open_ended])
     return Continued(actions, reference_actions, rewards, after, steps, simulated)
 
 
@@ -494,8 +533,10 @@ def half_range(space: Any) -> np.ndarray:
     return np.where(np.isfinite(half), half, 1.0)
 
 
-def _clip(action: np.ndarray, env: Any) -> np.ndarray:
-    return np.clip(np.asarray(action, dtype=np.float64), env.action_space.low, env.action_space.high)
+def clip_action(action: np.ndarray, env: Any) -> np.ndarray:
+    """Clip actions (..., A) to the bounds, in float64; for a few rows this costs half of what ``np.clip`` does."""
+    space = env.action_space
+    return np.minimum(np.maximum(np.asarray(action, dtype=np.float64), space.low), space.high)
 
 
 def _check_actions(action: Any, env: Any, count: int) -> None:
@@ -509,8 +550,12 @@ def _check_actions(action: Any, env: Any, count: int) -> None:
         raise ValueError("the policy gives actions that are NaN or infinite")
 
 
-def _check_observation(observation: np.ndarray, alive: np.ndarray, where: str) -> None:
-    bad = alive & ~np.isfinite(observation).all(1)
+def check_observation(observation: np.ndarray, alive: np.ndarray, where: str) -> None:
+    """Refuse observations (B, O) that are not finite in rows that are ``alive`` (B,)."""
+    finite = np.isfinite(observation)
+    if finite.all():
+        return
+    bad = alive & ~finite.all(1)
     if bad.any():
         raise ValueError(
             f"the environment gives NaN or infinite observations in {where} ({int(bad.sum())} of {int(alive.sum())} "
@@ -539,12 +584,37 @@ def open_environment(environment: Any) -> tuple[Any, str]:
     )
 
 
-def _fingerprint(env: Any, policy: Any) -> str:
-    """Give a short name of what the policy does at a few observations of the environment."""
+def _fingerprints(env: Any, policy: Any, value: Value | None, discount: float) -> tuple[str, str | None]:
+    """Give short names of what the policy does and of what the value says at a few observations, with their checks."""
     observation = env.reset(8, 0)
     action, _ = policy.predict(observation, None, np.ones(8, dtype=bool), True)
     _check_actions(action, env, 8)
-    return hashlib.sha256(np.round(np.asarray(action, dtype=np.float64), 4).tobytes()).hexdigest()[:16]
+    acts = _digest(np.asarray(action, dtype=np.float64))
+    if value is None:
+        return acts, None
+    if not hasattr(env, "terminated"):
+        raise TypeError(
+            f"{type(env).__name__} does not say which episodes terminated, after which nothing is to be expected: "
+            "give it terminated (E,), or leave value out"
+        )
+    theirs = getattr(value, "discount", discount)
+    if not math.isclose(theirs, discount):
+        raise ValueError(f"the value has discount {theirs} and the collection {discount}: give both the same")
+    expected = _expected(value, observation)
+    return acts, _digest(expected / max(float(np.abs(expected).max()), 1e-12))
+
+
+def _digest(numbers: np.ndarray) -> str:
+    return hashlib.sha256(np.round(numbers, 4).tobytes()).hexdigest()[:16]
+
+
+def _expected(value: Value, observation: np.ndarray) -> np.ndarray:
+    expected = np.asarray(value(observation), dtype=np.float64)
+    if expected.shape not in ((len(observation),), (len(observation), 1)):
+        raise ValueError(f"value must give ({len(observation)},), one number an observation: got {expected.shape}")
+    if not np.isfinite(expected).all():
+        raise ValueError("value gives NaN or infinity")
+    return expected.reshape(-1)
 
 
 def _claim(folder: Path, settings: _Settings) -> None:

@@ -94,11 +94,14 @@ class StatefulEnv(gymnasium.Wrapper):
         can_restore: whether the state can be saved.
         reason: why it cannot, with the way out; empty if it can.
         done: whether the episode has ended, by termination or by the time limit.
+        terminated: whether it has ended by termination: nothing more is to be earned. A state that is restored after
+            the end counts as terminated if its time was not up.
     """
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
         self.done = True
+        self.terminated = False
         self._observation: Any = None
         self._limit: wrappers.TimeLimit | None = None
         self._simulator: _Classic | _Mujoco | _Box2d | None = None
@@ -143,7 +146,7 @@ class StatefulEnv(gymnasium.Wrapper):
             self._recorder.before_reset(seed, options)
             seed = None
         self._observation, info = self.env.reset(seed=seed, options=options)
-        self.done = False
+        self.done = self.terminated = False
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
@@ -151,9 +154,14 @@ class StatefulEnv(gymnasium.Wrapper):
             raise gymnasium.error.ResetNeeded("call reset() before the first step")
         if self._recorder is not None:
             action = self._recorder.record(action)
-        self._observation, reward, terminated, truncated, info = self.env.step(action)
-        self.done = terminated or truncated
-        return self._observation, reward, terminated, truncated, info
+        self._observation, reward, self.terminated, truncated, info = self.env.step(action)
+        self.done = self.terminated or truncated
+        return self._observation, reward, self.terminated, truncated, info
+
+    def restart_clock(self) -> None:
+        """Count steps from 0 again, so that the time limit is as far away as after a reset; nothing else changes."""
+        if self._limit is not None:
+            self._limit._elapsed_steps = 0
 
     def save_state(self) -> dict[str, np.ndarray]:
         """Copy the exact state into named arrays.
@@ -208,6 +216,7 @@ class StatefulEnv(gymnasium.Wrapper):
         if self._limit is not None:
             self._limit._elapsed_steps = int(state["elapsed"])
         self.done = bool(state["done"])
+        self.terminated = self.done and (self.horizon is None or self.elapsed < self.horizon)
         return self._observation
 
     def _checked(self) -> _Classic | _Mujoco | _Box2d:

@@ -17,7 +17,10 @@ __all__ = ["BatchEnv", "Rollout", "VectorEnv", "episode_returns", "episode_seeds
 
 @runtime_checkable
 class BatchEnv(Protocol):
-    """E episodes stepped together. Ended episodes are marked in ``done`` and stay where they are, with reward 0."""
+    """E episodes stepped together. Ended episodes are marked in ``done`` and stay where they are, with reward 0.
+
+    Those of them that a time limit did not end are ``terminated``. ``restart_clock`` puts the time limit off.
+    """
 
     observation_space: Box
     action_space: Box
@@ -31,6 +34,9 @@ class BatchEnv(Protocol):
     @property
     def done(self) -> np.ndarray: ...
 
+    @property
+    def terminated(self) -> np.ndarray: ...
+
     def reset(self, count: int, seed: int) -> np.ndarray: ...
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
@@ -38,6 +44,8 @@ class BatchEnv(Protocol):
     def save_states(self) -> Any: ...
 
     def restore_states(self, states: Any) -> np.ndarray: ...
+
+    def restart_clock(self) -> None: ...
 
 
 def episode_seeds(seed: int, count: int, first: int = 0) -> list[int]:
@@ -91,6 +99,11 @@ class VectorEnv:
         """(E,) bool: which episodes have ended."""
         return np.array([env.done for env in self.envs], bool)
 
+    @property
+    def terminated(self) -> np.ndarray:
+        """(E,) bool: which episodes have ended by termination, and not by the time limit alone."""
+        return np.array([env.terminated for env in self.envs], bool)
+
     def reset(self, count: int | None = None, seed: int | Sequence[int] = 0) -> np.ndarray:
         """Start episodes.
 
@@ -124,12 +137,12 @@ class VectorEnv:
             raise ValueError(f"actions must have shape {expected}, got {actions.shape}")
         if not np.isfinite(actions).all():
             raise ValueError("actions hold NaN or infinity: see what the policy made of its observations")
-        actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        actions = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
         rewards = [0.0] * self.count
         observations = self._observations
-        for row, env in enumerate(self.envs):
+        for row, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             if not env.done:
-                observations[row], rewards[row], _, _, _ = env.step(actions[row])
+                observations[row], rewards[row], _, _, _ = env.step(action)
         return observations.copy(), np.array(rewards, np.float64), self.done
 
     def save_states(self) -> list[dict[str, np.ndarray]]:
@@ -142,6 +155,12 @@ class VectorEnv:
         for row, (env, state) in enumerate(zip(self.envs, states, strict=True)):
             self._observations[row] = env.restore_state(state)
         return self._observations.copy()
+
+    def restart_clock(self) -> None:
+        """Put the time limit of the episodes that go on as far away as after a reset."""
+        for env in self.envs:
+            if not env.done:
+                env.restart_clock()
 
     def close(self) -> None:
         for env in self._made:
