@@ -90,7 +90,7 @@ def run(*arguments: object, code: int | None = 0, **env: str):
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from pfm.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-m", "pfm", *map(str, arguments)]
 
 
 @pytest.fixture(scope="module")
