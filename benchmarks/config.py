@@ -37,6 +37,7 @@ __all__ = [
     "SpeedConfig",
     "TaskConfig",
     "TransportConfig",
+    "at_most_asked",
     "cores",
     "register",
 ]
@@ -350,7 +351,8 @@ class RunConfig:
 
     How it is run
         out: folder of the runs. threads: for computation, or "auto" for the cores divided by the number of runs at a
-        time. progress: show bars. force: run although ``out`` holds the result. sweep: set by sweeps themselves.
+        time, but no more than ``OMP_NUM_THREADS`` if that is set. progress: show bars. force: run although ``out``
+        holds the result. sweep: set by sweeps themselves.
     """
 
     task: TaskConfig = MISSING
@@ -380,6 +382,12 @@ class RunConfig:
 def cores() -> int:
     """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def at_most_asked(threads: int) -> int:
+    """Bound a number of threads by ``OMP_NUM_THREADS``: who shares a machine with others has said so there."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return min(threads, int(asked)) if asked.isdigit() and int(asked) else threads
 
 
 def register() -> None:

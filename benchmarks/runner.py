@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 import pfm
 from benchmarks.bench import Bench
-from benchmarks.config import RunConfig, cores
+from benchmarks.config import RunConfig, at_most_asked, cores
 from benchmarks.methods import make_method
 from benchmarks.tasks import load_task
 
@@ -48,7 +48,7 @@ def run(config: RunConfig, folder: Path) -> float:
     if found is not None:
         logger.info("already there: %s", found)
         return float(json.loads(found.read_text(encoding="utf-8"))["score"])
-    threads = cores() if config.threads == "auto" else int(config.threads)
+    threads = at_most_asked(cores()) if config.threads == "auto" else int(config.threads)
     torch.set_num_threads(threads)
     threadpool_limits(threads)  # of numpy and scipy
     try:

@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from benchmarks.config import RunConfig, cores
+from benchmarks.config import RunConfig, at_most_asked, cores
 from benchmarks.data import MissingDataError
 from benchmarks.runner import ERROR, find_result, run
 
@@ -57,7 +57,7 @@ def run_job(config: DictConfig) -> float:
     settings, hydra = cast(RunConfig, OmegaConf.to_object(config)), HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     if settings.threads == "auto":
-        settings.threads = threads_of_a_job(hydra)
+        settings.threads = at_most_asked(threads_of_a_job(hydra))
     if settings.sweep is None:
         return run(settings, folder)
     note = _Note(Path(settings.out) / NOTES / settings.sweep / f"{hydra.job.num}.json")

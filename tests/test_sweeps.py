@@ -15,7 +15,7 @@ import pytest
 from bench_settings import ROOT, composed
 from omegaconf import OmegaConf
 
-from benchmarks.config import cores
+from benchmarks.config import at_most_asked, cores
 from benchmarks.sweeps import LAUNCHERS, check_launcher, threads_of_a_job
 
 SMALL = (
@@ -24,16 +24,16 @@ SMALL = (
 )  # fmt: skip
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
-def command(*arguments: str) -> tuple[int, str, str]:
-    process = start(*arguments)
+def command(*arguments: str, threads: int = 1) -> tuple[int, str, str]:
+    process = start(*arguments, threads=threads)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
@@ -88,8 +88,9 @@ def test_under_every_launcher_a_failed_job_is_kept_and_the_others_go_on(launcher
     needs(launcher[0])
     # A method that chooses among texts fails on a law; it comes first.
     code, out, err = command(
-        "-m", *SMALL, "method=longest,shift", f"out={tmp_path}", f"hydra/launcher={launcher[0]}", *launcher[1:]
-    )
+        "-m", *SMALL, "method=longest,shift", f"out={tmp_path}", f"hydra/launcher={launcher[0]}", *launcher[1:],
+        threads=cores(),
+    )  # fmt: skip
     assert code == 1, err
     assert "2 runs: 1 done, 1 failed" in out
     (error,) = tmp_path.rglob("error.txt")
@@ -147,6 +148,14 @@ def test_every_experiment_can_be_composed(path: Path):
     if path.stem == "speed":  # one run, which a sweep would disturb
         assert choices["task"] == "speed"
         assert not params
+
+
+@pytest.mark.parametrize(("asked", "threads"), [(None, 4), ("1", 1), ("8", 4), ("2,1", 2), ("0", 4), ("many", 4)])
+def test_no_run_takes_more_threads_than_the_environment_allows(monkeypatch, asked, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if asked is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert at_most_asked(4) == threads
 
 
 def test_the_modules_of_the_launchers_are_named_rightly():
