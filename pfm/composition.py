@@ -15,24 +15,28 @@ So the law that a composed pass reaches is not a stated one: :meth:`Composition.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pfm.encoded import as_float_tensor, check_finite
+from pfm.encoded import as_float_tensor, check_finite, vector_space
 from pfm.errors import NonFiniteWarning
 from pfm.fields import Velocity
+from pfm.files import replace_file
 from pfm.flow import PreferenceFlow
 from pfm.transport import integrate
 
 __all__ = ["Composition", "TradeOff", "check_weights", "compose", "simplex"]
 
 CHUNK = 1024
+DESCRIPTION = "composition.json"
 TOLERANCE = 1e-4  # of the weights' sum from 1
 
 WinProbability = Callable[[Tensor, Tensor | None], Tensor]
@@ -102,6 +106,8 @@ class TradeOff:
 class Composition:
     """Moves outputs by a weighted sum of fitted flows' velocities; made by :func:`compose`.
 
+    It stands where a flow does in :func:`pfm.wrap`: candidates are chosen by the weighted sum of the flows' b.
+
     Args:
         flows: K flows of outputs of one shape, each with or without contexts of one dimension.
         weights: (K,) at least 0, with sum 1.
@@ -138,6 +144,22 @@ class Composition:
     def steps(self) -> int:
         """Give the number of fixed steps of a pass: that of the flow which needs most."""
         return max(flow.steps for flow in self.flows)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Give the encoder and the sizes of the outputs and contexts that the flows were fitted on."""
+        encoders = (flow.metadata.get("encoder") for flow in self.flows)
+        return {
+            "encoder": next((encoder for encoder in encoders if encoder), None),
+            "dimension": self.flows[0].dimension,
+            "context_dimension": self.context_dimension,
+        }
+
+    @property
+    def guard_margin(self) -> float:
+        """Give the weighted sum of the flows' margins: infinity if one that has a weight confirms none."""
+        weighted = zip(self.weights.tolist(), self.flows, strict=True)
+        return sum(weight * flow.guard_margin for weight, flow in weighted if weight > 0)
 
     def with_weights(self, weights: Any) -> Composition:
         """Compose the same flows with other weights."""
@@ -208,6 +230,28 @@ class Composition:
         return (weights * self._wins(y, context)).sum(1)
 
     @torch.no_grad()
+    def candidate_probabilities(self, y: Any, context: Any, prompt: Tensor) -> Tensor:
+        """Give sum_k w_k b_k (B,) as :meth:`pfm.PreferenceFlow.candidate_probabilities` gives each b_k."""
+        y, context, weights = self._checked(y, context, None)
+        found = [flow.candidate_probabilities(y, _own(flow, context), prompt) for flow in self.flows]
+        return (weights * torch.stack(found, dim=1)).sum(1)
+
+    @torch.no_grad()
+    def alignment(self, y: Any, context: Any = None) -> Tensor:
+        """Give how far each of one prompt's candidates lies along their mean displacement (B,).
+
+        As :meth:`pfm.PreferenceFlow.alignment`, in units of the weighted mean of the flows' scales.
+        """
+        moved = self.transport(y, context)
+        y, _, _ = self._checked(y, context, None)
+        scale = sum(
+            weight * flow.normalizer.scale for weight, flow in zip(self.weights.tolist(), self.flows, strict=True)
+        )
+        flat = y.flatten(1) / scale
+        direction = (moved.flatten(1) / scale - flat).mean(0)
+        return (flat - flat.mean(0)) @ nn.functional.normalize(direction, dim=0)
+
+    @torch.no_grad()
     def trade_off(
         self,
         y: Any,
@@ -249,6 +293,34 @@ class Composition:
                 wins.append(torch.stack([torch.as_tensor(judge(moved, context)).float().mean() for judge in judges]))
             distances.append((moved - y).flatten(1).norm(dim=1).mean())
         return TradeOff(weights, torch.stack(wins), torch.stack(distances), self.names)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write flows, weights and names to a folder; :meth:`load` reads it."""
+        folder = Path(folder)
+        for number, flow in enumerate(self.flows):
+            flow.save_pretrained(folder / f"flow-{number}")
+        described = {"version": 1, "names": list(self.names), "weights": self.weights.tolist()}
+        text = json.dumps(described, indent=2) + "\n"
+        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Composition:
+        """Load what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / DESCRIPTION).is_file():
+            raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}: give a folder written by Composition.save")
+        try:
+            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            names, weights = list(described["names"]), described["weights"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}): save the composition again") from error
+        flows = [PreferenceFlow.from_pretrained(folder / f"flow-{number}") for number in range(len(names))]
+        return cls(flows, weights, names)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -399,6 +471,14 @@ def _check_flows(flows: Sequence[PreferenceFlow]) -> None:
             )
         if flow.rounds > 1:
             raise ValueError(f"flow {number} has {flow.rounds} rounds: compose flows of one round each")
+    encoders = [vector_space(flow.metadata.get("encoder")) for flow in flows]
+    known = [number for number, encoder in enumerate(encoders) if encoder]
+    for number in known[1:]:
+        if encoders[number] != encoders[known[0]]:
+            raise ValueError(
+                f"flows must move vectors of one encoder: flow {known[0]} was fitted on {encoders[known[0]]}, flow "
+                f"{number} on {encoders[number]}"
+            )
     with_context = sorted({flow.context_dimension for flow in flows} - {0})
     if len(with_context) > 1:
         raise ValueError(f"flows must take contexts of one dimension, or none: got {with_context}")

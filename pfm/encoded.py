@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pfm.files import replace_file
 
-__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash"]
+__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]
 
 CHUNK = 8192
 DESCRIPTION = "pairs.json"
@@ -540,6 +540,18 @@ def as_float_tensor(name: str, value: Any) -> Tensor:
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers: got {tensor.dtype}")
     return tensor if tensor.is_floating_point() else tensor.float()
+
+
+def vector_space(description: Any) -> Any:
+    """Reduce an encoder's description, at any depth, to what makes its vectors another space.
+
+    The number type is left out: the same model in bfloat16 gives the same vectors but for rounding.
+    """
+    if isinstance(description, Mapping):
+        return {name: vector_space(value) for name, value in description.items() if name != "dtype"}
+    if isinstance(description, list | tuple):
+        return [vector_space(value) for value in description]
+    return description
 
 
 def row_hash(rows: Tensor) -> Tensor:

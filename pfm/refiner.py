@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from pfm.decoders import Decoder, Judged, Latent, Rewrite, Select, Selection
 from pfm.decoders.improve import added
+from pfm.encoded import vector_space
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
 from pfm.generators.base import (
@@ -128,7 +129,7 @@ def wrap(
     Args:
         generator: a function ``prompt -> str | list[str]``, with or without the keyword ``n``, or an object
             with ``.generate(prompts, n)``; None if only :meth:`Refiner.refine` is used.
-        flow: a fitted :class:`pfm.PreferenceFlow`.
+        flow: a fitted :class:`pfm.PreferenceFlow`, or a :class:`pfm.Composition` of some.
         encoder: the encoder on whose vectors the flow was fitted; prompts go through its ``encode_prompts``
             where it has one.
         decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
@@ -613,7 +614,7 @@ def _check_flow_and_encoder(flow: Any, encoder: Any) -> None:
             f"encoder has dimension {encoder.dimension}, but the flow was fitted on dimension {expected}; "
             f"use the encoder of the fit: {_name(flow.metadata.get('encoder'))}"
         )
-    fitted, given = _identity(flow.metadata.get("encoder") or {}), _identity(encoder.describe())
+    fitted, given = vector_space(flow.metadata.get("encoder") or {}), vector_space(encoder.describe())
     differing = [name for name in fitted if name in given and fitted[name] != given[name]]
     if differing:
         differences = ", ".join(f"{name} {fitted[name]!r} against {given[name]!r}" for name in differing)
@@ -622,18 +623,6 @@ def _check_flow_and_encoder(flow: Any, encoder: Any) -> None:
             "vectors of different encoders cannot be compared",
             stacklevel=3,
         )
-
-
-def _identity(description: Any) -> Any:
-    """Reduce an encoder's description, at any depth, to what makes its vectors another space.
-
-    The number type is left out: the same model in bfloat16 gives the same vectors but for rounding.
-    """
-    if isinstance(description, Mapping):
-        return {name: _identity(value) for name, value in description.items() if name != "dtype"}
-    if isinstance(description, list | tuple):
-        return [_identity(value) for value in description]
-    return description
 
 
 def _name(description: Mapping[str, Any] | None) -> str:

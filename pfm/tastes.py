@@ -17,9 +17,12 @@ under the mixture. Fields follow tastes: :func:`taste_flows` fits one a taste, t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +33,14 @@ from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.files import replace_file
 from pfm.flow import PreferenceFlow
-from pfm.preferences import BradleyTerry, PreferenceModel
+from pfm.preferences import BradleyTerry, PreferenceModel, load
+from pfm.preferences.base import unfitted
 
 __all__ = ["AdaptedTaste", "TasteMixture", "append_code", "check_names", "number_raters", "taste_flows", "with_code"]
 
+DESCRIPTION, TENSORS = "tastes.json", "tastes.safetensors"
 NEGLIGIBLE = 1e-4  # responsibility below which a rater's votes are left out of a taste's fit
 HELD_OUT = 0.2  # share of each rater's pairs by which a mixture is judged
 CONVERGED = 1e-5  # nats a pair
@@ -330,6 +336,63 @@ class TasteMixture:
 
     def _weights(self, weights: Any) -> Tensor:
         return self.shares if weights is None else check_weights("weights", weights, len(self.models))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the tastes and what is known of their raters to a folder; :meth:`load` reads it.
+
+        Raises:
+            RuntimeError: the mixture is not fitted. TypeError: a rater's name is no text, number or truth value.
+        """
+        from safetensors.torch import save_file
+
+        self._check_fitted()
+        for rater in self.raters:
+            if not isinstance(rater, str | int | float):
+                raise TypeError(f"raters must be named by texts or numbers to be saved: got {rater!r}")
+        folder = Path(folder)
+        for number, model in enumerate(self.models):
+            model.save(folder / f"taste-{number}")
+        tensors = {"shares": self.shares, "responsibilities": self.responsibilities, "axes": self._axes}
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        described = {
+            "version": 1, "names": list(self.names), "raters": self.raters, "prior": list(self.prior),
+            "found": self.found, "models": len(self.models),
+            "settings": {"tastes": self.tastes, "restarts": self.restarts, "iterations": self.iterations,
+                         "confirm": self.confirm, "seed": self.seed},
+        }  # fmt: skip
+        text = json.dumps(described, indent=2, allow_nan=False) + "\n"
+        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> TasteMixture:
+        """Load what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (DESCRIPTION, TENSORS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}: give a folder written by TasteMixture.save")
+        try:
+            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
+            models = [load(folder / f"taste-{number}") for number in range(described["models"])]
+            made = models[0].describe()
+            self = cls(component=partial(unfitted, {name: made[name] for name in ("kind", "settings")}),
+                       **described["settings"])  # fmt: skip
+            self.models, self.names, self.raters = models, tuple(described["names"]), described["raters"]
+            self.found, self.prior = described["found"], tuple(described["prior"])
+            self.shares, self.responsibilities = tensors["shares"], tensors["responsibilities"]
+            self._axes = tensors["axes"]
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{folder} holds a damaged mixture of tastes ({error!r}): save or fit it again") from error
+        return self
 
     def _check_fitted(self) -> None:
         if not self.models:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow, wrap
 from pfm.composition import Composition, compose, simplex
 from pfm.preferences import BradleyTerry
 from pfm.tastes import TasteMixture, append_code, taste_flows, with_code
@@ -132,6 +132,49 @@ def test_bad_compositions_are_refused_by_name(flows, draws):
         compose([(flows[0], 0.5), (distilled, 0.5)])
     with pytest.raises(ValueError, match="names must be 2 different names"):
         Composition(flows, [0.5, 0.5], ["a", "a"])
+    apart = [PreferenceFlow((3,), metadata={"encoder": {"name": name}}) for name in ("one", "two")]
+    with pytest.raises(ValueError, match=r"flow 0 was fitted on \{'name': 'one'\}, flow 1 on \{'name': 'two'\}"):
+        compose([(flow, 0.5) for flow in apart])
+
+
+def test_a_composition_is_loaded_as_it_was_saved(flows, draws, tmp_path):
+    composed = compose([(flows[0], 0.3), (flows[1], 0.7)], names=["one", "two"])
+    loaded = Composition.load(composed.save(tmp_path / "both"))
+    assert repr(loaded) == repr(composed)
+    assert torch.equal(loaded.transport(draws[:20]), composed.transport(draws[:20]))
+    (tmp_path / "both" / "composition.json").write_text('{"names": ["one", "two"]}')
+    with pytest.raises(ValueError, match=r"composition\.json is damaged"):
+        Composition.load(tmp_path / "both")
+    with pytest.raises(FileNotFoundError, match=r"holds no composition\.json"):
+        Composition.load(tmp_path)
+
+
+class Spelled:
+    """Encodes "a b c" as its three numbers."""
+
+    dimension = 3
+
+    def encode(self, texts, progress=False):
+        return torch.tensor([[float(number) for number in text.split()] for text in texts])
+
+    def describe(self):
+        return {"kind": "spelled"}
+
+
+def test_a_composition_stands_where_a_flow_does_in_a_wrapped_generator(flows):
+    texts = ["0 0 0", "1.5 0 0", "0 2 0.5"]
+    for weights, best in (((1.0, 0.0), 1), ((0.0, 1.0), 2)):
+        composed = compose(list(zip(flows, weights, strict=True)))
+        assert composed.guard_margin == pytest.approx(flows[best - 1].guard_margin)
+        refined = wrap(lambda prompt, n: texts, composed, encoder=Spelled(), n=3)("any prompt")
+        assert refined.text == texts[best]
+        along = wrap(None, composed, encoder=Spelled(), n=3, by="alignment", margin=0).refine([texts], ["any prompt"])
+        assert along[0].text == texts[best]
+    both = compose([(flows[0], 0.25), (flows[1], 0.75)])
+    assert both.guard_margin == pytest.approx(0.25 * flows[0].guard_margin + 0.75 * flows[1].guard_margin)
+    y = Spelled().encode(texts)
+    expected = 0.25 * flows[0].win_probability(y) + 0.75 * flows[1].win_probability(y)
+    torch.testing.assert_close(both.candidate_probabilities(y, None, torch.zeros(3)), expected)
 
 
 # -- tastes ----------------------------------------------------------------------------------------------------------
@@ -245,6 +288,25 @@ def test_a_correction_learns_what_no_taste_has(mixture):
     torch.testing.assert_close(
         tight.score(y, other), mixture.score(y, other, weights=mixture.infer(few)), atol=1e-3, rtol=0
     )
+
+
+def test_a_mixture_is_loaded_as_it_was_saved(crowd, mixture, tmp_path):
+    pairs = crowd[0].select(torch.arange(12))
+    loaded = TasteMixture.load(mixture.save(tmp_path / "tastes"))
+    for name in ("names", "raters", "found", "prior", "tastes", "seed"):
+        assert getattr(loaded, name) == getattr(mixture, name)
+    assert torch.equal(loaded.of_rater(mixture.raters[3]), mixture.of_rater(mixture.raters[3]))
+    assert torch.equal(loaded.infer(pairs), mixture.infer(pairs))
+    assert torch.equal(loaded.adapt(pairs).correction, mixture.adapt(pairs).correction)
+    assert isinstance(loaded.component(), type(mixture.models[0]))
+    (tmp_path / "tastes" / "tastes.json").write_text("{}")
+    with pytest.raises(ValueError, match="damaged mixture of tastes"):
+        TasteMixture.load(tmp_path / "tastes")
+    with pytest.raises(FileNotFoundError, match=r"holds no tastes\.json"):
+        TasteMixture.load(tmp_path)
+    unnamed = TasteMixture.of_groups(crowd[0].select(torch.arange(4)), [("a", 1)] * 4)
+    with pytest.raises(TypeError, match=r"named by texts or numbers to be saved: got \('a', 1\)"):
+        unnamed.save(tmp_path / "other")
 
 
 def test_known_groups_have_a_model_each_and_prompts_may_take_the_place_of_raters(crowd):
