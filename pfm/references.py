@@ -285,14 +285,18 @@ class TaggedEnds:
 class PooledFlow:
     """Carries the draws of each source of a pool to the winners of themselves against the pool.
 
-    Made by :meth:`fit` or :meth:`load`. Its b reads the tag beside the output: b(y|x) itself does not depend on who
-    made y, but y as an encoder sees it may not tell what is known of its maker.
+    Made by :meth:`fit` or :meth:`load`. Around a :class:`pfm.generators.GeneratorPool` of the same names,
+    :func:`pfm.wrap` chooses among the pool's candidates by b, and tells it who made each. Its b reads the tag beside
+    the output: b(y|x) itself does not depend on who made y, but y as an encoder sees it may not tell what is known
+    of its maker.
 
     Attributes:
         flow: a flow whose contexts end in the tag's one-hot code. win: the head of b, on (y, code).
         names: of the sources. shares: (K,) of the pool that was fitted on. rates: (K, K), see :class:`WinRates`.
         unit: length of a code beside an output, in b.
     """
+
+    takes_tags = True
 
     def __init__(
         self, flow: PreferenceFlow, win: WinHead, names: Sequence[str], shares: Tensor, rates: Tensor, unit: float
@@ -369,6 +373,17 @@ class PooledFlow:
     def __repr__(self) -> str:
         shares = ", ".join(f"{name}: {share:.3g}" for name, share in zip(self.names, self.shares.tolist(), strict=True))
         return f"PooledFlow({{{shares}}} on outputs {tuple(self.flow.event_shape)})"
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Give the encoder and the sizes of the outputs and contexts, without tags, that the flow was fitted on."""
+        own = {"context_dimension": self.flow.context_dimension - len(self.names)}
+        return {name: self.flow.metadata[name] for name in ("encoder", "dimension")} | own
+
+    @property
+    def guard_margin(self) -> float:
+        """Give the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
+        return float(self.win.margin)
 
     def transport(self, y: Any, context: Any = None, *, tag: Any, **options: Any) -> Tensor:
         """Carry outputs (B, \\*D) of known sources along the flow.

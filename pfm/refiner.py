@@ -129,7 +129,9 @@ def wrap(
     Args:
         generator: a function ``prompt -> str | list[str]``, with or without the keyword ``n``, or an object
             with ``.generate(prompts, n)``; None if only :meth:`Refiner.refine` is used.
-        flow: a fitted :class:`pfm.PreferenceFlow`, or a :class:`pfm.Composition` of some.
+        flow: a fitted :class:`pfm.PreferenceFlow`, a :class:`pfm.Composition` of some, or, with a
+            :class:`pfm.generators.GeneratorPool` whose generators have the names of its sources, a
+            :class:`pfm.references.PooledFlow`.
         encoder: the encoder on whose vectors the flow was fitted; prompts go through its ``encode_prompts``
             where it has one.
         decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
@@ -149,13 +151,11 @@ def wrap(
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
     """
     _check_flow_and_encoder(flow, encoder)
-    return Refiner(
-        None if generator is None else as_generator(generator),
-        flow,
-        encoder,
-        _as_decoder(decoder, options),
-        _checked_n(n),
-    )
+    found = None if generator is None else as_generator(generator)
+    chooser = _as_decoder(decoder, options)
+    if getattr(flow, "takes_tags", False):
+        _check_sources(flow, found, chooser)
+    return Refiner(found, flow, encoder, chooser, _checked_n(n))
 
 
 class Refiner:
@@ -257,6 +257,7 @@ class Refiner:
         outputs: Sequence[str | Sequence[str]],
         prompts: Sequence[Prompt],
         *,
+        generators: Sequence[str | Sequence[str]] | None = None,
         progress: bool = False,
         on_result: Callable[[Refinement], object] | None = None,
     ) -> list[Refinement]:
@@ -266,10 +267,11 @@ class Refiner:
             outputs: for each prompt its candidates, the original first; or one text, which is then only
                 judged. Candidates that are empty or not text are dropped and counted in ``reason``.
             prompts: as many as outputs.
+            generators: for each prompt the names of those that made its candidates; a flow of a pool needs them.
             progress, on_result: as in :meth:`batch`.
 
         Raises:
-            TypeError: outputs or prompts of another type.
+            TypeError: outputs, prompts or generators of another type.
             ValueError: unequal lengths, or an empty prompt that must be encoded.
         """
         prompts = _checked_prompts(prompts)
@@ -278,7 +280,8 @@ class Refiner:
             raise ValueError(
                 f"outputs and prompts must be equally many, got {len(rows)} outputs and {len(prompts)} prompts"
             )
-        return _Run(self, prompts, progress, on_result).over(map(_given, rows))
+        tags = _checked_tags(generators, rows)
+        return _Run(self, prompts, progress, on_result).over(map(_given, rows, tags))
 
     def candidates(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
         """Draw up to n fresh outputs for each prompt; fewer, with a line in the log, where it failed.
@@ -394,7 +397,11 @@ class Refiner:
             context_rows = context_rows[usable]
         probabilities = np.full(len(texts), np.nan)
         if usable.any():
-            if isinstance(self.decoder, Select) and hasattr(self.flow, "candidate_probabilities"):
+            if getattr(self.flow, "takes_tags", False):
+                tags = _tags_of([result for result, _ in judged], self.flow.names)
+                tag = [tag for tag, good in zip(tags, usable.tolist(), strict=True) if good]
+                found = self.flow.win_probability(vectors[usable], context_rows, tag=tag)
+            elif isinstance(self.decoder, Select) and hasattr(self.flow, "candidate_probabilities"):
                 found = self.flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable])
             else:  # texts that a decoder adds later are to be compared with these: against the reference alike
                 found = self.flow.win_probability(vectors[usable], context_rows)
@@ -571,10 +578,54 @@ def _notes(draw: Draw, n: int) -> str:
     return notes
 
 
-def _given(outputs: list[Any]) -> Draw:
+def _given(outputs: list[Any], tags: list[str]) -> Draw:
     draw = Draw()
     draw.add(outputs, len(outputs))
+    draw.tags = [tag for output, tag in zip(outputs, tags, strict=False) if is_usable_text(output)]
     return draw.close()
+
+
+def _checked_tags(generators: Any, rows: list[list[Any]]) -> list[list[str]]:
+    """Return for each row the names of its candidates' generators; none at all where none are given."""
+    if generators is None:
+        return [[] for _ in rows]
+    tags = _checked_outputs(generators)
+    sizes, wanted = [len(row) for row in tags], [len(row) for row in rows]
+    if sizes != wanted:
+        at = next(
+            (row for row, pair in enumerate(zip(sizes, wanted, strict=False)) if pair[0] != pair[1]),
+            min(len(sizes), len(wanted)),
+        )
+        raise ValueError(
+            f"generators must name one for each candidate: got {len(sizes)} rows for {len(wanted)} prompts, and they "
+            f"differ at row {at}"
+        )
+    return tags
+
+
+def _tags_of(results: list[Refinement], names: Sequence[str]) -> list[str]:
+    """Return the generator of every candidate, one prompt after the other."""
+    for result in results:
+        if len(result.generators) != len(result.candidates):
+            raise ValueError(
+                f"this flow needs to know which of {', '.join(names)} made each candidate: wrap a "
+                "pfm.generators.GeneratorPool with generators of these names, or give generators to .refine"
+            )
+    return [tag for result in results for tag in result.generators]
+
+
+def _check_sources(flow: Any, generator: Any, decoder: Any) -> None:
+    if not (isinstance(decoder, Select) and decoder.by in ("win_probability", "sample")):
+        raise ValueError(
+            "a flow of a pool knows the outputs of its generators alone: use decoder='select' by 'win_probability' or "
+            f"'sample', got {decoder!r}"
+        )
+    pool = getattr(generator, "generators", None)
+    if isinstance(pool, Mapping) and (foreign := [name for name in pool if name not in flow.names]):
+        raise ValueError(
+            f"the flow was fitted on outputs of {', '.join(flow.names)}: the pool has {', '.join(foreign)} too; leave "
+            "these out, or fit on pairs of their outputs"
+        )
 
 
 def _as_decoder(decoder: str | Decoder, options: Mapping[str, Any]) -> Decoder:

@@ -12,7 +12,7 @@ from benchmarks.pool_config import PoolConfig, PoolMRPOConfig
 from benchmarks.quadrature import Quadrature
 from benchmarks.tasks.line import Line
 from benchmarks.tasks.two_references import TwoReferences
-from pfm import EncodedPairs, FlowConfig
+from pfm import EncodedPairs, FlowConfig, wrap
 from pfm.generators import GeneratorPool
 from pfm.references import PooledFlow, TaggedPairs, learned_shares, maximin_shares, winners_shares
 
@@ -200,6 +200,48 @@ def test_what_a_pooled_flow_cannot_do_is_said(flow):
         PooledFlow.fit(tagged_pairs(10).pairs)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="coupling='paired'"):
         PooledFlow.fit(tagged_pairs(10), {"coupling": "ot"})
+
+
+class Spelled:
+    """Encodes "a b" as its two numbers."""
+
+    dimension = 2
+
+    def encode(self, texts, progress=False):
+        return torch.tensor([[float(number) for number in text.split()] for text in texts])
+
+    def describe(self):
+        return {"kind": "spelled"}
+
+
+def test_a_wrapped_pool_tells_its_flow_who_made_each_candidate(flow):
+    texts = {"0": "-1 0", "1": "1 0.5"}
+    pool = GeneratorPool({name: lambda prompt, text=text: text for name, text in texts.items()})
+    refined = wrap(pool, flow, encoder=Spelled(), n=4)("any prompt")
+    assert refined.generator == "1"
+    assert refined.text == texts["1"]
+    y = Spelled().encode(refined.candidates)
+    expected = flow.win_probability(y, tag=refined.generators)
+    torch.testing.assert_close(torch.tensor(refined.probabilities), expected)
+    # The same output counts as it does for its maker, and what is no text takes no tag with it.
+    refiner = wrap(None, flow, encoder=Spelled())
+    one, other = refiner.refine([["0 0.2"], ["", "0 0.2"]], ["a", "b"], generators=["0", ["0", "1"]])
+    apart = flow.win_probability(torch.tensor([[0.0, 0.2]] * 2), tag=["0", "1"]).tolist()
+    assert [one.win_probability, other.win_probability] == pytest.approx(apart)
+
+
+def test_what_a_pooled_flow_needs_to_be_wrapped_is_said(flow):
+    with pytest.raises(ValueError, match="fitted on outputs of 0, 1: the pool has third too"):
+        wrap(GeneratorPool({"0": lambda prompt: prompt, "third": lambda prompt: prompt}), flow, encoder=Spelled())
+    with pytest.raises(ValueError, match="decoder='select' by 'win_probability' or 'sample'"):
+        wrap(None, flow, encoder=Spelled(), by="alignment")
+    refiner = wrap(None, flow, encoder=Spelled())
+    with pytest.raises(ValueError, match="which of 0, 1 made each candidate"):
+        refiner.refine(["0 0"], ["a"])
+    with pytest.raises(ValueError, match="got 1 rows for 1 prompts, and they differ at row 0"):
+        refiner.refine([["0 0", "1 1"]], ["a"], generators=["0"])
+    with pytest.raises(ValueError, match="tag must be one of 0, 1: got 'third'"):
+        refiner.refine(["0 0"], ["a"], generators=["third"])
 
 
 def test_contexts_and_soft_labels_go_with_tags():
