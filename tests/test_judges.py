@@ -339,6 +339,8 @@ def test_a_reward_model_judges_what_it_was_trained_on(reward_folder):
     scores = judge("", texts[:7])
     assert scores == pytest.approx([judge("", [text])[0] for text in texts[:7]], abs=1e-5)
     assert judge("the film", texts[:1]) != scores[:1]  # the prompt is read too
+    padding = judge.tokenizer.pad_token_id
+    assert all(padding not in judge._tokens("a <pad> b", f"<pad>{text}<pad>")["input_ids"] for text in texts[:3])
     loaded = RewardModelJudge(judge.model, judge.tokenizer, temperature=None)
     assert loaded.judge("", *pairs[0]).probability in (0.0, 1.0)
     json.dumps(judge.describe())

@@ -25,6 +25,7 @@ from pfm.generators.base import (
     first_samples,
     is_usable_text,
 )
+from pfm.special_tokens import SpecialTokens
 
 __all__ = ["TransformersGenerator"]
 
@@ -66,7 +67,8 @@ class TransformersGenerator(GeneratesTexts):
         device_map: how to spread the model over devices, as ``from_pretrained`` takes it; needs accelerate.
         revision: of the model at the hub.
         trust_remote_code: run code that comes with the model.
-        chat_template: in place of the tokenizer's; "" treats texts as texts, whatever the tokenizer has.
+        chat_template: in place of the tokenizer's; "" treats texts as texts, whatever the tokenizer has. In what the
+            template frames, spellings of special tokens are broken by a space: they are data.
         batch_size: samples drawn at once.
         seed: seed of the samples.
         parameters: what ``model.generate`` takes, such as ``max_new_tokens=100`` (256 unless the model says
@@ -121,6 +123,7 @@ class TransformersGenerator(GeneratesTexts):
         self.tokenizer: Any = tokenizer
         own = getattr(tokenizer, "chat_template", None)
         self.chat_template = (own if chat_template is None else chat_template) or None
+        self._special = SpecialTokens(tokenizer)
         self.batch_size = batch_size
         self.seed = seed
         self.parameters = dict(parameters)
@@ -202,8 +205,9 @@ class TransformersGenerator(GeneratesTexts):
                 "pass chat_template=, or prompts that are texts"
             )
         else:
+            turns = self._special.broken_turns(as_messages(prompt))
             text = self.tokenizer.apply_chat_template(
-                as_messages(prompt), chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
+                turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
             )
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:  # a model cannot begin from nothing

@@ -12,6 +12,7 @@ import torch
 from pfm.generators.base import Prompt
 from pfm.judges.base import ScoringJudge
 from pfm.rows import conversation_text
+from pfm.special_tokens import SpecialTokens
 
 __all__ = ["RewardModelJudge"]
 
@@ -21,7 +22,7 @@ class RewardModelJudge(ScoringJudge):
 
     The score is the model's one logit; of two labels the second's minus the first's; of more, ``logit`` says which.
     A tokenizer with a chat template gets the conversation with the output as the assistant's turn; any other gets
-    prompt and output as a pair of texts.
+    prompt and output as a pair of texts. Spellings of its special tokens in them are broken by a space.
 
     Args:
         model: a name on the hub, a folder, or a loaded model.
@@ -73,6 +74,7 @@ class RewardModelJudge(ScoringJudge):
         self.source = shown
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self._special = SpecialTokens(tokenizer)
         self.max_length = max_length
         labels = int(model.config.num_labels)
         if logit is None and labels > 2:
@@ -126,11 +128,11 @@ class RewardModelJudge(ScoringJudge):
         limits: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            whole = [*turns, {"role": "assistant", "content": text}]
+            whole = self._special.broken_turns([*turns, {"role": "assistant", "content": text}])
             found = self.tokenizer.apply_chat_template(whole, tokenize=True, return_dict=True, **limits)
         else:
             pair = (conversation_text(prompt), text) if prompt else (text,)
-            found = self.tokenizer(*pair, **limits)
+            found = self.tokenizer(*map(self._special.broken, pair), **limits)
         return {name: list(values) for name, values in found.items()}
 
 
