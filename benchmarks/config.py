@@ -372,7 +372,10 @@ class RunConfig:
         """Give what determines the result, as JSON values."""
         measured = ("task", "method", "seed", "encoder", "long_texts")
         noise = {"flips": self.flips} if self.flips else {}  # a run without is the same as before there were any
-        return {name: value for name, value in asdict(self).items() if name in measured} | noise
+        found = {name: value for name, value in asdict(self).items() if name in measured}
+        if found["task"].get("value", ...) is None:  # likewise of control without a fitted value
+            del found["task"]["value"]
+        return found | noise
 
     def key(self) -> str:
         """Give a short name of the settings: equal settings, equal key."""

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +19,10 @@ import numpy as np
 
 __all__ = ["main", "play_frames", "side_by_side"]
 
-_HEIGHT = 300  # pixels of a picture
+_HEIGHT = 260  # pixels of a picture
 _TITLE = 30  # pixels above it
-_FRAMES = 90  # at most
-_KEPT = 300  # pictures of a whole episode, about
+_FRAMES = 60  # at most
+_KEPT = 150  # pictures of a whole episode, about
 _LAST = 8  # how often the last frame is repeated
 
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="settings, such as method=control/dpo seed=1")
     parser.add_argument("--out", type=Path, help="where to write; default: <task>.gif in the folder of the task")
     parser.add_argument("--start", type=int, default=0, help="which start of the test")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = task.config.environment
     played = [play_frames(name, each, task.start(options.start)) for each in (task.reference, policy)]
     out = options.out or Path(task.config.folder) / f"{options.task}.gif"
-    side_by_side(played, ["reference", settings.method.label], out)
+    side_by_side(played, ["Reference", settings.method.label], out)
     print(f"{out}: reference {played[0][1][-1]:.1f}, {settings.method.label} {played[1][1][-1]:.1f}")
     return 0
 
@@ -65,6 +66,7 @@ def play_frames(name: str, policy: Any, seed: int) -> tuple[list[np.ndarray], li
     from pfm.pbrl import make_env
 
     env = make_env(name, render_mode="rgb_array")
+    _follow(env.unwrapped)
     seen, _ = env.reset(seed=seed)
     policy = policy.bind(env) if hasattr(policy, "bind") else policy
     frames, earned, total = [_picture(env)], [0.0], 0.0
@@ -101,15 +103,23 @@ def side_by_side(
             at, left = min(int(time), len(frames) - 1), number * width
             sheet.paste(Image.fromarray(frames[at]), (left, _TITLE))
             draw.text((left + 8, _TITLE // 2), label, fill="#222222", font=font, anchor="lm")
-            over = " (ended)" if at < time else ""
-            note = f"{earned[at]:.1f}{over}"
+            note = f"return {earned[at]:.1f}"
             draw.text((left + width - 8, _TITLE // 2), note, fill="#222222", font=font, anchor="rm")
-        pictures.append(sheet.quantize(64, dither=Image.Dither.NONE))
+            if number:
+                draw.line((left, 0, left, height + _TITLE), fill="#888888")
+        pictures.append(sheet.quantize(40, dither=Image.Dither.NONE))
     out.parent.mkdir(parents=True, exist_ok=True)
     pictures[0].save(
         out, save_all=True, append_images=pictures[1:], duration=round(1000 * seconds / len(pictures)), loop=0,
         optimize=True,
     )  # fmt: skip
+
+
+def _follow(simulator: Any) -> None:
+    """Look through the camera that runs beside the body, where a MuJoCo model has one."""
+    if hasattr(simulator, "mujoco_renderer"):
+        mujoco: Any = import_module("mujoco")
+        simulator.mujoco_renderer.camera_id = mujoco.mj_name2id(simulator.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
 
 
 def _picture(env: Any) -> np.ndarray:

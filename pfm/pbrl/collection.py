@@ -365,7 +365,7 @@ def visit(
         start, going_on = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
         noise, step = np.zeros(()), 0
         alive = ~env.done
-        while left := np.count_nonzero(alive):
+        while left := int(np.count_nonzero(alive)):
             slot = len(kept) if len(kept) < per else int(random.integers(step + 1))
             # A memory is None before the first step only, and states are kept with memories of one kind.
             if slot < per and (step > 0 or not _remembers(policy, observation)):
@@ -473,7 +473,7 @@ def run_on(
     steps, taken = np.zeros((2, count), dtype=np.int64)  # in the segment, and in all
     simulated = 0
     for step in range(length + continuation):
-        left = np.count_nonzero(alive)
+        left = int(np.count_nonzero(alive))
         if left == 0:
             break
         reference, following = policy.predict(observation, memory, start, True)

@@ -374,9 +374,10 @@ class _Box2d:
             self._clear()
             self.actions = []
             self.observation, _ = self.env.reset()
-        for action in actions[len(self.actions) :]:
-            self.actions.append(np.array(action, self.type))
-            self.observation, *_ = self.env.step(self.actions[-1])
+        missing, step = list(np.array(actions[len(self.actions) :], self.type)), self.env.step
+        for action in missing:
+            self.observation = step(action)[0]
+        self.actions += missing
 
     def _clear(self) -> None:
         """Start from an empty world: one that was used orders its contacts otherwise."""

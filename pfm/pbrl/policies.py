@@ -186,7 +186,7 @@ class ActorPolicy:
         low, high = self.action_space.low, self.action_space.high
         if self._output != "clip":
             action = low + (np.tanh(action) + 1.0) / 2.0 * (high - low)
-        action = np.clip(action, low, high).astype(self.action_space.dtype)
+        action = np.minimum(np.maximum(action, low), high).astype(self.action_space.dtype)
         return (action if observation.ndim == 2 else action[0]), state
 
     def seed(self, seed: int) -> None:

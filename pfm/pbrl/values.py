@@ -1,0 +1,317 @@
+"""The value of a frozen policy: what it still earns from where it stands, fitted on its own rollouts.
+
+A teacher who knows it need not watch the reference go on: a segment is worth its discounted return and
+gamma**h V(s_h), at a fraction of the simulator's steps. V is fitted by least squares on Monte-Carlo returns (Sutton and
+Barto, Reinforcement Learning, 2nd edition, section 9.3) from states that segments end in.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pfm.files import replace_file
+from pfm.pbrl.collection import (
+    check_observation,
+    clip_action,
+    correlated_noise,
+    half_range,
+    open_environment,
+    visit,
+)
+
+__all__ = ["FittedValue", "monte_carlo_returns"]
+
+TAIL = 0.01  # share of a return's weight that may lie beyond the end of a rollout
+KIND = "pfm.pbrl.FittedValue"
+
+
+class FittedValue:
+    """V(s) of a deterministic policy without a time limit, a network of the observation; made by :meth:`fit`.
+
+    Attributes:
+        discount: gamma, in (0, 1), of rewards a step.
+        r2: 1 - squared error / variance of the returns of held-out trajectories.
+        rows: how many returns it was fitted on.
+        simulated: steps of the simulator that they cost.
+    """
+
+    def __init__(self, size: int, discount: float, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> None:
+        self.discount = discount
+        self.r2 = math.nan
+        self.rows = self.simulated = 0
+        self.shape = {"size": size, "hidden": hidden, "layers": layers}
+        # centre and scale of the observations, and of the returns
+        self.mean, self.scale = torch.zeros(size), torch.ones(size)
+        self.centre, self.unit = torch.zeros(()), torch.ones(())
+        widths = [size] + [hidden] * layers
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = nn.Sequential(
+                *(
+                    module
+                    for inward, outward in itertools.pairwise(widths)
+                    for module in (nn.Linear(inward, outward), nn.SiLU())
+                ),
+                nn.Linear(widths[-1], 1),
+            )
+
+    @classmethod
+    def fit(
+        cls,
+        environment: Any,
+        policy: Any,
+        *,
+        discount: float,
+        length: int = 5,
+        states: int = 300,
+        steps: int = 50,
+        noise: float = 0.3,
+        correlation: float = 0.0,
+        explore: float | None = None,
+        states_per_trajectory: int = 5,
+        batch: int = 32,
+        hidden: int = 64,
+        layers: int = 2,
+        epochs: int = 60,
+        held_out: float = 0.2,
+        seed: int = 0,
+    ) -> FittedValue:
+        """Run the policy on from the ends of noisy segments, and fit what it earns there.
+
+        States are taken as :func:`pfm.pbrl.collect` takes them, a noisy segment is run from each, and then the
+        deterministic policy. The time limit is put off, so that returns are those of a task that goes on; a rollout
+        that is cut gives the returns of its first ``steps`` states, of which less than a hundredth lies beyond the cut.
+
+        Args:
+            environment: a gymnasium id, a batch environment, or what makes one; it needs ``restart_clock``.
+            policy: the frozen reference.
+            discount: gamma, in (0, 1); that of the collection in which the value is used.
+            length, noise, correlation, explore, states_per_trajectory: of the segments and the states before them, as
+                in :func:`pfm.pbrl.collect`.
+            states: how many segments. steps: how many states after each are fitted.
+            batch: copies of a gymnasium environment that are stepped together.
+            hidden, layers: width and number of hidden layers. epochs: passes over the returns, at most.
+            held_out: share of the trajectories that are kept out, half to say when to stop and half for ``r2``.
+            seed: of the states, the noise, the split and the network.
+
+        Raises:
+            ValueError: an argument is out of range, the policy acts in another space, or the value explains nothing of
+                the held-out returns (``r2`` <= 0).
+            TypeError: the environment cannot put off its time limit.
+        """
+        _check(discount, length, states, steps, noise, correlation, explore, states_per_trajectory, batch, held_out)
+        env, _ = open_environment(environment)
+        if not hasattr(env, "restart_clock"):
+            raise TypeError(
+                f"{type(env).__name__} cannot put off its time limit, which a value needs: give it restart_clock()"
+            )
+        random = np.random.default_rng([seed, 0])
+        seen, returns, trajectory, simulated = _gather(
+            env, policy, random, discount=discount, length=length, states=states, steps=steps, noise=noise,
+            correlation=correlation, explore=noise if explore is None else explore, per=states_per_trajectory,
+            batch=batch,
+        )  # fmt: skip
+        value = cls(seen.shape[1], discount, hidden=hidden, layers=layers, seed=seed)
+        value.simulated = simulated
+        value._learn(seen, returns, trajectory, held_out, epochs, seed)
+        return value
+
+    @torch.no_grad()
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """Give V (B,) float64 of observations (B, O).
+
+        Raises:
+            ValueError: observations of another shape.
+        """
+        rows = np.asarray(observation)
+        if rows.ndim != 2 or rows.shape[1] != self.shape["size"]:
+            raise ValueError(f"observation must be (B, {self.shape['size']}), as in the fit: got {rows.shape}")
+        return self._estimate(torch.as_tensor(rows, dtype=torch.float32)).double().numpy()
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: weights, and what was measured as its metadata."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = self.shape | {
+            "discount": self.discount, "r2": self.r2, "rows": self.rows, "simulated": self.simulated,
+        }  # fmt: skip
+        tensors = {f"network.{name}": tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        tensors |= {"mean": self.mean, "scale": self.scale, "centre": self.centre, "unit": self.unit}
+        meta = {"kind": KIND, "config": json.dumps(config)}
+        replace_file(path, lambda partial: save_file(tensors, partial, meta))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> FittedValue:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: it holds something else.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no {path}: give a file that FittedValue.save wrote")
+        try:
+            with safe_open(path, "pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+        if meta.get("kind") != KIND:
+            raise ValueError(f"{path} holds {meta.get('kind', 'no named kind')}, expected {KIND}")
+        config = json.loads(meta["config"])
+        value = cls(config["size"], config["discount"], hidden=config["hidden"], layers=config["layers"])
+        value.r2, value.rows, value.simulated = config["r2"], config["rows"], config["simulated"]
+        value.mean, value.scale = tensors.pop("mean"), tensors.pop("scale")
+        value.centre, value.unit = tensors.pop("centre"), tensors.pop("unit")
+        value.network.load_state_dict({name.removeprefix("network."): each for name, each in tensors.items()})
+        return value
+
+    def _estimate(self, rows: Tensor) -> Tensor:
+        return self.network((rows - self.mean) / self.scale)[:, 0] * self.unit + self.centre
+
+    def _learn(
+        self, seen: np.ndarray, returns: np.ndarray, trajectory: np.ndarray, held_out: float, epochs: int, seed: int
+    ) -> None:
+        """Fit returns (R,) at observations (R, O); stop by some held-out trajectories, and judge by others."""
+        names = np.random.default_rng([seed, 1]).permutation(np.unique(trajectory))
+        each = max(round(held_out * len(names) / 2), 1)
+        if len(names) < 3 * each:
+            raise ValueError(f"{len(names)} trajectories are too few to hold some out: more states, or fewer of each")
+        parts = [np.isin(trajectory, part) for part in (names[2 * each :], names[:each], names[each : 2 * each])]
+        (x, y), (x_stop, y_stop), (x_held, y_held) = (
+            (torch.as_tensor(seen[part], dtype=torch.float32), torch.as_tensor(returns[part], dtype=torch.float32))
+            for part in parts
+        )
+        self.rows = len(x)
+        spread, unit = x.std(0), y.std()
+        self.mean, self.scale = x.mean(0), torch.where(spread > 1e-6, spread, torch.ones_like(spread))
+        self.centre, self.unit = y.mean(), unit if unit > 0 else torch.ones(())
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=3e-3)
+        batches = math.ceil(len(x) / 256)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
+        best, best_loss = copy.deepcopy(self.network.state_dict()), math.inf
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x), generator=generator).chunk(batches):
+                optimizer.zero_grad()
+                ((self._estimate(x[rows]) - y[rows]) / self.unit).square().mean().backward()
+                optimizer.step()
+                schedule.step()
+            with torch.no_grad():
+                loss = float((self._estimate(x_stop) - y_stop).square().mean())
+            if loss < best_loss:
+                best, best_loss = copy.deepcopy(self.network.state_dict()), loss
+        self.network.load_state_dict(best)
+        with torch.no_grad():
+            left = (self._estimate(x_held) - y_held).square().mean() / y_held.var(correction=0).clamp_min(1e-30)
+        self.r2 = 1 - float(left)
+        if not self.r2 > 0:
+            raise ValueError(
+                f"the value explains nothing of the returns on held-out trajectories (R² = {self.r2:.3g}): more "
+                "states, a smaller discount, or steps of the reference (continuation) in its place"
+            )
+
+
+def monte_carlo_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
+    """Give the discounted return from each step on, (T, E), of rewards (T, E) that are 0 after an episode's end."""
+    returns = np.zeros_like(rewards, dtype=np.float64)
+    following = np.zeros(rewards.shape[1])
+    for step in range(len(rewards) - 1, -1, -1):
+        returns[step] = following = rewards[step] + discount * following
+    return returns
+
+
+def _gather(
+    env: Any,
+    policy: Any,
+    random: np.random.Generator,
+    *,
+    discount: float,
+    length: int,
+    states: int,
+    steps: int,
+    noise: float,
+    correlation: float,
+    explore: float,
+    per: int,
+    batch: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Roll out; give observations (R, O), returns (R,), the trajectory of each (R,), and how many steps it took."""
+    from pfm.pbrl.policies import seed_policy
+
+    seed_policy(policy, int(random.integers(2**31)))
+    beyond = math.ceil(math.log(TAIL) / math.log(discount))
+    spread = half_range(env.action_space)
+    observations, returns, trajectories, simulated = [], [], [], 0
+    for number in range(math.ceil(states / 100)):
+        met, walked = visit(
+            env, policy, random, per=per, explore=explore, correlation=correlation, deterministic=True, number=number
+        )
+        simulated += walked
+        count = min(100, states - 100 * number)
+        chunk = count if isinstance(met.states, np.ndarray) else batch
+        for begin in range(0, count, chunk):
+            at = met.pick(np.arange(begin, min(begin + chunk, count)))
+            width = len(at.trajectory)
+            added = spread * correlated_noise(random, (width, length, spread.size), noise, correlation)
+            observation, memory, start = env.restore_states(at.states), at.memory, np.full(width, at.memory is None)
+            alive = np.ones(width, dtype=bool)
+            seen, rewards, lived = [], [], []
+            for step in range(length + steps + beyond):
+                if not alive.any():
+                    break
+                env.restart_clock()
+                action, memory = policy.predict(observation, memory, start, True)
+                start = np.zeros(width, dtype=bool)
+                action = clip_action(action, env)
+                if step < length:
+                    action = clip_action(action + added[:, step], env)
+                else:
+                    seen.append(observation)
+                    lived.append(alive)
+                simulated += int(alive.sum())
+                observation, reward, done = env.step(action.astype(env.action_space.dtype))
+                if step >= length:
+                    rewards.append(np.where(alive, reward, 0.0))
+                alive = alive & ~done
+                check_observation(observation, alive, f"step {step + 1} of a rollout for the value")
+            if not seen:
+                continue
+            known = np.stack(lived)
+            known[:, alive] &= np.arange(len(known))[:, None] < steps  # those that were cut
+            observations.append(np.stack(seen)[known])
+            returns.append(monte_carlo_returns(np.stack(rewards), discount)[known])
+            trajectories.append(np.broadcast_to(at.trajectory, known.shape)[known])
+    if not observations:
+        raise ValueError("every episode ended within its noisy segment: less noise, or shorter segments")
+    return np.concatenate(observations), np.concatenate(returns), np.concatenate(trajectories), simulated
+
+
+def _check(discount: float, length: int, states: int, steps: int, noise: float, correlation: float,
+           explore: float | None, per: int, batch: int, held_out: float) -> None:  # fmt: skip
+    if not 0 < discount < 1:
+        raise ValueError(
+            f"discount must lie between 0 and 1, so that a return without a time limit is finite: got {discount}"
+        )
+    for name, number in (("length", length), ("states", states), ("steps", steps), ("batch", batch),
+                         ("states_per_trajectory", per)):  # fmt: skip
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1: got {number!r}")
+    for name, number in (("noise", noise), ("explore", explore)):
+        if number is not None and not 0 <= number < math.inf:
+            raise ValueError(f"{name} must be >= 0: got {number}")
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"correlation must lie in [0, 1]: got {correlation}")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
