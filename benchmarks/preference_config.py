@@ -34,7 +34,8 @@ class CycleTextConfig(ComparisonsConfig):
     """Compare real texts by criteria that beat each other in turn.
 
     What stands out
-        texts: "alpaca", answers of all generators, "arguments", or "imdb", film reviews. criteria: three features of
+        texts: "alpaca", answers of all generators, "arguments", "imdb", film reviews, or "critics", film reviews of one
+        line. criteria: three features of
         :class:`pfm.encoders.SurfaceEncoder`, each of which beats the next, and the last the first. dominant: a fourth,
         which beats all three, or None. lead: standard deviations by which a text must stand out more in its criterion
         than in any other. longest: characters of a text, at most; small encoders read no further. each: texts of a

@@ -5,7 +5,8 @@ Everything is told within prompts: what sets an answer apart from the other answ
 
 - *moved*: what the flow's displacement T(y) - y makes of it. A ridge regression of the trait on the embedding, fitted
   on the other folds of prompts, is applied to the displacement. What the embedding does not tell of a trait is missing
-  from it, so it errs towards zero; ``told`` says how much the embedding tells.
+  from it, so it errs towards zero; ``told`` says how much the embedding tells. Its interval holds the regression's own
+  error.
 - *picked*: what choosing among real outputs with probability proportional to b makes of it, Cov(b, f) / E[b].
   With p1 = 2 pi_ref b that is the aim of one pass, without any regression.
 - *labelled*: half the difference between chosen and rejected outputs in the given pairs, the same quantity from the
@@ -49,7 +50,8 @@ STRONG = 0.2  # correlation from which a trait names a direction
 MANY = 3.15 / 1.96  # widens a 95% interval to one for all of about 30 traits at once (Bonferroni)
 RIDGE = 0.1  # of the discriminants, in units of the mean variance
 PRIOR_TOKENS = 1000.0
-SHOWN = 1.96
+SHOWN = 3.0  # standard errors
+FOLLOWED = 1 / 3  # of what the labels say of a trait: b that picks less follows them little
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class Direction:
             an axis along which the displacement differs most from its mean, at right angles to it.
         name: in words, of its traits; empty if none stands out.
         share: of the mean square displacement that lies along it; None for "win".
-        moves: how far outputs move along it on average, in standard deviations between answers; None for "win".
+        moves: how far outputs move along it on average, in units of the root mean square distance of the answers to a
+            prompt from their mean; None for "win".
         spreads: slope of the displacement on the place along the direction: below zero the flow draws outputs
             together, above zero it drives them apart; None for "win".
         correlation: of the place along the direction and b, within prompts.
@@ -271,11 +274,11 @@ def explain(
     place = outputs.centred((outputs.y.flatten(1) / scale).double().numpy())
 
     names, traits = _varying_traits(outputs)
-    changes, told = _moved_traits(place, displacement, traits, outputs, seed)
+    changes, fit_errors, told = _moved_traits(place, displacement, traits, outputs, seed)
     label_weight, label_value = _labels(encoded)
     accuracy, z = _accuracy(b, outputs, encoded, label_value, bootstrap)
     found = _trait_changes(
-        names, traits, changes, told, b, label_weight * label_value, label_weight, outputs, bootstrap
+        names, traits, changes, fit_errors, told, b, label_weight * label_value, label_weight, outputs, bootstrap
     )  # fmt: skip
     length = None
     if "words" in names:
@@ -379,16 +382,18 @@ def _accuracy(
 
 def _moved_traits(
     place: Array, displacement: Array, traits: Array, outputs: _Outputs, seed: int
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array, Array]:
     """Predict what the displacement (n, D) makes of each trait (n, F), each output by a fit on other prompts.
 
     Returns:
-        the changes (n, F), and the share (F,) of each trait's variance that those fits predict.
+        the changes (n, F), the standard errors (F,) of their means that the fits bring with them, by the jackknife over
+        the folds, and the share (F,) of each trait's variance that those fits predict.
     """
     units = int(outputs.unit.max()) + 1
     fold = (np.random.default_rng([seed, 2]).permutation(units) % min(FOLDS, units))[outputs.unit]
     errors = np.zeros((len(PENALTIES), traits.shape[1]))
     changes = np.zeros((len(PENALTIES), *traits.shape))
+    means: list[Array] = []
     grams = {number: place[fold == number].T @ place[fold == number] for number in np.unique(fold)}
     crosses = {number: place[fold == number].T @ traits[fold == number] for number in grams}
     for number in grams:
@@ -399,6 +404,8 @@ def _moved_traits(
         values = np.maximum(values, 0)
         unit = max(float(values.mean()), 1e-30)
         inside, moves, target = place[part] @ vectors, displacement[part] @ vectors, vectors.T @ cross
+        mean = displacement.mean(0) @ vectors
+        means.append(np.stack([mean @ (target / (values + penalty * unit)[:, None]) for penalty in PENALTIES]))
         for row, penalty in enumerate(PENALTIES):
             weights = target / (values + penalty * unit)[:, None]
             errors[row] += ((traits[part] - inside @ weights) ** 2).sum(0)
@@ -406,13 +413,15 @@ def _moved_traits(
     best = errors.argmin(0)
     columns = np.arange(traits.shape[1])
     told = 1 - errors[best, columns] / (traits**2).sum(0)
-    return changes[best, :, columns].T, np.maximum(told, 0)
+    errors_of_fits = math.sqrt(len(means) - 1) * np.stack(means)[:, best, columns].std(0)
+    return changes[best, :, columns].T, errors_of_fits, np.maximum(told, 0)
 
 
 def _trait_changes(
     names: Sequence[str],
     traits: Array,
     changes: Array,
+    fit_errors: Array,
     told: Array,
     b: Array,
     label: Array,
@@ -423,7 +432,12 @@ def _trait_changes(
     if not names:
         return []
     like = np.ones_like(traits)
-    moved = bootstrap.ratios(outputs.by_unit(changes), outputs.by_unit(like))
+    moved = [
+        None if found is None else _widened(found, float(error))
+        for found, error in zip(
+            bootstrap.ratios(outputs.by_unit(changes), outputs.by_unit(like)), fit_errors, strict=True
+        )
+    ]
     above = outputs.centred(b)
     picked = bootstrap.ratios(outputs.by_unit(above[:, None] * traits), outputs.by_unit(b[:, None] * like))
     first, second = outputs.rows[0::2], outputs.rows[1::2]
@@ -462,6 +476,14 @@ def _trait_changes(
             )
         )
     return sorted(found, key=lambda change: -abs(change.picked.value))
+
+
+def _widened(estimate: Estimate, error: float) -> Estimate:
+    """Add an independent error to an estimate's 95% interval."""
+    below, above = (
+        math.hypot(bound - estimate.value, 1.96 * error) for bound in (estimate.low, estimate.high)
+    )  # fmt: skip
+    return Estimate(estimate.value, estimate.value - below, estimate.value + above)
 
 
 def _excludes_zero(estimate: Estimate) -> bool:
@@ -539,7 +561,7 @@ def _directions(
                 float((displacement @ axis).mean() ** 2 if kind == "mean" else ((displacement @ axis) ** 2).mean())
                 / total
             )
-            moves = float(steps.mean()) / math.sqrt(float((along**2).mean()))
+            moves = float((displacement @ axis).mean()) / math.sqrt(float((place**2).sum(1).mean()))
             spreads = float((outputs.centred(steps) * along).mean() / (along**2).mean())
         spread = math.sqrt(float((along**2).mean()))
         related = []
@@ -625,7 +647,8 @@ def contrastive_terms(
         count: terms of each end.
 
     Returns:
-        the terms of the high end and of the low end, most telling first; only those beyond 1.96 standard errors.
+        the terms of the high end and of the low end, most telling first; only those beyond three standard errors, since
+        hundreds of terms are looked at.
     """
     counts: list[dict[str, int]] = [{}, {}, {}]
     for found, texts in zip(counts, (high, low, background), strict=True):
@@ -749,6 +772,20 @@ def _warnings(
         if untold:
             names = ", ".join(trait.name.replace("_", " ") for trait in untold[:5])
             found.append(f"The embedding hardly tells of {names}: moves in them cannot be seen in the displacement.")
+        weak = [
+            trait for trait in traits
+            if trait.confirmed and trait.told < 0.5 and abs(trait.picked.value) < FOLLOWED * abs(trait.labelled.value)
+        ]  # fmt: skip
+        if weak:
+            said = ", ".join(
+                f"{trait.words} ({trait.picked.parts(signed=True, decimals=2)[0]} of "
+                f"{trait.labelled.parts(signed=True, decimals=2)[0]} sd)"
+                for trait in weak[:3]
+            )
+            found.append(
+                f"b picks less than a third of what the labels say: {said}. It cannot prefer what the embedding does "
+                "not tell; an encoder that sees length and layout, such as minilm+surface, may."
+            )
     if not traits:
         found.append("No trait varies between the outputs of one prompt: only the texts can say what is preferred.")
     if prompts == 1:

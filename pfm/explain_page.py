@@ -47,7 +47,7 @@ def _about(direction: Direction) -> str:
     if direction.share is not None:
         said.append(f"{direction.share:.0%} of the mean square displacement lies along it.")
     if direction.kind == "mean" and direction.moves is not None:
-        said.append(f"Outputs move {direction.moves:+.2f} sd on average (sd between the answers to one prompt).")
+        said.append(f"Outputs move {direction.moves:.2f} times as far as the answers to a prompt lie from their mean.")
     if direction.spreads is not None and abs(direction.spreads) >= 0.05:
         way = "draws outputs together" if direction.spreads < 0 else "drives outputs apart"
         said.append(f"The flow {way} along it (slope {direction.spreads:+.2f}).")
@@ -273,8 +273,8 @@ def _measured(found: Explanation) -> str:
         "In the labels: half the difference between chosen and rejected outputs of the given pairs.",
         "At equal length: what is left of “picked by b” after a regression of both on the log of the length.",
         "Words: log-odds with an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008) between the upper and "
-        "the lower third of each prompt’s outputs; the figure is in standard errors, words of fewer than three prompts "
-        "are left out.",
+        "the lower third of each prompt’s outputs; the figure is in standard errors. Words of fewer than three prompts "
+        "are left out, and those below three, which chance brings among so many.",
         "On pairs that the flow was fitted on, the share of pairs ordered as labelled is flattered.",
     ]
     return f"""

@@ -6,6 +6,8 @@ import json
 import math
 from dataclasses import dataclass
 from importlib.resources import files
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from pfm import FlowConfig, PreferenceFlow, PreferencePairs
 from pfm.cli import app
 from pfm.encoders import SurfaceEncoder
-from pfm.explain import PRIOR_TOKENS, Explanation, contrastive_terms, explain
+from pfm.explain import PRIOR_TOKENS, Explanation, _moved_traits, contrastive_terms, explain
 from pfm.traits import TRAITS, measure_traits
 
 ENCODER = SurfaceEncoder(provides_context=True)
@@ -105,6 +107,8 @@ def test_questions_win_is_told_as_questions(questions: Told) -> None:
     assert found.length_share.value < 0.5
     assert not any("Length explains" in warning for warning in found.warnings)
     mean, win = found.directions[0], found.directions[1]
+    assert mean.moves is not None
+    assert 0 < mean.moves < 2  # times as far as answers lie from their mean
     assert mean.traits[0][0] == "more questions"
     assert mean.more[0].text == "?"
     assert win.more[0].text == "?"
@@ -156,6 +160,20 @@ def test_moved_is_the_displacement_of_a_trait_that_the_embedding_holds(questions
     trait = questions.trait("questions")
     assert trait.told > 0.999
     assert trait.moved.value == pytest.approx(float(step / centred.square().mean().sqrt()), rel=0.02)
+
+
+def test_the_error_of_a_regression_is_that_of_fits_on_other_prompts() -> None:
+    rng = np.random.default_rng(0)
+    place, step = rng.normal(size=(300, 6)), np.tile(rng.normal(size=6), (300, 1))
+    weights, noise = rng.normal(size=6), rng.normal(size=300)
+    traits = np.stack([place @ weights, place @ weights + 2 * noise], axis=1)
+    changes, errors, told = _moved_traits(place, step, traits, cast(Any, SimpleNamespace(unit=np.arange(300))), 0)
+    assert told[0] > 0.999 > 0.9 > told[1]
+    assert changes[:, 0].mean() == pytest.approx(step[0] @ weights, rel=0.01)
+    assert errors[0] < 0.01 * errors[1]
+    # By the theory of least squares, sigma |S^-1/2 step|.
+    expected = 2 * math.sqrt(step[0] @ np.linalg.solve(place.T @ place, step[0]))
+    assert 0.4 * expected < errors[1] < 2.5 * expected
 
 
 def test_the_order_of_the_pairs_does_not_matter(questions: Told) -> None:

@@ -12,6 +12,8 @@ from pfm.preferences import (
     HybridPreference,
     MeanShift,
     PreferenceEnsemble,
+    RelevancePreference,
+    ViewPreference,
     calibration,
     check_table,
     load,
@@ -90,6 +92,64 @@ def test_a_dominant_winner_above_a_cycle_is_right_on_both(hybrid):
     assert float((score[~dominant] > 0).double().mean()) >= 0.99
 
 
+def test_a_cycle_of_few_features_among_many_is_found():
+    """Three of 90 numbers say of which kind an output is; the leading planes of all of them are planes of noise."""
+    generator = torch.Generator().manual_seed(0)
+    one = torch.randint(3, (1500,), generator=generator)
+    other = (one + torch.randint(1, 3, (1500,), generator=generator)) % 3
+    y, y_other = (torch.randn(1500, 90, generator=generator) for _ in range(2))
+    for outputs, kind in ((y, one), (y_other, other)):
+        outputs[:, [20, 50, 80]] = 0.25 * outputs[:, [20, 50, 80]] + torch.eye(3)[kind]
+    first = ((other - one) % 3 == 1)[:, None]
+    pairs = EncodedPairs(torch.where(first, y, y_other), torch.where(first, y_other, y))
+    train, held = pairs.select(torch.arange(900)), pairs.select(torch.arange(900, 1500))
+    model = GeneralPreference(hidden=16).fit(train)
+    assert model.found["few_features"]
+    assert accuracy(model, held) > 0.93
+    moments = SkewMoments(train.chosen, train.rejected, torch.ones(900), torch.ones(900))
+    axes = moments.features(torch.ones(900, dtype=torch.bool), 3)
+    assert sorted(axes.abs().argmax(0).tolist()) == [20, 50, 80]
+    assert (axes != 0).sum() == 3
+    shuffled = GeneralPreference(hidden=0).fit(train.shuffle_labels())
+    assert 0.4 < accuracy(shuffled, held) < 0.6
+
+
+def test_relevance_to_the_prompt_is_seen_where_no_reward_of_the_output_is(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    y, other = (torch.randn(1200, 12, generator=generator) for _ in range(2))
+    context = torch.randn(1200, 8, generator=generator)
+    first = (((y - other)[:, :8] * context).sum(1) > 0)[:, None]
+    pairs = EncodedPairs(torch.where(first, y, other), torch.where(first, other, y), context)
+    train, held = pairs.select(torch.arange(800)), pairs.select(torch.arange(800, 1200))
+    plain, model = BradleyTerry(1e-3).fit(train), RelevancePreference(BradleyTerry(1e-3)).fit(train)
+    assert abs(accuracy(plain, held) - 0.5) < 0.1
+    assert accuracy(model, held) > 0.95
+    again = load(model.save(tmp_path))
+    assert torch.equal(pair_scores(again, held), pair_scores(model, held))
+    table = again.table(y[:5], context[0])
+    torch.testing.assert_close(table[0, 1:], again.score(y[:1], y[1:5], context[0]))
+    with pytest.raises(ValueError, match=r"context \(B, 8\) is missing"):
+        model.score(y, other)
+    without = EncodedPairs(train.chosen, train.rejected)
+    alone = RelevancePreference(BradleyTerry(1e-3)).fit(without)
+    assert alone.context_dimension == 0
+    assert torch.equal(alone.score(y, other), BradleyTerry(1e-3).fit(without).score(y, other))
+    both = PreferenceEnsemble([BradleyTerry(1e-3), RelevancePreference(BradleyTerry(1e-3))]).fit(train)
+    assert accuracy(both, held) > 0.95
+    with pytest.raises(ValueError, match="share must be positive"):
+        RelevancePreference(BradleyTerry(), share=0.0)
+
+
+def test_a_standardised_view_does_not_depend_on_units():
+    pairs = kinds(400, DOMINANT, seed=0)
+    units = torch.logspace(-0.5, 0.5, DIMENSION)
+    scaled = EncodedPairs(pairs.chosen * units, pairs.rejected * units)
+    view = ViewPreference(BradleyTerry(1e-2), start=4, stop=20, standardise=True)
+    there, back = (pair_scores(view.fit(some), some) for some in (pairs, scaled))
+    torch.testing.assert_close(there, back, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.slow
 def test_the_prompt_turns_the_cycle_round():
     model = GeneralPreference(blocks=3, hidden=32).fit(kinds(4000, CYCLE, seed=2, contexts=True))
     held = kinds(2000, CYCLE, seed=3, contexts=True)
@@ -135,6 +195,7 @@ def test_a_reward_alone_is_left_to_the_reward():
     assert model.found["planes"] == 0
 
 
+@pytest.mark.slow
 def test_a_unit_embedding_learns_the_cycle_too():
     model = GeneralPreference(hidden=32, normalise=True, temperature=0.1).fit(kinds(2000, CYCLE, seed=0))
     assert model.found["network"]
@@ -238,7 +299,7 @@ def test_calibration_takes_back_certainty_and_an_ensemble_is_calibrated():
     assert found.log_loss < before.log_loss
     assert min(both.found["weights"]) >= 0
     scores = both.member_scores(y[:5], other[:5])
-    assert scores.shape == (6, 5)
+    assert scores.shape == (sum(weight > 0 for weight in both.found["weights"]), 5)
     shares = both.shares / both.shares.sum()
     torch.testing.assert_close((shares[:, None] * scores).sum(0), both.score(y[:5], other[:5]), atol=1e-4, rtol=1e-4)
 

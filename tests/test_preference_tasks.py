@@ -33,6 +33,8 @@ pytestmark = pytest.mark.slow
 TASKS = {
     "cycle_text": "alpaca_eval",
     "cycle_text-dominant": "alpaca_eval",
+    "cycle_text-critics": "rt_polarity",
+    "cycle_text-critics-dominant": "rt_polarity",
     "pandalm": "pandalm_test",
     "llmbar": "llmbar",
     "arguments_votes": "ukp_convarg",
@@ -111,7 +113,7 @@ def test_kinds_are_the_features_that_stand_out():
 
 
 def test_each_kind_beats_the_next_and_every_prompt_has_as_many_of_each():
-    for task, own in (("cycle_text", 3), ("cycle_text-dominant", 4)):
+    for task, own in (("cycle_text", 3), ("cycle_text-critics", 3), ("cycle_text-critics-dominant", 4)):
         data = loaded(task)
         criteria = data.about["criteria"]
         assert len(criteria) == own

@@ -6,19 +6,23 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from pfm import PreferencePairs
-from pfm.preferences import TieModel, fit_prior, fit_raters, rater_index, reconcile, soft_labels
+from pfm import EncodedPairs, PreferencePairs
+from pfm.preferences import BradleyTerry, TieModel, fit_prior, fit_raters, rater_index, reconcile, soft_labels
+from pfm.preferences.logistic import pairwise_log_loss
 from pfm.rows import PreferenceDataError
 
 # -- soft labels --------------------------------------------------------------------------------------------------
 
 
 def test_soft_labels_count_a_tie_half_and_add_the_prior():
-    labels = soft_labels([3, 1, 0], [1, 0, 5], [1, 0, 0], prior=1.0)
+    labels = soft_labels([3, 1, 0], [1, 0, 5], [1, 0, 0], prior=1.0, weight="effective")
     assert labels.probability.tolist() == pytest.approx([4.5 / 7, 2 / 3, 1 / 7])
     # n votes of one pair share its p, whose intra-class correlation under Beta(1, 1) is 1/3.
     assert labels.weight.tolist() == pytest.approx([5 / (1 + 4 / 3), 1.0, 5 / (1 + 4 / 3)])
-    assert soft_labels([3], [1], prior=0.0, weight="total").weight.tolist() == [4]
+    plain = soft_labels([3, 0], [1, 1], [2, 0])
+    assert plain.probability.tolist() == pytest.approx([2 / 3, 0.0])
+    assert plain.weight.tolist() == [6, 1]
+    assert plain.prior == 0.0
     turned = soft_labels([1, 0, 5], [3, 1, 0], [1, 0, 0], prior=1.0)
     torch.testing.assert_close(turned.probability, 1 - labels.probability)
 
@@ -29,13 +33,28 @@ def test_the_prior_is_found_and_its_labels_are_nearer_to_the_truth_than_plain_sh
     p = torch.distributions.Beta(a, a).sample((4000,))
     first = torch.binomial(torch.full((4000,), 5.0), p)
     assert fit_prior(first, 5 - first) == pytest.approx(a, rel=0.15)
-    found = soft_labels(first, 5 - first)
+    found = soft_labels(first, 5 - first, prior=None)
     assert float((found.probability - p).square().mean()) < 0.95 * float((first / 5 - p).square().mean())
+
+
+def test_plain_shares_teach_a_model_what_people_hold_and_drawn_in_ones_that_they_are_less_sure():
+    generator = torch.Generator().manual_seed(0)
+    y, other, *new = (torch.randn(4000, 3, generator=generator) for _ in range(4))
+    taste = torch.tensor([1.5, -1.0, 0.5])
+    first = torch.binomial(torch.ones(4000), torch.sigmoid((y - other) @ taste), generator=generator)
+    truth = torch.sigmoid((new[0] - new[1]) @ taste)
+    losses = []
+    for prior in (0.0, None):
+        labels = soft_labels(first, 1 - first, prior=prior)
+        pairs = EncodedPairs(y, other, probability=labels.probability, weight=labels.weight)
+        losses.append(pairwise_log_loss(BradleyTerry(1e-6).fit(pairs).score(*new), None, truth))
+    assert losses[0] < losses[1] - 0.02
+    assert losses[0] < 1.02 * float(-(truth * truth.log() + (1 - truth) * (1 - truth).log()).mean())
 
 
 def test_one_vote_a_pair_leaves_every_share_as_likely_as_any_other():
     assert fit_prior([1, 0, 1], [0, 1, 0]) == 1.0
-    assert soft_labels([1, 0], [0, 1]).probability.tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert soft_labels([1, 0], [0, 1], prior=None).probability.tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize(

@@ -114,8 +114,16 @@ def _arguments() -> dict[str, list[str]]:
 
 
 def _imdb() -> dict[str, list[str]]:
-    """Deal the reviews into hands of :data:`_HAND`, in the place of answers to one prompt."""
-    texts = [row["text"].replace("<br />", "\n") for row in read_jsonl(data_folder("imdb") / "train.jsonl.xz")]
+    rows = read_jsonl(data_folder("imdb") / "train.jsonl.xz")
+    return _hands([row["text"].replace("<br />", "\n") for row in rows])
+
+
+def _critics() -> dict[str, list[str]]:
+    return _hands([row["text"] for row in read_jsonl(data_folder("rt_polarity") / "rt_polarity.jsonl.gz")])
+
+
+def _hands(texts: list[str]) -> dict[str, list[str]]:
+    """Deal reviews into hands of :data:`_HAND`, in the place of answers to one prompt."""
     order = np.random.default_rng(0).permutation(len(texts))
     return {
         f"Reviews, hand {number}": [texts[place] for place in order[start : start + _HAND]]
@@ -124,4 +132,4 @@ def _imdb() -> dict[str, list[str]]:
 
 
 _HAND = 60
-_TEXTS = {"alpaca": _alpaca, "arguments": _arguments, "imdb": _imdb}
+_TEXTS = {"alpaca": _alpaca, "arguments": _arguments, "imdb": _imdb, "critics": _critics}

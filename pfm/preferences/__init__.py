@@ -9,7 +9,7 @@ from pfm.preferences.mean_shift import MeanShift
 from pfm.preferences.noise import corrected, unbiased_label
 from pfm.preferences.raters import fit_raters, rater_index, reconcile
 from pfm.preferences.ties import TieModel
-from pfm.preferences.view import ViewPreference
+from pfm.preferences.view import RelevancePreference, ViewPreference
 from pfm.preferences.votes import fit_prior, soft_labels
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "MeanShift",
     "PreferenceEnsemble",
     "PreferenceModel",
+    "RelevancePreference",
     "ReliabilityBin",
     "TieModel",
     "ViewPreference",

@@ -84,7 +84,8 @@ class PreferenceModel(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        PreferenceModel._kinds[cls.__name__] = cls
+        if not cls.__name__.startswith("_"):
+            PreferenceModel._kinds[cls.__name__] = cls
 
     def __init__(self) -> None:
         super().__init__()

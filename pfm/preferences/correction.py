@@ -19,7 +19,6 @@ from pfm.preferences.networks import Perceptron, train_network
 __all__ = ["Correction", "FittedCorrection", "component_axes", "fit_correction", "label_loss"]
 
 CONTEXT_INPUTS = 32  # components of a context that it reads
-LEARNING_RATE = 2e-3
 GAINS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -122,6 +121,9 @@ def fit_correction(
     held_out: Tensor,
     group: Tensor,
     generator: torch.Generator,
+    *,
+    updates: int = 1500,
+    learning_rate: float = 2e-3,
     **shape: Any,
 ) -> FittedCorrection:
     """Fit a network to what calibrated scores leave; keep as much of it as the held-out pairs confirm, or nothing.
@@ -133,6 +135,7 @@ def fit_correction(
         score: (N,) calibrated log-odds, each by a model that did not see the pair's prompt.
         held_out: (N,) which pairs judge. group: (N,) the pairs' prompts.
         generator: draws weights and batches.
+        updates: at most; learning_rate: at the start.
         shape: further arguments of :class:`Correction`.
     """
     context, label = batch.context, drawn_in(batch.probability)
@@ -152,7 +155,9 @@ def fit_correction(
     def loss(index: Tensor) -> Tensor:
         return label_loss(score[index] + correction(index), label[index])
 
-    train_network(network, network.restart, loss, batch.weight, held_out, generator, learning_rate=LEARNING_RATE)
+    train_network(
+        network, network.restart, loss, batch.weight, held_out, generator, updates=updates, learning_rate=learning_rate
+    )
     with torch.no_grad():
         more = torch.cat([correction(part) for part in torch.arange(len(score)).split(4096)])
     weight = batch.weight[held_out]

@@ -21,15 +21,17 @@ STACKING_PENALTY = 1e-4
 
 
 class PreferenceEnsemble(PreferenceModel):
-    """Averages the log-odds of models of several kinds, each fitted with one part of the prompts left out in turn.
+    """Adds the log-odds of models of several kinds, weighted by how well they predict prompts that they did not see.
 
-    Every pair is so scored by models that did not see its prompt; on these scores the kinds get weights >= 0 by
-    logistic regression, whose sum is the temperature. The mean of skew scores is skew, and embeds as one model does.
+    Each kind is fitted with one part of the prompts left out in turn, so that every pair is scored by models that did
+    not see its prompt; on these scores the kinds get weights >= 0 by logistic regression, whose sum is the temperature.
+    Kinds that get a weight are then fitted on all pairs: the weights come of models of fewer pairs, the members do not.
+    The sum of skew scores is skew, and embeds as one model does.
 
     Args:
         members: models of the kinds to combine, fitted or not: their settings count; None for
             ``BradleyTerry(1e-3)`` and ``HybridPreference()``.
-        folds: parts of the prompts, >= 2; there are ``folds`` models of each kind.
+        folds: parts of the prompts, >= 2.
         seed: of the parts; fold number k adds k to a member's own seed.
     """
 
@@ -74,38 +76,41 @@ class PreferenceEnsemble(PreferenceModel):
     def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> Self:
         """Fit the members, weigh and calibrate them, and return the ensemble itself.
 
-        ``found`` then holds the ``weights`` of the kinds, and ``accuracy``, ``log_loss`` and ``ece`` on pairs whose
-        prompts the scoring members did not see; on ``validation`` where it is given, which then sets the weights too.
+        ``found`` then holds the ``weights`` of the kinds, and ``accuracy``, ``log_loss`` and
+        ``ece`` on pairs whose prompts the scoring members did not see: ``validation`` where it is given.
         """
         from tqdm import tqdm
 
         check_pairs(pairs, validation)
+        kinds = len(self._kinds_of)
         part = _parts(pairs.group, self.folds, self.seed)
-        kinds, numbers = len(self._kinds_of), part.unique().tolist()
-        left_out = torch.zeros(len(pairs), kinds)
-        models: list[PreferenceModel] = []
-        work = [(number, place) for number in numbers for place in range(kinds)]
-        for number, place in tqdm(work, desc="Fitting members", disable=not progress):
-            member = unfitted(self._kinds_of[place])
-            if hasattr(member, "seed"):
-                member.seed += number  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
-            out = part == number
-            member.fit(pairs.select(~out))
-            left_out[out, place] = pair_scores(member, pairs.select(out))
-            models.append(member)
-        judged, scores = pairs, left_out
-        if validation is not None:
-            judged = validation
-            scores = torch.stack([pair_scores(model, validation) for model in models])
-            scores = scores.unflatten(0, (len(numbers), kinds)).mean(0).T
-        weights = _stacked(scores, judged)
+        numbers = part.unique().tolist() if validation is None else []
+        scores = torch.zeros(len(pairs), kinds)
+        with tqdm(total=kinds * (len(numbers) + 1), desc="Fitting members", disable=not progress) as bar:
+            for number in numbers:
+                out = part == number
+                kept, left_out = pairs.select(~out), pairs.select(out)
+                for place in range(kinds):
+                    scores[out, place] = pair_scores(self._fitted(place, kept, number), left_out)
+                    bar.update()
+            models: dict[int, PreferenceModel] = {}
+            judged = pairs if validation is None else validation
+            if validation is not None:
+                models = {place: self._fitted(place, pairs) for place in range(kinds)}
+                scores = torch.stack([pair_scores(model, validation) for model in models.values()], dim=1)
+            weights = _stacked(scores, judged)
+            used = [place for place in range(kinds) if weights[place] > 0] or [0]
+            for place in used:
+                if place not in models:
+                    models[place] = self._fitted(place, pairs)
+                bar.update()
         self._ready(
             dimension=pairs.dimension,
-            context_dimension=max(model.context_dimension for model in models),
-            members=[model.describe() for model in models],
+            context_dimension=max(models[place].context_dimension for place in used),
+            members=[models[place].describe() for place in used],
         )
-        self.models = nn.ModuleList(models)
-        self.shares.copy_(weights.repeat(len(numbers)) / len(numbers))
+        self.models = nn.ModuleList(models[place] for place in used)
+        self.shares.copy_(weights[used])
         found = reliability(scores @ weights, judged.probability, judged.weight)
         self.found = {
             "weights": weights.tolist(),
@@ -114,6 +119,12 @@ class PreferenceEnsemble(PreferenceModel):
             "ece": found.ece,
         }
         return self
+
+    def _fitted(self, place: int, pairs: EncodedPairs, number: int = 0) -> PreferenceModel:
+        member = unfitted(self._kinds_of[place])
+        if hasattr(member, "seed"):
+            member.seed += number  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        return member.fit(pairs)
 
     def embed(self, y: Tensor, context: Tensor | None) -> Embedded:
         """Embed outputs by all members side by side."""
@@ -124,7 +135,7 @@ class PreferenceEnsemble(PreferenceModel):
         return Embedded(reward, torch.cat([part.planes for part in parts], dim=-1))
 
     def member_scores(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (members, B) of each member's kind's share, scaled as if it stood alone.
+        """Give the log-odds (members, B) of each member that has a weight, scaled as if it stood alone.
 
         Their mean weighted by the shares is :meth:`score`; where they lie apart the members disagree.
         """

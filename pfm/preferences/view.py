@@ -1,7 +1,8 @@
-"""A preference model on some of an output's numbers: one view of several, such as the surface features alone."""
+"""Preference models that see an output otherwise: some of its numbers only, or one more that its prompt gives."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any, Self
 
 import torch
@@ -10,10 +11,89 @@ from torch import Tensor
 from pfm.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, restored, unfitted
 
-__all__ = ["ViewPreference"]
+__all__ = ["RelevancePreference", "ViewPreference"]
+
+FAR = 4.0  # standard deviations beyond which a standardised number is cut: one outlying text does not rule
 
 
-class ViewPreference(PreferenceModel):
+class _Viewing(PreferenceModel):
+    """Fits a member on what a subclass makes of the outputs by :meth:`_see`, once :meth:`_look` has looked at them."""
+
+    def __init__(self, member: PreferenceModel | dict[str, Any]) -> None:
+        super().__init__()
+        if isinstance(member, PreferenceModel):
+            self._kind = {"kind": type(member).__name__, "settings": member.settings()}
+        else:
+            self._kind = {name: member[name] for name in ("kind", "settings")}
+        unfitted(self._kind)
+
+    @abstractmethod
+    def _look(self, y: Tensor, context: Tensor | None) -> None:
+        """Find what :meth:`_see` needs, from the training pairs' outputs (N, D) and contexts (N, C) or None."""
+
+    @abstractmethod
+    def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Give what the member sees (B, V) of outputs (B, D) under contexts (B, C) or None."""
+
+    @property
+    def seed(self) -> int:
+        """Give the member's seed; 0 if it has none."""
+        return int(getattr(unfitted(self._kind), "seed", 0))
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        member = unfitted(self._kind)
+        if hasattr(member, "seed"):
+            member.seed = value  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            self._kind = self._kind | {"settings": member.settings()}
+
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments of the constructor."""
+        return {"member": self._kind}
+
+    @torch.no_grad()
+    def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> Self:
+        """Fit the member on what it sees of the outputs, and return the model itself."""
+        check_pairs(pairs, validation)
+        self._ready(dimension=pairs.dimension, contexts=pairs.context_dimension)
+        batch = pairs.gather(torch.arange(len(pairs)))
+        contexts = None if batch.context is None else batch.context.repeat(2, 1)
+        self._look(torch.cat([batch.chosen, batch.rejected]), contexts)
+        seen = [None if part is None else self._seen(part) for part in (pairs, validation)]
+        assert seen[0] is not None
+        assert self.layout is not None
+        self.member = unfitted(self._kind).fit(seen[0], seen[1], progress=progress)
+        self.layout["member"] = self.member.describe()
+        self.found = self.member.found
+        self._context_needed()
+        return self
+
+    def _seen(self, pairs: EncodedPairs) -> EncodedPairs:
+        batch = pairs.gather(torch.arange(len(pairs)))
+        chosen, rejected = (self._see(side, batch.context) for side in (batch.chosen, batch.rejected))
+        return EncodedPairs(
+            chosen, rejected, batch.context, batch.weight, probability=batch.probability, group=pairs.group
+        )
+
+    def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:
+        self.dimension, self.context_dimension = dimension, contexts
+        if member is not None:
+            self.member = restored(member)
+            self._context_needed()
+
+    def _context_needed(self) -> None:
+        """Take no context where the member takes none."""
+        self.context_dimension = self.member.context_dimension
+
+    def embed(self, y: Tensor, context: Tensor | None) -> Embedded:
+        """Embed what is seen of outputs (B, D) as the member does."""
+        return self.member.embed(self._see(y, context), context if self.member.context_dimension else None)
+
+    def _rescale(self, slope: float) -> None:
+        self.member._rescale(slope)
+
+
+class ViewPreference(_Viewing):
     """Fits a preference model on the columns from ``start`` to ``stop`` of the outputs.
 
     Few pairs cannot weigh many numbers: of a long embedding and a few features that tell more, a model of all of them
@@ -22,76 +102,105 @@ class ViewPreference(PreferenceModel):
     Args:
         member: the model, fitted or not: its settings count.
         start, stop: of the columns, as in a slice; negative ones count from the end, None is the end.
+        standardise: bring every column to variance 1 divided by their number, cut at four standard deviations; rare
+            features then count as much as those that vary most.
 
     Raises:
         ValueError: at the fit, if the slice holds no column.
     """
 
+    mean: Tensor
+    spread: Tensor
+
     def __init__(
-        self, member: PreferenceModel | dict[str, Any], start: int | None = None, stop: int | None = None
+        self,
+        member: PreferenceModel | dict[str, Any],
+        start: int | None = None,
+        stop: int | None = None,
+        *,
+        standardise: bool = False,
     ) -> None:
-        super().__init__()
-        if isinstance(member, PreferenceModel):
-            self._kind = {"kind": type(member).__name__, "settings": member.settings()}
-        else:
-            self._kind = {name: member[name] for name in ("kind", "settings")}
-        unfitted(self._kind)
+        super().__init__(member)
         for name, value in (("start", start), ("stop", stop)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
                 raise ValueError(f"{name} must be a whole number or None: got {value!r}")
-        self.start, self.stop = start, stop
-
-    @property
-    def seed(self) -> int:
-        """Give the member's seed; 0 if it has none."""
-        return int(self._kind["settings"].get("seed", 0))
-
-    @seed.setter
-    def seed(self, value: int) -> None:
-        if "seed" in self._kind["settings"]:
-            self._kind = {"kind": self._kind["kind"], "settings": self._kind["settings"] | {"seed": value}}
+        self.start, self.stop, self.standardise = start, stop, standardise
 
     def settings(self) -> dict[str, Any]:
         """Give the arguments of the constructor."""
-        return {"member": self._kind, "start": self.start, "stop": self.stop}
+        return super().settings() | {"start": self.start, "stop": self.stop, "standardise": self.standardise}
 
-    def _build(self, dimension: int, member: dict[str, Any]) -> None:
-        self.dimension = dimension
-        self.member = restored(member)
-        self.context_dimension = self.member.context_dimension
+    def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:
+        width = len(range(dimension)[self.start : self.stop])
+        if not width:
+            raise ValueError(f"start={self.start}, stop={self.stop} leave none of {dimension} columns: widen the view")
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("spread", torch.ones(width))
+        super()._build(dimension, contexts, member)
 
-    @torch.no_grad()
-    def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> Self:
-        """Fit the member on its columns, and return the model itself."""
-        check_pairs(pairs, validation)
-        columns = slice(self.start, self.stop)
-        if not len(range(pairs.dimension)[columns]):
-            raise ValueError(
-                f"start={self.start}, stop={self.stop} leave none of {pairs.dimension} columns: widen the view"
-            )
-        fitted = unfitted(self._kind).fit(
-            _seen(pairs, columns), None if validation is None else _seen(validation, columns), progress=progress
-        )
-        self._ready(dimension=pairs.dimension, member=fitted.describe())
-        self.member = fitted
-        self.found = fitted.found
-        return self
+    def _look(self, y: Tensor, context: Tensor | None) -> None:
+        if self.standardise:
+            columns = y[:, self.start : self.stop]
+            spread = columns.std(0, correction=0)
+            self.mean.copy_(columns.mean(0))
+            # A column that hardly varies tells nothing; blown up it would rule.
+            self.spread.copy_(spread.clamp_min(1e-2 * spread.square().mean().sqrt().clamp_min(1e-12)))
 
-    def embed(self, y: Tensor, context: Tensor | None) -> Embedded:
-        """Embed the columns of outputs (B, D) as the member does."""
-        return self.member.embed(y[..., self.start : self.stop], context)
-
-    def _rescale(self, slope: float) -> None:
-        self.member._rescale(slope)
+    def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
+        columns = y[..., self.start : self.stop]
+        if not self.standardise:
+            return columns
+        return ((columns - self.mean) / self.spread).clamp(-FAR, FAR) / len(self.mean) ** 0.5
 
 
-def _seen(pairs: EncodedPairs, columns: slice) -> EncodedPairs:
-    """Give the same pairs of the outputs' columns."""
-    every = torch.arange(len(pairs))
-    part = pairs.select(every)
-    first, second = pairs._tables
-    narrow = first[:, columns]
-    part._tables = (narrow, narrow if second is first else second[:, columns])
-    part.event_shape = narrow.shape[1:]
-    part.candidates = None
-    return part
+class RelevancePreference(_Viewing):
+    """Fits a preference model on outputs with one number more, in the last column: their inner product with the prompt.
+
+    Within a prompt a linear term in the prompt cancels, so that a linear reward judges every output by itself. Whether
+    the output is about what was asked takes a product of both. Encoders that embed prompts and outputs in one space
+    make it their similarity; of vectors of unequal lengths the first numbers count, as many as the shorter one has.
+    Without contexts the member is fitted on the outputs as they are.
+
+    Args:
+        member: the model, fitted or not: its settings count.
+        share: standard deviation of the number, in units of the outputs' root mean square distance from their mean: how
+            lightly a penalty treats it.
+    """
+
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, member: PreferenceModel | dict[str, Any], share: float = 0.3) -> None:
+        super().__init__(member)
+        if not share > 0:
+            raise ValueError(f"share must be positive: got {share}")
+        self.share = share
+
+    def settings(self) -> dict[str, Any]:
+        """Give the arguments of the constructor."""
+        return super().settings() | {"share": self.share}
+
+    def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:
+        self.register_buffer("centre", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+        super()._build(dimension, contexts, member)
+
+    def _context_needed(self) -> None:
+        """Take contexts wherever there are any: the number is made of them."""
+
+    def _look(self, y: Tensor, context: Tensor | None) -> None:
+        if context is not None:
+            near = _inner(y, context)
+            distance = (y - y.mean(0)).square().sum(1).mean().sqrt()
+            self.centre.copy_(near.mean())
+            self.scale.copy_(self.share * distance / near.std(correction=0).clamp_min(1e-12))
+
+    def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
+        if context is None:
+            return y
+        return torch.cat([y, ((_inner(y, context) - self.centre) * self.scale)[..., None]], dim=-1)
+
+
+def _inner(y: Tensor, context: Tensor) -> Tensor:
+    shared = min(y.shape[-1], context.shape[-1])
+    return (y[..., :shared] * context[..., :shared]).sum(-1)

@@ -1,9 +1,12 @@
-"""Counted votes on pairs: soft labels and weights, with a prior.
+"""Counted votes on pairs: soft labels and weights.
 
-A pair's share of votes, p, is drawn from a symmetric Beta(a, a) over pairs, and its n votes are drawn with p. Few
-votes then say little: the posterior mean (v + a) / (n + 2 a) is drawn towards one half, and, since the votes of one
-pair share their p, n of them are worth n / (1 + (n - 1) / (2 a + 1)) single votes on different pairs. A tie is half
-a vote for either side.
+A pair's n votes are drawn with its own p. The log loss of a model is linear in its label, so that the share v / n,
+whose mean is p, teaches what p would: over many pairs the errors cancel. A share drawn towards one half would teach a
+model to be less sure than people are.
+
+Other uses look at one pair at a time. With p drawn from a symmetric Beta(a, a) over pairs, the best guess of a pair's
+own p is the posterior mean (v + a) / (n + 2 a), and, since the votes of one pair share their p, n of them are worth
+n / (1 + (n - 1) / (2 a + 1)) single votes on different pairs. A tie is half a vote for either side.
 """
 
 from __future__ import annotations
@@ -38,17 +41,17 @@ class VoteLabels:
 
 
 def soft_labels(
-    first: Any, second: Any, tie: Any = None, *, prior: float | None = None, weight: str = "effective"
+    first: Any, second: Any, tie: Any = None, *, prior: float | None = 0.0, weight: str = "total"
 ) -> VoteLabels:
     """Turn vote counts into soft labels and weights for :class:`pfm.EncodedPairs`.
 
     Args:
         first, second: (N,) votes for either output, finite and >= 0.
         tie: (N,) undecided votes, half of each for either side; None for none.
-        prior: votes for either side that are added to every pair, the a of Beta(a, a), >= 0; None finds it by
-            :func:`fit_prior`.
-        weight: "effective" for how many single votes the pair's are worth (with ``prior=0`` that is 1: such pairs are
-            certain), "total" for their number, "one" for 1.
+        prior: votes for either side that are added to every pair, the a of Beta(a, a), >= 0: 0 for what a model is
+            fitted on; None finds the one by which labels come nearest to each pair's p, see :func:`fit_prior`.
+        weight: "total" for the number of votes, "effective" for how many single votes they are worth (with ``prior=0``
+            that is 1: such pairs are certain), "one" for 1.
 
     Raises:
         ValueError: shapes disagree, a count is negative or not finite, a pair has no votes, or all votes are ties.
