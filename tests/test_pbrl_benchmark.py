@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from bench_settings import ROOT, configured
 from omegaconf import OmegaConf
 
@@ -16,11 +17,13 @@ from benchmarks.config import RunConfig
 from benchmarks.control import references
 from benchmarks.control.animation import side_by_side
 from benchmarks.control.report import compare
+from benchmarks.control.rewards import RewardEnsemble
 from benchmarks.control.task import ControlTask
 from benchmarks.methods import make_method
 from benchmarks.runner import find_result, run
 from benchmarks.runs import collect
 from benchmarks.tasks import load_task
+from pfm import EncodedPairs
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +95,27 @@ def test_experiments_name_known_tasks_and_methods(path: Path):
     for group in ("task", "method"):
         for name in params[group].split(","):
             assert (ROOT / "conf" / group / f"{name.strip()}.yaml").is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "task" / "pbrl").glob("*.yaml")), ids=lambda path: path.stem)
+def test_references_are_trained_in_the_environment_of_their_task(path: Path):
+    task = configured(f"task=pbrl/{path.stem}", "method=control/reference").task
+    recipe = references.RECIPES.get(task.reference)
+    assert recipe is None or recipe.environment == task.environment
+
+
+def test_the_written_out_slope_is_the_gradient_of_the_reward():
+    generator = torch.Generator().manual_seed(0)
+    y, seen = torch.randn(400, 2, generator=generator), torch.randn(200, 3, generator=generator)
+    state = torch.arange(200)
+    score = (y * seen[:, :2].repeat_interleave(2, 0)).sum(1).view(-1, 2)
+    first = (score[:, 0] > score[:, 1]).long()
+    pairs = EncodedPairs.from_table(y, 2 * state + 1 - first, 2 * state + first, contexts=seen, context_index=state)
+    reward = RewardEnsemble(2)
+    assert reward.fit(pairs)["confirmed"] == 2
+    at = y[:7].clone().requires_grad_(True)
+    (wanted,) = torch.autograd.grad(reward.reward(at, seen[:7]).sum(), at)
+    torch.testing.assert_close(reward.slope(y[:7], seen[:7]), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_reference_gains_nothing_over_itself(finished: dict[str, dict[str, Any]]):

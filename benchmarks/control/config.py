@@ -34,7 +34,8 @@ class ControlConfig(TaskConfig):
 
     What is learned from, see :func:`pfm.pbrl.collect`
         pairs: comparisons asked for (``limit`` keeps so many). length, continuation, noise, correlation, explore,
-        teacher, members. held_out: share of the trajectories on which nothing is fitted.
+        teacher, members. held_out: share of the trajectories on which nothing is fitted. value: the discount of a
+        fitted value of the reference that stands for the continuation in labels, such as 0.97; None for none.
 
     How it is measured
         episodes: of the test, their starts the same for every method of a seed. validation: episodes, of other starts,
@@ -55,6 +56,7 @@ class ControlConfig(TaskConfig):
     pairs: int = 5000
     length: int = 5
     continuation: int = 40
+    value: float | None = None
     noise: float | None = 0.3
     correlation: float = 1.0
     explore: float | None = 0.1

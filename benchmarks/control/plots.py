@@ -31,7 +31,8 @@ def _gains(report: ControlReport) -> Any:
         axes.plot([found.gain.low, found.gain.high], [place, place], color=_color(found), linewidth=2)
         axes.plot(found.gain.value, place, "o", color=_color(found), markersize=6, markeredgecolor="white")
     axes.axvline(0, color=_INK, linewidth=0.8, linestyle=":")
-    axes.set_yticks(range(len(methods)), [found.label for found in methods])
+    most = max(len(found.seeds) for found in methods)
+    axes.set_yticks(range(len(methods)), [_named(found, most) for found in methods])
     axes.set_xlabel("gain in episode return over the reference")
     _finish(axes, figure, f"{_title(report)}, {methods[-1].pairs:,} pairs")
     return figure
@@ -60,6 +61,12 @@ def _curves(report: ControlReport) -> Any:
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     _finish(axes, figure, _title(report))
     return figure
+
+
+def _named(found: Reached, most: int) -> str:
+    """Give a method's label, and its number of seeds where others have more."""
+    count = len(found.seeds)
+    return found.label if count == most else f"{found.label} ({count} seed{'s' * (count > 1)})"
 
 
 def _title(report: ControlReport) -> str:

@@ -1,4 +1,4 @@
-"""The frozen policies that are refined: pretrained actors, and two trained here: nobody published one, or a weak one.
+"""The frozen policies that are refined: pretrained actors, and some trained here: nobody published one, or a weak one.
 
 What is trained is kept as an actor's layers (:class:`pfm.pbrl.ActorPolicy`), with its recipe in ``meta``.
 """
@@ -36,6 +36,9 @@ class Recipe:
 RECIPES = {
     "a2c_Reacher-v5": Recipe("Reacher-v5", "A2C", 28_000),
     "sac_Pendulum-v1_early": Recipe("Pendulum-v1", "SAC", 7_000, copies=1),
+    "ppo_HalfCheetah-v4_early": Recipe("HalfCheetah-v4", "PPO", 40_960, copies=1),
+    "ppo_Hopper-v4_early": Recipe("Hopper-v4", "PPO", 20_480, copies=1),
+    "ppo_LunarLanderContinuous-v3_early": Recipe("LunarLanderContinuous-v3", "PPO", 20_480, copies=1),
 }
 
 

@@ -296,8 +296,8 @@ def _section(report: ControlReport) -> list[str]:
     lines = [
         f"### {settings['environment']}, segments of {settings['length']}",
         "",
-        f"{about['pairs']:,} pairs of segments of {settings['length']} steps; labels by the {settings['teacher']} "
-        f"teacher, who counts {settings['continuation']} further steps of the reference; {len(seeds)} seeds of data. "
+        f"{_asked(report)}; labels by the {settings['teacher']} teacher, who counts {settings['continuation']} further "
+        f"steps of the reference; {len(seeds)} seeds of data. "
         f"Labels that a segment's own return would give agree with these in {100 * statistics['return_accuracy']:.0f}%."
         f"{room} Gains are over the same reference's deterministic mode, from the same starts; 95% intervals over "
         "seeds and episodes.",
@@ -315,6 +315,15 @@ def _section(report: ControlReport) -> list[str]:
             )
         lines += [*markdown_table(table), ""]
     return lines + [f"Note: {note}\n" for note in report.notes]
+
+
+def _asked(report: ControlReport) -> str:
+    """Say what was compared; the task's pairs are comparisons, of which several can be of one state."""
+    settings, about = report.settings, report.about
+    compared = f"{about['labels']:,} pairs of segments of {settings['length']} steps"
+    if settings["members"] > 2:
+        compared += f", among {settings['members']} from each of {about['pairs']:,} states"
+    return compared
 
 
 def _shown(estimate: Estimate | None, **style: Any) -> str:

@@ -16,7 +16,7 @@ from benchmarks.control.config import ControlConfig
 from benchmarks.control.learning import Candidate, ControlData, ControlMethod
 from benchmarks.control.references import load_reference, normalised_score
 from pfm.files import replace_file
-from pfm.pbrl import BatchedPendulum, VectorEnv, episode_returns, episode_seeds
+from pfm.pbrl import BatchedPendulum, FittedValue, VectorEnv, episode_returns, episode_seeds
 from pfm.pbrl.collection import collect
 from pfm.pbrl.segments import SegmentPairs, pick_states, unpack_states
 from pfm.statistics import Bootstrap, Estimate
@@ -124,12 +124,15 @@ class ControlTask:
 
     def _collect(self, policy: Any, count: int, seed: int, folder: Path | None = None) -> SegmentPairs:
         config = self.config
+        value = None if config.value is None else self._value(policy, seed, folder)
         return collect(
             open_simulator(config.environment),
             policy,
             count,
             length=config.length,
-            continuation=config.continuation,
+            continuation=config.continuation if value is None else 0,
+            discount=1.0 if value is None else value.discount,
+            value=value,
             teacher=config.teacher,
             seed=seed,
             members=config.members,
@@ -139,6 +142,21 @@ class ControlTask:
             folder=folder,
             batch=_BATCH,
         )
+
+    def _value(self, policy: Any, seed: int, folder: Path | None) -> FittedValue:
+        """Fit what the policy goes on to earn, or read it from beside the pairs that it labelled."""
+        config = self.config
+        assert config.value is not None
+        path = None if folder is None else folder.parent / "value.safetensors"
+        if path is not None and path.is_file():
+            return FittedValue.load(path)
+        value = FittedValue.fit(
+            open_simulator(config.environment), policy, discount=config.value, length=config.length,
+            noise=config.noise or 0.3, correlation=config.correlation, explore=config.explore, batch=_BATCH, seed=seed,
+        )  # fmt: skip
+        if path is not None:
+            value.save(path)
+        return value
 
     # -- learning and choice ----------------------------------------------------------------------------------------
 
@@ -195,9 +213,17 @@ class ControlTask:
 
         ``segment_gain`` counts what follows when the reference goes on, ``segment_return_gain`` the H steps alone.
         """
+        whole, alone = self._segment_returns(env, policy, held)
+        if self.config.value is None:
+            assert held.plan_return is not None
+            assert held.plan_value is not None
+            return {"segment_gain": whole - held.plan_value, "segment_return_gain": alone - held.plan_return}
+        plain, plain_alone = self._segment_returns(env, self.reference, held)  # the plans' values are discounted
+        return {"segment_gain": whole - plain, "segment_return_gain": alone - plain_alone}
+
+    def _segment_returns(self, env: Any, policy: Any, held: SegmentPairs) -> tuple[Array, Array]:
+        """Give what H steps of a policy earn with and without the reference's steps that follow, (S,) each."""
         assert held.states is not None
-        assert held.plan_return is not None
-        assert held.plan_value is not None
         states, alone, whole = unpack_states(held.states), [], []
         for begin in range(0, len(held), _BATCH):
             rows = np.arange(begin, min(begin + _BATCH, len(held)))
@@ -217,10 +243,7 @@ class ControlTask:
                     break
             alone.append(totals[0])
             whole.append(totals[1])
-        return {
-            "segment_gain": np.concatenate(whole) - held.plan_value,
-            "segment_return_gain": np.concatenate(alone) - held.plan_return,
-        }
+        return np.concatenate(whole), np.concatenate(alone)
 
     def _figures(self, returns: Array, plain: Array, gains: dict[str, Array]) -> dict[str, Estimate | None]:
         bootstrap = Bootstrap(len(returns))
@@ -262,8 +285,9 @@ class ControlTask:
         """Name the folder of one collection by what decides it."""
         c = self.config
         parts: Sequence[Any] = (
-            c.reference, f"h{c.length}", f"c{c.continuation}", "own" if c.noise is None else f"n{c.noise:g}",
-            f"r{c.correlation:g}", "" if c.explore is None else f"e{c.explore:g}", f"m{c.members}", f"s{self.seed}",
+            c.reference, f"h{c.length}", f"c{c.continuation}" if c.value is None else f"v{c.value:g}",
+            "own" if c.noise is None else f"n{c.noise:g}", f"r{c.correlation:g}",
+            "" if c.explore is None else f"e{c.explore:g}", f"m{c.members}", f"s{self.seed}",
         )  # fmt: skip
         return Path(c.folder) / "data" / c.environment / "-".join(part for part in parts if part)
 

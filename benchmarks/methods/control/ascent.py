@@ -37,10 +37,8 @@ class SegmentAscent:
             def displacement(seen: Tensor) -> Tensor:
                 z = torch.zeros(len(seen), size)
                 for _ in range(self.config.steps if notes["confirmed"] else 0):
-                    z.requires_grad_(True)
-                    with torch.enable_grad():
-                        (slope,) = torch.autograd.grad(reward.reward(data.colour(z).flatten(1), seen).sum(), z)
-                    z = (z + step * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)).detach()
+                    slope = reward.slope(data.colour(z).flatten(1), seen) @ data.factor
+                    z = z + step * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)
                 return data.colour(z)
 
             return displacement
