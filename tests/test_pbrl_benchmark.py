@@ -99,7 +99,7 @@ def test_experiments_name_known_tasks_and_methods(path: Path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "conf" / "task" / "pbrl").glob("*.yaml")), ids=lambda path: path.stem)
 def test_references_are_trained_in_the_environment_of_their_task(path: Path):
-    task = configured(f"task=pbrl/{path.stem}", "method=control/reference").task
+    task = cast(Any, configured(f"task=pbrl/{path.stem}", "method=control/reference").task)
     recipe = references.RECIPES.get(task.reference)
     assert recipe is None or recipe.environment == task.environment
 

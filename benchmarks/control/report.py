@@ -122,11 +122,8 @@ def _compare(runs: list[Run]) -> ControlReport:
         by_cell[run.method, _pairs(run)].append(run)
     reached = {cell: _reached(found, by_cell.get((FLOW, cell[1]), [])) for cell, found in by_cell.items()}
     methods = sorted((found for (_, pairs), found in reached.items() if pairs == most), key=lambda f: -f.gain.value)
-    names = dict.fromkeys(name for name, _ in by_cell)
     curves = {
-        name: [reached[cell] for cell in sorted(by_cell) if cell[0] == name]
-        for name in names
-        if sum(cell[0] == name for cell in by_cell) > 1
+        name: curve for name in dict.fromkeys(name for name, _ in by_cell) if len(curve := _curve(name, by_cell)) > 1
     }
     latest = max((run for run in runs if _pairs(run) == most), key=lambda run: run.metrics["finished"])
     return ControlReport(
@@ -147,6 +144,21 @@ def _pairs(run: Run) -> int:
 def _load(run: Run) -> dict[str, Array]:
     with np.load(run.arrays, allow_pickle=False) as found:
         return dict(found)
+
+
+def _curve(name: str, by_cell: dict[tuple[str, int], list[Run]]) -> list[Reached]:
+    """Give what one method reached by number of pairs, over the seeds that were run at every number."""
+    cells = {pairs: runs for (method, pairs), runs in sorted(by_cell.items()) if method == name}
+    common = set.intersection(*({run.seed for run in runs} for runs in cells.values()))
+    if not common:
+        return []
+    return [
+        _reached(
+            [run for run in runs if run.seed in common],
+            [run for run in by_cell.get((FLOW, pairs), []) if run.seed in common],
+        )
+        for pairs, runs in cells.items()
+    ]
 
 
 def _reached(runs: list[Run], flows: list[Run]) -> Reached:
