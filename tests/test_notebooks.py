@@ -19,7 +19,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 VERDICT = "against the original ("  # of every verdict that compares at least one changed output
 
-SLOW = ("02_what_a_preference_flow_learns", "05_preferences_as_they_are")  # many fits: make slow
+# Of many fits, or of a model trained and served: make slow.
+SLOW = ("02_what_a_preference_flow_learns", "03_refine_an_api_model", "05_preferences_as_they_are")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
