@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from pfm.encoded import as_float_tensor, check_finite, vector_space
 from pfm.errors import NonFiniteWarning
 from pfm.fields import Velocity
-from pfm.files import replace_file
+from pfm.files import replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.transport import integrate
 
@@ -300,8 +300,7 @@ class Composition:
         for number, flow in enumerate(self.flows):
             flow.save_pretrained(folder / f"flow-{number}")
         described = {"version": 1, "names": list(self.names), "weights": self.weights.tolist()}
-        text = json.dumps(described, indent=2) + "\n"
-        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_json(folder / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -312,8 +311,7 @@ class Composition:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
         folder = Path(folder)
-        if not (folder / DESCRIPTION).is_file():
-            raise FileNotFoundError(f"{folder} holds no {DESCRIPTION}: give a folder written by Composition.save")
+        require_files(folder, (DESCRIPTION,), "Composition.save")
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             names, weights = list(described["names"]), described["weights"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.files import replace_file
+from pfm.files import replace_file, replace_json
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]
 
@@ -242,8 +242,7 @@ class EncodedPairs:
                 np.save(folder / f"{name}.npy", column.numpy(), allow_pickle=False)
         names = [name for name, value in (large | columns).items() if value is not None]
         described = {"version": 1, "arrays": names, "event_shape": list(self.event_shape), "encoder": self.encoder}
-        text = json.dumps(described, indent=2) + "\n"
-        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_json(folder / DESCRIPTION, described)
         return folder
 
     @classmethod

@@ -405,11 +405,12 @@ def _moved_traits(
         unit = max(float(values.mean()), 1e-30)
         inside, moves, target = place[part] @ vectors, displacement[part] @ vectors, vectors.T @ cross
         mean = displacement.mean(0) @ vectors
-        means.append(np.stack([mean @ (target / (values + penalty * unit)[:, None]) for penalty in PENALTIES]))
+        means.append(np.zeros((len(PENALTIES), traits.shape[1])))
         for row, penalty in enumerate(PENALTIES):
             weights = target / (values + penalty * unit)[:, None]
             errors[row] += ((traits[part] - inside @ weights) ** 2).sum(0)
             changes[row, part] = moves @ weights
+            means[-1][row] = mean @ weights
     best = errors.argmin(0)
     columns = np.arange(traits.shape[1])
     told = 1 - errors[best, columns] / (traits**2).sum(0)

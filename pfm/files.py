@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cache_folder", "replace_file"]
+__all__ = ["cache_folder", "replace_file", "replace_json", "require_files"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -20,6 +22,27 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Write JSON to ``path`` as :func:`replace_file` does.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def require_files(folder: Path, names: Sequence[str], writer: str) -> None:
+    """Refuse a folder in which a file is missing, and name what writes such folders.
+
+    Raises:
+        FileNotFoundError: it is.
+    """
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}: give a folder written by {writer}")
 
 
 def cache_folder(kind: str) -> Path:

@@ -21,7 +21,7 @@ from pfm.couplings import Joined, WithoutContext, make_coupling
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.errors import NonFiniteWarning
 from pfm.fields import SMALL, Field, Normalizer, Velocity
-from pfm.files import replace_file
+from pfm.files import replace_file, replace_json
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.opponents import PreferenceWin, candidate_wins, rescored
 from pfm.preferences.base import PreferenceModel
@@ -753,8 +753,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         folder = Path(save_directory)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(self._described(), indent=2, allow_nan=False) + "\n"
-        replace_file(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        replace_json(folder / "config.json", self._described())
 
     def _described(self) -> dict[str, Any]:
         metadata = dict(self.metadata)

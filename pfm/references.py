@@ -30,7 +30,7 @@ from torch import Tensor
 from pfm.config import FlowConfig
 from pfm.couplings import SOURCES, Coupled
 from pfm.encoded import EncodedPairs, as_float_tensor
-from pfm.files import replace_file
+from pfm.files import replace_file, replace_json, require_files
 from pfm.fitting import at_most, choose_steps, fit_field
 from pfm.flow import STATISTICS_ROWS, PreferenceFlow, _on_unit_sphere
 from pfm.tastes import append_code, check_names
@@ -447,8 +447,7 @@ class PooledFlow:
             "unit": self.unit,
             "network": self.win.network is not None,
         }
-        text = json.dumps(described, indent=2) + "\n"
-        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_json(folder / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -462,9 +461,7 @@ class PooledFlow:
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        for name in (DESCRIPTION, TENSORS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: give a folder written by PooledFlow.save")
+        require_files(folder, (DESCRIPTION, TENSORS), "PooledFlow.save")
         flow = PreferenceFlow.from_pretrained(folder / FLOW)
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))

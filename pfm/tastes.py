@@ -33,7 +33,7 @@ from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_file
+from pfm.files import replace_file, replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted
@@ -361,8 +361,7 @@ class TasteMixture:
             "settings": {"tastes": self.tastes, "restarts": self.restarts, "iterations": self.iterations,
                          "confirm": self.confirm, "seed": self.seed},
         }  # fmt: skip
-        text = json.dumps(described, indent=2, allow_nan=False) + "\n"
-        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_json(folder / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -376,9 +375,7 @@ class TasteMixture:
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        for name in (DESCRIPTION, TENSORS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: give a folder written by TasteMixture.save")
+        require_files(folder, (DESCRIPTION, TENSORS), "TasteMixture.save")
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             tensors = load_file(folder / TENSORS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from spelled import Spelled
 
 from benchmarks.config import LawConfig
 from benchmarks.law_task import LawTask
@@ -202,29 +203,17 @@ def test_what_a_pooled_flow_cannot_do_is_said(flow):
         PooledFlow.fit(tagged_pairs(10), {"coupling": "ot"})
 
 
-class Spelled:
-    """Encodes "a b" as its two numbers."""
-
-    dimension = 2
-
-    def encode(self, texts, progress=False):
-        return torch.tensor([[float(number) for number in text.split()] for text in texts])
-
-    def describe(self):
-        return {"kind": "spelled"}
-
-
 def test_a_wrapped_pool_tells_its_flow_who_made_each_candidate(flow):
     texts = {"0": "-1 0", "1": "1 0.5"}
     pool = GeneratorPool({name: lambda prompt, text=text: text for name, text in texts.items()})
-    refined = wrap(pool, flow, encoder=Spelled(), n=4)("any prompt")
+    refined = wrap(pool, flow, encoder=Spelled(2), n=4)("any prompt")
     assert refined.generator == "1"
     assert refined.text == texts["1"]
-    y = Spelled().encode(refined.candidates)
+    y = Spelled(2).encode(refined.candidates)
     expected = flow.win_probability(y, tag=refined.generators)
     torch.testing.assert_close(torch.tensor(refined.probabilities), expected)
     # The same output counts as it does for its maker, and what is no text takes no tag with it.
-    refiner = wrap(None, flow, encoder=Spelled())
+    refiner = wrap(None, flow, encoder=Spelled(2))
     one, other = refiner.refine([["0 0.2"], ["", "0 0.2"]], ["a", "b"], generators=["0", ["0", "1"]])
     apart = flow.win_probability(torch.tensor([[0.0, 0.2]] * 2), tag=["0", "1"]).tolist()
     assert [one.win_probability, other.win_probability] == pytest.approx(apart)
@@ -232,10 +221,10 @@ def test_a_wrapped_pool_tells_its_flow_who_made_each_candidate(flow):
 
 def test_what_a_pooled_flow_needs_to_be_wrapped_is_said(flow):
     with pytest.raises(ValueError, match="fitted on outputs of 0, 1: the pool has third too"):
-        wrap(GeneratorPool({"0": lambda prompt: prompt, "third": lambda prompt: prompt}), flow, encoder=Spelled())
+        wrap(GeneratorPool({"0": lambda prompt: prompt, "third": lambda prompt: prompt}), flow, encoder=Spelled(2))
     with pytest.raises(ValueError, match="decoder='select' by 'win_probability' or 'sample'"):
-        wrap(None, flow, encoder=Spelled(), by="alignment")
-    refiner = wrap(None, flow, encoder=Spelled())
+        wrap(None, flow, encoder=Spelled(2), by="alignment")
+    refiner = wrap(None, flow, encoder=Spelled(2))
     with pytest.raises(ValueError, match="which of 0, 1 made each candidate"):
         refiner.refine(["0 0"], ["a"])
     with pytest.raises(ValueError, match="got 1 rows for 1 prompts, and they differ at row 0"):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from spelled import Spelled
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow, wrap
 from pfm.composition import Composition, compose, simplex
@@ -149,30 +150,18 @@ def test_a_composition_is_loaded_as_it_was_saved(flows, draws, tmp_path):
         Composition.load(tmp_path)
 
 
-class Spelled:
-    """Encodes "a b c" as its three numbers."""
-
-    dimension = 3
-
-    def encode(self, texts, progress=False):
-        return torch.tensor([[float(number) for number in text.split()] for text in texts])
-
-    def describe(self):
-        return {"kind": "spelled"}
-
-
 def test_a_composition_stands_where_a_flow_does_in_a_wrapped_generator(flows):
     texts = ["0 0 0", "1.5 0 0", "0 2 0.5"]
     for weights, best in (((1.0, 0.0), 1), ((0.0, 1.0), 2)):
         composed = compose(list(zip(flows, weights, strict=True)))
         assert composed.guard_margin == pytest.approx(flows[best - 1].guard_margin)
-        refined = wrap(lambda prompt, n: texts, composed, encoder=Spelled(), n=3)("any prompt")
+        refined = wrap(lambda prompt, n: texts, composed, encoder=Spelled(3), n=3)("any prompt")
         assert refined.text == texts[best]
-        along = wrap(None, composed, encoder=Spelled(), n=3, by="alignment", margin=0).refine([texts], ["any prompt"])
+        along = wrap(None, composed, encoder=Spelled(3), n=3, by="alignment", margin=0).refine([texts], ["any prompt"])
         assert along[0].text == texts[best]
     both = compose([(flows[0], 0.25), (flows[1], 0.75)])
     assert both.guard_margin == pytest.approx(0.25 * flows[0].guard_margin + 0.75 * flows[1].guard_margin)
-    y = Spelled().encode(texts)
+    y = Spelled(3).encode(texts)
     expected = 0.25 * flows[0].win_probability(y) + 0.75 * flows[1].win_probability(y)
     torch.testing.assert_close(both.candidate_probabilities(y, None, torch.zeros(3)), expected)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.files import replace_file
+from pfm.files import replace_file, require_files
 
 if TYPE_CHECKING:
     from pfm.pairs import PreferencePairs
@@ -146,9 +146,7 @@ class ExemplarBank:
         from safetensors import SafetensorError, safe_open
 
         source = Path(folder)
-        for name in (TEXTS, VECTORS):
-            if not (source / name).is_file():
-                raise FileNotFoundError(f"{source} holds no {name}: give a folder written by ExemplarBank.save")
+        require_files(source, (TEXTS, VECTORS), "ExemplarBank.save")
         try:
             lines = (source / TEXTS).read_bytes()
             texts = [json.loads(line)["text"] for line in lines.splitlines()]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium.spaces import Box
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pfm.files import replace_file
+from pfm.pbrl.networks import load_network, perceptron, save_network
 
 __all__ = ["ClonedPolicy"]
+
+KIND = "pfm.pbrl.ClonedPolicy"
 
 FLOOR = 1e-3  # least standard deviation, in half ranges of the action: what is deterministic keeps a density
 
@@ -61,17 +59,7 @@ class ClonedPolicy(nn.Module):
         self.register_buffer("scale", torch.ones(observation_size))
         self.register_buffer("middle", torch.from_numpy((high + low) / 2))
         self.register_buffer("reach", torch.from_numpy((high - low) / 2))
-        widths = [observation_size] + [hidden] * layers
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = nn.Sequential(
-                *(
-                    module
-                    for inward, outward in itertools.pairwise(widths)
-                    for module in (nn.Linear(inward, outward), nn.SiLU())
-                ),
-                nn.Linear(widths[-1], horizon * low.size),
-            )
+        self.network = perceptron(observation_size, horizon * low.size, hidden=hidden, layers=layers, seed=seed)
         self.log_std = nn.Parameter(torch.zeros(horizon, low.size))
         self._noise = np.random.default_rng(seed)
 
@@ -205,28 +193,16 @@ class ClonedPolicy(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: weights, and the shape and bounds as its metadata."""
         bounds = {"low": self.action_space.low.tolist(), "high": self.action_space.high.tolist()}
-        meta = {"kind": "pfm.pbrl.ClonedPolicy", "config": json.dumps({**self.shape, **bounds})}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        replace_file(Path(path), lambda partial: save_file(tensors, partial, meta))
+        save_network(path, KIND, {**self.shape, **bounds}, self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> ClonedPolicy:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            FileNotFoundError: there is no such file. ValueError: it holds something else.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path}")
-        try:
-            with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
-        if meta.get("kind") != "pfm.pbrl.ClonedPolicy":
-            raise ValueError(f"{path} holds {meta.get('kind', 'no named kind')}, expected pfm.pbrl.ClonedPolicy")
-        config = json.loads(meta["config"])
+        config, tensors = load_network(path, KIND)
         low, high = (np.array(config.pop(bound), np.float32) for bound in ("low", "high"))
         policy = cls(config.pop("observation_size"), config.pop("horizon"), Box(low, high, dtype=np.float32), **config)
         policy.load_state_dict(tensors)

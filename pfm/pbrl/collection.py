@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pfm.files import replace_file
+from pfm.files import replace_json
 from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
@@ -623,7 +623,7 @@ def _claim(folder: Path, settings: _Settings) -> None:
     ours = asdict(settings)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda partial: partial.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8"))
+        replace_json(path, ours)
         return
     theirs = json.loads(path.read_text(encoding="utf-8"))
     for name, value in ours.items():

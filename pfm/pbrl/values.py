@@ -8,20 +8,16 @@ Barto, Reinforcement Learning, 2nd edition, section 9.3) from states that segmen
 from __future__ import annotations
 
 import copy
-import itertools
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from pfm.files import replace_file
 from pfm.pbrl.collection import (
+    SHARD,
     check_observation,
     clip_action,
     correlated_noise,
@@ -29,6 +25,7 @@ from pfm.pbrl.collection import (
     open_environment,
     visit,
 )
+from pfm.pbrl.networks import load_network, perceptron, save_network
 
 __all__ = ["FittedValue", "monte_carlo_returns"]
 
@@ -54,17 +51,7 @@ class FittedValue:
         # centre and scale of the observations, and of the returns
         self.mean, self.scale = torch.zeros(size), torch.ones(size)
         self.centre, self.unit = torch.zeros(()), torch.ones(())
-        widths = [size] + [hidden] * layers
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = nn.Sequential(
-                *(
-                    module
-                    for inward, outward in itertools.pairwise(widths)
-                    for module in (nn.Linear(inward, outward), nn.SiLU())
-                ),
-                nn.Linear(widths[-1], 1),
-            )
+        self.network = perceptron(size, 1, hidden=hidden, layers=layers, seed=seed)
 
     @classmethod
     def fit(
@@ -146,10 +133,9 @@ class FittedValue:
         config = self.shape | {
             "discount": self.discount, "r2": self.r2, "rows": self.rows, "simulated": self.simulated,
         }  # fmt: skip
-        tensors = {f"network.{name}": tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {"mean": self.mean, "scale": self.scale, "centre": self.centre, "unit": self.unit}
-        meta = {"kind": KIND, "config": json.dumps(config)}
-        replace_file(path, lambda partial: save_file(tensors, partial, meta))
+        save_network(path, KIND, config, tensors)
         return path
 
     @classmethod
@@ -159,17 +145,7 @@ class FittedValue:
         Raises:
             FileNotFoundError: there is no such file. ValueError: it holds something else.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no {path}: give a file that FittedValue.save wrote")
-        try:
-            with safe_open(path, "pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
-        if meta.get("kind") != KIND:
-            raise ValueError(f"{path} holds {meta.get('kind', 'no named kind')}, expected {KIND}")
-        config = json.loads(meta["config"])
+        config, tensors = load_network(path, KIND)
         value = cls(config["size"], config["discount"], hidden=config["hidden"], layers=config["layers"])
         value.r2, value.rows, value.simulated = config["r2"], config["rows"], config["simulated"]
         value.mean, value.scale = tensors.pop("mean"), tensors.pop("scale")
@@ -254,12 +230,12 @@ def _gather(
     beyond = math.ceil(math.log(TAIL) / math.log(discount))
     spread = half_range(env.action_space)
     observations, returns, trajectories, simulated = [], [], [], 0
-    for number in range(math.ceil(states / 100)):
+    for number in range(math.ceil(states / SHARD)):
         met, walked = visit(
             env, policy, random, per=per, explore=explore, correlation=correlation, deterministic=True, number=number
         )
         simulated += walked
-        count = min(100, states - 100 * number)
+        count = min(SHARD, states - SHARD * number)
         chunk = count if isinstance(met.states, np.ndarray) else batch
         for begin in range(0, count, chunk):
             at = met.pick(np.arange(begin, min(begin + chunk, count)))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_file
+from pfm.files import replace_file, replace_json, require_files
 from pfm.preferences.logistic import fit_temperature
 
 __all__ = ["Embedded", "PreferenceModel", "check_pairs", "check_table", "load", "restored", "unfitted"]
@@ -263,8 +263,7 @@ class PreferenceModel(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(self.describe(), indent=2, allow_nan=False) + "\n"
-        replace_file(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_json(folder / DESCRIPTION, self.describe())
         return folder
 
     def _ready(self, **layout: Any) -> None:
@@ -317,9 +316,7 @@ def load(folder: str | Path) -> PreferenceModel:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    for name in (DESCRIPTION, TENSORS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}: give a folder written by PreferenceModel.save")
+    require_files(folder, (DESCRIPTION, TENSORS), "PreferenceModel.save")
     try:
         model = restored(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
         tensors = load_file(folder / TENSORS)

@@ -1,0 +1,58 @@
+"""Small networks of observations: made with a seed of their own, kept in one safetensors file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pfm.files import replace_file
+
+__all__ = ["load_network", "perceptron", "save_network"]
+
+
+def perceptron(inputs: int, outputs: int, *, hidden: int, layers: int, seed: int) -> nn.Sequential:
+    """Make a network (B, inputs) -> (B, outputs) of SiLU layers, and leave torch's global random state alone."""
+    widths = [inputs] + [hidden] * layers
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            *(
+                module
+                for inward, outward in itertools.pairwise(widths)
+                for module in (nn.Linear(inward, outward), nn.SiLU())
+            ),
+            nn.Linear(widths[-1], outputs),
+        )
+
+
+def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write tensors, with what else is needed to make the network again as the file's metadata."""
+    meta = {"kind": kind, "config": json.dumps(config)}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    replace_file(Path(path), lambda partial: save_file(whole, partial, meta))
+
+
+def load_network(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`save_network` wrote: the configuration and the tensors.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}: give one that {kind}.save wrote")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from error
+    if meta.get("kind") != kind:
+        raise ValueError(f"{path} holds {meta.get('kind', 'no named kind')}, expected {kind}")
+    return json.loads(meta["config"]), tensors
