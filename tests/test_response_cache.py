@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,18 @@ def test_the_same_draw_is_asked_for_once(n, how, tmp_path):
         twice = [draw.texts for draw in drawn(second, ["Hi", "Hi"], 2, how)]
         assert set(twice[0]).isdisjoint(twice[1])
         assert [draw.texts for draw in drawn(first, ["Hi", "Hi"], 2, how)] == twice
+
+
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_answers_that_come_together_are_counted_one_at_a_time(how, tmp_path, monkeypatch):
+    # Counting takes long here, so that two answers counted at once would each miss the other.
+    named = uuid.uuid4
+    monkeypatch.setattr("pfm.generators.sampling.uuid.uuid4", lambda: (time.sleep(0.01), named())[1])
+    with FaultServer(n="ignore", reply=named_reply) as server:
+        generator = OpenAIGenerator("tiny", base_url=server.url, cache=tmp_path)
+        draws = drawn(generator, PROMPTS, 4, how)
+        assert [sorted(draw.texts) for draw in draws] == [[f"{p} {number}" for number in range(4)] for p in PROMPTS]
+        assert len(server.requests) == generator.calls == 4 * len(PROMPTS)
 
 
 @pytest.mark.parametrize(

@@ -215,10 +215,10 @@ class OpenAIGenerator(GeneratesTexts):
                 outcome = self._outcome(task, answer)
             except Exception as error:
                 outcome = self._failure(error)
-        if self.cache is None:
-            task.take(places, outcome)
-        else:
-            await asyncio.to_thread(task.take, places, outcome)
+        # The count of what is missing belongs to the loop; only the disk is waited for elsewhere.
+        new = task.sampling.take(places, outcome)
+        if self.cache is not None:
+            await asyncio.to_thread(task.store, new)
 
     def ask(self, task: _Task, places: tuple[int, ...]) -> Outcome:
         """Send one request and return what came of it; never raises for what the other side does."""
@@ -322,11 +322,10 @@ class _Task:
             stored = {place: found[key] for place, key in keys.items() if key in found}
         self.sampling = Sampling(self.n, stored, self.generator._several)
 
-    def take(self, places: tuple[int, ...], outcome: Outcome) -> None:
-        """Take what came of a request, and store it before anything else can happen to it."""
-        new = self.sampling.take(places, outcome)
+    def store(self, samples: Mapping[int, Sample]) -> None:
+        """Store new samples by their places; before the draw is done, so that no whole draw is lost."""
         if self.generator.cache is not None:
-            self.generator.cache.put({self._key(place): sample for place, sample in new.items()})
+            self.generator.cache.put({self._key(place): sample for place, sample in samples.items()})
 
     def arguments(self, places: tuple[int, ...]) -> dict[str, Any]:
         """Return the arguments of a request for the samples of these places."""
@@ -394,7 +393,7 @@ class _Crew:
                     outcome = self.generator.ask(task, places)
                 with self.changed:
                     if places is not None:
-                        task.take(places, outcome)
+                        task.store(task.sampling.take(places, outcome))
                     for further in task.sampling.requests():
                         self.order += 1
                         heapq.heappush(self.waiting, (row, self.order, further))

@@ -1,7 +1,7 @@
 """Collect n samples for one prompt from a server that may give fewer, without doing any of the asking itself.
 
 :class:`Sampling` says which requests to send next and takes what came of them, in any order. It is the same for
-threads and for an event loop.
+threads and for an event loop, and holds no lock: its methods are called one at a time.
 """
 
 from __future__ import annotations
