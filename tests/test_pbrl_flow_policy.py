@@ -107,6 +107,47 @@ def test_refined_episodes_are_better_and_shuffled_and_swapped_labels_gain_nothin
     assert in_errors(returns(FlowPolicy(swapped, Steering())) - plain) < -5
 
 
+def test_in_directions_the_same_is_learned_and_what_was_not_tried_stays(segments, flow, plain):
+    encoded = segments.encode("directions")
+    assert encoded.event_shape[0] < 4 * 2  # the offsets of a segment's steps hang together
+    within = PreferenceFlow.fit(encoded, CONFIG, progress=False)
+    policy = FlowPolicy(within, Steering())
+    assert in_errors(returns(policy) - plain) > 5
+    # What a flow of directions adds is made of them, and what it was given beside them is kept.
+    basis = segments.directions().reshape(8, -1)
+    beside = np.linalg.svd(basis)[0][:, basis.shape[1] :]
+    proposed = 0.1 * np.random.default_rng(0).standard_normal((5, 4, 2)).astype(np.float32)
+    moved = (policy.refine(proposed, segments.observation[:5]) - proposed).reshape(5, 8)
+    assert np.abs(moved).max() > 1e-3
+    np.testing.assert_allclose(moved @ beside, 0, atol=1e-6)
+    assert isinstance(policy.bind(BatchedPointMass()), FlowPolicy)
+
+
+def test_choosing_among_candidates_gains_on_top_and_of_unconfirmed_b_nothing_is_chosen(segments, flow, shuffled, plain):
+    one, most = (FlowPolicy(flow, Steering(), strength=0.5, candidates=count, seed=3) for count in (1, 8))
+    single, chosen = returns(one), returns(most)
+    assert in_errors(chosen - single) > 3
+    again = FlowPolicy(flow, Steering(), strength=0.5, candidates=8, seed=3)
+    np.testing.assert_array_equal(chosen, returns(again))
+    best_of = returns(FlowPolicy(flow, Steering(), strength=0, candidates=8))
+    assert in_errors(best_of - plain) > 5
+    assert not np.isfinite(shuffled.guard_margin)
+    np.testing.assert_array_equal(
+        returns(FlowPolicy(shuffled, Steering(), candidates=8)), returns(FlowPolicy(shuffled, Steering()))
+    )
+
+
+def test_the_chosen_candidate_has_the_largest_win_probability(flow, segments):
+    seen = segments.observation[:6]
+    policy = FlowPolicy(flow, Steering(), strength=0, candidates=5, execute=4, seed=1)
+    action, (planned, *_) = policy.predict(seen)
+    twin = FlowPolicy(flow, Steering(), seed=1)
+    drawn = [twin._unchanged(6), *(twin._noise(6) for _ in range(4))]
+    wins = np.stack([flow.win_probability(each, seen.astype(np.float32)).numpy() for each in drawn])
+    np.testing.assert_array_equal(planned, np.stack(drawn)[wins.argmax(0), np.arange(6)])
+    np.testing.assert_allclose(action, np.clip(Steering().predict(seen)[0] + planned[:, 0], -1, 1), atol=1e-6)
+
+
 def test_held_out_states_choose_how_often_and_reject_what_learned_nothing(flow, shuffled, held_out, plain):
     choice = choose_rounds(FlowPolicy(flow, Steering()), held_out, env=BatchedPointMass, rounds=(1, 2, 4))
     assert choice.rounds == 4
@@ -291,6 +332,7 @@ def test_bad_observations_and_flows_are_refused(flow, swinging):
     ("settings", "message"),
     [
         ({"execute": 5}, "execute"),
+        ({"candidates": 0}, "candidates"),
         ({"mode": "twice"}, "mode"),
         ({"rounds": 3}, "reapply"),
         ({"guard": "on"}, "guard"),

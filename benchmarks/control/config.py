@@ -126,11 +126,13 @@ class ControlAscentConfig(MethodConfig):
     """Climb Bradley–Terry networks from the reference.
 
     ``lengths`` of the way, in units of the noise's length; in so many ``steps``. ``members``: networks, averaged.
+    ``candidates``: starts, the reference's segment and draws of the noise, of whose ends the best is executed.
     """
 
     lengths: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
     steps: int = 8
     members: int = 1
+    candidates: int = 1
     label_rounds: int = 1
 
 
@@ -152,13 +154,15 @@ class ControlFlowConfig(MethodConfig):
     """Refine by a preference flow, see :class:`pfm.pbrl.FlowPolicy`.
 
     How it is fitted
-        labels: "given", or for the controls "shuffled" or "swapped". form: of the segments, "residual" or "actions".
+        labels: "given", or for the controls "shuffled" or "swapped". form: of the segments, "residual", "directions" or
+        "actions".
         draws: 0 learns from the labelled segments alone; otherwise from so many fresh draws of the noise for every
         state, labelled by a preference model of the same pairs. flow: the settings of :class:`pfm.FlowConfig`.
 
     How it is applied
-        mode, guard, win_guard, execute, proposal: "deterministic", "stochastic", or "clone" (of form "actions"; without
-        a simulator). rounds, strengths: to choose from. choose: whether standing still is one of the choices.
+        mode, guard, win_guard, execute, candidates, proposal: "deterministic", "stochastic", or "clone" (of form
+        "actions"; without a simulator). rounds, strengths: to choose from. choose: whether standing still is one of the
+        choices.
     """
 
     labels: str = "given"
@@ -168,6 +172,7 @@ class ControlFlowConfig(MethodConfig):
     guard: str = "off"
     win_guard: bool = False
     execute: int = 1
+    candidates: int = 1
     proposal: str = "deterministic"
     draws: int = 0
     rounds: list[int] = field(default_factory=lambda: [1])

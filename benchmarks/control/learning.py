@@ -27,9 +27,6 @@ Displacement = Callable[[Tensor], Tensor]
 """What to add to the reference, in action units: observations (B, O) -> segments (B, H, A)."""
 
 
-_SMALL = 0.1  # variance of a direction, against that of the largest
-
-
 @dataclass(frozen=True)
 class ControlData:
     """Holds what a method may use: labelled pairs, the reference, and what makes its simulator."""
@@ -48,14 +45,8 @@ class ControlData:
 
     @cached_property
     def factor(self) -> Tensor:
-        """Give L (D, K), with L L' about the covariance of the residuals: the noise, as it was executed, is about L z.
-
-        Directions in which little was tried are left out: noise that is one offset for a segment has K = A of them.
-        """
-        away = torch.from_numpy(self.train.outputs("residual")).flatten(0, 1).flatten(1).double()
-        values, vectors = torch.linalg.eigh(away.T @ away / len(away))
-        kept = values > _SMALL * values[-1]
-        return (vectors[:, kept] * values[kept].sqrt()).float()
+        """Give L (D, K), with L L' about the covariance of the residuals: the noise, as executed, is about L z."""
+        return torch.from_numpy(self.train.directions()).flatten(0, 1)
 
     @property
     def shape(self) -> torch.Size:

@@ -67,6 +67,9 @@ class FlowPolicy:
         proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the law that the data were drawn from -,
             or a policy with ``propose(observations, deterministic)``, such as :class:`ClonedPolicy`.
         mode, rounds, strength, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0`` leaves the proposal.
+        candidates: n proposals are carried for each plan, and the result of the largest win probability is executed:
+            the proposal as above and n - 1 draws, as with ``"stochastic"``. Where held-out pairs did not confirm b,
+            the first is executed. ``strength=0`` leaves n proposals to choose from: best of n.
         execute: h, how many steps of a refined segment are executed before the next plan; up to H.
         guard: what becomes of a result that lies further from the proposals' law than 99% of the data, by its root
             mean square distance in units of the noise: ``"keep"`` executes the proposal, ``"shrink"`` brings the result
@@ -92,6 +95,7 @@ class FlowPolicy:
         mode: str = "single",
         rounds: int | None = None,
         strength: float = 1.0,
+        candidates: int = 1,
         execute: int = 1,
         guard: str = "off",
         win_guard: bool = False,
@@ -105,6 +109,11 @@ class FlowPolicy:
         self.reference = reference
         self.form: str = described["form"]
         self.length: int = described["length"]
+        self._basis = self._coordinates = None
+        if self.form == "directions":  # residuals, of which the flow sees coordinates
+            basis = np.asarray(described["basis"], dtype=np.float32)
+            self.form, self._basis = "residual", basis.reshape(-1, basis.shape[-1]).T
+            self._coordinates = np.linalg.pinv(self._basis)
         self._low = _bounds(described["low"], -math.inf)
         self._high = _bounds(described["high"], math.inf)
         self._unit = None if described.get("unit") is None else np.asarray(described["unit"], dtype=np.float32)
@@ -119,10 +128,15 @@ class FlowPolicy:
             raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}, or a policy: got {proposal!r}")
         if isinstance(execute, bool) or not isinstance(execute, int) or not 1 <= execute <= self.length:
             raise ValueError(f"execute must be a whole number from 1 to the segments' {self.length}: got {execute!r}")
+        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
+            raise ValueError(f"candidates must be a whole number of at least 1: got {candidates!r}")
         if guard != "off" and math.isinf(self._radius):
             raise ValueError(f"guard={guard!r} needs to know how far the data lay from the proposals, and they carried "
                              "no plan: use guard='off'")  # fmt: skip
         offline = not isinstance(proposal, str)
+        if self._unit is None and not offline and (proposal == "stochastic" or candidates > 1):
+            raise ValueError("drawn proposals need the noise of the data, and they carried no plan: use "
+                             "proposal='deterministic' and candidates=1")  # fmt: skip
         if offline and not callable(getattr(proposal, "propose", None)):
             raise TypeError(f"proposal must have propose(observations, deterministic): got {type(proposal).__name__}")
         if not (offline and self.form == "actions") and not callable(getattr(reference, "predict", None)):
@@ -143,7 +157,7 @@ class FlowPolicy:
             )
         self.proposal = proposal
         self.mode, self.rounds, self.strength, self.steps = mode, rounds, float(strength), steps
-        self.execute, self.guard, self.win_guard = execute, guard, win_guard
+        self.candidates, self.execute, self.guard, self.win_guard = candidates, execute, guard, win_guard
         self.counts = PolicyCounts()
         self._random = np.random.default_rng(seed)
         self._env, self._simulator = env, None
@@ -197,8 +211,7 @@ class FlowPolicy:
                 raise ValueError(f"the reference gives actions {base.shape}, the flow has ({count}, {len(self._low)})")
         due = np.flatnonzero(place >= self.execute)
         if len(due):
-            proposed = self._propose(rows, due)
-            segment[due] = self.refine(proposed, rows[due])
+            segment[due] = self._planned(rows, due)
             place[due] = 0
         action = segment[np.arange(count), place]
         if base is not None:
@@ -212,6 +225,19 @@ class FlowPolicy:
         bounded = bounded.astype(np.float32)
         return (bounded if seen.ndim == 2 else bounded[0]), kept
 
+    def _planned(self, observation: np.ndarray, due: np.ndarray) -> np.ndarray:
+        """Give the segments (B, H, A) to execute next in the rows that are due."""
+        first = self._propose(observation, due, self.proposal == "stochastic")
+        if self.candidates == 1:
+            return self.refine(first, observation[due])
+        if not math.isfinite(self.flow.guard_margin):  # b tells nothing apart
+            return self.refine(first, observation[due])
+        drawn = [self._propose(observation, due, True) for _ in range(self.candidates - 1)]
+        seen = np.tile(observation[due], (self.candidates, 1))
+        carried = self.refine(np.concatenate([first, *drawn]), seen)
+        wins = self._win_probability(carried, seen).reshape(self.candidates, len(due))
+        return carried.reshape(self.candidates, *first.shape)[wins.argmax(0), np.arange(len(due))]
+
     def refine(self, proposed: np.ndarray, observation: np.ndarray) -> np.ndarray:
         """Carry proposed segments (B, H, A) along the flow, under observations (B, O), and guard the results."""
         if self.rounds == 0 or self.strength == 0:
@@ -223,20 +249,37 @@ class FlowPolicy:
         return self._guarded(proposed.astype(np.float32), result, observation)
 
     def _carried(self, proposed: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        if self._basis is None:
+            return self._transported(proposed, observation)
+        start = self._seen_by_flow(proposed)
+        moved = (self._transported(start, observation) - start) @ self._basis
+        return proposed.astype(np.float32) + moved.reshape(proposed.shape)
+
+    def _transported(self, start: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        """Carry what the flow was fitted on, segments or coordinates of them."""
         again = self.mode in ("single", "reapply")
         if again and self._fast is not None:
             result = self._fast(
-                proposed.reshape(len(proposed), -1), observation, rounds=self.rounds or 1, strength=self.strength,
+                start.reshape(len(start), -1), observation, rounds=self.rounds or 1, strength=self.strength,
                 steps=self.steps,
             )  # fmt: skip
             if np.isfinite(result).all():
-                return result.reshape(proposed.shape)
+                return result.reshape(start.shape)
         carried = self.flow.transport(
-            np.asarray(proposed, dtype=np.float32), np.asarray(observation, dtype=np.float32), mode=self.mode,
+            np.asarray(start, dtype=np.float32), np.asarray(observation, dtype=np.float32), mode=self.mode,
             rounds=self.rounds if self.mode in ("reapply", "relabel") else None, strength=self.strength,
             steps=self.steps,
         )  # fmt: skip
         return carried.numpy()
+
+    def _seen_by_flow(self, segments: np.ndarray) -> np.ndarray:
+        """Give segments (B, H, A) as the flow was fitted on them: themselves, or their coordinates (B, K)."""
+        segments = np.asarray(segments, dtype=np.float32)
+        return segments if self._coordinates is None else segments.reshape(len(segments), -1) @ self._coordinates
+
+    def _win_probability(self, segments: np.ndarray, observation: np.ndarray) -> np.ndarray:
+        seen = np.asarray(observation, dtype=np.float32)
+        return self.flow.win_probability(self._seen_by_flow(segments), seen).numpy()
 
     def _guarded(self, proposed: np.ndarray, result: np.ndarray, observation: np.ndarray) -> np.ndarray:
         if self._unit is not None:
@@ -252,10 +295,7 @@ class FlowPolicy:
                 result = np.where(far[:, None, None], proposed, result)
                 self.counts.kept += int(far.sum())
         if self.win_guard and math.isfinite(self.flow.guard_margin):
-            before, after = (
-                self.flow.win_probability(np.asarray(y, np.float32), np.asarray(observation, np.float32)).numpy()
-                for y in (proposed, result)
-            )
+            before, after = (self._win_probability(y, observation) for y in (proposed, result))
             worse = after < before
             self.counts.not_better += int(worse.sum())
             self.counts.kept += int(worse.sum())
@@ -280,17 +320,16 @@ class FlowPolicy:
 
     # -- proposals ----------------------------------------------------------------------------------------------
 
-    def _propose(self, observation: np.ndarray, due: np.ndarray) -> np.ndarray:
-        """Propose segments (B, H, A) for the rows that are due."""
-        drawn = self.proposal == "stochastic"
-        if self.form == "residual":
-            return self._noise(len(due)) if drawn else np.zeros((len(due), *self.flow.event_shape), dtype=np.float32)
+    def _propose(self, observation: np.ndarray, due: np.ndarray, drawn: bool) -> np.ndarray:
+        """Propose segments (B, H, A) for the rows that are due: the policy's own, or drawn ones."""
         if not isinstance(self.proposal, str):
-            return np.asarray(self.proposal.propose(observation[due], True), dtype=np.float32)
+            return np.asarray(self.proposal.propose(observation[due], not drawn), dtype=np.float32)
+        added = self._noise(len(due)) if drawn else self._unchanged(len(due))
+        if self.form == "residual":
+            return added
         states = pick_states(_states_of(self._env, len(observation)), due)
         if self._simulator is None:
             self._simulator = _copy_of(self._env)
-        added = self._noise(len(due)) if drawn else np.zeros((len(due), *self.flow.event_shape), dtype=np.float32)
         stands = self._simulator.restore_states(states)
         if not np.allclose(stands, observation[due], rtol=1e-4, atol=1e-5):
             raise ValueError(
@@ -299,9 +338,12 @@ class FlowPolicy:
             )
         return run_on(self._simulator, self.reference, states, added, 0).actions.astype(np.float32)
 
+    def _unchanged(self, count: int) -> np.ndarray:
+        """Give residuals (count, H, A) that add nothing."""
+        return np.zeros((count, self.length, len(self._low)), dtype=np.float32)
+
     def _noise(self, count: int) -> np.ndarray:
-        if self._unit is None:
-            raise ValueError("proposal='stochastic' needs the noise of the data, and they carried no plan")
+        assert self._unit is not None
         noise = correlated_noise(self._random, (count, *self._unit.shape), 1.0, self._correlation)
         return (noise * self._unit).astype(np.float32)
 
@@ -407,7 +449,7 @@ def choose_rounds(
         raise ValueError(f"by must be 'value' or 'win': got {by!r}")
     observation = held_out.observation
     if policy.form == "residual":
-        start = np.zeros((len(held_out), *policy.flow.event_shape), dtype=np.float32)
+        start = policy._unchanged(len(held_out))
     elif not isinstance(policy.proposal, str):
         start = np.asarray(policy.proposal.propose(observation, True), dtype=np.float32)
     elif held_out.plan is not None:
@@ -425,7 +467,7 @@ def choose_rounds(
     def judge(segments: np.ndarray) -> np.ndarray:
         nonlocal taken
         if made is None:
-            return policy.flow.win_probability(segments, observation).numpy()
+            return policy._win_probability(segments, observation)
         ran = _run_all(made, policy, held_out, segments, after, value)
         taken += ran.simulated
         return ran.rewards @ held_out.discount ** np.arange(held_out.length) + ran.after

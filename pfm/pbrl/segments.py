@@ -22,8 +22,9 @@ from pfm.pbrl.teachers import Teacher, all_comparisons
 
 __all__ = ["FORMS", "SegmentPairs", "SegmentStatistics", "join_states", "pack_states", "pick_states", "unpack_states"]
 
-FORMS = ("residual", "actions")
+FORMS = ("residual", "directions", "actions")
 SUPPORT = 0.99  # quantile of the members' distances from the proposal that counts as the data's support
+SMALL = 0.1  # variance of a direction, against that of the largest, from which on something was tried in it
 STATE = "state."
 MEMORY = "memory."
 ROWS = "rows"
@@ -255,13 +256,14 @@ class SegmentPairs:
         Args:
             form: ``"residual"``: outputs are what was added to the reference's own actions at the observations met
                 on the way, so that the reference is the zero segment in every state and nothing has to be learned
-                about it; ``"actions"``: the actions themselves.
+                about it; ``"directions"``: the same in coordinates (K,) of :meth:`directions`, far fewer where the
+                noise was one offset for a whole segment; ``"actions"``: the actions themselves.
             ties: ``"keep"`` gives a tie as half a label each way, which is what the winners' law
                 p1 = 2 pi_ref b asks for; ``"drop"`` leaves it out. Skipped comparisons are always left out.
 
         Returns:
-            pairs of (H, A) outputs, in groups by trajectory; with M > 2 members also candidate sets, scored by
-            wins, for ``FlowConfig(best_of=...)``. What :class:`pfm.pbrl.FlowPolicy` needs to know is in ``encoder``.
+            pairs of (H, A) outputs, or (K,), in groups by trajectory; with M > 2 members also candidate sets, scored
+            by wins, for ``FlowConfig(best_of=...)``. What :class:`pfm.pbrl.FlowPolicy` needs to know is in ``encoder``.
 
         Raises:
             ValueError: there are no labels, none of them prefers anything, or the form's actions are missing.
@@ -271,7 +273,7 @@ class SegmentPairs:
             raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
         if ties not in ("keep", "drop"):
             raise ValueError(f"ties must be 'keep' or 'drop': got {ties!r}")
-        outputs = self.outputs(form)
+        outputs = self.outputs("actions" if form == "actions" else "residual")
         used = np.isfinite(label) if ties == "keep" else np.isfinite(label) & (label != 0.5)
         if not (used & (label != 0.5)).any():
             raise ValueError(
@@ -284,15 +286,21 @@ class SegmentPairs:
         chosen, rejected = np.where(forward, first, second), np.where(forward, second, first)
         probability = np.maximum(label, 1 - label)
         hard = bool((probability == 1).all())
+        described = self._described(form, outputs)
+        table = torch.from_numpy(outputs).flatten(0, 1)
+        if form == "directions":
+            basis = self.directions()
+            described["basis"] = basis.tolist()
+            table = table.flatten(1) @ torch.from_numpy(np.linalg.pinv(basis.reshape(-1, basis.shape[-1])).T)
         return EncodedPairs.from_table(
-            torch.from_numpy(outputs).flatten(0, 1),
+            table,
             torch.from_numpy(state * self.members + chosen),
             torch.from_numpy(state * self.members + rejected),
             contexts=torch.from_numpy(self.observation.astype(np.float32)),
             context_index=torch.from_numpy(state),
             probability=None if hard else torch.from_numpy(probability.astype(np.float32)),
             group=torch.from_numpy(self.trajectory[state].astype(np.int64)),
-            encoder=self._described(form, outputs),
+            encoder=described,
             candidates=self._candidates(used) if self.members > 2 else None,
         )
 
@@ -308,6 +316,23 @@ class SegmentPairs:
         alive = np.arange(self.length) < self.steps[..., None]
         return residual * alive[..., None].astype(np.float32)
 
+    def directions(self) -> np.ndarray:
+        """Give the directions in which residuals vary, as a basis (H, A, K) float32.
+
+        A residual is about ``basis @ z`` with z (K,) of unit covariance. Directions in which little was tried are left
+        out: noise that is one offset for a segment has K = A of them.
+
+        Raises:
+            ValueError: the segments carry no ``reference_actions``, or nothing was added to them.
+        """
+        residual = self.outputs("residual")
+        away = residual.reshape(-1, residual.shape[2] * residual.shape[3]).astype(np.float64)
+        values, vectors = np.linalg.eigh(away.T @ away / len(away))
+        if not values[-1] > 0:
+            raise ValueError("the segments are all the reference's own, so that no direction was tried: add noise")
+        kept = values > SMALL * values[-1]
+        return (vectors[:, kept] * np.sqrt(values[kept])).reshape(*residual.shape[2:], -1).astype(np.float32)
+
     def _described(self, form: str, outputs: np.ndarray) -> dict[str, Any]:
         described: dict[str, Any] = {
             "kind": "action segments",
@@ -318,7 +343,7 @@ class SegmentPairs:
             "environment": self.meta.get("environment"),
             "correlation": self.meta.get("correlation"),
         }
-        centre = 0.0 if form == "residual" else None if self.plan is None else self.plan[:, None].astype(np.float32)
+        centre = 0.0 if form != "actions" else None if self.plan is None else self.plan[:, None].astype(np.float32)
         if centre is not None:
             away = outputs - centre
             unit = np.sqrt(np.square(away).mean((0, 1)))

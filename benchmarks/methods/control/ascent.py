@@ -29,17 +29,27 @@ class SegmentAscent:
         """Fit the reward on the pairs."""
         reward = RewardEnsemble(self.config.members, data.seed)
         notes = reward.fit(data.pairs)
-        size = data.factor.shape[1]
+        size, count = data.factor.shape[1], self.config.candidates
+        generator = torch.Generator().manual_seed(data.seed)
 
         def climbed(length: float) -> Any:
             step = length * size**0.5 / self.config.steps
 
             def displacement(seen: Tensor) -> Tensor:
-                z = torch.zeros(len(seen), size)
-                for _ in range(self.config.steps if notes["confirmed"] else 0):
-                    slope = reward.slope(data.colour(z).flatten(1), seen) @ data.factor
+                if not notes["confirmed"]:
+                    return torch.zeros(len(seen), *data.shape)
+                start = torch.randn(len(seen), count, size, generator=generator)
+                start[:, 0] = 0.0
+                z, rows = start.flatten(0, 1), seen.repeat_interleave(count, 0)
+                for _ in range(self.config.steps):
+                    slope = reward.slope(data.colour(z).flatten(1), rows) @ data.factor
                     z = z + step * slope / slope.norm(dim=1, keepdim=True).clamp_min(1e-12)
-                return data.colour(z)
+                ends = data.colour(z)
+                if count == 1:
+                    return ends
+                with torch.no_grad():
+                    best = reward.reward(ends.flatten(1), rows).view(-1, count).argmax(1)
+                return ends.unflatten(0, (-1, count))[torch.arange(len(seen)), best]
 
             return displacement
 

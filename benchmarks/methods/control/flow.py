@@ -59,8 +59,8 @@ class FlowRefinement:
                 {"rounds": rounds, "strength": strength},
                 FlowPolicy(
                     flow, data.reference, env=data.environment(), proposal=proposal, mode=config.mode,
-                    rounds=rounds if config.mode == "reapply" else None, strength=strength, execute=config.execute,
-                    guard=config.guard, win_guard=config.win_guard, seed=data.seed,
+                    candidates=config.candidates, rounds=rounds if config.mode == "reapply" else None, strength=strength,
+                    execute=config.execute, guard=config.guard, win_guard=config.win_guard, seed=data.seed,
                 ),
             )
             for rounds in config.rounds
@@ -80,6 +80,8 @@ def _extended(data: ControlData, pairs: pfm.EncodedPairs, draws: int) -> tuple[p
     generator = torch.Generator().manual_seed(data.seed)
     seen = torch.from_numpy(data.train.observation.astype(np.float32))
     drawn = data.draws(len(seen) * draws, generator).flatten(1)
+    if pairs.event_shape != data.shape:  # of form "directions"
+        drawn = data.whiten(drawn)
     score = reward.reward(drawn, seen.repeat_interleave(draws, 0)).detach().view(len(seen), draws)
     rows = torch.arange(len(seen) * draws).view(len(seen), draws)
     first, second = rows[:, 0::2].flatten(), rows[:, 1::2].flatten()
@@ -87,7 +89,7 @@ def _extended(data: ControlData, pairs: pfm.EncodedPairs, draws: int) -> tuple[p
     wins = probability >= 0.5
     state = torch.arange(len(seen)).repeat_interleave(draws // 2)
     return pfm.EncodedPairs.from_table(
-        drawn.unflatten(1, data.shape), torch.where(wins, first, second), torch.where(wins, second, first),
+        drawn.unflatten(1, pairs.event_shape), torch.where(wins, first, second), torch.where(wins, second, first),
         contexts=seen, context_index=state, probability=torch.maximum(probability, 1 - probability),
         group=torch.from_numpy(data.train.trajectory.astype(np.int64))[state], encoder=pairs.encoder,
         candidates=[(number, rows[number], score[number]) for number in range(len(seen))],
