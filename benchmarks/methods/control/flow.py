@@ -59,8 +59,8 @@ class FlowRefinement:
                 {"rounds": rounds, "strength": strength},
                 FlowPolicy(
                     flow, data.reference, env=data.environment(), proposal=proposal, mode=config.mode,
-                    candidates=config.candidates, rounds=rounds if config.mode == "reapply" else None, strength=strength,
-                    execute=config.execute, guard=config.guard, win_guard=config.win_guard, seed=data.seed,
+                    rounds=rounds if config.mode == "reapply" else None, strength=strength, execute=config.execute,
+                    candidates=config.candidates, guard=config.guard, win_guard=config.win_guard, seed=data.seed,
                 ),
             )
             for rounds in config.rounds
