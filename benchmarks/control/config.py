@@ -126,13 +126,14 @@ class ControlAscentConfig(MethodConfig):
     """Climb Bradley–Terry networks from the reference.
 
     ``lengths`` of the way, in units of the noise's length; in so many ``steps``. ``members``: networks, averaged.
-    ``candidates``: starts, the reference's segment and draws of the noise, of whose ends the best is executed.
+    ``candidates``, to choose from: starts, the reference's segment and draws of the noise, of whose ends the best is
+    executed.
     """
 
     lengths: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
     steps: int = 8
     members: int = 1
-    candidates: int = 1
+    candidates: list[int] = field(default_factory=lambda: [1])
     label_rounds: int = 1
 
 
@@ -160,8 +161,8 @@ class ControlFlowConfig(MethodConfig):
         state, labelled by a preference model of the same pairs. flow: the settings of :class:`pfm.FlowConfig`.
 
     How it is applied
-        mode, guard, win_guard, execute, candidates, proposal: "deterministic", "stochastic", or "clone" (of form
-        "actions"; without a simulator). rounds, strengths: to choose from. choose: whether standing still is one of the
+        mode, guard, win_guard, execute, proposal: "deterministic", "stochastic", or "clone" (of form "actions"; without
+        a simulator). candidates, rounds, strengths: to choose from. choose: whether standing still is one of the
         choices.
     """
 
@@ -172,7 +173,7 @@ class ControlFlowConfig(MethodConfig):
     guard: str = "off"
     win_guard: bool = False
     execute: int = 1
-    candidates: int = 1
+    candidates: list[int] = field(default_factory=lambda: [1])
     proposal: str = "deterministic"
     draws: int = 0
     rounds: list[int] = field(default_factory=lambda: [1])

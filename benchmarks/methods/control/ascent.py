@@ -29,10 +29,10 @@ class SegmentAscent:
         """Fit the reward on the pairs."""
         reward = RewardEnsemble(self.config.members, data.seed)
         notes = reward.fit(data.pairs)
-        size, count = data.factor.shape[1], self.config.candidates
+        size = data.factor.shape[1]
         generator = torch.Generator().manual_seed(data.seed)
 
-        def climbed(length: float) -> Any:
+        def climbed(count: int, length: float) -> Any:
             step = length * size**0.5 / self.config.steps
 
             def displacement(seen: Tensor) -> Tensor:
@@ -54,12 +54,14 @@ class SegmentAscent:
             return displacement
 
         self._candidates = [
-            Candidate({"length": length}, Displaced.on(data, climbed(length))) for length in self.config.lengths
+            Candidate({"candidates": count, "length": length}, Displaced.on(data, climbed(count, length)))
+            for count in self.config.candidates
+            for length in self.config.lengths
         ]
         return notes
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every length."""
+        """Give one policy for every number of candidates and length."""
         return self._candidates
 
 

@@ -56,20 +56,21 @@ class FlowRefinement:
             )
         self._candidates = [
             Candidate(
-                {"rounds": rounds, "strength": strength},
+                {"candidates": candidates, "rounds": rounds, "strength": strength},
                 FlowPolicy(
                     flow, data.reference, env=data.environment(), proposal=proposal, mode=config.mode,
                     rounds=rounds if config.mode == "reapply" else None, strength=strength, execute=config.execute,
-                    candidates=config.candidates, guard=config.guard, win_guard=config.win_guard, seed=data.seed,
+                    candidates=candidates, guard=config.guard, win_guard=config.win_guard, seed=data.seed,
                 ),
             )
+            for candidates in config.candidates
             for rounds in config.rounds
             for strength in config.strengths
         ]  # fmt: skip
         return notes | {name: flow.metadata[name] for name in _NOTED if name in flow.metadata}
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every number of rounds and strength."""
+        """Give one policy for every number of candidates, rounds and strength."""
         return self._candidates
 
 
