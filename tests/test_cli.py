@@ -20,6 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 from pfm.cli import app
+from pfm.composition import compose
 from pfm.encoders import (
     ConcatEncoder,
     OpenAIEncoder,
@@ -158,6 +159,23 @@ def test_evaluate_judges_by_the_scores_of_the_file_beside_the_baselines(work, ou
     assert rows["pfm"]["win_independent"] is not None
     assert [group["name"] for group in report["groups"]] == ["river", "stone"]
     assert report["settings"]["judge"] == "column scores of outputs.jsonl"
+
+
+def test_a_composition_of_flows_is_used_like_a_flow(work, outputs, tmp_path):
+    flow = PreferenceFlow.from_pretrained(work / "flow")
+    compose([(flow, 0.25), (flow, 0.75)]).save(tmp_path / "both")
+    written = []
+    for folder in (work / "flow", tmp_path / "both"):
+        out = tmp_path / f"{folder.name}.jsonl"
+        run("refine", outputs, "--flow", folder, "--out", out, "--no-progress")
+        written.append([(row["index"], row["changed"]) for row in read_rows(out)])
+    assert written[0] == written[1]
+    assert any(changed for _, changed in written[0])
+    compose([(flow, 0.5), (flow, 0.5)]).save(tmp_path / "both")  # another flow: the file is not gone on with
+    told = run("refine", outputs, "--flow", tmp_path / "both", "--out", tmp_path / "both.jsonl", code=2)
+    assert "another flow" in told.stderr
+    told = run("explain", tmp_path / "both", work / "pairs.jsonl", code=2)
+    assert "explain its flows one by one" in " ".join(told.stderr.split())
 
 
 def test_refined_rows_with_scores_can_be_evaluated(work, outputs, tmp_path):

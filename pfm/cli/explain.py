@@ -63,8 +63,12 @@ def explain(
             if path.suffix.lower() not in FORMS:
                 raise ValueError(f"--out {path} must end in {' or '.join(FORMS)}: got {path.suffix or 'no suffix'!r}")
         fitted, with_encoder = load_flow(flow, encoder)
+        from pfm.composition import Composition
         from pfm.explain import explain as explain_flow
         from pfm.pairs import PreferencePairs
+
+        if isinstance(fitted, Composition):
+            raise ValueError(f"{flow} is a composition: explain its flows one by one, as in {flow / 'flow-0'}")
 
         rows = PreferencePairs.from_file(pairs, on_bad_rows=on_bad_rows.value)
         for path in out or []:

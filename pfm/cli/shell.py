@@ -20,6 +20,7 @@ from rich.text import Text
 from pfm.errors import PfmError
 
 if TYPE_CHECKING:
+    from pfm.composition import Composition
     from pfm.encoders import Encoder
     from pfm.flow import PreferenceFlow
 
@@ -69,7 +70,10 @@ def examples(*lines: str) -> str:
     return "\n".join(["[bold]Examples[/bold]", *(f"[cyan]{line}[/cyan]" for line in lines)])
 
 
-FlowFolder = Annotated[Path, typer.Option("--flow", help="Folder of a flow made by [cyan]pfm fit[/cyan].")]
+FlowFolder = Annotated[
+    Path,
+    typer.Option("--flow", help="Folder of a flow made by [cyan]pfm fit[/cyan], or of a saved composition."),
+]
 EncoderOfFlow = Annotated[
     str | None,
     typer.Option(
@@ -192,14 +196,19 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow, Encoder]:
+def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Composition, Encoder]:
+    """Load a flow, or a composition of several, and its encoder."""
+    from pfm.composition import DESCRIPTION, Composition
     from pfm.encoders import encoder_from_description, encoder_from_name
     from pfm.flow import PreferenceFlow
 
-    if not (folder / "config.json").is_file():
+    if (folder / DESCRIPTION).is_file():
+        flow = Composition.load(folder)
+    elif (folder / "config.json").is_file():
+        flow = PreferenceFlow.from_pretrained(folder)
+    else:
         found = "holds no flow" if folder.is_dir() else "is no folder"
         raise ValueError(f"--flow {folder} {found}: make one with pfm fit PAIRS --out {folder}")
-    flow = PreferenceFlow.from_pretrained(folder)
     if encoder is not None:
         return flow, encoder_from_name(encoder)
     try:
@@ -209,8 +218,13 @@ def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow, Encode
 
 
 def fingerprint(folder: Path) -> str:
-    """Give a checksum of a saved flow."""
+    """Give a checksum of a saved flow, or of a composition with all of its flows."""
     digest = hashlib.sha256()
-    for name in ("config.json", "model.safetensors"):
+    names = "config.json", "model.safetensors"
+    if not (folder / names[0]).is_file():
+        from pfm.composition import DESCRIPTION
+
+        names = DESCRIPTION, *(f"{part.name}/{name}" for part in sorted(folder.glob("flow-*")) for name in names)
+    for name in names:
         digest.update((folder / name).read_bytes())
     return digest.hexdigest()
