@@ -138,7 +138,8 @@ class BestOf:
     """Joins a uniform member of a candidate set to the best of m members drawn from it.
 
     The flow then carries pi_ref to best of m in one pass. Needs pairs that carry candidate sets
-    (:meth:`pfm.PreferencePairs.from_scores`, :meth:`~pfm.PreferencePairs.from_rankings`).
+    (:meth:`pfm.PreferencePairs.from_scores`, :meth:`~pfm.PreferencePairs.from_rankings`). Of equal scores each is as
+    likely to be the best.
     """
 
     rows_per_item = 1
@@ -160,7 +161,9 @@ class BestOf:
         # Flat rows sorted by score inside each set, so that a winner is a rank and needs no score look-up.
         self._sizes = torch.tensor([len(entry.rows) for entry in pairs.candidates])
         self._starts = torch.cat([torch.zeros(1, dtype=torch.long), self._sizes.cumsum(0)[:-1]])
-        self._rows = torch.cat([entry.rows[entry.scores.argsort(stable=True)] for entry in pairs.candidates])
+        orders = [entry.scores.argsort(stable=True) for entry in pairs.candidates]
+        self._rows = torch.cat([entry.rows[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
+        self._equals = _equals([entry.scores[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
         # Row n: P(best rank <= k) = C(k + 1, m) / C(n, m) for m of n members drawn without replacement - members of
         # a set of independent draws, so that their best has the law of the best of m fresh draws.
         largest = int(self._sizes.max())
@@ -184,10 +187,27 @@ class BestOf:
         uniform = torch.rand(len(index), 1, generator=generator, dtype=torch.float64)
         rank = torch.searchsorted(self._below[size], uniform).squeeze(1).clamp(max=len(self._below[0]) - 1)
         rank = torch.minimum(rank, size - 1)
-        target = self.pairs.output_rows(self._rows[self._starts[group] + rank])
+        place = self._starts[group] + rank
+        if self._equals is not None:
+            first, count = self._equals
+            share = torch.rand(len(index), generator=generator, dtype=torch.float64)
+            place = first[place] + (share * count[place]).long()
+        target = self.pairs.output_rows(self._rows[place])
         source = self.pairs.output_rows(self._rows[index])
         context = self.pairs.context_rows(self._context_rows[group])
         return Coupled(source, target, context, torch.ones(len(index)))
+
+
+def _equals(sorted_scores: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Give for each of all sets' scores the place of the first equal one and how many there are; None without ties."""
+    firsts, counts, start = [], [], 0
+    for scores in sorted_scores:
+        _, inverse, count = scores.unique_consecutive(return_inverse=True, return_counts=True)
+        firsts.append(start + (count.cumsum(0) - count)[inverse])
+        counts.append(count[inverse])
+        start += len(scores)
+    found = torch.cat(counts)
+    return None if bool((found == 1).all()) else (torch.cat(firsts), found)
 
 
 class _Ends:

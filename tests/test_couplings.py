@@ -143,3 +143,32 @@ def test_what_does_not_go_together_is_refused():
         make_coupling(pairs, source="rejected", coupling="ott")
     with pytest.raises(ValueError, match="goes with source='reference' and coupling='paired'"):
         make_coupling(pairs, source="reference", coupling="ot", best_of=4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best_of", "shares"),
+    [
+        ([0.0, 1.0, 1.0], 3, [0, 1 / 2, 1 / 2]),
+        ([1.0, 1.0, 1.0, 1.0], 3, [1 / 4] * 4),
+        ([1.0, 0.0, 2.0, 1.0], 3, [1 / 8, 0, 3 / 4, 1 / 8]),
+        ([0.0, 1.0, 2.0, 3.0], 3, [0, 0, 1 / 4, 3 / 4]),
+    ],
+)
+def test_of_equal_candidates_each_is_as_likely_to_be_the_best(scores, best_of, shares):
+    count = len(scores)
+    other = [5.0, 6.0, 7.0, 8.0]  # another prompt's candidates, none equal
+    pairs = EncodedPairs.from_table(
+        torch.arange(count + 4)[:, None].float(), torch.tensor([0, count]), torch.tensor([1, count + 1]),
+        contexts=torch.zeros(2, 1), context_index=torch.tensor([0, 1]),
+        candidates=[
+            (0, torch.arange(count), torch.tensor(scores)),
+            (1, torch.arange(count, count + 4), torch.tensor(other)),
+        ],
+    )  # fmt: skip
+    coupling = make_coupling(pairs, source="reference", coupling="paired", best_of=best_of)
+    draws = 20_000
+    rows = coupling.draw(torch.arange(len(coupling)).repeat(draws), torch.Generator().manual_seed(0))
+    target = rows.target.view(draws, -1).long()
+    found = torch.bincount(target[:, :count].flatten(), minlength=count + 4) / target[:, :count].numel()
+    assert found.tolist() == pytest.approx([*shares, 0, 0, 0, 0], abs=0.006)
+    assert int(target[:, count:].min()) >= count
