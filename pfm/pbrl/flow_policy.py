@@ -55,9 +55,10 @@ class FlowPolicy:
     """Acts like stable-baselines3's models: ``predict`` refines what a frozen policy proposes.
 
     A flow on residuals (:meth:`SegmentPairs.encode` with ``form="residual"``, or their ``"directions"``) is carried
-    from the zero segment, which is the reference itself, and what it arrives at is added to the reference's action at each step: neither a
-    simulator nor a cloned policy is needed. A flow on actions needs whole segments proposed: online by rolling
-    the reference on a copy of the simulator, or offline by a policy that was cloned from data.
+    from the zero segment, which is the reference itself, and what it arrives at is added to the reference's action
+    at each step: neither a simulator nor a cloned policy is needed. A flow on actions needs whole segments
+    proposed: online by rolling the reference on a copy of the simulator, or offline by a policy that was cloned
+    from data.
 
     Args:
         flow: fitted on pairs from :meth:`SegmentPairs.encode`.
