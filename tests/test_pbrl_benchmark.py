@@ -116,6 +116,10 @@ def test_the_written_out_slope_is_the_gradient_of_the_reward():
     at = y[:7].clone().requires_grad_(True)
     (wanted,) = torch.autograd.grad(reward.reward(at, seen[:7]).sum(), at)
     torch.testing.assert_close(reward.slope(y[:7], seen[:7]), wanted, rtol=1e-4, atol=1e-5)
+    noise = RewardEnsemble(3)
+    assert noise.fit(pairs.shuffle_labels(1))["confirmed"] < 2
+    assert not noise.reward(y[:7], seen[:7]).any()
+    assert not noise.slope(y[:7], seen[:7]).any()
 
 
 def test_the_reference_gains_nothing_over_itself(finished: dict[str, dict[str, Any]]):

@@ -36,8 +36,6 @@ class SegmentAscent:
             step = length * size**0.5 / self.config.steps
 
             def displacement(seen: Tensor) -> Tensor:
-                if not notes["confirmed"]:
-                    return torch.zeros(len(seen), *data.shape)
                 start = torch.randn(len(seen), count, size, generator=generator)
                 start[:, 0] = 0.0
                 z, rows = start.flatten(0, 1), seen.repeat_interleave(count, 0)
