@@ -45,7 +45,11 @@ class FlowRefinement:
         settings = pfm.FlowConfig.from_dict({"seed": data.seed, **config.flow})
         notes: dict[str, Any] = {}
         if config.draws:
-            pairs, notes["reward"] = _extended(data, pairs, config.draws)
+            extended, notes["reward"] = _extended(data, pairs, config.draws)
+            if extended is None:  # learned from the labels alone
+                settings = settings.replace(best_of=2)
+            else:
+                pairs = extended
         flow = pfm.PreferenceFlow.fit(pairs, settings, progress=bench.progress)
         proposal: Any = config.proposal
         if proposal == "clone":
@@ -74,10 +78,17 @@ class FlowRefinement:
         return self._candidates
 
 
-def _extended(data: ControlData, pairs: pfm.EncodedPairs, draws: int) -> tuple[pfm.EncodedPairs, dict[str, Any]]:
-    """Have a preference model label ``draws`` fresh segments of every state: the law of the noise is known."""
+def _extended(
+    data: ControlData, pairs: pfm.EncodedPairs, draws: int
+) -> tuple[pfm.EncodedPairs | None, dict[str, Any]]:
+    """Have a preference model label ``draws`` fresh segments of every state: the law of the noise is known.
+
+    None if held-out pairs did not confirm the model: eight draws of equal score would teach their own chance.
+    """
     reward = RewardEnsemble(seed=data.seed)
     notes = reward.fit(pairs)
+    if not reward.confirmed:
+        return None, notes
     generator = torch.Generator().manual_seed(data.seed)
     seen = torch.from_numpy(data.train.observation.astype(np.float32))
     drawn = data.draws(len(seen) * draws, generator).flatten(1)
