@@ -78,9 +78,7 @@ class FlowRefinement:
         return self._candidates
 
 
-def _extended(
-    data: ControlData, pairs: pfm.EncodedPairs, draws: int
-) -> tuple[pfm.EncodedPairs | None, dict[str, Any]]:
+def _extended(data: ControlData, pairs: pfm.EncodedPairs, draws: int) -> tuple[pfm.EncodedPairs | None, dict[str, Any]]:
     """Have a preference model label ``draws`` fresh segments of every state: the law of the noise is known.
 
     None if held-out pairs did not confirm the model: eight draws of equal score would teach their own chance.
