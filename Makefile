@@ -40,13 +40,13 @@ lint: $(VENV)/.installed
 	$(BIN)/pyright
 
 unit: $(VENV)/.installed
-	$(BIN)/pytest --numprocesses 3 --dist loadgroup  # one more than two cores: many tests wait for what they started
+	$(BIN)/pytest --numprocesses 3 --dist worksteal  # one more than two cores: many tests wait for what they started
 
 test: $(VENV)/.installed
 	$(MAKE) --jobs 2 lint unit
 
 slow: $(VENV)/.installed
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup -m slow
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info quickstart runs multirun outputs

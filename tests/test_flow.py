@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from made_once import shared_flow
 
 import pfm
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
@@ -34,13 +35,19 @@ def uniforms(count: int = 20_000) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def rejected_line() -> PreferenceFlow:
-    return PreferenceFlow.fit(line_pairs(), FlowConfig(source="rejected", epochs=40), progress=False)
+def rejected_line(tmp_path_factory) -> PreferenceFlow:
+    config = FlowConfig(source="rejected", epochs=40)
+    return shared_flow(
+        tmp_path_factory, "rejected_line", lambda: PreferenceFlow.fit(line_pairs(), config, progress=False)
+    )
 
 
 @pytest.fixture(scope="module")
-def reference_line() -> PreferenceFlow:
-    return PreferenceFlow.fit(line_pairs(), FlowConfig(epochs=16), progress=False)
+def reference_line(tmp_path_factory) -> PreferenceFlow:
+    config = FlowConfig(epochs=16)
+    return shared_flow(
+        tmp_path_factory, "reference_line", lambda: PreferenceFlow.fit(line_pairs(), config, progress=False)
+    )
 
 
 def test_rejected_source_learns_the_closed_form_map(rejected_line):
@@ -112,8 +119,8 @@ def compass_gain(flow: PreferenceFlow, permute: bool = False) -> float:
 
 
 @pytest.fixture(scope="module")
-def compass() -> PreferenceFlow:
-    return PreferenceFlow.fit(compass_pairs(), QUICK, progress=False)
+def compass(tmp_path_factory) -> PreferenceFlow:
+    return shared_flow(tmp_path_factory, "compass", lambda: PreferenceFlow.fit(compass_pairs(), QUICK, progress=False))
 
 
 def exact_compass_gain() -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bench_settings import ROOT, configured
+from made_once import made_once
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -356,7 +357,10 @@ RUNS = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run small flows and their controls on two laws, those that learn nothing twice."""
-    folder = tmp_path_factory.mktemp("laws")
+    return made_once(tmp_path_factory, "laws", _run_all)
+
+
+def _run_all(folder: Path) -> None:
     small = {"line": ("task.pairs=2000",), "ring": ("task.pairs=3000",)}
     for task, methods in RUNS.items():
         for method in methods:
@@ -373,7 +377,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 place = folder / f"{task}-{method}-{seed}"
                 place.mkdir()
                 run(settings, place)
-    return folder
 
 
 def measured(runs: Path, name: str) -> dict[str, float]:

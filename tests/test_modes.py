@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from made_once import shared_flow
 from test_flow import QUICK, compass_gain, compass_pairs, ks_to_square_law, line_pairs, rejected_and_context, uniforms
 
 import pfm
@@ -19,14 +20,14 @@ def larger(y, other, context):
 
 
 @pytest.fixture(scope="module")
-def line() -> PreferenceFlow:
-    return PreferenceFlow.fit(line_pairs(10_000), LIGHT, progress=False)
+def line(tmp_path_factory) -> PreferenceFlow:
+    return shared_flow(tmp_path_factory, "line", lambda: PreferenceFlow.fit(line_pairs(10_000), LIGHT, progress=False))
 
 
 @pytest.fixture(scope="module")
-def two_rounds(line) -> PreferenceFlow:
+def two_rounds(line, tmp_path_factory) -> PreferenceFlow:
     one, other = torch.rand(2, 10_000, 1, generator=torch.Generator().manual_seed(3))
-    return line.relabel(larger, one, other, progress=False)
+    return shared_flow(tmp_path_factory, "two_rounds", lambda: line.relabel(larger, one, other, progress=False))
 
 
 # -- relabel --------------------------------------------------------------------------------------------------------
