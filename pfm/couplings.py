@@ -11,6 +11,7 @@ pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -161,9 +162,9 @@ class BestOf:
         # Flat rows sorted by score inside each set, so that a winner is a rank and needs no score look-up.
         self._sizes = torch.tensor([len(entry.rows) for entry in pairs.candidates])
         self._starts = torch.cat([torch.zeros(1, dtype=torch.long), self._sizes.cumsum(0)[:-1]])
-        orders = [entry.scores.argsort(stable=True) for entry in pairs.candidates]
+        scores, orders = zip(*(entry.scores.sort(stable=True) for entry in pairs.candidates), strict=True)
         self._rows = torch.cat([entry.rows[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
-        self._equals = _equals([entry.scores[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
+        self._equals = _equals(scores)
         # Row n: P(best rank <= k) = C(k + 1, m) / C(n, m) for m of n members drawn without replacement - members of
         # a set of independent draws, so that their best has the law of the best of m fresh draws.
         largest = int(self._sizes.max())
@@ -198,7 +199,7 @@ class BestOf:
         return Coupled(source, target, context, torch.ones(len(index)))
 
 
-def _equals(sorted_scores: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+def _equals(sorted_scores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Give for each of all sets' scores the place of the first equal one and how many there are; None without ties."""
     firsts, counts, start = [], [], 0
     for scores in sorted_scores:
