@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from benchmarks.control.report import FLOW, ControlReport, Reached
 __all__ = ["save_plots"]
 
 _FLOW, _CONTROL, _BASELINE, _BOUND, _INK = "#0072b2", "#8c8c8c", "#d55e00", "#222222", "#333333"
-_OTHERS = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#882255", "#999933", "#aa4499", "#117733", "#661100")
+_COLORS = {  # of methods, the same in every environment
+    FLOW: _FLOW, "flow_best_of": "#56b4e9", "flow_best_of_select": "#003f5c", "ascent": "#e69f00",
+    "ascent_ensemble": "#d55e00", "mean_shift": "#882255", "mean_shift_network": "#cc79a7", "best_of": "#009e73",
+    "clone_winners_residual": "#999933", "dpo": "#661100", "cpl": "#117733",
+}  # fmt: skip
+_OTHERS = ("#aa4499", "#44aa99", "#ddcc77", "#332288")
 
 
 def save_plots(report: ControlReport, folder: Path, name: str) -> list[Path]:
@@ -41,13 +47,13 @@ def _gains(report: ControlReport) -> Any:
 def _curves(report: ControlReport) -> Any:
     figure = _figure(8.5, 4.4)
     axes = figure.subplots()
-    colors = iter(_OTHERS * 2)
+    others = itertools.cycle(_OTHERS)
     for name, curve in report.curves.items():
-        color = _FLOW if name == FLOW else _CONTROL if curve[0].control else next(colors)
-        x, width = [found.pairs for found in curve], 2.6 if name == FLOW else 1.3
+        color = _CONTROL if curve[0].control else _COLORS.get(name) or next(others)
+        x, width = [found.pairs for found in curve], 2.6 if curve[0].flow else 1.3
         axes.plot(x, [found.gain.value for found in curve], "o-", color=color, linewidth=width, markersize=4,
                   label=curve[0].label)  # fmt: skip
-        if name == FLOW:
+        if curve[0].flow:
             axes.fill_between(
                 x, [f.gain.low for f in curve], [f.gain.high for f in curve], color=color, alpha=0.15, linewidth=0
             )
