@@ -96,7 +96,7 @@ class ControlShiftConfig(MethodConfig):
     """Add a mean displacement from rejected to chosen segments: ``model`` "constant", or "network" of what is seen."""
 
     model: str = "constant"
-    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0])
+    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0, 4.0, 8.0])
     label_rounds: int = 1
 
 
