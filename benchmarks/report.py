@@ -25,6 +25,7 @@ from benchmarks import (
     selection_report,
     speed_report,
 )
+from benchmarks.control import families as control_families
 from benchmarks.control import plots as control_plots
 from benchmarks.control import report as control_report
 from benchmarks.runs import Run, collect
@@ -63,7 +64,8 @@ def _control(runs: Sequence[Run], folder: Path) -> Written:
     reports = control_report.compare(runs)
     for name, report in zip(_names(reports), reports, strict=True):
         control_plots.save_plots(report, folder, name)
-    return control_report.markdown(reports), [report.to_dict() for report in reports]
+    lines = [control_report.markdown(reports), "### Families of methods", "", *control_families.markdown(reports), ""]
+    return "\n".join(lines), [report.to_dict() for report in reports]
 
 
 def _acquisition(runs: Sequence[Run], folder: Path) -> Written:

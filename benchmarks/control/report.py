@@ -23,7 +23,7 @@ from benchmarks.runs import Run, code_notes
 from benchmarks.tables import markdown_table
 from pfm.statistics import Estimate
 
-__all__ = ["FLOW", "ControlReport", "Reached", "ahead", "compare", "markdown"]
+__all__ = ["FLOW", "ControlReport", "Reached", "ahead", "compare", "markdown", "reached", "shown"]
 
 Array = NDArray[np.float64]
 FLOW = "flow"  # the method that others are held against, on the same pairs
@@ -120,8 +120,8 @@ def _compare(runs: list[Run]) -> ControlReport:
     by_cell: dict[tuple[str, int], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.seed):
         by_cell[run.method, _pairs(run)].append(run)
-    reached = {cell: _reached(found, by_cell.get((FLOW, cell[1]), [])) for cell, found in by_cell.items()}
-    methods = sorted((found for (_, pairs), found in reached.items() if pairs == most), key=lambda f: -f.gain.value)
+    cells = {cell: reached(found, by_cell.get((FLOW, cell[1]), [])) for cell, found in by_cell.items()}
+    methods = sorted((found for (_, pairs), found in cells.items() if pairs == most), key=lambda f: -f.gain.value)
     curves = {
         name: curve for name in dict.fromkeys(name for name, _ in by_cell) if len(curve := _curve(name, by_cell)) > 1
     }
@@ -153,7 +153,7 @@ def _curve(name: str, by_cell: dict[tuple[str, int], list[Run]]) -> list[Reached
     if not common:
         return []
     return [
-        _reached(
+        reached(
             [run for run in runs if run.seed in common],
             [run for run in by_cell.get((FLOW, pairs), []) if run.seed in common],
         )
@@ -161,7 +161,8 @@ def _curve(name: str, by_cell: dict[tuple[str, int], list[Run]]) -> list[Reached
     ]
 
 
-def _reached(runs: list[Run], flows: list[Run]) -> Reached:
+def reached(runs: list[Run], flows: list[Run]) -> Reached:
+    """Join the runs of one method, a seed each; ``flows`` are those of the flow that it is held against."""
     arrays = [_load(run) for run in runs]
     seed = np.concatenate([np.full(len(each["returns"]), run.seed) for run, each in zip(runs, arrays, strict=True)])
     returns = np.concatenate([each["returns"] for each in arrays])
@@ -267,11 +268,11 @@ def _summary(reports: Sequence[ControlReport]) -> list[str]:
                 _in_errors(flow),
                 f"{flow.error:.3g}",
                 "–" if best_once is None else best_once.label,
-                "–" if best_once is None else _shown(ahead(flow, best_once), signed=True),
+                "–" if best_once is None else shown(ahead(flow, best_once), signed=True),
                 "–" if best_flow is None else best_flow.label,
                 "–" if best_flow is None else _in_errors(best_flow),
                 "–" if best is None else best.label,
-                "–" if best is None or best_flow is None else _shown(ahead(best_flow, best), signed=True),
+                "–" if best is None or best_flow is None else shown(ahead(best_flow, best), signed=True),
                 *(_in_errors(by_name[name]) if name in by_name else "–" for name in _CONTROLS),
             ]
         )
@@ -301,10 +302,10 @@ def _section(report: ControlReport) -> list[str]:
     normalised = any(found.d4rl is not None for found in report.methods)
     rows = [[*columns, *(["D4RL"] if normalised else []), "seeds", "episodes"]]
     for found in report.methods:
-        shown = [_shown(found.returns), _shown(found.gain, signed=True), _shown(found.lead, signed=True),
-                 _shown(found.segment_gain, signed=True), _shown(found.myopic_gain, signed=True)]  # fmt: skip
-        shown += [_shown(found.d4rl)] if normalised else []
-        rows.append([found.label, *shown, str(len(found.seeds)), str(found.episodes)])
+        cells = [shown(found.returns), shown(found.gain, signed=True), shown(found.lead, signed=True),
+                 shown(found.segment_gain, signed=True), shown(found.myopic_gain, signed=True)]  # fmt: skip
+        cells += [shown(found.d4rl)] if normalised else []
+        rows.append([found.label, *cells, str(len(found.seeds)), str(found.episodes)])
     lines = [
         f"### {settings['environment']}, segments of {settings['length']}",
         "",
@@ -323,7 +324,7 @@ def _section(report: ControlReport) -> list[str]:
         for curve in sorted(report.curves.values(), key=lambda curve: -curve[-1].gain.value):
             by_size = {found.pairs: found for found in curve}
             table.append(
-                [curve[0].label, *(_shown(by_size[s].gain, signed=True) if s in by_size else "–" for s in sizes)]
+                [curve[0].label, *(shown(by_size[s].gain, signed=True) if s in by_size else "–" for s in sizes)]
             )
         lines += [*markdown_table(table), ""]
     return lines + [f"Note: {note}\n" for note in report.notes]
@@ -338,7 +339,8 @@ def _asked(report: ControlReport) -> str:
     return compared
 
 
-def _shown(estimate: Estimate | None, **style: Any) -> str:
+def shown(estimate: Estimate | None, **style: Any) -> str:
+    """Write an estimate, a dash for none."""
     if estimate is None:
         return "–"
     nothing = max(abs(estimate.low), abs(estimate.high)) < 1e-5  # what restoring a state rounds to
