@@ -373,8 +373,9 @@ class RunConfig:
         measured = ("task", "method", "seed", "encoder", "long_texts")
         noise = {"flips": self.flips} if self.flips else {}  # a run without is the same as before there were any
         found = {name: value for name, value in asdict(self).items() if name in measured}
-        if found["task"].get("value", ...) is None:  # likewise of control without a fitted value
-            del found["task"]["value"]
+        for part, name in (("task", "value"), ("method", "guidances")):  # likewise of what came later and is not used
+            if found[part].get(name, ...) is None:
+                del found[part][name]
         return found | noise
 
     def key(self) -> str:

@@ -12,8 +12,11 @@ from benchmarks.runs import Run
 
 def test_a_family_is_what_held_out_episodes_choose(tmp_path: Path):
     # Two members of two families and two seeds: what earned more in validation episodes is the lower in test episodes.
-    earned = {"flow_best_of_strength": (5.0, [1.0, 2.0]), "flow_select": (4.0, [9.0, 9.0]),
-              "flow_best_of_select": (3.0, [9.0, 9.0]), "mean_shift": (7.0, [3.0, 5.0])}  # fmt: skip
+    earned = {
+        "flow_best_of_guided": (5.0, [1.0, 2.0]),
+        "flow_select": (4.0, [9.0, 9.0]),
+        "mean_shift": (7.0, [3.0, 5.0]),
+    }
     runs = []
     for name, (validated, returns) in earned.items():
         for seed in (0, 1):
@@ -27,8 +30,8 @@ def test_a_family_is_what_held_out_episodes_choose(tmp_path: Path):
             runs.append(Run(path, metrics | {"environment": {"code": "0"}}))
     (found,) = compare(runs)
     shifts, flows = families(found)
-    assert (flows.settings, shifts.settings) == (6, 2)
-    assert flows.reached.gain.value == pytest.approx(2.0)  # of flow_best_of_strength: (1 + 2 + 2 + 3) / 4
+    assert (flows.settings, shifts.settings) == (4, 2)
+    assert flows.reached.gain.value == pytest.approx(2.0)  # of flow_best_of_guided: (1 + 2 + 2 + 3) / 4
     assert shifts.lead is not None
     assert shifts.lead.value == pytest.approx(-2.5)
     assert "−2.5" in "\n".join(markdown([found]))

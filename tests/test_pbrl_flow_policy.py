@@ -368,6 +368,16 @@ def test_few_rows_are_carried_as_the_flow_carries_them(solver, residual):
         found = fast(y.flatten(1).numpy(), context.numpy(), rounds=rounds, strength=strength, steps=steps)
         assert float((wanted - y).abs().max()) > 0.1
         assert found == pytest.approx(wanted.flatten(1).numpy(), rel=1e-4, abs=1e-4)
+    free = PreferenceFlow((3, 2), 5, flow.config.replace(context_free=True), flow.metadata)
+    free.load_state_dict(flow.state_dict(), strict=False)
+    assert free.context_free is not None
+    free.context_free.linear.shifts.normal_()
+    fast = FastTransport.of(free)
+    assert fast is not None
+    for guidance in (0.0, 0.3, 1.0, 2.0):
+        wanted = free.transport(y, context, mode="reapply", guidance=guidance)
+        found = fast(y.flatten(1).numpy(), context.numpy(), guidance=guidance)
+        assert found == pytest.approx(wanted.flatten(1).numpy(), rel=1e-4, abs=1e-4)
     # What it cannot stand in for is left to the flow.
     assert FastTransport.of(PreferenceFlow((3, 2), 5, FlowConfig(solver="dopri5"))) is None
 

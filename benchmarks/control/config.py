@@ -162,8 +162,8 @@ class ControlFlowConfig(MethodConfig):
 
     How it is applied
         mode, guard, win_guard, execute, proposal: "deterministic", "stochastic", or "clone" (of form "actions"; without
-        a simulator). candidates, rounds, strengths: to choose from. choose: whether standing still is one of the
-        choices.
+        a simulator). candidates, rounds, strengths, guidances (None: 1, the state as it is): to choose from. choose:
+        whether standing still is one of the choices.
     """
 
     labels: str = "given"
@@ -178,6 +178,7 @@ class ControlFlowConfig(MethodConfig):
     draws: int = 0
     rounds: list[int] = field(default_factory=lambda: [1])
     strengths: list[float] = field(default_factory=lambda: [1.0])
+    guidances: list[float] | None = None
     choose: bool = True
     label_rounds: int = 1
 

@@ -7,16 +7,19 @@ arithmetic. Here everything that depends on time alone is computed once a stage,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from pfm.fields import ResidualField
+from pfm.fields import Field, ResidualField
 from pfm.flow import PreferenceFlow
 
 __all__ = ["FastTransport"]
+
+_Velocity = Callable[[float, np.ndarray], np.ndarray]  # at a time and normalised y (B, D), contexts fixed
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,8 @@ class FastTransport:
         normalizer = flow.normalizer
         self.mean, self.scale = _array(normalizer.mean), _array(normalizer.scale)
         self.context_mean, self.context_scale = _array(normalizer.context_mean), _array(normalizer.context_scale)
-        self.unit = _array(flow.field.unit * flow.field.gain)
-        self.residual = flow.field.residual
-        if self.residual is not None:
-            self.layers = [_layer(layer) for layer in (*self.residual.hidden, self.residual.last)]
-            self.from_output, bias = _layer(self.residual.from_output)
-            self.bias = bias
-            context = self.residual.from_context
-            self.from_context = None if context is None else _array(context.weight.T)
-        self._stages: dict[float, _Stage] = {}
+        self.field = _FastField(flow.field)
+        self.context_free = None if flow.context_free is None else _FastField(flow.context_free)
 
     @classmethod
     def of(cls, flow: PreferenceFlow) -> FastTransport | None:
@@ -58,13 +54,18 @@ class FastTransport:
         return cls(flow) if fits else None
 
     def __call__(
-        self, y: np.ndarray, context: np.ndarray, *, rounds: int = 1, strength: float = 1.0, steps: int | None = None
+        self,
+        y: np.ndarray,
+        context: np.ndarray,
+        *,
+        rounds: int = 1,
+        strength: float = 1.0,
+        steps: int | None = None,
+        guidance: float = 1.0,
     ) -> np.ndarray:
         """Carry y (B, D) under contexts (B, C), float32; rows may leave the finite numbers."""
         given = (context.astype(np.float32) - self.context_mean) / self.context_scale
-        first = None
-        if self.residual is not None:
-            first = self.bias if self.from_context is None else given @ self.from_context + self.bias
+        velocity = self._guided(given, guidance)
         end, count = min(strength, 1.0), self.flow.steps if steps is None else steps
         count = max(1, math.ceil(count * end - 1e-9))
         state = (y.astype(np.float32) - self.mean) / self.scale
@@ -72,40 +73,71 @@ class FastTransport:
             for _ in range(rounds):
                 start = state
                 for number in range(count):
-                    state = self._step(end * number / count, end / count, state, given, first)
+                    state = self._step(end * number / count, end / count, state, velocity)
                 if strength > 1:
                     state = start + np.float32(strength) * (state - start)
         return state * self.scale + self.mean
 
-    def _step(self, t: float, size: float, y: np.ndarray, context: np.ndarray, first: np.ndarray | None) -> np.ndarray:
+    def _guided(self, context: np.ndarray, guidance: float) -> _Velocity:
+        if guidance == 1 or self.context_free is None:
+            return self.field.at(context)
+        free = self.context_free.at(context[:, :0])
+        if guidance == 0:
+            return free
+        bound = self.field.at(context)
+        return lambda t, y: free(t, y) + np.float32(guidance) * (bound(t, y) - free(t, y))
+
+    def _step(self, t: float, size: float, y: np.ndarray, velocity: _Velocity) -> np.ndarray:
         step = np.float32(size)
         if self.solver != "rk4":
-            return y + step * self._velocity(0.0 if self.solver == "straight" else t, y, context, first)
+            return y + step * velocity(0.0 if self.solver == "straight" else t, y)
         # The 3/8 rule, as torchdiffeq's rk4.
         third = np.float32(1 / 3)
-        one = self._velocity(t, y, context, first)
-        two = self._velocity(t + size / 3, y + step * third * one, context, first)
-        three = self._velocity(t + size * 2 / 3, y + step * (two - third * one), context, first)
-        four = self._velocity(t + size, y + step * (one - two + three), context, first)
+        one = velocity(t, y)
+        two = velocity(t + size / 3, y + step * third * one)
+        three = velocity(t + size * 2 / 3, y + step * (two - third * one))
+        four = velocity(t + size, y + step * (one - two + three))
         return y + step / np.float32(8) * (one + 3 * (two + three) + four)
 
-    def _velocity(self, t: float, y: np.ndarray, context: np.ndarray, first: np.ndarray | None) -> np.ndarray:
-        stage = self._stages.get(t) or self._stage(t)
-        size = y.shape[1]
-        velocity = y @ stage.slope[:size] + stage.offset
-        if context.shape[1]:
-            velocity += context @ stage.slope[size:]
-        if first is None:
-            return velocity
-        value = _silu(y @ self.from_output + first + stage.time)
-        for weight, bias in self.layers[:-1]:
-            value = _silu(value @ weight + bias)
-        weight, bias = self.layers[-1]
-        return velocity + (value @ weight + bias) * self.unit
+
+class _FastField:
+    """Gives the velocity of a :class:`pfm.fields.Field` at normalised y (B, D)."""
+
+    def __init__(self, field: Field) -> None:
+        self.linear, self.residual = field.linear, field.residual
+        self.unit = _array(field.unit * field.gain)
+        if self.residual is not None:
+            self.layers = [_layer(layer) for layer in (*self.residual.hidden, self.residual.last)]
+            self.from_output, self.bias = _layer(self.residual.from_output)
+            context = self.residual.from_context
+            self.from_context = None if context is None else _array(context.weight.T)
+        self._stages: dict[float, _Stage] = {}
+
+    def at(self, context: np.ndarray) -> _Velocity:
+        """Fix the normalised contexts (B, C)."""
+        first = None
+        if self.residual is not None:
+            first = self.bias if self.from_context is None else context @ self.from_context + self.bias
+
+        def velocity(t: float, y: np.ndarray) -> np.ndarray:
+            stage = self._stages.get(t) or self._stage(t)
+            size = y.shape[1]
+            velocity = y @ stage.slope[:size] + stage.offset
+            if context.shape[1]:
+                velocity += context @ stage.slope[size:]
+            if first is None:
+                return velocity
+            value = _silu(y @ self.from_output + first + stage.time)
+            for weight, bias in self.layers[:-1]:
+                value = _silu(value @ weight + bias)
+            weight, bias = self.layers[-1]
+            return velocity + (value @ weight + bias) * self.unit
+
+        return velocity
 
     @torch.no_grad()
     def _stage(self, t: float) -> _Stage:
-        slope, offset = self.flow.field.linear.operator(torch.tensor([t]))
+        slope, offset = self.linear.operator(torch.tensor([t]))
         time = None
         if isinstance(self.residual, ResidualField):
             time = _array(self.residual.from_time(self.residual.time_features(torch.tensor(t))))

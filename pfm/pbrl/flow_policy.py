@@ -67,7 +67,8 @@ class FlowPolicy:
             stable-baselines3's vector of such -; needed online by a flow on actions, and never stepped.
         proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the law that the data were drawn from -,
             or a policy with ``propose(observations, deterministic)``, such as :class:`ClonedPolicy`.
-        mode, rounds, strength, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0`` leaves the proposal.
+        mode, rounds, strength, guidance, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0`` leaves the
+            proposal. ``guidance=0`` goes the same way in every state.
         candidates: n proposals are carried for each plan, and the result of the largest win probability is executed:
             the proposal as above and n - 1 draws, as with ``"stochastic"``. Where held-out pairs did not confirm b,
             the first is executed. ``strength=0`` leaves n proposals to choose from: best of n.
@@ -96,6 +97,7 @@ class FlowPolicy:
         mode: str = "single",
         rounds: int | None = None,
         strength: float = 1.0,
+        guidance: float = 1.0,
         candidates: int = 1,
         execute: int = 1,
         guard: str = "off",
@@ -138,6 +140,11 @@ class FlowPolicy:
         if self._unit is None and not offline and (proposal == "stochastic" or candidates > 1):
             raise ValueError("drawn proposals need the noise of the data, and they carried no plan: use "
                              "proposal='deterministic' and candidates=1")  # fmt: skip
+        if guidance != 1 and flow.context_free is None:
+            raise ValueError(f"guidance={guidance!r} needs a field without states: fit the flow with "
+                             "FlowConfig(context_free=True), or use guidance=1")  # fmt: skip
+        if not (math.isfinite(guidance) and guidance >= 0):
+            raise ValueError(f"guidance must be a number >= 0: got {guidance!r}")
         if offline and not callable(getattr(proposal, "propose", None)):
             raise TypeError(f"proposal must have propose(observations, deterministic): got {type(proposal).__name__}")
         if not (offline and self.form == "actions") and not callable(getattr(reference, "predict", None)):
@@ -158,7 +165,8 @@ class FlowPolicy:
             )
         self.proposal = proposal
         self.mode, self.rounds, self.strength, self.steps = mode, rounds, float(strength), steps
-        self.candidates, self.execute, self.guard, self.win_guard = candidates, execute, guard, win_guard
+        self.guidance, self.candidates, self.execute = float(guidance), candidates, execute
+        self.guard, self.win_guard = guard, win_guard
         self.counts = PolicyCounts()
         self._random = np.random.default_rng(seed)
         self._env, self._simulator = env, None
@@ -260,14 +268,14 @@ class FlowPolicy:
         if again and self._fast is not None:
             result = self._fast(
                 start.reshape(len(start), -1), observation, rounds=self.rounds or 1, strength=self.strength,
-                steps=self.steps,
+                steps=self.steps, guidance=self.guidance,
             )  # fmt: skip
             if np.isfinite(result).all():
                 return result.reshape(start.shape)
         carried = self.flow.transport(
             np.asarray(start, dtype=np.float32), np.asarray(observation, dtype=np.float32), mode=self.mode,
             rounds=self.rounds if self.mode in ("reapply", "relabel") else None, strength=self.strength,
-            steps=self.steps,
+            steps=self.steps, guidance=self.guidance,
         )  # fmt: skip
         return carried.numpy()
 

@@ -60,21 +60,23 @@ class FlowRefinement:
             )
         self._candidates = [
             Candidate(
-                {"candidates": candidates, "rounds": rounds, "strength": strength},
+                {"candidates": candidates, "rounds": rounds, "strength": strength, "guidance": guidance},
                 FlowPolicy(
                     flow, data.reference, env=data.environment(), proposal=proposal, mode=config.mode,
-                    rounds=rounds if config.mode == "reapply" else None, strength=strength, execute=config.execute,
-                    candidates=candidates, guard=config.guard, win_guard=config.win_guard, seed=data.seed,
+                    rounds=rounds if config.mode == "reapply" else None, strength=strength, guidance=guidance,
+                    execute=config.execute, candidates=candidates, guard=config.guard, win_guard=config.win_guard,
+                    seed=data.seed,
                 ),
             )
             for candidates in config.candidates
             for rounds in config.rounds
             for strength in config.strengths
+            for guidance in config.guidances or [1.0]
         ]  # fmt: skip
         return notes | {name: flow.metadata[name] for name in _NOTED if name in flow.metadata}
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every number of candidates, rounds and strength."""
+        """Give one policy for every number of candidates, rounds, strength and guidance."""
         return self._candidates
 
 
