@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         unstack_states,
     )
     from pfm.pbrl.flow_policy import FlowPolicy, PolicyCounts, RoundsChoice, choose_rounds
-    from pfm.pbrl.human import HumanSegments
+    from pfm.pbrl.human import HumanSegments, PeopleReward
     from pfm.pbrl.policies import (
         ActorPolicy,
         ClonedPolicy,
@@ -53,6 +53,7 @@ _HOME = {
     "FlowPolicy": "flow_policy",
     "HumanSegments": "human",
     "NoisyPolicy": "policies",
+    "PeopleReward": "human",
     "Policy": "policies",
     "PolicyCounts": "flow_policy",
     "Rollout": "rollouts",
@@ -89,6 +90,7 @@ __all__ = [
     "FlowPolicy",
     "HumanSegments",
     "NoisyPolicy",
+    "PeopleReward",
     "Policy",
     "PolicyCounts",
     "Rollout",

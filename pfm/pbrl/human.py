@@ -3,7 +3,8 @@
 A flow carries outputs of one context, and here the two segments of a pair have none in common: the state is part of
 what was judged. So a pair is encoded without a context, and an output is the whole state-action segment, pooled over
 its steps. Such pairs are for preference models and for b, which say how good a segment is; a flow on them would move
-states too, which no policy can. What a model learned from them can then label segments from one state.
+states too, which no policy can. What a model learned from them can then label segments from one state: a
+:class:`PeopleReward` scores whatever is known of each step.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from pfm.encoded import EncodedPairs
 
-__all__ = ["PARTS", "POOLINGS", "HumanSegments"]
+__all__ = ["PARTS", "POOLINGS", "HumanSegments", "PeopleReward"]
 
 PARTS = ("both", "observations", "actions")
 POOLINGS = ("mean", "mean+std")
+PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 ARRAYS = ("observations", "actions", "rewards", "episode", "human_i1", "human_i2", "human_label", "segment_len")
 
 
@@ -139,6 +141,27 @@ class HumanSegments:
         total = np.concatenate([[0.0], np.cumsum(self.rewards.astype(np.float64))])
         return np.stack([total[begin + self.length] - total[begin] for begin in (self.first, self.second)], axis=1)
 
+    def differences(self, values: np.ndarray, steps: int | None = None) -> np.ndarray:
+        """Give the mean of values (T, F) of single steps over each pair's first segment less that over its second.
+
+        A linear reward of steps orders segments by these differences. ``steps`` counts only so many from a segment's
+        beginning; None for all.
+
+        Returns:
+            (N, F) float64.
+
+        Raises:
+            ValueError: ``values`` has not one row a transition, or ``steps`` is not in 1..length.
+        """
+        count = self.length if steps is None else steps
+        if np.ndim(values) != 2 or len(values) != len(self.observations):
+            raise ValueError(f"values must be ({len(self.observations)}, F), a row a step: got {np.shape(values)}")
+        if not 1 <= count <= self.length:
+            raise ValueError(f"steps must lie in 1..{self.length}, the segments' length: got {steps}")
+        total = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values, axis=0, dtype=np.float64)])
+        one, other = (total[begin + count] - total[begin] for begin in (self.first, self.second))
+        return (one - other) / count
+
     def outputs(self, part: str = "both", pooling: str = "mean") -> tuple[Tensor, Tensor]:
         """Give both segments of each pair as vectors (N, D), pooled over their steps.
 
@@ -194,3 +217,89 @@ class HumanSegments:
         with torch.no_grad():
             gap = np.sign((score(one) - score(other)).numpy())[decided]
         return float((0.5 + 0.5 * gap * np.sign(self.label[decided] - 0.5)).mean())
+
+
+@dataclass(frozen=True)
+class PeopleReward:
+    """Scores steps, or means over steps, by a linear Bradley–Terry reward that people's choices were fitted with.
+
+    P(first preferred) = sigmoid(mean reward of its steps - mean reward of the other's): a reward is in log-odds of a
+    segment all of whose steps have it. The reward a step is B-Pref's (arXiv 2111.03026, section 3), here linear.
+
+    Args:
+        weights: (F,) of the values that a step is described by.
+        penalty: on the squared weights of standardised values, as it was chosen.
+    """
+
+    weights: np.ndarray
+    penalty: float
+
+    @classmethod
+    def fit(
+        cls,
+        segments: HumanSegments,
+        differences: np.ndarray,
+        *,
+        penalties: tuple[float, ...] = PENALTIES,
+        folds: int = 4,
+        seed: int = 0,
+    ) -> PeopleReward:
+        """Fit on people's labels, a tie counting half each way.
+
+        Args:
+            segments: N labelled pairs.
+            differences: (N, F) between their segments, from :meth:`HumanSegments.differences`.
+            penalties: to choose from, by the loss on pairs with a segment in episodes of which no pair was fitted.
+            folds: into how many parts the episodes fall for that. seed: of the parts.
+
+        Raises:
+            ValueError: shapes disagree, values are not finite, or all pairs are ties.
+        """
+        if differences.ndim != 2 or len(differences) != len(segments):
+            raise ValueError(f"differences must be ({len(segments)}, F), a row a pair: got {differences.shape}")
+        if not np.isfinite(differences).all():
+            raise ValueError("differences must be finite")
+        if (segments.label == 0.5).all():
+            raise ValueError(f"all {len(segments)} pairs are ties: nothing can be learned from them")
+        scale = np.sqrt(np.square(differences).mean(0))
+        scale = np.where(scale > 1e-12, scale, np.inf)  # what never differs has no weight
+        x, label = differences / scale, segments.label.astype(np.float64)
+        path = sorted(penalties, reverse=True)
+        loss = np.zeros(len(path))
+        names = np.random.default_rng(seed).permutation(np.unique(segments.episodes()))
+        for part in np.array_split(names, folds) if len(path) > 1 else ():
+            out = np.isin(segments.episodes(), part).any(1)
+            if out.any() and not out.all():
+                weights = np.zeros(x.shape[1])
+                for place, each in enumerate(path):
+                    weights = _logistic(x[~out], label[~out], each, weights)
+                    loss[place] += _losses(x[out] @ weights, label[out]).sum()
+        penalty = path[int(loss.argmin())]
+        return cls(_logistic(x, label, penalty, np.zeros(x.shape[1])) / scale, penalty)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Give rewards (...) of values (..., F), or what differences (N, F) are worth."""
+        return np.asarray(values, dtype=np.float64) @ self.weights
+
+
+def _losses(margin: np.ndarray, label: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, margin) - label * margin
+
+
+def _logistic(x: np.ndarray, label: np.ndarray, penalty: float, weights: np.ndarray) -> np.ndarray:
+    """Minimise the mean loss plus ``penalty`` times the squared weights, by Newton's method from ``weights`` (F,)."""
+
+    def value(at: np.ndarray) -> float:
+        return float(_losses(x @ at, label).mean() + penalty * at @ at)
+
+    for _ in range(50):
+        chance = 0.5 * (1 + np.tanh(x @ weights / 2))
+        slope = x.T @ (chance - label) / len(label) + 2 * penalty * weights
+        curved = (x.T * (chance * (1 - chance))) @ x / len(label) + 2 * penalty * np.eye(len(weights))
+        step = np.linalg.solve(curved, slope)
+        while value(weights - step) > value(weights) + 1e-12:
+            step = step / 2
+        weights = weights - step
+        if np.abs(step).max(initial=0) < 1e-8:
+            break
+    return weights
