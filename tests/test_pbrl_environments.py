@@ -387,6 +387,44 @@ def test_copies_step_as_each_would_alone():
         assert made.done[row] == (terminated or truncated)
 
 
+@pytest.mark.parametrize("name", ["Reacher-v5", "Pendulum-v1", "HalfCheetah-v4"])
+def test_copies_do_what_the_plain_environment_does(name):
+    """Copies leave the time limit's wrapper out and read one model: nothing of that shows."""
+    vector, plain = pbrl.VectorEnv(name, 3, max_episode_steps=60), gymnasium.make(name, max_episode_steps=60)
+    made = pbrl.rollout(vector, Drawn(vector), 80, count=3, seed=5)
+    assert made.done.all()
+    assert len(made.rewards) == 60
+    for row, seed in enumerate(pbrl.episode_seeds(5, 3)):
+        observation, _ = plain.reset(seed=seed)
+        truncated = False
+        for step in range(60):
+            assert not truncated
+            assert np.array_equal(made.observations[step, row], observation)
+            observation, reward, _, truncated, _ = plain.step(made.actions[step, row])
+            assert made.rewards[step, row] == reward
+        assert truncated
+        assert np.array_equal(made.last[row], observation)
+
+
+def test_copies_of_a_changed_class_keep_their_own_models():
+    class Heavy(ReacherEnv):
+        """Counts as somebody's own environment, which may change its model."""
+
+    gymnasium.register("HeavyReacher-v0", Heavy, max_episode_steps=50)
+    try:
+        own = [vars(env.unwrapped)["model"] for env in pbrl.VectorEnv("HeavyReacher-v0", 2).envs]
+    finally:
+        del gymnasium.registry["HeavyReacher-v0"]
+    shared = [vars(env.unwrapped)["model"] for env in pbrl.VectorEnv("Reacher-v5", 2).envs]
+    assert own[0] is not own[1]
+    assert shared[0] is shared[1]
+
+
+def test_a_step_before_the_reset_is_refused():
+    with pytest.raises(gymnasium.error.ResetNeeded, match="restore_states"):
+        pbrl.VectorEnv("Pendulum-v1", 2).step(np.zeros((2, 1)))
+
+
 @pytest.mark.parametrize("name", ["Reacher-v5", "LunarLanderContinuous-v3"])
 def test_a_rollout_goes_on_and_is_played_again_from_a_saved_step(name):
     env = pbrl.VectorEnv(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pfm.pbrl.arrays import BatchedPendulum, BatchedPointMass
-from pfm.pbrl.collection import collect, correlated_noise, run_on
+from pfm.pbrl.collection import all_finite, clip_action, collect, correlated_noise, run_on
 from pfm.pbrl.environments import UnsupportedEnvironmentError
 from pfm.pbrl.rollouts import VectorEnv
 from pfm.pbrl.segments import SegmentPairs, pick_states
@@ -94,6 +94,28 @@ def test_correlated_noise_keeps_its_variance():
     assert np.corrcoef(noise[:, 2, 0], noise[:, 3, 0])[0, 1] == pytest.approx(0.8, abs=0.02)
     constant = correlated_noise(np.random.default_rng(0), (5, 6, 1), 0.5, 1.0)
     assert np.array_equal(constant[:, 0], constant[:, 5])
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_numbers_are_finite_even_where_their_squares_are_not(kind):
+    large = np.full((3, 4), np.finfo(kind).max, kind)
+    assert all_finite(large)
+    assert all_finite(large[:, ::2])
+    for bad in (np.nan, np.inf, -np.inf):
+        one = np.zeros((3, 4), kind)
+        one[2, 1] = bad
+        assert not all_finite(one)
+        one[0, 0] = np.finfo(kind).max
+        assert not all_finite(one)
+
+
+def test_actions_are_clipped_in_double_precision_and_left_alone():
+    env = BatchedPointMass()
+    action = np.array([[-3.0, 0.1], [0.2, 7.0]], np.float32)
+    clipped = clip_action(action, env)
+    assert clipped.dtype == np.float64
+    assert np.array_equal(clipped, np.clip(action.astype(np.float64), -1, 1))
+    assert action[0, 0] == -3
 
 
 def test_an_episode_that_ends_inside_a_segment_stops_its_rewards(segments):

@@ -107,6 +107,8 @@ class StatefulEnv(gymnasium.Wrapper):
         self._simulator: _Classic | _Mujoco | _Box2d | None = None
         self._recorder: _Box2d | None = None
         self.reason = ""
+        # what a time limit that is the only other wrapper limits: it is stepped without that wrapper, and counted here
+        self._limited = env.env if type(env) is wrappers.TimeLimit else None
         layer = env
         while isinstance(layer, gymnasium.Wrapper):
             if not isinstance(layer, STATELESS):
@@ -132,6 +134,11 @@ class StatefulEnv(gymnasium.Wrapper):
         return self._simulator is not None
 
     @property
+    def observation(self) -> Any:
+        """The observation of the last reset, step or restored state; None before."""
+        return self._observation
+
+    @property
     def elapsed(self) -> int:
         """The steps since the reset, as the time limit counts them; 0 without a limit."""
         return 0 if self._limit is None else self._limit._elapsed_steps or 0
@@ -154,7 +161,14 @@ class StatefulEnv(gymnasium.Wrapper):
             raise gymnasium.error.ResetNeeded("call reset() before the first step")
         if self._recorder is not None:
             action = self._recorder.record(action)
-        self._observation, reward, self.terminated, truncated, info = self.env.step(action)
+        if self._limited is None:
+            self._observation, reward, self.terminated, truncated, info = self.env.step(action)
+        else:
+            self._observation, reward, self.terminated, truncated, info = self._limited.step(action)
+            limit: Any = self._limit
+            limit._elapsed_steps = elapsed = limit._elapsed_steps + 1
+            if elapsed >= limit._max_episode_steps:
+                truncated = True
         self.done = self.terminated or truncated
         return self._observation, reward, self.terminated, truncated, info
 

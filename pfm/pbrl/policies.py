@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from pfm.pbrl.cloning import ClonedPolicy
+from pfm.pbrl.collection import all_finite
 from pfm.pbrl.environments import make_env
 
 __all__ = ["ActorPolicy", "ClonedPolicy", "NoisyPolicy", "Policy", "check_policy", "load_policy", "seed_policy"]
@@ -166,7 +167,7 @@ class ActorPolicy:
         """Choose actions; see :class:`Policy`. Draws are independent from step to step."""
         observation = np.asarray(observation)
         rows = np.atleast_2d(observation)
-        if not np.isfinite(rows).all():
+        if not all_finite(rows):
             raise ValueError("observation holds NaN or infinity")
         if self._timed:
             steps = np.zeros(len(rows)) if state is None else state[0]
@@ -176,9 +177,12 @@ class ActorPolicy:
             state = (steps + 1.0,)
         hidden = self._normalised(rows)
         for weight, bias in self._layers[:-1]:
-            hidden = self._activation(hidden @ weight + bias)
+            hidden = hidden @ weight
+            hidden += bias
+            self._activation(hidden, out=hidden)
         weight, bias = self._layers[-1]
-        action = hidden @ weight + bias
+        action = hidden @ weight
+        action += bias
         if self._output == "hard":
             action = np.clip(action, -2.0, 2.0)
         if not deterministic and self.stochastic:
@@ -186,7 +190,7 @@ class ActorPolicy:
         low, high = self.action_space.low, self.action_space.high
         if self._output != "clip":
             action = low + (np.tanh(action) + 1.0) / 2.0 * (high - low)
-        action = np.minimum(np.maximum(action, low), high).astype(self.action_space.dtype)
+        action = np.minimum(np.maximum(action, low), high).astype(self.action_space.dtype, copy=False)
         return (action if observation.ndim == 2 else action[0]), state
 
     def seed(self, seed: int) -> None:
@@ -212,7 +216,7 @@ class ActorPolicy:
             raise ValueError(f"observation must have {expected} numbers, got {rows.shape[1]}: use {self.env_name}")
         if self._statistics is not None:
             mean, scale, clip = self._statistics
-            rows = np.clip((rows - mean) / scale, -clip, clip)
+            rows = np.minimum(np.maximum((rows - mean) / scale, -clip), clip)
         return rows.astype(np.float32)
 
 
@@ -270,8 +274,8 @@ def _choose(name: str, value: Any, known: dict[str, Any]) -> Any:
     return known[value]
 
 
-def _relu(array: np.ndarray) -> np.ndarray:
-    return np.maximum(array, 0)
+def _relu(array: np.ndarray, out: np.ndarray) -> np.ndarray:
+    return np.maximum(array, 0, out=out)
 
 
 def _load_checkpoint(path: Path) -> Policy:
