@@ -333,6 +333,8 @@ def test_bad_observations_and_flows_are_refused(flow, swinging):
     [
         ({"execute": 5}, "execute"),
         ({"candidates": 0}, "candidates"),
+        ({"guidance": -1.0}, ">= 0"),
+        ({"guidance": 0.0}, "context_free"),
         ({"mode": "twice"}, "mode"),
         ({"rounds": 3}, "reapply"),
         ({"guard": "on"}, "guard"),

@@ -140,11 +140,11 @@ class FlowPolicy:
         if self._unit is None and not offline and (proposal == "stochastic" or candidates > 1):
             raise ValueError("drawn proposals need the noise of the data, and they carried no plan: use "
                              "proposal='deterministic' and candidates=1")  # fmt: skip
+        if not (math.isfinite(guidance) and guidance >= 0):
+            raise ValueError(f"guidance must be a number >= 0: got {guidance!r}")
         if guidance != 1 and flow.context_free is None:
             raise ValueError(f"guidance={guidance!r} needs a field without states: fit the flow with "
                              "FlowConfig(context_free=True), or use guidance=1")  # fmt: skip
-        if not (math.isfinite(guidance) and guidance >= 0):
-            raise ValueError(f"guidance must be a number >= 0: got {guidance!r}")
         if offline and not callable(getattr(proposal, "propose", None)):
             raise TypeError(f"proposal must have propose(observations, deterministic): got {type(proposal).__name__}")
         if not (offline and self.form == "actions") and not callable(getattr(reference, "predict", None)):
