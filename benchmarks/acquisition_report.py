@@ -129,6 +129,6 @@ def save_plot(curves: Sequence[Curve], path: Path) -> None:
     axes.set_xticks(curves[0].labels, [str(n) for n in curves[0].labels])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
