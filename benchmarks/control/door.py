@@ -199,9 +199,7 @@ class Reading:
         return own + SHARE * leading @ np.stack(turned)
 
 
-def read(
-    split: Split, kind: str, side: int, *, without: NDArray[Any] | None = None, ahead: int = AHEAD
-) -> Reading:  # fmt: skip
+def read(split: Split, kind: str, side: int, *, without: NDArray[Any] | None = None, ahead: int = AHEAD) -> Reading:
     """Read the labels of one side; ``without`` leaves episodes out, ``ahead`` is how many steps the kind "ahead" sees.
 
     Raises:

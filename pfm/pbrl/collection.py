@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 from pfm.files import replace_json
+from pfm.pbrl.finite import all_finite
 from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
 __all__ = [
     "Continued",
     "Met",
-    "all_finite",
     "check_observation",
     "clip_action",
     "collect",
@@ -560,13 +560,6 @@ def clipper(space: Any) -> Callable[[np.ndarray], np.ndarray]:
         return np.minimum(clipped, high, out=clipped)
 
     return clip
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """Tell whether an array holds neither NaN nor infinity: by a sum of squares, and one by one if that overflows."""
-    flat = array.ravel()
-    with np.errstate(over="ignore"):
-        return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())
 
 
 def _check_actions(action: Any, env: Any, count: int) -> None:

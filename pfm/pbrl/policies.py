@@ -14,8 +14,8 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from pfm.pbrl.cloning import ClonedPolicy
-from pfm.pbrl.collection import all_finite
 from pfm.pbrl.environments import make_env
+from pfm.pbrl.finite import all_finite
 
 __all__ = ["ActorPolicy", "ClonedPolicy", "NoisyPolicy", "Policy", "check_policy", "load_policy", "seed_policy"]
 

@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 
-from pfm.pbrl.collection import all_finite
 from pfm.pbrl.environments import StatefulEnv, make_env
+from pfm.pbrl.finite import all_finite
 from pfm.pbrl.policies import Policy, check_policy
 
 __all__ = ["BatchEnv", "Rollout", "VectorEnv", "episode_returns", "episode_seeds", "play", "rollout"]
