@@ -12,8 +12,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from benchmarks.config import register
 from benchmarks.data import MissingDataError
+from benchmarks.schemas import register
 from benchmarks.sweeps import check_launcher, close_sweep, run_job
 
 register()

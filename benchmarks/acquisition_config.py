@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from benchmarks.config import MethodConfig, TaskConfig
 
-__all__ = ["AcquisitionConfig", "AcquisitionMethodConfig", "register"]
+__all__ = ["METHODS", "TASKS", "AcquisitionConfig", "AcquisitionMethodConfig"]
 
 
 @dataclass
@@ -42,7 +40,5 @@ class AcquisitionMethodConfig(MethodConfig):
     shuffled: bool = False
 
 
-def register(store: ConfigStore) -> None:
-    """Tell Hydra of the dataclasses."""
-    store.store(group="schema/task", name="acquisition", node=AcquisitionConfig)
-    store.store(group="schema/method", name="acquisition", node=AcquisitionMethodConfig)
+TASKS = {"acquisition": AcquisitionConfig}
+METHODS = {"acquisition": AcquisitionMethodConfig}

@@ -8,12 +8,13 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 import pfm
 
 __all__ = [
+    "METHODS",
+    "TASKS",
     "AlpacaConfig",
     "ArgumentsConfig",
     "AscentConfig",
@@ -39,7 +40,6 @@ __all__ = [
     "TransportConfig",
     "at_most_asked",
     "cores",
-    "register",
 ]
 
 
@@ -323,7 +323,15 @@ class SPPOConfig(PolicyConfig):
     rounds: int = 1
 
 
-BASELINES = {
+TASKS = {"alpaca": AlpacaConfig, "arguments": ArgumentsConfig, "captions": CaptionsConfig, "law": LawConfig,
+         "speed": SpeedConfig}  # fmt: skip
+METHODS = {
+    "plain": MethodConfig,
+    "bradley_terry": BradleyTerryConfig,
+    "flow": FlowMethodConfig,
+    "robust": RobustConfig,
+    "robust_flow": RobustFlowConfig,
+    "transport": TransportConfig,
     "shift": ShiftConfig,
     "regression": RegressionConfig,
     "ascent": AscentConfig,
@@ -392,30 +400,3 @@ def at_most_asked(threads: int) -> int:
     """Bound a number of threads by ``OMP_NUM_THREADS``: who shares a machine with others has said so there."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return min(threads, int(asked)) if asked.isdigit() and int(asked) else threads
-
-
-def register() -> None:
-    """Tell Hydra of the dataclasses; the files in ``conf/`` name them in their defaults."""
-    store = ConfigStore.instance()
-    store.store(group="schema", name="run", node=RunConfig)
-    tasks = {"alpaca": AlpacaConfig, "arguments": ArgumentsConfig, "captions": CaptionsConfig, "law": LawConfig,
-             "speed": SpeedConfig}  # fmt: skip
-    for name, node in tasks.items():
-        store.store(group="schema/task", name=name, node=node)
-    methods = {
-        "plain": MethodConfig,
-        "bradley_terry": BradleyTerryConfig,
-        "flow": FlowMethodConfig,
-        "robust": RobustConfig,
-        "robust_flow": RobustFlowConfig,
-        "transport": TransportConfig,
-    }
-    for name, node in {**methods, **BASELINES}.items():
-        store.store(group="schema/method", name=name, node=node)
-    from benchmarks import acquisition_config, pool_config, preference_config  # which need the classes above
-    from benchmarks.control import config as control_config
-
-    acquisition_config.register(store)
-    preference_config.register(store)
-    pool_config.register(store)
-    control_config.register(store)

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 import pfm
 from benchmarks.config import MethodConfig, MRPOConfig
 
-__all__ = ["PoolConfig", "PoolMRPOConfig", "register"]
+__all__ = ["METHODS", "PoolConfig", "PoolMRPOConfig"]
 
 
 @dataclass
@@ -38,7 +36,4 @@ class PoolMRPOConfig(MRPOConfig):
     base: int = 1
 
 
-def register(store: ConfigStore) -> None:
-    """Tell Hydra of the dataclasses."""
-    for name, node in {"pool": PoolConfig, "pool_mrpo": PoolMRPOConfig}.items():
-        store.store(group="schema/method", name=name, node=node)
+METHODS = {"pool": PoolConfig, "pool_mrpo": PoolMRPOConfig}

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
-
 from benchmarks.config import MethodConfig, TaskConfig
 
 __all__ = [
+    "METHODS",
+    "TASKS",
     "ArgumentsVotesConfig",
     "ComparisonsConfig",
     "CycleTextConfig",
     "PreferenceMethodConfig",
     "QloraConfig",
-    "register",
 ]
 
 
@@ -92,10 +91,6 @@ class PreferenceMethodConfig(MethodConfig):
     labels: str = "given"
 
 
-def register(store: ConfigStore) -> None:
-    """Tell Hydra of the dataclasses."""
-    tasks = {"comparisons": ComparisonsConfig, "cycle_text": CycleTextConfig, "qlora": QloraConfig,
-             "arguments_votes": ArgumentsVotesConfig}  # fmt: skip
-    for name, node in tasks.items():
-        store.store(group="schema/task", name=name, node=node)
-    store.store(group="schema/method", name="preference", node=PreferenceMethodConfig)
+TASKS = {"comparisons": ComparisonsConfig, "cycle_text": CycleTextConfig, "qlora": QloraConfig,
+         "arguments_votes": ArgumentsVotesConfig}  # fmt: skip
+METHODS = {"preference": PreferenceMethodConfig}

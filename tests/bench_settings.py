@@ -7,8 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks.config import RunConfig, register
+from benchmarks.config import RunConfig
 from benchmarks.data import MissingDataError, data_folder
+from benchmarks.schemas import register
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from omegaconf import OmegaConf
 
     from benchmarks.bench import Bench
-    from benchmarks.config import RunConfig, register
+    from benchmarks.config import RunConfig
     from benchmarks.control.task import ControlTask
     from benchmarks.methods import make_method
+    from benchmarks.schemas import register
     from benchmarks.tasks import load_task
 
     register()

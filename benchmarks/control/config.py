@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from benchmarks.config import MethodConfig, TaskConfig
 
 __all__ = [
+    "METHODS",
+    "TASKS",
     "ControlAscentConfig",
     "ControlBestOfConfig",
     "ControlCloneConfig",
@@ -20,7 +21,6 @@ __all__ = [
     "ControlMethodConfig",
     "ControlRegressionConfig",
     "ControlShiftConfig",
-    "register",
 ]
 
 
@@ -183,18 +183,14 @@ class ControlFlowConfig(MethodConfig):
     label_rounds: int = 1
 
 
-def register(store: ConfigStore) -> None:
-    """Tell Hydra of the dataclasses."""
-    store.store(group="schema/task", name="control", node=ControlConfig)
-    methods = {
-        "reference": ControlMethodConfig,
-        "clone": ControlCloneConfig,
-        "shift": ControlShiftConfig,
-        "regression": ControlRegressionConfig,
-        "best_of": ControlBestOfConfig,
-        "ascent": ControlAscentConfig,
-        "likelihood": ControlLikelihoodConfig,
-        "flow": ControlFlowConfig,
-    }
-    for name, node in methods.items():
-        store.store(group="schema/method", name=f"control_{name}", node=node)
+TASKS = {"control": ControlConfig}
+METHODS = {
+    "control_reference": ControlMethodConfig,
+    "control_clone": ControlCloneConfig,
+    "control_shift": ControlShiftConfig,
+    "control_regression": ControlRegressionConfig,
+    "control_best_of": ControlBestOfConfig,
+    "control_ascent": ControlAscentConfig,
+    "control_likelihood": ControlLikelihoodConfig,
+    "control_flow": ControlFlowConfig,
+}
