@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.preferences.newton import newton_logistic
 
 __all__ = ["CRITERIA", "Beliefs", "Choice", "LaplacePosterior", "Scorer", "choose_pairs", "ensemble_beliefs"]
 
@@ -130,7 +131,7 @@ class LaplacePosterior:
         best: tuple[float, float, Tensor, Tensor] | None = None
         at = torch.zeros(inside.shape[1], dtype=torch.float64)
         for precision in (self.given,) if self.given is not None else PRECISIONS[::-1]:
-            at, hessian = _newton(inside, weight, label, precision, at)
+            at, hessian = newton_logistic(inside, label, weight, precision, start=at)
             evidence = _evidence(inside, weight, label, precision, at, hessian)
             if best is None or evidence > best[0]:
                 best = evidence, precision, at, hessian
@@ -182,32 +183,6 @@ class LaplacePosterior:
         if self._mean is None:
             raise RuntimeError("LaplacePosterior is not fitted: call fit(pairs) first")
         return self._mean
-
-
-def _newton(rows: Tensor, weight: Tensor, label: Tensor, precision: float, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the most probable weights by Newton's method with halved steps, and the Hessian there."""
-
-    def loss(at: Tensor) -> float:
-        score = rows @ at
-        each = torch.nn.functional.softplus(-score) + (1 - label) * score
-        return float((weight * each).sum() + precision / 2 * at.square().sum())
-
-    identity = torch.eye(rows.shape[1], dtype=torch.float64)
-    at, value = start, loss(start)
-    hessian = identity
-    for _ in range(50):
-        p = torch.sigmoid(rows @ at)
-        hessian = (rows * (weight * p * (1 - p))[:, None]).T @ rows + precision * identity
-        gradient = rows.T @ (weight * (p - label)) + precision * at
-        step = torch.linalg.solve(hessian, gradient)
-        if float(step @ gradient) < 1e-12:
-            break
-        share = 1.0
-        while loss(at - share * step) > value and share > 1e-6:
-            share /= 2
-        at = at - share * step
-        value = loss(at)
-    return at, hessian
 
 
 def _evidence(rows: Tensor, weight: Tensor, label: Tensor, precision: float, at: Tensor, hessian: Tensor) -> float:

@@ -37,6 +37,7 @@ from pfm.files import replace_file, replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted
+from pfm.preferences.newton import newton_logistic
 
 __all__ = ["AdaptedTaste", "TasteMixture", "append_code", "check_names", "number_raters", "taste_flows", "with_code"]
 
@@ -637,44 +638,16 @@ class _Votes:
         """Give the responsibilities (K,) of the votes, and the MAP coefficients (K + r,) beyond them."""
         each = logsigmoid(self.scores) - (1 - self.probability[:, None]) * self.scores
         start = ((each * self.weight[:, None]).double().sum(0) + shares.double().log()).softmax(0).float()
-        deviation = torch.cat([torch.full_like(start, spread), torch.full((self.axes.shape[1],), correction)])
+        deviation = torch.cat([torch.full_like(start, spread), torch.full((self.axes.shape[1],), correction)]).double()
         rows = torch.cat([self.scores, self.axes], dim=1)
-        return start, _map_logistic(rows, _mixed(self.scores, start), self.probability, self.weight, deviation)
+        # In units of the prior, whose curvature is then 1 whatever its scale.
+        at, _ = newton_logistic(
+            rows.double() * deviation, self.probability, self.weight, 1.0, offset=_mixed(self.scores, start)
+        )
+        return start, (at * deviation).float()
 
     def loss(self, start: Tensor, coefficients: Tensor) -> float:
         """Give the weighted mean of -log P(label); 0 for votes of no weight."""
         score = _mixed(self.scores, start) + torch.cat([self.scores, self.axes], dim=1) @ coefficients
         each = softplus(-score) + (1 - self.probability) * score
         return float((each * self.weight).sum() / self.weight.sum().clamp_min(1e-12))
-
-
-def _map_logistic(
-    rows: Tensor, offset: Tensor, probability: Tensor, weight: Tensor, deviation: Tensor, iterations: int = 50
-) -> Tensor:
-    """Give the MAP coefficients (F,) of a logistic regression beyond an offset (N,), by Newton's method.
-
-    The prior is Gaussian around 0 with standard deviations ``deviation`` (F,).
-    """
-    # In units of the prior, whose curvature is then 1 whatever its scale.
-    x, start = rows.double() * deviation.double(), offset.double()
-    p, w = probability.double(), weight.double()
-
-    def objective(at: Tensor) -> float:
-        score = start + x @ at
-        return float((w * (softplus(-score) + (1 - p) * score)).sum() + at.square().sum() / 2)
-
-    at = torch.zeros(x.shape[1], dtype=torch.float64)
-    value = objective(at)
-    for _ in range(iterations):
-        chance = torch.sigmoid(start + x @ at)
-        gradient = x.T @ (w * (chance - p)) + at
-        hessian = (x * (w * chance * (1 - chance))[:, None]).T @ x
-        hessian.diagonal().add_(1.0)
-        step, length = torch.linalg.solve(hessian, gradient), 1.0
-        while objective(at - length * step) > value and length > 1e-6:
-            length /= 2
-        before, at = value, at - length * step
-        value = objective(at)
-        if before - value < 1e-9:
-            break
-    return (at * deviation.double()).float()

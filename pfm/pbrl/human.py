@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from pfm.encoded import EncodedPairs
+from pfm.preferences.logistic import pairwise_log_loss
+from pfm.preferences.newton import newton_logistic
 
 __all__ = ["PARTS", "POOLINGS", "HumanSegments", "PeopleReward"]
 
@@ -263,43 +265,26 @@ class PeopleReward:
             raise ValueError(f"all {len(segments)} pairs are ties: nothing can be learned from them")
         scale = np.sqrt(np.square(differences).mean(0))
         scale = np.where(scale > 1e-12, scale, np.inf)  # what never differs has no weight
-        x, label = differences / scale, segments.label.astype(np.float64)
+        x, label = torch.from_numpy(differences / scale), torch.from_numpy(segments.label.astype(np.float64))
+
+        def solve(rows: Tensor, each: float, start: Tensor | None = None) -> Tensor:
+            # The penalty is on the mean loss, Newton's precision on half of the sum.
+            share = torch.full((int(rows.sum()),), 1 / int(rows.sum()), dtype=torch.float64)
+            return newton_logistic(x[rows], label[rows], share, 2 * each, start=start)[0]
+
         path = sorted(penalties, reverse=True)
         loss = np.zeros(len(path))
         names = np.random.default_rng(seed).permutation(np.unique(segments.episodes()))
         for part in np.array_split(names, folds) if len(path) > 1 else ():
-            out = np.isin(segments.episodes(), part).any(1)
+            out = torch.from_numpy(np.isin(segments.episodes(), part).any(1))
             if out.any() and not out.all():
-                weights = np.zeros(x.shape[1])
+                weights = None
                 for place, each in enumerate(path):
-                    weights = _logistic(x[~out], label[~out], each, weights)
-                    loss[place] += _losses(x[out] @ weights, label[out]).sum()
+                    weights = solve(~out, each, weights)
+                    loss[place] += pairwise_log_loss(x[out] @ weights, probability=label[out]) * int(out.sum())
         penalty = path[int(loss.argmin())]
-        return cls(_logistic(x, label, penalty, np.zeros(x.shape[1])) / scale, penalty)
+        return cls(solve(torch.ones(len(x), dtype=torch.bool), penalty).numpy() / scale, penalty)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """Give rewards (...) of values (..., F), or what differences (N, F) are worth."""
         return np.asarray(values, dtype=np.float64) @ self.weights
-
-
-def _losses(margin: np.ndarray, label: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0, margin) - label * margin
-
-
-def _logistic(x: np.ndarray, label: np.ndarray, penalty: float, weights: np.ndarray) -> np.ndarray:
-    """Minimise the mean loss plus ``penalty`` times the squared weights, by Newton's method from ``weights`` (F,)."""
-
-    def value(at: np.ndarray) -> float:
-        return float(_losses(x @ at, label).mean() + penalty * at @ at)
-
-    for _ in range(50):
-        chance = 0.5 * (1 + np.tanh(x @ weights / 2))
-        slope = x.T @ (chance - label) / len(label) + 2 * penalty * weights
-        curved = (x.T * (chance * (1 - chance))) @ x / len(label) + 2 * penalty * np.eye(len(weights))
-        step = np.linalg.solve(curved, slope)
-        while value(weights - step) > value(weights) + 1e-12:
-            step = step / 2
-        weights = weights - step
-        if np.abs(step).max(initial=0) < 1e-8:
-            break
-    return weights

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from pfm.preferences.newton import newton_logistic
+
 __all__ = ["PairwiseLogistic", "drawn_in", "fit_platt", "fit_temperature", "pairwise_log_loss"]
 
 
@@ -102,16 +104,7 @@ def fit_platt(score: Tensor, label: Tensor, weight: Tensor | None = None) -> tup
     y = label.double()
     share = torch.ones_like(x) if weight is None else weight.double()
     share = share / share.sum()
-    design = torch.stack([x, torch.ones_like(x)], dim=1)
-    at = torch.zeros(2, dtype=torch.float64)
-    for _ in range(50):
-        p = torch.sigmoid(design @ at)
-        gradient = design.T @ (share * (p - y)) + 1e-6 * at
-        hessian = (design * (share * p * (1 - p))[:, None]).T @ design + 1e-6 * torch.eye(2, dtype=torch.float64)
-        step = torch.linalg.solve(hessian, gradient)
-        at = at - step.clamp(-2, 2)
-        if float(step.abs().max()) < 1e-10:
-            break
+    at, _ = newton_logistic(torch.stack([x, torch.ones_like(x)], dim=1), y, share, 1e-6)
     if at[0] <= 0:
         return 0.0, 0.0
     return float(at[0]) / spread, float(at[1])
