@@ -71,7 +71,9 @@ class TaskReport:
 
 def read(runs: Iterable[Run]) -> list[PredictionRun]:
     """Read what each run predicted."""
-    return [PredictionRun(run.folder, run.metrics, PredictionTable.load(run.arrays)) for run in runs]
+    return [
+        PredictionRun(run.folder, run.metrics, PredictionTable.load(run.arrays), variant=run.variant) for run in runs
+    ]
 
 
 def compare(runs: Sequence[PredictionRun]) -> list[TaskReport]:

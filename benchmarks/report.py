@@ -1,7 +1,10 @@
-"""Tables and figures of finished runs: ``python -m benchmarks.report runs/text [--out DIR]``.
+"""Tables and figures of finished runs, of every kind that there is.
 
-Reads runs of every kind that :data:`KINDS` knows, and writes report.md, report.json, report.parquet (one row a run
-and figure) and the figures of every task.
+Writes report.md, report.json, report.parquet (one row a run and figure) and the figures of every task. Runs of one
+method under different settings, such as ``method.label_rounds=5``, have rows of their own.
+
+    python -m benchmarks.report runs/text
+    python -m benchmarks.report runs/pbrl --seeds 0 1 2 --out tables     # without the runs of other seeds
 """
 
 from __future__ import annotations
@@ -98,13 +101,16 @@ def _names(reports: Sequence[Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the reports, and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description="Tables and plots of runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, such as runs/text")
     parser.add_argument("--out", type=Path, help="where to write; default: the first of the folders")
+    parser.add_argument("--seeds", nargs="+", type=int, help="read the runs of these seeds only")
     options = parser.parse_args(arguments)
     folder: Path = options.out or options.runs[0]
     try:
-        runs = collect(options.runs)
+        runs = collect(options.runs, options.seeds)
         folder.mkdir(parents=True, exist_ok=True)
         texts, values = [], []
         for kind, write in KINDS.items():

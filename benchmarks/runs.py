@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +16,15 @@ __all__ = ["Run", "code_notes", "collect", "common_setting", "grouped"]
 
 @dataclass(frozen=True)
 class Run:
-    """Is a finished run: its folder, and what metrics.json says."""
+    """Is a finished run: its folder, and what metrics.json says.
+
+    ``variant`` names the settings in which its method differs from the other runs of that name, as :func:`collect`
+    finds them: "" for most, such as "label_rounds=5" for others.
+    """
 
     folder: Path
     metrics: dict[str, Any]
+    variant: str = field(default="", kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -33,13 +38,15 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Give the name of the method."""
-        return self.metrics["settings"]["method"]["name"]
+        """Give the name of the method, and of its variant."""
+        name = self.metrics["settings"]["method"]["name"]
+        return f"{name}[{self.variant}]" if self.variant else name
 
     @property
     def label(self) -> str:
-        """Give the method's name in tables."""
-        return self.metrics["settings"]["method"]["label"]
+        """Give the method's name in tables, and that of its variant."""
+        label = self.metrics["settings"]["method"]["label"]
+        return f"{label}, {self.variant}" if self.variant else label
 
     @property
     def seed(self) -> int:
@@ -60,13 +67,17 @@ class Run:
 AnyRun = TypeVar("AnyRun", bound=Run)
 
 
-def collect(paths: Iterable[Path]) -> list[Run]:
-    """Read all finished runs below some folders; of runs with equal settings the latest counts.
+def collect(paths: Iterable[Path], seeds: Sequence[int] | None = None) -> list[Run]:
+    """Read all finished runs below some folders, or those of some ``seeds``; of equal settings the latest run counts.
+
+    Runs of one method on one task whose settings differ, seeds aside, are variants: the one of most runs, and of these
+    the first that was run, keeps the method's name, the others say in what they differ from it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none of one of the seeds.
     """
     found: dict[str, Run] = {}
+    paths = list(paths)
     for root in paths:
         for path in root.rglob(METRICS):
             run = Run(path.parent, json.loads(path.read_text(encoding="utf-8")))
@@ -75,7 +86,57 @@ def collect(paths: Iterable[Path]) -> list[Run]:
                 found[run.metrics["key"]] = run
     if not found:
         raise ValueError(f"no finished run ({METRICS}) in {', '.join(map(str, paths))}")
-    return list(found.values())
+    if missing := set(seeds or ()) - {run.seed for run in found.values()}:
+        raise ValueError(
+            f"no finished run of seed {', '.join(map(str, sorted(missing)))} in {', '.join(map(str, paths))}"
+        )
+    return _variants_named([run for run in found.values() if not seeds or run.seed in seeds])
+
+
+def _variants_named(runs: list[Run]) -> list[Run]:
+    """Tell runs of one method apart whose settings differ."""
+    by_method: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.metrics["finished"]):
+        by_method[run.task, run.method].append(run)
+    named = []
+    for mine in by_method.values():
+        variants: list[tuple[dict[str, Any], list[Run]]] = []
+        for run in mine:
+            settings = dict(_leaves(run.metrics["settings"]["method"]))
+            for known, members in variants:
+                if not _differing(known, settings):
+                    known |= settings
+                    members.append(run)
+                    break
+            else:
+                variants.append((settings, [run]))
+        base = max(variants, key=lambda variant: len(variant[1]))[0]
+        for settings, members in variants:
+            variant = ", ".join(f"{name}={settings.get(name)}" for name in _differing(base, settings))
+            named += [replace(run, variant=variant) for run in members]
+    return named
+
+
+def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the settings by their dotted names, without seeds and what a method is called."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{name}.")
+        elif name not in ("seed", "label"):
+            yield f"{above}{name}", value
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Name the settings that are not the same.
+
+    An option that is not given has its default. A field of a method's own that one of them lacks is another matter:
+    the code of then did not know it.
+    """
+    return [
+        name
+        for name in {**one, **other}
+        if one.get(name) != other.get(name) and ("." in name or (name in one and name in other))
+    ]
 
 
 def common_setting(run: Run, names: Sequence[str]) -> str:

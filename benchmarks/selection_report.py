@@ -71,7 +71,7 @@ class TaskReport:
 
 def read(runs: Iterable[Run]) -> list[ChoiceRun]:
     """Read what each run chose."""
-    return [ChoiceRun(run.folder, run.metrics, ChoiceTable.load(run.arrays)) for run in runs]
+    return [ChoiceRun(run.folder, run.metrics, ChoiceTable.load(run.arrays), variant=run.variant) for run in runs]
 
 
 def compare(runs: Sequence[ChoiceRun]) -> list[TaskReport]:

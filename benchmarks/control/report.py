@@ -27,7 +27,6 @@ __all__ = ["FLOW", "ControlReport", "Reached", "ahead", "compare", "markdown", "
 
 Array = NDArray[np.float64]
 FLOW = "flow"  # the method that others are held against, on the same pairs
-_AGAIN = "_relabel"  # in the names of methods with further rounds of labels, around the policy that they chose
 _ORACLES = ("oracle_best_of",)
 _CONTROLS = ("flow_shuffled", "flow_swapped")  # without a choice on episodes, which knows more than labels
 _FREE = ("pairs", "limit")  # settings of a task over which curves are drawn
@@ -59,22 +58,25 @@ class Reached:
     @property
     def relabelled(self) -> bool:
         """Tell whether its labels were collected in more than one round."""
-        return _AGAIN in self.name
+        return self._setting("label_rounds", 1) > 1
 
     @property
     def flow(self) -> bool:
         """Tell whether it is a flow with the labels as given."""
-        return self.name.startswith(FLOW) and not self.control
+        return self._setting("family", "") == "control.flow" and not self.control
 
     @property
     def oracle(self) -> bool:
         """Tell whether the simulator was asked while it acted."""
-        return self.name in _ORACLES
+        return self._setting("by", "") == "oracle"
 
     @property
     def control(self) -> bool:
         """Tell whether it learned from wrong labels, on purpose."""
-        return "_shuffled" in self.name or "_swapped" in self.name
+        return self._setting("labels", "given") != "given"
+
+    def _setting(self, name: str, otherwise: Any) -> Any:
+        return self.runs[0].metrics["settings"]["method"].get(name, otherwise)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""Finished runs on disk: which count, and which are told apart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report
+from benchmarks.runs import collect
+
+
+def written(root: Path, seed: int, hour: int, name: str = "flow", **settings: Any) -> None:
+    method = {"name": name, "label": name.title(), "flow": {"seed": seed}} | settings
+    key = json.dumps([method, seed])
+    metrics = {
+        "key": key,
+        "kind": "control",
+        "settings": {"task": {"name": "t"}, "method": method, "seed": seed},
+        "finished": f"2026-01-01T{hour:02}:00:00+00:00",
+    }
+    folder = root / f"{len(list(root.iterdir()))}"
+    folder.mkdir()
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def named(root: Path, seeds: list[int] | None = None) -> list[tuple[str, str, int]]:
+    return sorted((run.method, run.label, run.seed) for run in collect([root], seeds))
+
+
+def test_settings_that_differ_make_another_method(tmp_path: Path):
+    for seed in (0, 1):
+        written(tmp_path, seed, hour=seed + 2, label_rounds=1, strengths=[1.0])
+    written(tmp_path, 0, hour=0, label_rounds=5, strengths=[1.0])
+    written(tmp_path, 0, hour=1, label_rounds=1, strengths=[1.0], flow={"seed": 0, "linear": False})
+    assert named(tmp_path) == [
+        ("flow", "Flow", 0),
+        ("flow", "Flow", 1),
+        ("flow[flow.linear=False]", "Flow, flow.linear=False", 0),
+        ("flow[label_rounds=5]", "Flow, label_rounds=5", 0),
+    ]
+
+
+def test_the_first_keeps_the_name_where_there_are_as_many_of_each(tmp_path: Path):
+    written(tmp_path, 0, hour=5, label_rounds=2)
+    written(tmp_path, 0, hour=4, label_rounds=1)
+    assert [method for method, _, _ in named(tmp_path)] == ["flow", "flow[label_rounds=2]"]
+
+
+def test_a_field_that_the_code_of_then_did_not_have_tells_nothing_apart(tmp_path: Path):
+    written(tmp_path, 0, hour=1)
+    written(tmp_path, 1, hour=2, guidances=[1.0])
+    assert {method for method, _, _ in named(tmp_path)} == {"flow"}
+
+
+def test_other_seeds_are_left_out_when_some_are_asked_for(tmp_path: Path):
+    for seed in (0, 1, 7):
+        written(tmp_path, seed, hour=seed, label_rounds=1)
+    assert [seed for _, _, seed in named(tmp_path, [0, 1])] == [0, 1]
+    with pytest.raises(ValueError, match="no finished run of seed 3"):
+        collect([tmp_path], [0, 3])
+
+
+def test_a_report_of_a_seed_that_was_not_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    written(tmp_path, 0, hour=1)
+    assert report.main([str(tmp_path), "--seeds", "4"]) == 2
+    assert "no finished run of seed 4" in capsys.readouterr().err
