@@ -36,7 +36,7 @@ def uniforms(count: int = 20_000) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def rejected_line(tmp_path_factory) -> PreferenceFlow:
-    config = FlowConfig(source="rejected", epochs=40)
+    config = FlowConfig(source="rejected", epochs=24, batch_size=1024)
     return shared_flow(
         tmp_path_factory, "rejected_line", lambda: PreferenceFlow.fit(line_pairs(), config, progress=False)
     )
@@ -44,7 +44,7 @@ def rejected_line(tmp_path_factory) -> PreferenceFlow:
 
 @pytest.fixture(scope="module")
 def reference_line(tmp_path_factory) -> PreferenceFlow:
-    config = FlowConfig(epochs=16)
+    config = FlowConfig(epochs=8)
     return shared_flow(
         tmp_path_factory, "reference_line", lambda: PreferenceFlow.fit(line_pairs(), config, progress=False)
     )
@@ -138,9 +138,10 @@ def test_a_context_steers_and_a_permuted_context_does_not(compass):
 
 def test_swapped_labels_mirror_and_shuffled_labels_gain_nothing(compass):
     gain = compass_gain(compass)
-    swapped = PreferenceFlow.fit(compass_pairs().swap(), QUICK, progress=False)
+    brief = QUICK.replace(epochs=10)
+    swapped = PreferenceFlow.fit(compass_pairs().swap(), brief, progress=False)
     assert compass_gain(swapped) == pytest.approx(-gain, rel=0.1)
-    shuffled = PreferenceFlow.fit(compass_pairs().shuffle_labels(1), QUICK, progress=False)
+    shuffled = PreferenceFlow.fit(compass_pairs().shuffle_labels(1), brief, progress=False)
     assert abs(compass_gain(shuffled)) < 0.08 * gain
 
 

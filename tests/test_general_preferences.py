@@ -1,9 +1,11 @@
 """General preferences: cycles, a dominant winner above one, skew-symmetry, calibration, saving, bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from made_once import made_once
 
 from pfm import EncodedPairs
 from pfm.preferences import (
@@ -12,6 +14,7 @@ from pfm.preferences import (
     HybridPreference,
     MeanShift,
     PreferenceEnsemble,
+    PreferenceModel,
     RelevancePreference,
     ViewPreference,
     calibration,
@@ -55,20 +58,24 @@ def accuracy(model, pairs: EncodedPairs) -> float:
     return float((pair_scores(model, pairs) > 0).double().mean())
 
 
-@pytest.fixture(scope="module")
-def fitted() -> dict:
+def _fit_all(folder: Path) -> None:
     pairs = kinds(2000, CYCLE, seed=0)
-    return {
-        "general": GeneralPreference(hidden=32).fit(pairs),
-        "closed": GeneralPreference(hidden=0).fit(pairs),
-        "linear": BradleyTerry().fit(pairs),
-        "shift": MeanShift().fit(pairs),
-    }
+    GeneralPreference(hidden=32).fit(pairs).save(folder / "general")
+    GeneralPreference(hidden=0).fit(pairs).save(folder / "closed")
+    BradleyTerry().fit(pairs).save(folder / "linear")
+    MeanShift().fit(pairs).save(folder / "shift")
+    HybridPreference().fit(kinds(2500, DOMINANT, seed=0)).save(folder / "hybrid")
 
 
 @pytest.fixture(scope="module")
-def hybrid() -> HybridPreference:
-    return HybridPreference().fit(kinds(2500, DOMINANT, seed=0))
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = made_once(tmp_path_factory, "general_preferences", _fit_all)
+    return {name: load(folder / name) for name in ("general", "closed", "linear", "shift")}
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> PreferenceModel:
+    return load(made_once(tmp_path_factory, "general_preferences", _fit_all) / "hybrid")
 
 
 # -- what they can express ----------------------------------------------------------------------------------------
@@ -307,10 +314,14 @@ def test_calibration_takes_back_certainty_and_an_ensemble_is_calibrated():
 # -- saving -------------------------------------------------------------------------------------------------------
 
 
-def test_models_are_saved_and_loaded(fitted, hybrid, tmp_path):
+def test_models_are_saved_and_loaded(tmp_path):
     y, other = torch.randn(2, 5, DIMENSION)
-    ensemble = PreferenceEnsemble([BradleyTerry(), MeanShift()], folds=2).fit(kinds(200, CYCLE, seed=0))
-    for number, model in enumerate([*fitted.values(), hybrid, ensemble]):
+    models = [
+        GeneralPreference(hidden=8), GeneralPreference(hidden=0), BradleyTerry(), MeanShift(), HybridPreference(),
+        PreferenceEnsemble([BradleyTerry(), MeanShift()], folds=2),
+    ]  # fmt: skip
+    for number, model in enumerate(models):
+        model.fit(kinds(300, CYCLE, seed=0))
         again = load(model.save(tmp_path / str(number)))
         assert type(again) is type(model)
         assert again.found == model.found
