@@ -155,6 +155,17 @@ def test_fewer_pairs_are_the_first_of_more(folder: Path, finished: dict[str, dic
     assert all(row.tobytes() in rows for row in seen)
 
 
+def test_rounds_ask_for_as_many_labels_each(folder: Path, tmp_path: Path):
+    config = settings(folder, "mean_shift_network", **{"method.label_rounds": 3, "task.members": 3})
+    run(config, tmp_path)
+    rounds = json.loads((tmp_path / "metrics.json").read_text())["notes"]["label_rounds"]
+    assert len(rounds) == 3
+    asked = [found["labels"] for found in rounds]
+    assert sum(asked) <= 300  # of which a tenth is held out
+    assert sum(asked) >= 240
+    assert max(asked) - min(asked) <= 3
+
+
 def test_the_report_adds_up(folder: Path, finished: dict[str, dict[str, Any]], tmp_path: Path):
     assert report.main([str(folder), "--out", str(tmp_path)]) == 0
     (found,) = compare([each for each in collect([folder]) if each.kind == "control"])

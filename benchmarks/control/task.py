@@ -170,11 +170,11 @@ class ControlTask:
         standing, found = Candidate({"standing still": True}, self.reference), []
         for number in range(rounds):
             if number:
-                train = self._collect(standing.policy, len(train), self.seed + _LABELS * number)
+                train = self._collect(standing.policy, len(train.comparisons), self.seed + _LABELS * number)
             data = self._data(train, standing.policy)
             notes = method.learn(data, bench)
             chosen, tried = self._choose(method, env, standing)
-            found.append(notes | {"chosen": chosen.settings, "tried": tried})
+            found.append(notes | {"labels": train.labels, "chosen": chosen.settings, "tried": tried})
             standing = Candidate({"standing still": True}, chosen.policy)
         return standing, found[0] if rounds == 1 else {"label_rounds": found}
 
