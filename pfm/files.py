@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cache_folder", "replace_file", "replace_json", "require_files"]
+__all__ = ["cache_folder", "claim_folder", "replace_file", "replace_json", "require_files"]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -32,6 +32,26 @@ def replace_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def claim_folder(folder: Path, name: str, settings: dict[str, Any], what: str) -> None:
+    """Note in the file ``name`` what a folder is made with, or refuse one that was made with other settings.
+
+    Raises:
+        ValueError: it was; the message says ``what`` it holds and names the first setting that differs.
+    """
+    path = folder / name
+    ours = json.loads(json.dumps(settings))
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_json(path, ours)
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in ours.items():
+        if theirs.get(key) != value:
+            raise ValueError(
+                f"{folder} holds {what} with {key}={theirs.get(key)!r}, and this one has {value!r}: use another folder"
+            )
 
 
 def require_files(folder: Path, names: Sequence[str], writer: str) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from pfm.pbrl.flow_policy import FlowPolicy, PolicyCounts, RoundsChoice, choose_rounds
     from pfm.pbrl.human import HumanSegments, PeopleReward
+    from pfm.pbrl.improvement import Improvement, PolicyRound, improve, load_improvement
     from pfm.pbrl.policies import (
         ActorPolicy,
         ClonedPolicy,
@@ -52,10 +53,12 @@ _HOME = {
     "FittedValue": "values",
     "FlowPolicy": "flow_policy",
     "HumanSegments": "human",
+    "Improvement": "improvement",
     "NoisyPolicy": "policies",
     "PeopleReward": "human",
     "Policy": "policies",
     "PolicyCounts": "flow_policy",
+    "PolicyRound": "improvement",
     "Rollout": "rollouts",
     "RoundsChoice": "flow_policy",
     "SegmentPairs": "segments",
@@ -70,6 +73,8 @@ _HOME = {
     "collect": "collection",
     "episode_returns": "rollouts",
     "episode_seeds": "rollouts",
+    "improve": "improvement",
+    "load_improvement": "improvement",
     "load_policy": "policies",
     "make_env": "environments",
     "play": "rollouts",
@@ -89,10 +94,12 @@ __all__ = [
     "FittedValue",
     "FlowPolicy",
     "HumanSegments",
+    "Improvement",
     "NoisyPolicy",
     "PeopleReward",
     "Policy",
     "PolicyCounts",
+    "PolicyRound",
     "Rollout",
     "RoundsChoice",
     "SegmentPairs",
@@ -107,6 +114,8 @@ __all__ = [
     "collect",
     "episode_returns",
     "episode_seeds",
+    "improve",
+    "load_improvement",
     "load_policy",
     "make_env",
     "play",

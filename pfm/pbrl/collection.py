@@ -12,7 +12,6 @@ workers, and a collection that was interrupted goes on from the shards that are 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from pfm.files import replace_json
+from pfm.files import claim_folder
 from pfm.pbrl.finite import all_finite
 from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
@@ -155,7 +154,7 @@ def collect(
     states = math.ceil(pairs / per_state)
     place = None if folder is None else Path(folder)
     if place is not None:
-        _claim(place, settings)
+        claim_folder(place, MANIFEST, asdict(settings), "a collection")
     work = _Work(environment, policy, value, settings, place)
     sizes = [min(SHARD, states - begin) for begin in range(0, states, SHARD)]
     parts: list[SegmentPairs | None] = [None] * len(sizes)
@@ -607,12 +606,20 @@ def open_environment(environment: Any) -> tuple[Any, str]:
     )
 
 
+def fingerprint(env: Any, policy: Any) -> str:
+    """Give a short name of what a policy does at a few observations of a batch environment.
+
+    Raises:
+        ValueError: the policy's actions are not those of the environment.
+    """
+    action, _ = policy.predict(env.reset(8, 0), None, np.ones(8, dtype=bool), True)
+    _check_actions(action, env, 8)
+    return _digest(np.asarray(action, dtype=np.float64))
+
+
 def _fingerprints(env: Any, policy: Any, value: Value | None, discount: float) -> tuple[str, str | None]:
     """Give short names of what the policy does and of what the value says at a few observations, with their checks."""
-    observation = env.reset(8, 0)
-    action, _ = policy.predict(observation, None, np.ones(8, dtype=bool), True)
-    _check_actions(action, env, 8)
-    acts = _digest(np.asarray(action, dtype=np.float64))
+    acts = fingerprint(env, policy)
     if value is None:
         return acts, None
     if not hasattr(env, "terminated"):
@@ -623,7 +630,7 @@ def _fingerprints(env: Any, policy: Any, value: Value | None, discount: float) -
     theirs = getattr(value, "discount", discount)
     if not math.isclose(theirs, discount):
         raise ValueError(f"the value has discount {theirs} and the collection {discount}: give both the same")
-    expected = _expected(value, observation)
+    expected = _expected(value, env.reset(8, 0))
     return acts, _digest(expected / max(float(np.abs(expected).max()), 1e-12))
 
 
@@ -638,23 +645,6 @@ def _expected(value: Value, observation: np.ndarray) -> np.ndarray:
     if not np.isfinite(expected).all():
         raise ValueError("value gives NaN or infinity")
     return expected.reshape(-1)
-
-
-def _claim(folder: Path, settings: _Settings) -> None:
-    """Write the settings beside the shards, or refuse those of another collection."""
-    path = folder / MANIFEST
-    ours = asdict(settings)
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_json(path, ours)
-        return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in ours.items():
-        if theirs.get(name) != value:
-            raise ValueError(
-                f"{folder} holds a collection with {name}={theirs.get(name)!r}, and this one has {value!r}: "
-                "use another folder"
-            )
 
 
 def _bar(items: Iterator[Any], total: int, progress: bool) -> Any:

@@ -1,0 +1,184 @@
+"""Labels in rounds: each part is asked for around the policy that the part before has led to.
+
+One flow is learned near the reference, and carried far it leaves what its data knew. A refined policy is a policy
+again: segments around it show what is better from there. In as many labels, several short steps then go further than
+a long one wherever labels are easy to learn from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from pfm.config import FlowConfig
+from pfm.files import claim_folder, replace_json
+from pfm.flow import PreferenceFlow
+from pfm.pbrl.collection import collect, fingerprint, open_environment
+from pfm.pbrl.flow_policy import FlowPolicy
+from pfm.pbrl.policies import Policy
+from pfm.pbrl.rollouts import episode_returns
+
+__all__ = ["Improvement", "PolicyRound", "improve", "load_improvement"]
+
+STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
+FORMS = ("residual", "directions")  # of which the policy itself is the zero segment, whatever it is by now
+VALIDATION = 1_000_003  # added to the seed: the starts of validation episodes are those of no collection
+SETTINGS, CHOSEN, FLOW, SEGMENTS = "improvement.json", "chosen.json", "flow", "segments"
+
+
+@dataclass(frozen=True)
+class PolicyRound:
+    """Says what one round asked and chose.
+
+    ``labels`` were given. ``returns`` holds what the policy earned in the validation episodes, on average, as it was
+    and with the flow of this round at each strength; ``strength`` is the best of them, 0 if the policy was kept.
+    """
+
+    labels: int
+    strength: float
+    kept: float
+    returns: dict[float, float]
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """Holds the policy that the rounds have led to, and what each of them chose.
+
+    ``policy`` is a :class:`FlowPolicy` upon that of the round before, or the reference where no round was worth it.
+    What is noted was chosen among several on the same starts, and is flattered by that: measure the policy on others,
+    with :func:`episode_returns`.
+    """
+
+    policy: Policy
+    rounds: list[PolicyRound]
+
+    def __str__(self) -> str:
+        """Write a table, a line a round."""
+        lines = [f"{'round':>5}  {'labels':>7}  {'strength':>8}  {'return before':>13}  {'and after':>9}"]
+        for number, each in enumerate(self.rounds, 1):
+            after = each.returns.get(each.strength, each.kept)
+            strength = f"{each.strength:g}" if each.strength else "none"
+            lines.append(f"{number:>5}  {each.labels:>7,}  {strength:>8}  {each.kept:>13.2f}  {after:>9.2f}")
+        return "\n".join(lines)
+
+
+def improve(
+    environment: Any,
+    policy: Policy,
+    pairs: int,
+    *,
+    rounds: int = 5,
+    strengths: Sequence[float] = STRENGTHS,
+    episodes: int = 16,
+    form: str = "residual",
+    config: FlowConfig | Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **collecting: Any,
+) -> Improvement:
+    """Refine a frozen policy in rounds of collecting, fitting a flow, and choosing how far to follow it.
+
+    Args:
+        environment: a gymnasium id, a batch environment, or a callable that makes one.
+        policy: anything with stable-baselines3's ``predict``; it is never changed.
+        pairs: comparisons to ask for altogether; every round asks for ``pairs // rounds``.
+        rounds: at least 1.
+        strengths: multiples of one pass to choose from, above 0. A round whose flow earns no more at any of them than
+            the policy without it leaves the policy as it is.
+        episodes: whole ones, by whose mean return is chosen, from the same starts in every round.
+        form: of the segments, "residual" or "directions", see :meth:`SegmentPairs.encode`.
+        config: of the flows, see :class:`pfm.FlowConfig`.
+        folder: where rounds are kept as they end; the same call goes on from there, and :func:`load_improvement` reads
+            it. None keeps nothing.
+        seed: of data, fits and starts.
+        progress: show progress bars.
+        **collecting: ``length``, ``continuation`` and other settings of :func:`collect`. No ``value``: it would be of
+            the policy that the rounds leave behind.
+
+    Raises:
+        ValueError: an argument is out of range, or ``folder`` holds an improvement with other settings.
+        TypeError: an argument that :func:`collect` does not take.
+    """
+    for name, count in (("rounds", rounds), ("episodes", episodes)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1: got {count!r}")
+    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < rounds:
+        raise ValueError(f"pairs must be a whole number of at least the {rounds} rounds: got {pairs!r}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
+    if not strengths or not all(math.isfinite(each) and each > 0 for each in strengths):
+        raise ValueError(f"strengths must be numbers above 0, at least one: got {list(strengths)}")
+    if collecting.get("value") is not None:
+        raise ValueError("value is of one policy, and every round has another: give continuation, or call collect")
+    settings = config if isinstance(config, FlowConfig) else FlowConfig.from_dict(dict(config or {}))
+    place = None if folder is None else Path(folder)
+    played, name = open_environment(environment)
+    if place is not None:
+        claim_folder(place, SETTINGS, {
+            "environment": name, "policy": fingerprint(played, policy), "pairs": pairs, "rounds": rounds,
+            "strengths": list(strengths), "episodes": episodes, "form": form, "seed": seed, "flow": settings.to_dict(),
+            "collecting": {key: repr(value) for key, value in sorted(collecting.items()) if key != "workers"},
+        }, "an improvement")  # fmt: skip
+
+    def earned(candidate: Policy) -> float:
+        simulator = environment if isinstance(environment, str) else played
+        return float(episode_returns(simulator, candidate, episodes, seed + VALIDATION, batch=episodes).mean())
+
+    done: list[PolicyRound] = []
+    standing, kept = policy, None
+    for number in tqdm(range(rounds), desc="rounds", disable=not progress):
+        home = None if place is None else place / f"round-{number + 1}"
+        if home is not None and (home / CHOSEN).is_file():
+            standing, found = _read(home, standing)
+        else:
+            segments = collect(
+                environment, standing, pairs // rounds, seed=seed + number, progress=progress,
+                folder=None if home is None else home / SEGMENTS, **collecting,
+            )  # fmt: skip
+            flow = PreferenceFlow.fit(segments.encode(form), settings, progress=progress)
+            choices = {strength: FlowPolicy(flow, standing, strength=strength) for strength in strengths}
+            kept = earned(standing) if kept is None else kept
+            returns = {strength: earned(choice) for strength, choice in choices.items()}
+            best = max(returns, key=lambda strength: returns[strength])
+            strength = best if returns[best] > kept else 0.0
+            found = PolicyRound(segments.labels, strength, kept, returns)
+            standing = choices.get(strength, standing)
+            if home is not None:
+                if strength:
+                    flow.save_pretrained(home / FLOW)
+                replace_json(home / CHOSEN, asdict(found))
+        kept = found.returns.get(found.strength, found.kept)
+        done.append(found)
+    return Improvement(standing, done)
+
+
+def load_improvement(folder: str | Path, policy: Policy) -> Improvement:
+    """Load what :func:`improve` kept in ``folder``, as far as it came, upon the policy that it began with.
+
+    Raises:
+        FileNotFoundError: there is no finished round.
+    """
+    place, rounds, standing = Path(folder), [], policy
+    while (home := place / f"round-{len(rounds) + 1}").joinpath(CHOSEN).is_file():
+        standing, found = _read(home, standing)
+        rounds.append(found)
+    if not rounds:
+        raise FileNotFoundError(f"{place} holds no finished round: give a folder of pfm.pbrl.improve(..., folder=...)")
+    return Improvement(standing, rounds)
+
+
+def _read(home: Path, standing: Policy) -> tuple[Policy, PolicyRound]:
+    """Read one round, and give its policy upon the one before."""
+    found = json.loads((home / CHOSEN).read_text(encoding="utf-8"))
+    found["returns"] = {float(strength): value for strength, value in found["returns"].items()}
+    each = PolicyRound(**found)
+    if not each.strength:
+        return standing, each
+    return FlowPolicy(PreferenceFlow.from_pretrained(home / FLOW), standing, strength=each.strength), each
