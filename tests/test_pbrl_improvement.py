@@ -127,6 +127,7 @@ def test_a_folder_without_a_round_says_what_writes_one(tmp_path: Path):
         ({"strengths": ()}, "at least one"),
         ({"strengths": (1.0, -1.0)}, "numbers above 0"),
         ({"value": lambda seen: seen[:, 0]}, "value is of one policy"),
+        ({"noise": None}, "noise=None draws the policy's own actions"),
         ({"length": 0}, "length must be a whole number"),
     ],
 )

@@ -100,7 +100,7 @@ def improve(
         seed: of data, fits and starts.
         progress: show progress bars.
         **collecting: ``length``, ``continuation`` and other settings of :func:`collect`. No ``value``: it would be of
-            the policy that the rounds leave behind.
+            the policy that the rounds leave behind. ``noise`` must be a number: refined policies draw nothing.
 
     Raises:
         ValueError: an argument is out of range, or ``folder`` holds an improvement with other settings.
@@ -117,6 +117,9 @@ def improve(
         raise ValueError(f"strengths must be numbers above 0, at least one: got {list(strengths)}")
     if collecting.get("value") is not None:
         raise ValueError("value is of one policy, and every round has another: give continuation, or call collect")
+    if rounds > 1 and collecting.get("noise", 0.0) is None:
+        raise ValueError("noise=None draws the policy's own actions, and a refined policy has no noise of its own: give "
+                         "the noise of the segments, such as 0.3")  # fmt: skip
     settings = config if isinstance(config, FlowConfig) else FlowConfig.from_dict(dict(config or {}))
     place = None if folder is None else Path(folder)
     played, name = open_environment(environment)
