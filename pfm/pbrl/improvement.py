@@ -118,8 +118,9 @@ def improve(
     if collecting.get("value") is not None:
         raise ValueError("value is of one policy, and every round has another: give continuation, or call collect")
     if rounds > 1 and collecting.get("noise", 0.0) is None:
-        raise ValueError("noise=None draws the policy's own actions, and a refined policy has no noise of its own: give "
-                         "the noise of the segments, such as 0.3")  # fmt: skip
+        raise ValueError(
+            "noise=None draws the policy's own actions, and a refined policy draws none: give a number, as 0.3"
+        )
     settings = config if isinstance(config, FlowConfig) else FlowConfig.from_dict(dict(config or {}))
     place = None if folder is None else Path(folder)
     played, name = open_environment(environment)
