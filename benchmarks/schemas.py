@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from hydra.core.config_store import ConfigStore
 
 from benchmarks import acquisition_config, config, pool_config, preference_config
@@ -13,8 +15,9 @@ _WITH_TASKS = (config, acquisition_config, preference_config, control_config)
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
 
 
+@cache
 def register() -> None:
-    """Store the dataclasses under "schema", "schema/task" and "schema/method"."""
+    """Store the dataclasses under "schema", "schema/task" and "schema/method", once."""
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=config.RunConfig)
     tasks = [("schema/task", name, node) for module in _WITH_TASKS for name, node in module.TASKS.items()]
