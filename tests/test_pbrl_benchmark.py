@@ -212,3 +212,13 @@ def test_animations_show_both_to_the_end(tmp_path: Path):
         last = np.asarray(image.convert("L"))
     assert abs(int(last[200, 100]) - 180) < 8  # the longer one, at its end
     assert abs(int(last[200, 320]) - 90) < 8  # the shorter one, where it ended
+
+
+def test_answers_by_a_coin_are_of_the_same_segments_and_teach_no_method(folder: Path, tmp_path: Path):
+    config = settings(folder, "mean_shift_network", **{"task.teacher": "coin", "method.strengths": "[1.0]"})
+    run(config, tmp_path)
+    told = cast(ControlTask, load_task(settings(folder, "flow").task, 0)).segments()[0]
+    coin = cast(ControlTask, load_task(config.task, 0)).segments()[0]
+    np.testing.assert_array_equal(told.actions, coin.actions)
+    agree = (told.label == coin.label).mean()
+    assert 0.35 < agree < 0.65

@@ -34,8 +34,10 @@ class ControlConfig(TaskConfig):
 
     What is learned from, see :func:`pfm.pbrl.collect`
         pairs: comparisons asked for (``limit`` keeps so many). length, continuation, noise, correlation, explore,
-        teacher, members. held_out: share of the trajectories on which nothing is fitted. value: the discount of a
-        fitted value of the reference that stands for the continuation in labels, such as 0.97; None for none.
+        members. teacher: one of :data:`pfm.pbrl.TEACHERS`; or "coin", whose answers say nothing, the control for any
+        method: what it gains from them is what choosing among settings by episodes gains. held_out: share of the
+        trajectories on which nothing is fitted. value: the discount of a fitted value of the reference that stands for
+        the continuation in labels, such as 0.97; None for none.
 
     How it is measured
         episodes: of the test, their starts the same for every method of a seed. validation: episodes, of other starts,

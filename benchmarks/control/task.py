@@ -16,7 +16,7 @@ from benchmarks.control.config import ControlConfig
 from benchmarks.control.learning import Candidate, ControlData, ControlMethod
 from benchmarks.control.references import load_reference, normalised_score
 from pfm.files import replace_file
-from pfm.pbrl import BatchedPendulum, FittedValue, VectorEnv, episode_returns, episode_seeds
+from pfm.pbrl import BatchedPendulum, FittedValue, Teacher, VectorEnv, episode_returns, episode_seeds
 from pfm.pbrl.collection import collect
 from pfm.pbrl.segments import SegmentPairs, pick_states, unpack_states
 from pfm.statistics import Bootstrap, Estimate
@@ -27,6 +27,7 @@ Array = NDArray[np.float64]
 
 # Parts of a seed's randomness. Test episodes and states are those of no other part.
 _VALIDATE, _TEST, _LABELS = 1_000_003, 2_000_003, 3_000_017
+_COIN = Teacher(mistake=0.5)
 _BATCH = 64  # episodes that are stepped together
 # Environments that have a twin in array code, hundreds of times as fast
 _TWINS = {"Pendulum-v1": BatchedPendulum}
@@ -133,7 +134,7 @@ class ControlTask:
             continuation=config.continuation if value is None else 0,
             discount=1.0 if value is None else value.discount,
             value=value,
-            teacher=config.teacher,
+            teacher=_COIN if config.teacher == "coin" else config.teacher,
             seed=seed,
             members=config.members,
             noise=config.noise,
