@@ -48,7 +48,7 @@ def test_every_round_goes_on_from_the_last(kept: Path):
     found = load_improvement(kept, Steering())
     assert [each.labels for each in found.rounds] == [200, 200, 200]
     for before, after in zip(found.rounds, found.rounds[1:], strict=False):
-        assert after.kept == before.returns.get(before.strength, before.kept)
+        assert after.kept == before.reached
     # On starts that chose nothing: each round's policy is better than the one below it.
     policy, earned = found.policy, []
     while isinstance(policy, FlowPolicy):
@@ -69,6 +69,18 @@ def test_answers_by_a_coin_lead_nowhere(kept: Path):
     gain = (returns(learned.policy) - before).mean()
     assert gain > 1
     assert abs((returns(chance.policy) - before).mean()) < 0.25 * gain
+
+
+def test_without_episodes_labels_alone_are_followed():
+    settings = {**SETTINGS, "episodes": 0, "strengths": (1.0,), "rounds": 2}
+    found = improve(BatchedPointMass, Steering(), 600, **settings)
+    assert [(each.strength, each.kept, each.returns) for each in found.rounds] == [(1.0, None, {})] * 2
+    assert str(found).splitlines()[2].split() == ["2", "300", "1", "–", "–"]
+    chance = improve(BatchedPointMass, Steering(), 600, teacher=Teacher(mistake=0.5), **settings)
+    before = returns(Steering())
+    gain = (returns(found.policy) - before).mean()
+    assert gain > 1
+    assert abs((returns(chance.policy) - before).mean()) < 0.1 * gain
 
 
 def test_a_policy_that_nothing_improves_is_kept():
@@ -121,7 +133,8 @@ def test_a_folder_without_a_round_says_what_writes_one(tmp_path: Path):
     ("changed", "message"),
     [
         ({"rounds": 0}, "rounds must be a whole number of at least 1: got 0"),
-        ({"episodes": 0}, "episodes must be"),
+        ({"episodes": -1}, "episodes must be"),
+        ({"episodes": 0}, r"episodes=0 chooses nothing: give one strength, such as \(1.0,\), got \[1.0, 2.0, 4.0\]"),
         ({"rounds": 700}, "pairs must be a whole number of at least the 700 rounds: got 600"),
         ({"form": "actions"}, "form must be one of residual, directions: got 'actions'"),
         ({"strengths": ()}, "at least one"),

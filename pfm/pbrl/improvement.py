@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,20 @@ SETTINGS, CHOSEN, FLOW, SEGMENTS = "improvement.json", "chosen.json", "flow", "s
 class PolicyRound:
     """Says what one round asked and chose.
 
-    ``labels`` were given. ``returns`` holds what the policy earned in the validation episodes, on average, as it was
-    and with the flow of this round at each strength; ``strength`` is the best of them, 0 if the policy was kept.
+    ``labels`` were given. ``kept`` is what the policy earned in the validation episodes, on average, as it was, and
+    ``returns`` what it earned with the flow of this round at each strength; ``strength`` is the best of them, 0 if the
+    policy was kept. Without episodes there are no returns, and ``kept`` is None.
     """
 
     labels: int
     strength: float
-    kept: float
+    kept: float | None
     returns: dict[float, float]
+
+    @property
+    def reached(self) -> float | None:
+        """Give what the policy that was chosen earned in the validation episodes."""
+        return self.returns.get(self.strength, self.kept)
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,8 @@ class Improvement:
     """Holds the policy that the rounds have led to, and what each of them chose.
 
     ``policy`` is a :class:`FlowPolicy` upon that of the round before, or the reference where no round was worth it.
-    What is noted was chosen among several on the same starts, and is flattered by that: measure the policy on others,
-    with :func:`episode_returns`.
+    The returns are those by which was chosen, and flattered by that: measure the policy from other starts, with
+    :func:`episode_returns`.
     """
 
     policy: Policy
@@ -62,9 +68,9 @@ class Improvement:
         """Write a table, a line a round."""
         lines = [f"{'round':>5}  {'labels':>7}  {'strength':>8}  {'return before':>13}  {'and after':>9}"]
         for number, each in enumerate(self.rounds, 1):
-            after = each.returns.get(each.strength, each.kept)
             strength = f"{each.strength:g}" if each.strength else "none"
-            lines.append(f"{number:>5}  {each.labels:>7,}  {strength:>8}  {each.kept:>13.2f}  {after:>9.2f}")
+            before, after = ("–" if value is None else f"{value:.2f}" for value in (each.kept, each.reached))
+            lines.append(f"{number:>5}  {each.labels:>7,}  {strength:>8}  {before:>13}  {after:>9}")
         return "\n".join(lines)
 
 
@@ -85,6 +91,10 @@ def improve(
 ) -> Improvement:
     """Refine a frozen policy in rounds of collecting, fitting a flow, and choosing how far to follow it.
 
+    Choosing by returns is a search of its own, which rounds repeat: where almost any push helps, answers by a coin lead
+    somewhere too (``benchmarks/README.md``, "Control"). ``episodes=0`` follows labels alone. To learn what labels are
+    worth in a simulator, improve with ``teacher=Teacher(mistake=0.5)`` as well.
+
     Args:
         environment: a gymnasium id, a batch environment, or a callable that makes one.
         policy: anything with stable-baselines3's ``predict``; it is never changed.
@@ -92,7 +102,8 @@ def improve(
         rounds: at least 1.
         strengths: multiples of one pass to choose from, above 0. A round whose flow earns no more at any of them than
             the policy without it leaves the policy as it is.
-        episodes: whole ones, by whose mean return is chosen, from the same starts in every round.
+        episodes: whole ones, by whose mean return is chosen, from the same starts in every round; 0 asks for none, and
+            follows the flow of every round at the one strength that there is.
         form: of the segments, "residual" or "directions", see :meth:`SegmentPairs.encode`.
         config: of the flows, see :class:`pfm.FlowConfig`.
         folder: where rounds are kept as they end; the same call goes on from there, and :func:`load_improvement` reads
@@ -106,15 +117,17 @@ def improve(
         ValueError: an argument is out of range, or ``folder`` holds an improvement with other settings.
         TypeError: an argument that :func:`collect` does not take.
     """
-    for name, count in (("rounds", rounds), ("episodes", episodes)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1: got {count!r}")
+    for name, count, least in (("rounds", rounds, 1), ("episodes", episodes, 0)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}: got {count!r}")
     if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < rounds:
         raise ValueError(f"pairs must be a whole number of at least the {rounds} rounds: got {pairs!r}")
     if form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
     if not strengths or not all(math.isfinite(each) and each > 0 for each in strengths):
         raise ValueError(f"strengths must be numbers above 0, at least one: got {list(strengths)}")
+    if not episodes and len(strengths) > 1:
+        raise ValueError(f"episodes=0 chooses nothing: give one strength, such as (1.0,), got {list(strengths)}")
     if collecting.get("value") is not None:
         raise ValueError("value is of one policy, and every round has another: give continuation, or call collect")
     if rounds > 1 and collecting.get("noise", 0.0) is None:
@@ -148,19 +161,31 @@ def improve(
             )  # fmt: skip
             flow = PreferenceFlow.fit(segments.encode(form), settings, progress=progress)
             choices = {strength: FlowPolicy(flow, standing, strength=strength) for strength in strengths}
-            kept = earned(standing) if kept is None else kept
-            returns = {strength: earned(choice) for strength, choice in choices.items()}
-            best = max(returns, key=lambda strength: returns[strength])
-            strength = best if returns[best] > kept else 0.0
-            found = PolicyRound(segments.labels, strength, kept, returns)
-            standing = choices.get(strength, standing)
+            found = _choice(segments.labels, standing, choices, kept, earned if episodes else None)
+            standing = choices.get(found.strength, standing)
             if home is not None:
-                if strength:
+                if found.strength:
                     flow.save_pretrained(home / FLOW)
                 replace_json(home / CHOSEN, asdict(found))
-        kept = found.returns.get(found.strength, found.kept)
+        kept = found.reached
         done.append(found)
     return Improvement(standing, done)
+
+
+def _choice(
+    labels: int,
+    standing: Policy,
+    choices: Mapping[float, Policy],
+    kept: float | None,
+    earned: Callable[[Policy], float] | None,
+) -> PolicyRound:
+    """Take the strength that earns most, 0 if the standing policy does; without a measure, the only one."""
+    if earned is None:
+        return PolicyRound(labels, next(iter(choices)), None, {})
+    kept = earned(standing) if kept is None else kept
+    returns = {strength: earned(choice) for strength, choice in choices.items()}
+    best = max(returns, key=lambda strength: returns[strength])
+    return PolicyRound(labels, best if returns[best] > kept else 0.0, kept, returns)
 
 
 def load_improvement(folder: str | Path, policy: Policy) -> Improvement:
