@@ -164,8 +164,8 @@ class ControlFlowConfig(MethodConfig):
 
     How it is applied
         mode, guard, win_guard, execute, proposal: "deterministic", "stochastic", or "clone" (of form "actions"; without
-        a simulator). candidates, rounds, strengths, guidances (None: 1, the state as it is): to choose from. choose:
-        whether standing still is one of the choices.
+        a simulator). candidates, rounds, strengths, guidances (None: 1, the state as it is), win_gradients (None: 0,
+        the field alone): to choose from. choose: whether standing still is one of the choices.
     """
 
     labels: str = "given"
@@ -181,6 +181,7 @@ class ControlFlowConfig(MethodConfig):
     rounds: list[int] = field(default_factory=lambda: [1])
     strengths: list[float] = field(default_factory=lambda: [1.0])
     guidances: list[float] | None = None
+    win_gradients: list[float] | None = None
     choose: bool = True
     label_rounds: int = 1
 

@@ -67,8 +67,9 @@ class FlowPolicy:
             stable-baselines3's vector of such -; needed online by a flow on actions, and never stepped.
         proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the law that the data were drawn from -,
             or a policy with ``propose(observations, deterministic)``, such as :class:`ClonedPolicy`.
-        mode, rounds, strength, guidance, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0`` leaves the
-            proposal. ``guidance=0`` goes the same way in every state.
+        mode, rounds, strength, guidance, win_gradient, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0``
+            leaves the proposal. ``guidance=0`` goes the same way in every state. ``win_gradient`` is for flows on
+            ``"directions"``: of the others the noise leaves most undecided, and so the slope of b.
         candidates: n proposals are carried for each plan, and the result of the largest win probability is executed:
             the proposal as above and n - 1 draws, as with ``"stochastic"``. Where held-out pairs did not confirm b,
             the first is executed. ``strength=0`` leaves n proposals to choose from: best of n.
@@ -98,6 +99,7 @@ class FlowPolicy:
         rounds: int | None = None,
         strength: float = 1.0,
         guidance: float = 1.0,
+        win_gradient: float = 0.0,
         candidates: int = 1,
         execute: int = 1,
         guard: str = "off",
@@ -142,6 +144,8 @@ class FlowPolicy:
                              "proposal='deterministic' and candidates=1")  # fmt: skip
         if not (math.isfinite(guidance) and guidance >= 0):
             raise ValueError(f"guidance must be a number >= 0: got {guidance!r}")
+        if not math.isfinite(win_gradient):
+            raise ValueError(f"win_gradient must be a finite number: got {win_gradient!r}")
         if guidance != 1 and flow.context_free is None:
             raise ValueError(f"guidance={guidance!r} needs a field without states: fit the flow with "
                              "FlowConfig(context_free=True), or use guidance=1")  # fmt: skip
@@ -165,7 +169,8 @@ class FlowPolicy:
             )
         self.proposal = proposal
         self.mode, self.rounds, self.strength, self.steps = mode, rounds, float(strength), steps
-        self.guidance, self.candidates, self.execute = float(guidance), candidates, execute
+        self.guidance, self.win_gradient = float(guidance), float(win_gradient)
+        self.candidates, self.execute = candidates, execute
         self.guard, self.win_guard = guard, win_guard
         self.counts = PolicyCounts()
         self._random = np.random.default_rng(seed)
@@ -265,7 +270,7 @@ class FlowPolicy:
     def _transported(self, start: np.ndarray, observation: np.ndarray) -> np.ndarray:
         """Carry what the flow was fitted on, segments or coordinates of them."""
         again = self.mode in ("single", "reapply")
-        if again and self._fast is not None:
+        if again and self._fast is not None and not self.win_gradient:
             result = self._fast(
                 start.reshape(len(start), -1), observation, rounds=self.rounds or 1, strength=self.strength,
                 steps=self.steps, guidance=self.guidance,
@@ -275,7 +280,7 @@ class FlowPolicy:
         carried = self.flow.transport(
             np.asarray(start, dtype=np.float32), np.asarray(observation, dtype=np.float32), mode=self.mode,
             rounds=self.rounds if self.mode in ("reapply", "relabel") else None, strength=self.strength,
-            steps=self.steps, guidance=self.guidance,
+            steps=self.steps, guidance=self.guidance, win_gradient=self.win_gradient,
         )  # fmt: skip
         return carried.numpy()
 

@@ -60,18 +60,20 @@ class FlowRefinement:
             )
         self._candidates = [
             Candidate(
-                {"candidates": candidates, "rounds": rounds, "strength": strength, "guidance": guidance},
+                {"candidates": candidates, "rounds": rounds, "strength": strength, "guidance": guidance,
+                 "win_gradient": slope},
                 FlowPolicy(
                     flow, data.reference, env=data.environment(), proposal=proposal, mode=config.mode,
                     rounds=rounds if config.mode == "reapply" else None, strength=strength, guidance=guidance,
-                    execute=config.execute, candidates=candidates, guard=config.guard, win_guard=config.win_guard,
-                    seed=data.seed,
+                    win_gradient=slope, execute=config.execute, candidates=candidates, guard=config.guard,
+                    win_guard=config.win_guard, seed=data.seed,
                 ),
             )
             for candidates in config.candidates
             for rounds in config.rounds
             for strength in config.strengths
             for guidance in config.guidances or [1.0]
+            for slope in config.win_gradients or [0.0]
         ]  # fmt: skip
         return notes | {name: flow.metadata[name] for name in _NOTED if name in flow.metadata}
 
