@@ -335,6 +335,7 @@ def test_bad_observations_and_flows_are_refused(flow, swinging):
         ({"candidates": 0}, "candidates"),
         ({"guidance": -1.0}, ">= 0"),
         ({"guidance": 0.0}, "context_free"),
+        ({"win_gradient": float("nan")}, "win_gradient must be a finite number"),
         ({"mode": "twice"}, "mode"),
         ({"rounds": 3}, "reapply"),
         ({"guard": "on"}, "guard"),
@@ -346,6 +347,25 @@ def test_bad_settings_are_named(flow, settings, message):
         FlowPolicy(flow, Steering(), **settings)
     with pytest.raises(TypeError, match="predict"):
         FlowPolicy(flow, object())
+
+
+def test_the_slope_of_b_goes_where_b_is_larger(segments, held_out):
+    flow = PreferenceFlow.fit(segments.encode("directions"), CONFIG, progress=False)
+    start = np.zeros((len(held_out), *segments.actions.shape[2:]), dtype=np.float32)
+    seen = held_out.observation
+    wins = []
+    for slope in (-1.0, 0.0, 1.0):
+        policy = FlowPolicy(flow, Steering(), win_gradient=slope)
+        result = policy.refine(start, seen)
+        wins.append(policy._win_probability(result, seen).mean())
+    assert wins[0] < wins[1] < wins[2]
+    plain, steeper = (
+        episode_returns(
+            BatchedPointMass(), FlowPolicy(flow, Steering(), win_gradient=slope), EPISODES, 5, batch=EPISODES
+        )
+        for slope in (0.0, 1.0)
+    )
+    assert (steeper - plain).mean() > 0  # here more of the same is better
 
 
 @pytest.mark.parametrize("solver", ["rk4", "euler"])
