@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.runner import ARRAYS, METRICS
+from benchmarks.schemas import method_settings
 
 __all__ = ["Run", "code_notes", "collect", "common_setting", "grouped"]
 
@@ -70,8 +71,9 @@ AnyRun = TypeVar("AnyRun", bound=Run)
 def collect(paths: Iterable[Path], seeds: Sequence[int] | None = None) -> list[Run]:
     """Read all finished runs below some folders, or those of some ``seeds``; of equal settings the latest run counts.
 
-    Runs of one method on one task whose settings differ, seeds aside, are variants: the one of most runs, and of these
-    the first that was run, keeps the method's name, the others say in what they differ from it.
+    Runs of one method on one task whose settings differ, seeds aside, are variants: those with the settings of the
+    method's file in ``conf/`` keep its name, the others say in what they differ. Of a method without a file the variant
+    of most runs keeps it, and of these the first that was run.
 
     Raises:
         ValueError: there is none, or none of one of the seeds.
@@ -111,6 +113,9 @@ def _variants_named(runs: list[Run]) -> list[Run]:
             else:
                 variants.append((settings, [run]))
         base = max(variants, key=lambda variant: len(variant[1]))[0]
+        method = mine[0].metrics["settings"]["method"]
+        if len(variants) > 1 and (own := method_settings(method["name"], method.get("family", ""))) is not None:
+            base = dict(_leaves(own))
         for settings, members in variants:
             variant = ", ".join(f"{name}={settings.get(name)}" for name in _differing(base, settings))
             named += [replace(run, variant=variant) for run in members]

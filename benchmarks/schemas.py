@@ -1,15 +1,21 @@
-"""Tells Hydra of all settings; the files in ``conf/`` name them in their defaults."""
+"""Tells Hydra of all settings, which the files in ``conf/`` name in their defaults, and reads a method's own."""
 
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
+from typing import Any, cast
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from benchmarks import acquisition_config, config, pool_config, preference_config
 from benchmarks.control import config as control_config
 
-__all__ = ["register"]
+__all__ = ["method_settings", "register"]
+
+_CONF = Path(__file__).resolve().parents[1] / "conf"
 
 _WITH_TASKS = (config, acquisition_config, preference_config, control_config)
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
@@ -24,3 +30,17 @@ def register() -> None:
     methods = [("schema/method", name, node) for module in _WITH_METHODS for name, node in module.METHODS.items()]
     for group, name, node in tasks + methods:
         store.store(group=group, name=name, node=node)
+
+
+@cache
+def method_settings(name: str, family: str) -> dict[str, Any] | None:
+    """Give what a file of ``conf/method`` sets for the method of that name and family; None where there is none."""
+    register()
+    for path in sorted((_CONF / "method").rglob(f"{name}.yaml")):
+        choice = path.relative_to(_CONF / "method").with_suffix("").as_posix()
+        with initialize_config_dir(str(_CONF), version_base="1.3"):
+            composed = compose("config", ["task=line", f"method={choice}"])
+        settings = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))["method"]
+        if settings["family"] == family:
+            return settings
+    return None

@@ -10,9 +10,10 @@ import pytest
 
 from benchmarks import report
 from benchmarks.runs import collect
+from benchmarks.schemas import method_settings
 
 
-def written(root: Path, seed: int, hour: int, name: str = "flow", **settings: Any) -> None:
+def written(root: Path, seed: int, hour: int, *, name: str = "walk", **settings: Any) -> None:
     method = {"name": name, "label": name.title(), "flow": {"seed": seed}} | settings
     key = json.dumps([method, seed])
     metrics = {
@@ -36,23 +37,23 @@ def test_settings_that_differ_make_another_method(tmp_path: Path):
     written(tmp_path, 0, hour=0, label_rounds=5, strengths=[1.0])
     written(tmp_path, 0, hour=1, label_rounds=1, strengths=[1.0], flow={"seed": 0, "linear": False})
     assert named(tmp_path) == [
-        ("flow", "Flow", 0),
-        ("flow", "Flow", 1),
-        ("flow[flow.linear=False]", "Flow, flow.linear=False", 0),
-        ("flow[label_rounds=5]", "Flow, label_rounds=5", 0),
+        ("walk", "Walk", 0),
+        ("walk", "Walk", 1),
+        ("walk[flow.linear=False]", "Walk, flow.linear=False", 0),
+        ("walk[label_rounds=5]", "Walk, label_rounds=5", 0),
     ]
 
 
 def test_the_first_keeps_the_name_where_there_are_as_many_of_each(tmp_path: Path):
     written(tmp_path, 0, hour=5, label_rounds=2)
     written(tmp_path, 0, hour=4, label_rounds=1)
-    assert [method for method, _, _ in named(tmp_path)] == ["flow", "flow[label_rounds=2]"]
+    assert [method for method, _, _ in named(tmp_path)] == ["walk", "walk[label_rounds=2]"]
 
 
 def test_a_field_that_the_code_of_then_did_not_have_tells_nothing_apart(tmp_path: Path):
     written(tmp_path, 0, hour=1)
     written(tmp_path, 1, hour=2, guidances=[1.0])
-    assert {method for method, _, _ in named(tmp_path)} == {"flow"}
+    assert {method for method, _, _ in named(tmp_path)} == {"walk"}
 
 
 def test_other_seeds_are_left_out_when_some_are_asked_for(tmp_path: Path):
@@ -67,3 +68,15 @@ def test_a_report_of_a_seed_that_was_not_run_says_so(tmp_path: Path, capsys: pyt
     written(tmp_path, 0, hour=1)
     assert report.main([str(tmp_path), "--seeds", "4"]) == 2
     assert "no finished run of seed 4" in capsys.readouterr().err
+
+
+def test_a_method_with_a_file_is_the_one_whose_settings_are_in_it(tmp_path: Path):
+    own = method_settings("mean_shift", "control.shift")
+    assert own is not None
+    assert own["label_rounds"] == 1
+    for seed in (0, 1, 2):  # more runs of another setting do not take the name
+        written(tmp_path, seed, hour=seed, **{**own, "label_rounds": 5})
+    written(tmp_path, 0, hour=9, **own)
+    found = {(method, seed) for method, _, seed in named(tmp_path)}
+    assert found == {("mean_shift", 0), *(("mean_shift[label_rounds=5]", seed) for seed in (0, 1, 2))}
+    assert method_settings("mean_shift", "no such family") is None
