@@ -40,7 +40,7 @@ def _gains(report: ControlReport) -> Any:
     most = max(len(found.seeds) for found in methods)
     axes.set_yticks(range(len(methods)), [_named(found, most) for found in methods])
     axes.set_xlabel("gain in episode return over the reference")
-    _finish(axes, figure, f"{_title(report)}, {methods[-1].pairs:,} pairs")
+    _finish(axes, figure, f"{report.title}, {methods[-1].pairs:,} pairs")
     return figure
 
 
@@ -65,7 +65,7 @@ def _curves(report: ControlReport) -> Any:
     axes.set_xlabel("labelled pairs")
     axes.set_ylabel("gain in episode return")
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    _finish(axes, figure, _title(report))
+    _finish(axes, figure, report.title)
     return figure
 
 
@@ -73,10 +73,6 @@ def _named(found: Reached, most: int) -> str:
     """Give a method's label, and its number of seeds where others have more."""
     count = len(found.seeds)
     return found.label if count == most else f"{found.label} ({count} seed{'s' * (count > 1)})"
-
-
-def _title(report: ControlReport) -> str:
-    return f"{report.settings['environment']}, segments of {report.settings['length']}"
 
 
 def _color(found: Reached) -> str:

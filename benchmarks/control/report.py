@@ -73,7 +73,8 @@ class Reached:
     @property
     def control(self) -> bool:
         """Tell whether it learned from wrong labels, on purpose."""
-        return self._setting("labels", "given") != "given"
+        tossed = self.runs[0].metrics["settings"]["task"].get("teacher") == "coin"
+        return tossed or self._setting("labels", "given") != "given"
 
     def _setting(self, name: str, otherwise: Any) -> Any:
         return self.runs[0].metrics["settings"]["method"].get(name, otherwise)
@@ -89,6 +90,13 @@ class ControlReport:
     methods: list[Reached]
     curves: dict[str, list[Reached]]
     notes: list[str]
+
+    @property
+    def title(self) -> str:
+        """Name the environment, the segments' length, and the teacher unless it is the one that never errs."""
+        told = self.settings.get("teacher", "oracle")
+        by = "" if told == "oracle" else ", answers by a coin" if told == "coin" else f", the {told} teacher"
+        return f"{self.settings['environment']}, segments of {self.settings['length']}{by}"
 
     def to_dict(self) -> dict[str, Any]:
         """Give the report as JSON values."""
@@ -312,7 +320,7 @@ def _section(report: ControlReport) -> list[str]:
         cells += [shown(found.d4rl)] if normalised else []
         rows.append([found.label, *cells, str(len(found.seeds)), str(found.episodes)])
     lines = [
-        f"### {settings['environment']}, segments of {settings['length']}",
+        f"### {report.title}",
         "",
         f"{_asked(report)}; labels by the {settings['teacher']} teacher, who counts {settings['continuation']} further "
         f"steps of the reference; {len(seeds)} seeds of data. "
