@@ -381,11 +381,8 @@ class RunConfig:
         measured = ("task", "method", "seed", "encoder", "long_texts")
         noise = {"flips": self.flips} if self.flips else {}  # a run without is the same as before there were any
         found = {name: value for name, value in asdict(self).items() if name in measured}
-        for part, name in (
-            ("task", "value"),
-            ("method", "guidances"),
-            ("method", "win_gradients"),
-        ):  # likewise of what came later and is not used
+        later = (("task", "value"), ("method", "guidances"), ("method", "win_gradients"))
+        for part, name in later:  # likewise of what came later and is not used
             if found[part].get(name, ...) is None:
                 del found[part][name]
         return found | noise

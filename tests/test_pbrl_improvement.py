@@ -144,6 +144,6 @@ def test_a_folder_without_a_round_says_what_writes_one(tmp_path: Path):
         ({"length": 0}, "length must be a whole number"),
     ],
 )
-def test_bad_arguments_are_named(changed: dict[str, Any], message: str, tmp_path: Path):
+def test_bad_arguments_are_named(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         improve(BatchedPointMass, Steering(), 600, **{**SETTINGS, **changed})

@@ -78,7 +78,7 @@ def _named(found: Reached, most: int) -> str:
 def _color(found: Reached) -> str:
     if found.control:
         return _CONTROL
-    if found.name.startswith(FLOW):
+    if found.flow:
         return _FLOW
     return _BOUND if found.oracle or found.name == "reference" else _BASELINE
 
