@@ -113,13 +113,23 @@ def _variants_named(runs: list[Run]) -> list[Run]:
             else:
                 variants.append((settings, [run]))
         base = max(variants, key=lambda variant: len(variant[1]))[0]
-        method = mine[0].metrics["settings"]["method"]
-        if len(variants) > 1 and (own := method_settings(method["name"], method.get("family", ""))) is not None:
-            base = dict(_leaves(own))
+        if len(variants) > 1:
+            base = _own(mine[0]) or base
         for settings, members in variants:
-            variant = ", ".join(f"{name}={settings.get(name)}" for name in _differing(base, settings))
+            variant = _told(base, settings)
             named += [replace(run, variant=variant) for run in members]
     return named
+
+
+def _own(run: Run) -> dict[str, Any] | None:
+    """Give the settings that the file of the run's method says; None where there is no such file."""
+    method = run.metrics["settings"]["method"]
+    own = method_settings(method["name"], method.get("family", ""))
+    return None if own is None else dict(_leaves(own))
+
+
+def _told(base: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={settings.get(name)}" for name in _differing(base, settings))
 
 
 def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -176,7 +186,7 @@ def grouped(
 
 
 def code_notes(runs: Sequence[Run]) -> list[str]:
-    """Say which methods lack seeds that others have, and whether the runs are of one state of the code."""
+    """Say which methods lack seeds that others have or had settings of their own, and whether the code was one."""
     seeds = {run.seed for run in runs}
     of_method = {
         name: {run.seed for run in runs if run.method == name} for name in dict.fromkeys(r.method for r in runs)
@@ -185,6 +195,11 @@ def code_notes(runs: Sequence[Run]) -> list[str]:
         f"{name} has no run of seed {', '.join(map(str, sorted(seeds - found)))}: its figures are of other splits."
         for name, found in of_method.items()
         if seeds - found
+    ]
+    notes += [
+        f"{name} was run with {told}, unlike its file in conf/."
+        for name, run in {run.method: run for run in runs if not run.variant}.items()
+        if (own := _own(run)) and (told := _told(own, dict(_leaves(run.metrics["settings"]["method"]))))
     ]
     versions = {run.metrics["environment"]["code"] for run in runs}
     if len(versions) > 1:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.runs import collect
+from benchmarks.runs import code_notes, collect
 from benchmarks.schemas import method_settings
 
 
@@ -20,6 +20,7 @@ def written(root: Path, seed: int, hour: int, *, name: str = "walk", **settings:
         "key": key,
         "kind": "control",
         "settings": {"task": {"name": "t"}, "method": method, "seed": seed},
+        "environment": {"code": "as it is"},
         "finished": f"2026-01-01T{hour:02}:00:00+00:00",
     }
     folder = root / f"{len(list(root.iterdir()))}"
@@ -80,3 +81,13 @@ def test_a_method_with_a_file_is_the_one_whose_settings_are_in_it(tmp_path: Path
     found = {(method, seed) for method, _, seed in named(tmp_path)}
     assert found == {("mean_shift", 0), *(("mean_shift[label_rounds=5]", seed) for seed in (0, 1, 2))}
     assert method_settings("mean_shift", "no such family") is None
+
+
+def test_settings_unlike_those_of_the_file_are_noted_where_no_other_run_tells_them(tmp_path: Path):
+    shift, cpl = method_settings("mean_shift", "control.shift"), method_settings("cpl", "control.likelihood")
+    assert shift is not None
+    assert cpl is not None
+    written(tmp_path, 0, hour=1, **shift)
+    assert code_notes(collect([tmp_path])) == []
+    written(tmp_path, 0, hour=2, **{**cpl, "label_rounds": 5})
+    assert code_notes(collect([tmp_path])) == ["cpl was run with label_rounds=5, unlike its file in conf/."]
