@@ -27,7 +27,6 @@ __all__ = ["FLOW", "ControlReport", "Reached", "ahead", "compare", "markdown", "
 
 Array = NDArray[np.float64]
 FLOW = "flow"  # the method that others are held against, on the same pairs
-_ORACLES = ("oracle_best_of",)
 _CONTROLS = ("flow_shuffled", "flow_swapped")  # without a choice on episodes, which knows more than labels
 _FREE = ("pairs", "limit")  # settings of a task over which curves are drawn
 
@@ -142,7 +141,7 @@ def _compare(runs: list[Run]) -> ControlReport:
         about=latest.metrics["about"],
         methods=methods,
         curves=curves,
-        notes=code_notes([run for run in runs if _pairs(run) == most and run.method not in _ORACLES]),
+        notes=code_notes([run for found in methods if not found.oracle for run in found.runs]),
     )
 
 

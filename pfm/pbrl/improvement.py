@@ -145,8 +145,7 @@ def improve(
         }, "an improvement")  # fmt: skip
 
     def earned(candidate: Policy) -> float:
-        simulator = environment if isinstance(environment, str) else played
-        return float(episode_returns(simulator, candidate, episodes, seed + VALIDATION, batch=episodes).mean())
+        return float(episode_returns(played, candidate, episodes, seed + VALIDATION, batch=episodes).mean())
 
     done: list[PolicyRound] = []
     standing, kept = policy, None
