@@ -9,6 +9,8 @@ export HF_HUB_OFFLINE = 1
 # threads that wait for each other yield the core: on shared cores spinning costs several times the work
 export OMP_WAIT_POLICY = passive
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test lint unit slow peers clean
 
