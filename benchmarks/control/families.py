@@ -60,12 +60,12 @@ def families(report: ControlReport) -> list[Family]:
 
 def markdown(reports: Sequence[ControlReport]) -> list[str]:
     """Write the lines of one table over all environments."""
-    rows = [["environment", "family", "gain", "the flows' lead", "settings", "seeds"]]
+    rows = [["task", "family", "gain", "the flows' lead", "settings", "seeds"]]
     for report in reports:
         for family in families(report):
             found = family.reached
             rows.append([
-                report.settings["environment"], family.name, shown(found.gain, signed=True),
+                report.title, family.name, shown(found.gain, signed=True),
                 shown(family.lead, signed=True), str(family.settings), str(len(found.seeds)),
             ])  # fmt: skip
     if len(rows) == 1:
