@@ -14,7 +14,7 @@ def test_a_family_is_what_held_out_episodes_choose(tmp_path: Path):
     # Two members of two families and two seeds: what earned more in validation episodes is the lower in test episodes.
     earned = {
         "flow_best_of_guided": (5.0, [1.0, 2.0]),
-        "flow_network_gradient": (4.0, [9.0, 9.0]),
+        "flow_select": (4.0, [9.0, 9.0]),
         "mean_shift": (7.0, [3.0, 5.0]),
     }
     runs = []

@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Family", "families", "markdown"]
 
 FLOWS = "flows"
 FAMILIES = {  # of one round of labels; about as many settings in each of the first two
-    FLOWS: ("flow_network_gradient", "flow_best_of_guided"),
+    FLOWS: ("flow_select", "flow_best_of_guided"),
     "reward-gradient ascent": ("ascent", "ascent_ensemble", "ascent_straight", "ascent_select"),
     "mean shifts": ("mean_shift", "mean_shift_network"),
     "cloned policies": ("clone_winners_residual", "clone_winners", "clone_all", "cpl", "dpo", "regression"),
