@@ -16,7 +16,7 @@ from benchmarks import report
 from benchmarks.config import RunConfig
 from benchmarks.control import references
 from benchmarks.control.animation import side_by_side
-from benchmarks.control.report import compare
+from benchmarks.control.report import compare, markdown
 from benchmarks.control.rewards import RewardEnsemble
 from benchmarks.control.task import ControlTask
 from benchmarks.methods import make_method
@@ -168,7 +168,8 @@ def test_rounds_ask_for_as_many_labels_each(folder: Path, tmp_path: Path):
 
 def test_the_report_adds_up(folder: Path, finished: dict[str, dict[str, Any]], tmp_path: Path):
     assert report.main([str(folder), "--out", str(tmp_path)]) == 0
-    (found,) = compare([each for each in collect([folder]) if each.kind == "control"])
+    runs = [each for each in collect([folder]) if each.kind == "control"]
+    (found,) = compare(runs)
     by_name = {each.name: each for each in found.methods}
     flow, shift = by_name["flow"], by_name["mean_shift_network"]
     assert flow.gain.value == pytest.approx(finished["flow"]["figures"]["gain"]["value"])
@@ -179,6 +180,7 @@ def test_the_report_adds_up(folder: Path, finished: dict[str, dict[str, Any]], t
     assert "Control, labels shuffled" in text
     assert (tmp_path / "pbrl-pendulum-gain.png").stat().st_size > 5000
     assert (tmp_path / "report.parquet").is_file()
+    assert "No run of method=control/flow" in markdown(compare([each for each in runs if each.method != "flow"]))
 
 
 def test_runs_are_found_again(folder: Path, finished: dict[str, dict[str, Any]]):

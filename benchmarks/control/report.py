@@ -287,6 +287,8 @@ def _summary(reports: Sequence[ControlReport]) -> list[str]:
                 *(_in_errors(by_name[name]) if name in by_name else "–" for name in _CONTROLS),
             ]
         )
+    if len(rows) == 1:
+        return [f"No run of method=control/{FLOW}, which is held against the others here."]
     return [
         *markdown_table(rows),
         "",
