@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,7 +104,7 @@ def _variants_named(runs: list[Run]) -> list[Run]:
     for mine in by_method.values():
         variants: list[tuple[dict[str, Any], list[Run]]] = []
         for run in mine:
-            settings = dict(_leaves(run.metrics["settings"]["method"]))
+            settings = _leaves(run.metrics["settings"]["method"])
             for known, members in variants:
                 if not _differing(known, settings):
                     known |= settings
@@ -125,20 +125,22 @@ def _own(run: Run) -> dict[str, Any] | None:
     """Give the settings that the file of the run's method says; None where there is no such file."""
     method = run.metrics["settings"]["method"]
     own = method_settings(method["name"], method.get("family", ""))
-    return None if own is None else dict(_leaves(own))
+    return None if own is None else _leaves(own)
 
 
 def _told(base: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={settings.get(name)}" for name in _differing(base, settings))
 
 
-def _leaves(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Give the settings by their dotted names, without seeds and what a method is called."""
+    leaves: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{above}{name}.")
+            leaves |= _leaves(value, f"{above}{name}.")
         elif name not in ("seed", "label"):
-            yield f"{above}{name}", value
+            leaves[f"{above}{name}"] = value
+    return leaves
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -199,7 +201,7 @@ def code_notes(runs: Sequence[Run]) -> list[str]:
     notes += [
         f"{name} was run with {told}, unlike its file in conf/."
         for name, run in {run.method: run for run in runs if not run.variant}.items()
-        if (own := _own(run)) and (told := _told(own, dict(_leaves(run.metrics["settings"]["method"]))))
+        if (own := _own(run)) and (told := _told(own, _leaves(run.metrics["settings"]["method"])))
     ]
     versions = {run.metrics["environment"]["code"] for run in runs}
     if len(versions) > 1:

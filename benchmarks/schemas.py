@@ -1,4 +1,4 @@
-"""Tells Hydra of all settings, which the files in ``conf/`` name in their defaults, and reads a method's own."""
+"""Tells Hydra of all settings, which the files in ``conf/`` name in their defaults, and composes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from benchmarks import acquisition_config, config, pool_config, preference_config
 from benchmarks.control import config as control_config
 
-__all__ = ["method_settings", "register"]
+__all__ = ["composed", "method_settings", "register"]
 
 _CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -32,15 +32,20 @@ def register() -> None:
         store.store(group=group, name=name, node=node)
 
 
+def composed(*overrides: str, **options: Any) -> Any:
+    """Compose the settings of a run as its command line does; ``options`` are those of Hydra's ``compose``."""
+    register()
+    with initialize_config_dir(str(_CONF), version_base="1.3"):
+        return compose("config", list(overrides), **options)
+
+
 @cache
 def method_settings(name: str, family: str) -> dict[str, Any] | None:
     """Give what a file of ``conf/method`` sets for the method of that name and family; None where there is none."""
-    register()
     for path in sorted((_CONF / "method").rglob(f"{name}.yaml")):
         choice = path.relative_to(_CONF / "method").with_suffix("").as_posix()
-        with initialize_config_dir(str(_CONF), version_base="1.3"):
-            composed = compose("config", ["task=line", f"method={choice}"])
-        settings = cast("dict[str, Any]", OmegaConf.to_container(composed, resolve=True))["method"]
+        whole = OmegaConf.to_container(composed("task=line", f"method={choice}"), resolve=True)
+        settings = cast("dict[str, Any]", whole)["method"]
         if settings["family"] == family:
             return settings
     return None

@@ -4,20 +4,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from benchmarks.config import RunConfig
 from benchmarks.data import MissingDataError, data_folder
-from benchmarks.schemas import register
+from benchmarks.schemas import composed
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def composed(*overrides: str, **options: Any) -> Any:
-    register()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides), **options)
 
 
 def configured(*overrides: str, **settings: Any) -> RunConfig:

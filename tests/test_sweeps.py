@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from bench_settings import ROOT, composed
+from bench_settings import ROOT
 from omegaconf import OmegaConf
 
 from benchmarks.config import at_most_asked, cores
+from benchmarks.schemas import composed
 from benchmarks.sweeps import LAUNCHERS, check_launcher, threads_of_a_job
 
 SMALL = (

@@ -37,20 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
-    from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     from benchmarks.bench import Bench
     from benchmarks.config import RunConfig
     from benchmarks.control.task import ControlTask
     from benchmarks.methods import make_method
-    from benchmarks.schemas import register
+    from benchmarks.schemas import composed
     from benchmarks.tasks import load_task
 
-    register()
-    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
-        composed = compose("config", [f"task=pbrl/{options.task}", "method=control/flow", *options.overrides])
-    settings = cast(RunConfig, OmegaConf.to_object(composed))
+    chosen = composed(f"task=pbrl/{options.task}", "method=control/flow", *options.overrides)
+    settings = cast(RunConfig, OmegaConf.to_object(chosen))
     task = cast(ControlTask, load_task(settings.task, settings.seed))
     method = make_method(settings.method)
     policy = task.learned(method, Bench(settings.encoder, settings.long_texts, settings.seed, settings.progress))
