@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 from pfm import PreferenceFlow
+from pfm.devices import resolve_device
 
 __all__ = ["made_once", "shared_flow"]
 
@@ -29,5 +30,6 @@ def made_once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path
 
 
 def shared_flow(temporary: pytest.TempPathFactory, name: str, fit: Callable[[], PreferenceFlow]) -> PreferenceFlow:
-    """Fit a flow in one of the workers, and load it in all."""
-    return PreferenceFlow.from_pretrained(made_once(temporary, name, lambda folder: fit().save_pretrained(folder)))
+    """Fit a flow in one of the workers, and load it in all, onto the device that is tested."""
+    folder = made_once(temporary, name, lambda folder: fit().save_pretrained(folder))
+    return PreferenceFlow.from_pretrained(folder).to(resolve_device())
