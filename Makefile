@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit slow peers clean
+.PHONY: quickstart test lint unit slow peers gpu far clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -46,6 +46,18 @@ unit: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(MAKE) --jobs 2 lint unit
+
+# On a machine with a GPU: the suites that run on devices, and the speed part. PFM_TEST_DEVICE=far imitates one.
+SUITES = devices preference_flow flow modes couplings encoded fields transport preferences general_preferences noise \
+	references tastes acquisition distances
+
+gpu: $(VENV)/.installed
+	PFM_TEST_DEVICE=cuda $(BIN)/pytest $(SUITES:%=tests/test_%.py)
+	$(BIN)/python -m benchmarks experiment=speed 'task.parts=[cuda]' out=runs/speed-gpu
+	$(BIN)/python -m benchmarks.report runs/speed-gpu
+
+far: $(VENV)/.installed
+	PFM_TEST_DEVICE=far $(BIN)/pytest --numprocesses 2 --dist worksteal $(SUITES:%=tests/test_%.py)
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow

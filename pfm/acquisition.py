@@ -31,6 +31,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.preferences.newton import newton_logistic
 
@@ -78,6 +79,7 @@ class Choice:
     probability: Tensor
 
 
+@with_standard_defaults
 class LaplacePosterior:
     """Fits a linear Bradley-Terry reward and the Gaussian approximation of its posterior (Laplace; MacKay 1992).
 
@@ -100,7 +102,7 @@ class LaplacePosterior:
         self._root = torch.zeros(0, 0)
 
     def fit(self, pairs: EncodedPairs | None, outputs: Tensor | None = None) -> Self:
-        """Fit on labelled pairs and return the model itself.
+        """Fit on labelled pairs, on the CPU, and return the model itself.
 
         Args:
             pairs: weights count as repeated labels, soft labels as shares of them; None before the first label.
@@ -108,10 +110,11 @@ class LaplacePosterior:
         """
         if pairs is None and outputs is None:
             raise ValueError("outputs must be given where there are no labelled pairs: they set the dimension and unit")
+        pairs = None if pairs is None else pairs.to("cpu")
         if outputs is None:
             assert pairs is not None
             outputs = torch.cat([pairs.chosen, pairs.rejected])
-        flat = as_float_tensor("outputs", outputs).flatten(1).double()
+        flat = as_float_tensor("outputs", outputs).cpu().flatten(1).double()
         self._scale = float((flat - flat.mean(0)).square().sum(1).mean().sqrt()) or 1.0
         dimension = flat.shape[1]
         if pairs is None:
@@ -163,18 +166,19 @@ class LaplacePosterior:
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
         """Give the most probable reward (B,) of outputs y (B, \\*D), in log-odds."""
-        return (as_float_tensor("y", y).flatten(1).double() @ self.weights).float()
+        y = as_float_tensor("y", y)
+        return (y.cpu().flatten(1).double() @ self.weights).float().to(y.device)
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
         """Give the most probable log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
-        return self.reward(y) - self.reward(other)
+        reward = self.reward(y)
+        return reward - self.reward(other).to(reward.device)
 
     def beliefs(self, y: Any, other: Any) -> Beliefs:
-        """Give what is believed of the log-odds that y (M, \\*D) is preferred to other (M, \\*D)."""
+        """Give what is believed of the log-odds that y (M, \\*D) is preferred to other (M, \\*D), on the CPU."""
         mean = self._fitted()
-        rows = (
-            as_float_tensor("y", y).flatten(1).double() - as_float_tensor("other", other).flatten(1).double()
-        ) / self._scale
+        first, second = (as_float_tensor(name, value).cpu() for name, value in (("y", y), ("other", other)))
+        rows = (first.flatten(1).double() - second.flatten(1).double()) / self._scale
         if rows.shape[1] != len(mean):
             raise ValueError(f"y and other must have {len(mean)} values a row: got {rows.shape[1]}")
         return Beliefs(rows @ mean, rows @ self._root)
@@ -202,12 +206,13 @@ def ensemble_beliefs(models: Sequence[Scorer], y: Any, other: Any, context: Any 
     """
     if len(models) < 2:
         raise ValueError(f"models must hold at least two models, to disagree: got {len(models)}")
-    scores = torch.stack([model.score(y, other, context).double().flatten() for model in models])
+    scores = torch.stack([model.score(y, other, context).cpu().double().flatten() for model in models])
     check_finite("scores of the models", scores)
     mean = scores.mean(0)
     return Beliefs(mean, ((scores - mean) / math.sqrt(len(models) - 1)).T.contiguous())
 
 
+@standard_defaults
 def choose_pairs(
     candidates: EncodedPairs | tuple[Any, Any] | tuple[Any, Any, Any],
     count: int,
@@ -336,6 +341,7 @@ def _expectations(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 def _outputs(candidates: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if isinstance(candidates, EncodedPairs):
+        candidates = candidates.to("cpu")
         batch = candidates.gather(torch.arange(len(candidates)))
         return batch.chosen, batch.rejected, batch.context
     if not isinstance(candidates, tuple | list) or len(candidates) not in (2, 3):

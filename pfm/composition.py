@@ -14,6 +14,7 @@ So the law that a composed pass reaches is not a stated one: :meth:`Composition.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfm.chunks import map_rows
+from pfm.devices import with_standard_defaults
 from pfm.encoded import as_float_tensor, check_finite, vector_space
 from pfm.errors import NonFiniteWarning
 from pfm.fields import Velocity
@@ -35,7 +38,6 @@ from pfm.transport import integrate
 
 __all__ = ["Composition", "TradeOff", "check_weights", "compose", "simplex"]
 
-CHUNK = 1024
 DESCRIPTION = "composition.json"
 TOLERANCE = 1e-4  # of the weights' sum from 1
 
@@ -103,6 +105,7 @@ class TradeOff:
         axes.legend(frameon=False)
 
 
+@with_standard_defaults
 class Composition:
     """Moves outputs by a weighted sum of fitted flows' velocities; made by :func:`compose`.
 
@@ -117,6 +120,8 @@ class Composition:
     def __init__(self, flows: Sequence[PreferenceFlow], weights: Any, names: Sequence[str] | None = None) -> None:
         self.flows = tuple(flows)
         _check_flows(self.flows)
+        device = self.flows[0].device
+        self.flows = tuple(flow if flow.device == device else copy.deepcopy(flow).to(device) for flow in self.flows)
         self.weights = check_weights("weights", weights, len(self.flows))
         if self.weights.ndim != 1:
             raise ValueError(f"weights must be ({len(self.flows)},), one a flow: got {tuple(self.weights.shape)}")
@@ -134,6 +139,15 @@ class Composition:
     def event_shape(self) -> torch.Size:
         """Give the shape of one output."""
         return self.flows[0].event_shape
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the flows: that of the first one, to which copies of the others were moved."""
+        return self.flows[0].device
+
+    def to(self, device: Any) -> Composition:
+        """Copy the composition to a device."""
+        return Composition([copy.deepcopy(flow).to(device) for flow in self.flows], self.weights, self.names)
 
     @property
     def context_dimension(self) -> int:
@@ -179,7 +193,7 @@ class Composition:
                 with a :class:`pfm.NonFiniteWarning`, ``"raise"`` raises.
 
         Returns:
-            (B, \\*D) float32; on flows of unit vectors projected to the sphere.
+            (B, \\*D) float32, on the device of ``y``; on flows of unit vectors projected to the sphere.
         """
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(f"strength must be a number >= 0: got {strength}")
@@ -221,7 +235,12 @@ class Composition:
         if not 0 <= t <= 1:
             raise ValueError(f"t must lie in [0, 1]: got {t}")
         y, context, weights = self._checked(y, context, weights)
-        return self._velocity(context, weights)(float(t), y.flatten(1)).unflatten(1, self.event_shape)
+
+        def evaluate(rows: Tensor, joined: Tensor | None) -> tuple[Tensor]:
+            return (self._velocity(*self._parts(joined))(float(t), rows),)
+
+        moved = map_rows(evaluate, y.flatten(1), _join(context, weights), self.device)[0]
+        return moved.unflatten(1, self.event_shape)
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
@@ -347,14 +366,20 @@ class Composition:
         self, y: Tensor, context: Tensor | None, weights: Tensor, times: Sequence[float]
     ) -> tuple[Tensor, Tensor]:
         solver = max(self.flows, key=lambda flow: flow.steps).config.solver
-        pieces, wells = [y.new_zeros(len(times), 0, y.shape[1])], [torch.ones(0, dtype=torch.bool, device=y.device)]
-        for at in range(0, len(y), CHUNK):
-            rows = slice(at, at + CHUNK)
-            velocity = self._velocity(None if context is None else context[rows], weights[rows])
-            states, finite, _ = integrate(velocity, y[rows], times, solver=solver, steps=self.steps)
-            pieces.append(states)
-            wells.append(finite)
-        return torch.cat(pieces, dim=1), torch.cat(wells)
+
+        def carry(rows: Tensor, joined: Tensor | None) -> tuple[Tensor, Tensor]:
+            velocity = self._velocity(*self._parts(joined))
+            states, finite, _ = integrate(velocity, rows, times, solver=solver, steps=self.steps)
+            return states.transpose(0, 1), finite
+
+        states, finite = map_rows(carry, y, _join(context, weights), self.device)
+        return states.transpose(0, 1), finite
+
+    def _parts(self, joined: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Take contexts and weights apart that :func:`_join` put together."""
+        assert joined is not None
+        contexts, weights = joined.split([joined.shape[1] - len(self.flows), len(self.flows)], dim=1)
+        return contexts if contexts.shape[1] else None, weights
 
     def _projected(self, y: Tensor) -> Tensor:
         if any(flow.metadata.get("unit_norm") for flow in self.flows):
@@ -362,8 +387,7 @@ class Composition:
         return y
 
     def _checked(self, y: Any, context: Any, weights: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        device = self.flows[0].device
-        y = as_float_tensor("y", y).to(device, torch.float32)
+        y = as_float_tensor("y", y).float()
         if y.shape[1:] != self.event_shape or y.ndim < 2:
             wanted = ", ".join(["B", *map(str, self.event_shape)])
             raise ValueError(f"y must be ({wanted}), as these flows were fitted: got {tuple(y.shape)}")
@@ -373,7 +397,7 @@ class Composition:
             raise ValueError(
                 f"weights must be ({len(self.flows)},) or ({len(y)}, {len(self.flows)}): got {tuple(weights.shape)}"
             )
-        weights = weights.to(device).expand(len(y), -1)
+        weights = weights.to(y.device).expand(len(y), -1)
         wanted = self.context_dimension
         if wanted == 0:
             if context is not None:
@@ -381,7 +405,7 @@ class Composition:
             return y, None, weights
         if context is None:
             raise ValueError(f"context (B, {wanted}) is missing: at least one flow was fitted with contexts")
-        context = as_float_tensor("context", context).to(device, torch.float32)
+        context = as_float_tensor("context", context).to(y.device, torch.float32)
         if context.ndim == 1:
             context = context[None]
         if context.ndim != 2 or context.shape[1] != wanted or len(context) not in (1, len(y)):
@@ -390,6 +414,10 @@ class Composition:
             )
         check_finite("context", context)
         return y, context.expand(len(y), -1), weights
+
+
+def _join(context: Tensor | None, weights: Tensor) -> Tensor:
+    return weights if context is None else torch.cat([context, weights], dim=1)
 
 
 def compose(flows: Sequence[tuple[PreferenceFlow, float]], *, names: Sequence[str] | None = None) -> Composition:

@@ -7,7 +7,6 @@ from typing import Any
 
 __all__ = ["FlowConfig"]
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("auto", "float32", "medium", "bfloat16")
 
 
@@ -42,9 +41,11 @@ class FlowConfig:
         patience: validations (40 a run) without improvement before training stops.
         validation_share: share of the prompts held out when no validation set is given, in (0, 1).
         seed: the same seed, data and machine give the same flow.
-        device: ``"auto"`` is CUDA where there is one, else the CPU.
+        device: ``"auto"``, a name such as ``"cuda:1"``, the number of a CUDA device or a ``torch.device``, see
+            :func:`pfm.devices.resolve_device`.
         dtype: ``"float32"``; ``"medium"`` allows reduced-precision matrix products where the machine has them;
-            ``"bfloat16"`` trains the network under autocast; ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
+            ``"bfloat16"`` trains the network under autocast, and elsewhere than on the CPU integrates so as well, with
+            states in float32; ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
         compile: train the network through ``torch.compile``, which needs a C++ compiler on the CPU.
 
     Integration
@@ -83,6 +84,7 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         from pfm.couplings import COUPLINGS, SOURCES
+        from pfm.devices import device_name
         from pfm.transport import check_solver
 
         _one_of("source", self.source, SOURCES)
@@ -90,8 +92,7 @@ class FlowConfig:
         _one_of("unit_norm", self.unit_norm, ("auto", "on", "off"))
         _one_of("dtype", self.dtype, DTYPES)
         check_solver(self.solver)
-        if self.device not in DEVICES and not self.device.startswith("cuda:"):
-            _one_of("device", self.device, DEVICES)
+        object.__setattr__(self, "device", device_name(self.device))
         for name in ("context_free", "linear", "residual", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false: got {getattr(self, name)!r}")

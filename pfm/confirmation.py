@@ -17,6 +17,7 @@ def standard_errors(value: Tensor, group: Tensor) -> float:
 
     Rows of one prompt are not independent of each other; with one group only, rows are taken as independent.
     """
+    value, group = value.cpu(), group.cpu()
     names, member = torch.unique(group, return_inverse=True)
     if len(names) < 2:
         names, member = torch.arange(len(value)), torch.arange(len(value))

@@ -11,7 +11,7 @@ pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -60,31 +60,38 @@ class Coupled:
 
     def to(self, device: torch.device) -> Coupled:
         """Copy to a device; on the same one nothing is copied."""
-        context = None if self.context is None else self.context.to(device, non_blocking=True)
-        source, target, weight = (
-            part.to(device, non_blocking=True) for part in (self.source, self.target, self.weight)
-        )
-        return Coupled(source, target, context, weight, self.repeats)
+        return self.map(lambda part: part.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Coupled:
+        """Change every tensor."""
+        context = None if self.context is None else change(self.context)
+        return Coupled(change(self.source), change(self.target), context, change(self.weight), self.repeats)
 
 
 class Coupling(Protocol):
     """Is what gives the training its joined samples.
 
-    ``rows_per_item`` is the number of rows :meth:`draw` makes of an item.
+    ``rows_per_item`` is the number of rows :meth:`draw` makes of an item. Samples are on ``device``, that of the
+    pairs; random numbers are drawn on the generator's, so that one seed gives the same samples on every device.
     """
 
     rows_per_item: int
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        ...
 
     def __len__(self) -> int:
         """Count the items."""
         ...
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the items at ``index`` (B,)."""
+        """Give the prompts of the items at ``index`` (B,), on the CPU."""
         ...
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
-        """Join the items at ``index`` (B,) into ``rows_per_item * B`` rows."""
+        """Join the items at ``index`` (B,), on any device, into ``rows_per_item * B`` rows."""
         ...
 
 
@@ -106,12 +113,17 @@ class Paired:
         weight = pairs.weight
         self._mean_weight = 1.0 if weight is None else float(weight.mean())
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.pairs.device
+
     def __len__(self) -> int:
         return len(self.pairs)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the pairs at ``index`` (B,)."""
-        return self.pairs.group[index]
+        """Give the prompts of the pairs at ``index`` (B,), on the CPU."""
+        return self.pairs.group[index.cpu()]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Join the pairs at ``index`` (B,) into ``rows_per_item * B`` rows."""
@@ -160,43 +172,61 @@ class BestOf:
         self.pairs = pairs
         self.best_of = best_of
         # Flat rows sorted by score inside each set, so that a winner is a rank and needs no score look-up.
-        self._sizes = torch.tensor([len(entry.rows) for entry in pairs.candidates])
-        self._starts = torch.cat([torch.zeros(1, dtype=torch.long), self._sizes.cumsum(0)[:-1]])
+        device = pairs.device
+        sizes = [len(entry.rows) for entry in pairs.candidates]
+        self._sizes = torch.tensor(sizes, device=device)
+        self._starts = self._sizes.cumsum(0) - self._sizes
         scores, orders = zip(*(entry.scores.sort(stable=True) for entry in pairs.candidates), strict=True)
         self._rows = torch.cat([entry.rows[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
         self._equals = _equals(scores)
         # Row n: P(best rank <= k) = C(k + 1, m) / C(n, m) for m of n members drawn without replacement - members of
         # a set of independent draws, so that their best has the law of the best of m fresh draws.
-        largest = int(self._sizes.max())
-        self._below = torch.ones(largest + 1, largest, dtype=torch.float64)
-        for size in self._sizes.unique().tolist():
+        largest = max(sizes)
+        below = torch.ones(largest + 1, largest, dtype=torch.float64, device="cpu")
+        for size in set(sizes):
             ways = [math.comb(rank + 1, best_of) / math.comb(size, best_of) for rank in range(size)]
-            self._below[size, :size] = torch.tensor(ways, dtype=torch.float64)
-        self._context_rows = torch.tensor([entry.context_index for entry in pairs.candidates])
+            below[size, :size] = torch.tensor(ways, dtype=torch.float64, device="cpu")
+        self._below = below.to(device)
+        self._context_rows = torch.tensor([entry.context_index for entry in pairs.candidates], device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.pairs.device
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the candidate sets of the candidates at ``index`` (B,)."""
+        """Give the candidate sets of the candidates at ``index`` (B,), on the CPU."""
+        return self._set_of(index.to(self.pairs.device)).cpu()
+
+    def _set_of(self, index: Tensor) -> Tensor:
         return torch.searchsorted(self._starts, index, right=True) - 1
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Join the candidates at ``index`` (B,), counted over all sets, with winners of their sets."""
-        group = self.group_of(index)
+        index = index.to(self.pairs.device, non_blocking=True)
+        group = self._set_of(index)
         size = self._sizes[group]
-        uniform = torch.rand(len(index), 1, generator=generator, dtype=torch.float64)
+        uniform = _uniforms(len(index), generator, self.pairs.device)[:, None]
         rank = torch.searchsorted(self._below[size], uniform).squeeze(1).clamp(max=len(self._below[0]) - 1)
         rank = torch.minimum(rank, size - 1)
         place = self._starts[group] + rank
         if self._equals is not None:
             first, count = self._equals
-            share = torch.rand(len(index), generator=generator, dtype=torch.float64)
+            share = _uniforms(len(index), generator, self.pairs.device)
             place = first[place] + (share * count[place]).long()
         target = self.pairs.output_rows(self._rows[place])
         source = self.pairs.output_rows(self._rows[index])
         context = self.pairs.context_rows(self._context_rows[group])
-        return Coupled(source, target, context, torch.ones(len(index)))
+        return Coupled(source, target, context, source.new_ones(len(index)))
+
+
+def _uniforms(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """Draw uniform numbers (count,) in float64 where the generator is, and bring them to a device."""
+    where = device if generator is None else generator.device
+    return torch.rand(count, generator=generator, dtype=torch.float64, device=where).to(device, non_blocking=True)
 
 
 def _equals(sorted_scores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -222,10 +252,12 @@ class _Ends:
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
         if source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
-        count = len(pairs)
-        chosen, rejected = 2 * torch.arange(count), 2 * torch.arange(count) + 1
-        weight = torch.ones(count) if pairs.weight is None else pairs.weight / pairs.weight.mean()
-        winner = torch.ones(count) if pairs.probability is None else pairs.probability
+        count, device = len(pairs), pairs.device
+        chosen = 2 * torch.arange(count, device=device)
+        rejected = chosen + 1
+        ones = torch.ones(count, dtype=torch.float32, device=device)
+        weight = ones if pairs.weight is None else pairs.weight / pairs.weight.mean()
+        winner = ones if pairs.probability is None else pairs.probability
         both = torch.stack([chosen, rejected], dim=1).flatten()
         won = torch.stack([weight * winner, weight * (1 - winner)], dim=1).flatten()
         lost = torch.stack([weight * (1 - winner), weight * winner], dim=1).flatten()
@@ -248,7 +280,7 @@ class Independent:
 
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
         self.pairs = pairs
-        ends, pool = _Ends(pairs, source), pairs.pool
+        ends, pool = _Ends(pairs, source), pairs.pool.to(pairs.device)
         self._sources, self._weight = ends.sources, ends.source_weight / ends.source_weight.mean()
         self._pool = pool[ends.sources // 2]
         of_target = pool[ends.targets // 2]
@@ -258,19 +290,25 @@ class Independent:
         self._sum = ends.target_weight[order].double().cumsum(0)
         self._last = torch.bincount(of_target, minlength=int(pool.max()) + 1).cumsum(0) - 1
         self._high = self._sum[self._last.clamp_min(0)]
-        self._low = torch.cat([torch.zeros(1, dtype=torch.float64), self._high[:-1]])
+        self._low = torch.cat([self._high.new_zeros(1), self._high[:-1]])
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.pairs.device
 
     def __len__(self) -> int:
         return len(self._sources)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,)."""
-        return self.pairs.group[self._sources[index] // 2]
+        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Join the source samples at ``index`` (B,) with targets of their contexts, drawn afresh."""
+        index = index.to(self.pairs.device, non_blocking=True)
         pool = self._pool[index]
-        uniform = torch.rand(len(index), generator=generator, dtype=torch.float64)
+        uniform = _uniforms(len(index), generator, self.pairs.device)
         place = self._low[pool] + uniform * (self._high[pool] - self._low[pool])
         target = torch.minimum(torch.searchsorted(self._sum, place, right=True), self._last[pool])
         return _joined(self.pairs, self._sources[index], self._targets[target], self._weight[index])
@@ -290,10 +328,10 @@ class Transported:
     def __init__(self, pairs: EncodedPairs, source: str, *, across: bool = False, seed: int = 0) -> None:
         self.pairs = pairs
         self.context_weight = 0.0
-        ends, generator = _Ends(pairs, source), torch.Generator().manual_seed(seed)
-        pool = torch.zeros(len(pairs), dtype=torch.long) if across else pairs.pool
+        ends, generator, device = _Ends(pairs, source), torch.Generator().manual_seed(seed), pairs.device
+        pool = torch.zeros(len(pairs), dtype=torch.long, device=device) if across else pairs.pool.to(device)
         # Both ends of a pair fall into one block, so that every block has a near context for each of its own.
-        order = torch.randperm(len(pairs), generator=generator)
+        order = torch.randperm(len(pairs), generator=generator, device="cpu").to(device)
         sources, targets = [], []
         for ours, theirs in zip(
             _by_pool(pool, ends.sources, ends.source_weight, order),
@@ -306,38 +344,46 @@ class Transported:
             blocks = -(-count // BLOCK)
             for some, others in zip(start.tensor_split(blocks), stop.tensor_split(blocks), strict=True):
                 sources.append(some)
-                targets.append(others[self._assign(some, others, across)])
+                targets.append(others[self._assign(some, others, across).to(device)])
         self._sources, self._targets = torch.cat(sources), torch.cat(targets)
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.pairs.device
 
     def __len__(self) -> int:
         return len(self._sources)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,)."""
-        return self.pairs.group[self._sources[index] // 2]
+        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Gather the joined samples at ``index`` (B,)."""
-        return _joined(self.pairs, self._sources[index], self._targets[index], torch.ones(len(index)))
+        index = index.to(self.pairs.device, non_blocking=True)
+        weight = torch.ones(len(index), dtype=torch.float32, device=self.pairs.device)
+        return _joined(self.pairs, self._sources[index], self._targets[index], weight)
 
     def _assign(self, sources: Tensor, targets: Tensor, across: bool) -> Tensor:
-        """Give for each source (n,) the number of its target (n,)."""
+        """Give for each source (n,) the number of its target (n,), on the CPU, where assignments are solved."""
         from scipy.optimize import linear_sum_assignment
 
         if len(sources) == 1:
-            return torch.zeros(1, dtype=torch.long)
+            return torch.zeros(1, dtype=torch.long, device="cpu")
         cost = _squares(*(self.pairs.members(part).cpu() for part in (sources, targets)))
         if not across:
             return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
         ours, theirs = (self.pairs.contexts_of(part // 2) for part in (sources, targets))
         assert ours is not None
         assert theirs is not None
+        ours, theirs = ours.cpu(), theirs.cpu()
         apart = _squares(ours, theirs)
         spread = float((ours - ours.mean(0)).square().sum(1).mean())
         weight = self.context_weight or float(cost.mean()) / max(spread, 1e-12)
         while True:
             found = torch.from_numpy(linear_sum_assignment((cost + weight * apart).numpy())[1])
-            blur = float(apart[torch.arange(len(found)), found].mean())
+            blur = float(apart.gather(1, found[:, None]).mean())
             if self.context_weight or blur <= CONTEXT_BLUR**2 * spread or weight > 1e12:
                 self.context_weight = weight
                 return found
@@ -352,18 +398,23 @@ class Joined:
     def __init__(self, source: Tensor, target: Tensor, context: Tensor | None) -> None:
         self.source, self.target, self.context = source, target, context
 
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.source.device
+
     def __len__(self) -> int:
         return len(self.source)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the numbers of the samples, (B,)."""
-        return index
+        """Give the numbers of the samples, (B,), on the CPU."""
+        return index.cpu()
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Gather the samples at ``index`` (B,)."""
-        rows = index.to(self.source.device)
+        rows = index.to(self.source.device, non_blocking=True)
         context = None if self.context is None else self.context[rows]
-        return Coupled(self.source[rows], self.target[rows], context, torch.ones(len(index)))
+        return Coupled(self.source[rows], self.target[rows], context, self.source.new_ones(len(index)))
 
 
 class WithoutContext:
@@ -372,6 +423,11 @@ class WithoutContext:
     def __init__(self, coupling: Coupling) -> None:
         self.coupling = coupling
         self.rows_per_item = coupling.rows_per_item
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.coupling.device
 
     def __len__(self) -> int:
         return len(self.coupling)
@@ -396,7 +452,7 @@ def _by_pool(pool: Tensor, places: Tensor, weight: Tensor, order: Tensor) -> lis
 def _spread(places: Tensor, weight: Tensor, count: int) -> Tensor:
     """Take ``count`` of some samples in proportion to their weights: with equal weights each equally often."""
     sums = weight.double().cumsum(0)
-    marks = (torch.arange(count, dtype=torch.float64) + 0.5) / count * sums[-1]
+    marks = (torch.arange(count, dtype=torch.float64, device=sums.device) + 0.5) / count * sums[-1]
     return places[torch.searchsorted(sums, marks).clamp(max=len(places) - 1)]
 
 

@@ -57,7 +57,7 @@ def projections(y: Any, *, directions: int = 128, seed: int = 0) -> Tensor:
     if y.shape[1] == 1:
         return y.T.sort(1).values
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randn(directions, y.shape[1], generator=generator, dtype=torch.float64)
+    drawn = torch.randn(directions, y.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     drawn = torch.nn.functional.normalize(drawn, dim=1).to(y)
     rows = max(1, CHUNK_VALUES // len(y))
     return torch.cat([(part @ y.T).sort(1).values for part in drawn.split(rows)])
@@ -76,9 +76,11 @@ def projected_wasserstein(x: Tensor, y: Tensor) -> float:
         )
     n, m = x.shape[1], y.shape[1]
     if n == m:
-        return float((x - y).square().mean(dtype=torch.float64).sqrt())
+        return float((x - y.to(x.device)).square().mean(dtype=torch.float64).sqrt())
     # The levels at which either quantile function steps, as whole multiples of 1 / (n m).
-    levels = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
+    y = y.to(x.device)
+    steps = (torch.arange(1, n + 1, device=x.device) * m, torch.arange(1, m + 1, device=x.device) * n)
+    levels = torch.cat(steps).unique()
     width = levels.diff(prepend=levels.new_zeros(1)).double() / (n * m)
     of_x, of_y = (levels - 1) // m, (levels - 1) // n
     total = 0.0
@@ -120,15 +122,15 @@ def kolmogorov_smirnov(x: Any, y_or_cdf: Any) -> float:
     """
     x = _line("x", x).sort().values
     if callable(y_or_cdf):
-        exact = torch.as_tensor(y_or_cdf(x)).double()
+        exact = torch.as_tensor(y_or_cdf(x)).to(x.device).double()
         if exact.shape != x.shape or bool((exact < 0).any() | (exact > 1).any()):
             raise ValueError(
                 f"the distribution function must give ({len(x)},) probabilities: got {tuple(exact.shape)} from "
                 f"{float(exact.min()):g} to {float(exact.max()):g}"
             )
-        ranks = torch.arange(len(x) + 1, dtype=torch.float64) / len(x)
+        ranks = torch.arange(len(x) + 1, dtype=torch.float64, device=x.device) / len(x)
         return float(torch.maximum((ranks[1:] - exact).max(), (exact - ranks[:-1]).max()))
-    y = _line("y_or_cdf", y_or_cdf).sort().values
+    y = _line("y_or_cdf", y_or_cdf).to(x.device).sort().values
     both = torch.cat([x, y])
     one, other = (torch.searchsorted(part, both, right=True).double() / len(part) for part in (x, y))
     return float((one - other).abs().max())
@@ -196,6 +198,7 @@ def _draws(name: str, value: Any) -> Tensor:
 
 def _two_sets(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> tuple[Tensor, Tensor]:
     one, other = _draws(names[0], x), _draws(names[1], y)
+    other = other.to(one.device)
     if one.shape[1] != other.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have draws of one size: got {one.shape[1]} and {other.shape[1]} values"

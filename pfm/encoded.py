@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.devices import with_standard_defaults
 from pfm.files import replace_file, replace_json
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]
@@ -42,6 +43,11 @@ class PairBatch:
     weight: Tensor
     probability: Tensor
 
+    def to(self, device: Any) -> PairBatch:
+        """Copy to a device; on the same one nothing is copied."""
+        parts = (self.chosen, self.rejected, self.context, self.weight, self.probability)
+        return PairBatch(*(None if part is None else part.to(device, non_blocking=True) for part in parts))  # pyright: ignore[reportArgumentType]
+
     def joined(self, other: PairBatch) -> PairBatch:
         """Put another batch behind this one."""
         context = None
@@ -53,11 +59,14 @@ class PairBatch:
         )  # fmt: skip
 
 
+@with_standard_defaults
 class EncodedPairs:
     """Holds N labelled pairs as tensors; a pair is (chosen, rejected) under one context.
 
     Repeated outputs and contexts are stored once: the pairs are indices into a table of outputs and a table
     of contexts, gathered batch by batch. A pair set made from plain tensors is its own table.
+
+    All tensors are kept on the device of ``chosen`` (others are moved there) except ``group``, which is on the CPU.
 
     Args:
         chosen: (N, \\*D) the preferred outputs; any float or integer dtype, all values finite.
@@ -101,17 +110,18 @@ class EncodedPairs:
         count = chosen.shape[0]
         if count == 0:
             raise ValueError("chosen and rejected hold no pairs: at least one is needed")
+        rejected = rejected.to(chosen.device)
         check_finite("chosen", chosen)
         check_finite("rejected", rejected)
         if context is not None:
-            context = as_float_tensor("context", context)
+            context = as_float_tensor("context", context).to(chosen.device)
             if context.ndim != 2 or context.shape[0] != count:
                 raise ValueError(
                     f"context must be ({count}, C), one row a pair: got {tuple(context.shape)}"
                     + ("; for scalar contexts use tensor[:, None]" if context.ndim == 1 else "")
                 )
             check_finite("context", context)
-        every = torch.arange(count)
+        every = torch.arange(count, device=chosen.device)
         self._tables = (chosen.flatten(1), rejected.flatten(1))
         self._indices = (every, every)
         self._contexts = context
@@ -159,8 +169,8 @@ class EncodedPairs:
             raise ValueError(f"outputs must be (M, *D) with M >= 1: got {tuple(table.shape)}")
         if check:
             check_finite("outputs", table)
-        chosen_rows = _index("chosen_index", chosen_index, table.shape[0])
-        rejected_rows = _index("rejected_index", rejected_index, table.shape[0])
+        chosen_rows = _index("chosen_index", chosen_index, table)
+        rejected_rows = _index("rejected_index", rejected_index, table)
         count = chosen_rows.shape[0]
         if rejected_rows.shape[0] != count:
             raise ValueError(
@@ -170,14 +180,14 @@ class EncodedPairs:
             raise ValueError("chosen_index and rejected_index hold no pairs: at least one is needed")
         context_rows = None
         if contexts is not None:
-            contexts = as_float_tensor("contexts", contexts)
+            contexts = as_float_tensor("contexts", contexts).to(table.device)
             if contexts.ndim != 2:
                 raise ValueError(f"contexts must be (G, C): got {tuple(contexts.shape)}")
             if check:
                 check_finite("contexts", contexts)
             if context_index is None:
                 raise ValueError("contexts needs context_index (N,): which context row belongs to which pair")
-            context_rows = _index("context_index", context_index, contexts.shape[0])
+            context_rows = _index("context_index", context_index, contexts)
             if context_rows.shape[0] != count:
                 raise ValueError(f"context_index must have {count} entries: got {context_rows.shape[0]}")
             if group is None:
@@ -191,7 +201,7 @@ class EncodedPairs:
         self.candidates = None
         if candidates is not None:
             self.candidates = [
-                CandidateRows(int(row), _index("candidates", rows, flat.shape[0]), scores.float())
+                CandidateRows(int(row), _index("candidates", rows, flat), scores.float().to(flat.device))
                 for row, rows, scores in candidates
             ]
         self._set_columns(count, weight, probability, group, encoder)
@@ -239,7 +249,7 @@ class EncodedPairs:
                 _write_table(folder / f"{name}.npy", name, table, dtype)
         for name, column in columns.items():
             if column is not None:
-                np.save(folder / f"{name}.npy", column.numpy(), allow_pickle=False)
+                np.save(folder / f"{name}.npy", column.cpu().numpy(), allow_pickle=False)
         names = [name for name, value in (large | columns).items() if value is not None]
         described = {"version": 1, "arrays": names, "event_shape": list(self.event_shape), "encoder": self.encoder}
         replace_json(folder / DESCRIPTION, described)
@@ -289,18 +299,18 @@ class EncodedPairs:
         if "rejected_outputs" in found:
             rejected = found["rejected_outputs"]
             pairs._tables = (pairs._tables[0], rejected)
-            pairs._indices = (pairs._indices[0], _index("rejected_index", found["rejected_index"], len(rejected)))
+            pairs._indices = (pairs._indices[0], _index("rejected_index", found["rejected_index"], rejected))
         return pairs
 
     def _set_columns(self, count: int, weight: Any, probability: Any, group: Any, encoder: Any) -> None:
-        self.weight: Tensor | None = _column("weight", weight, count, 0.0, float("inf"))
+        self.weight: Tensor | None = _column("weight", weight, count, 0.0, float("inf"), self.device)
         if self.weight is not None and not bool((self.weight > 0).any()):
             raise ValueError("weight must have at least one entry above zero")
-        self.probability: Tensor | None = _column("probability", probability, count, 0.0, 1.0)
+        self.probability: Tensor | None = _column("probability", probability, count, 0.0, 1.0, self.device)
         self._group: Tensor | None = None
         self._grouped = group is not None
         if group is not None:
-            self._group = torch.as_tensor(group).long()
+            self._group = torch.as_tensor(group).long().cpu()
             if self._group.shape != (count,):
                 raise ValueError(f"group must be ({count},): got {tuple(self._group.shape)}")
         self.encoder: dict[str, Any] | None = dict(encoder) if encoder else None
@@ -313,9 +323,20 @@ class EncodedPairs:
         return f"EncodedPairs({len(self)} pairs of {tuple(self.event_shape)}{context})"
 
     @property
+    def device(self) -> torch.device:
+        """Return the device of all tensors but ``group``."""
+        return self._tables[0].device
+
+    @property
     def dimension(self) -> int:
         """Give the number of values in one output."""
         return self._tables[0].shape[1]
+
+    @property
+    def table_bytes(self) -> int:
+        """Return the bytes that the tables of outputs and contexts take in memory, or on disk."""
+        tables = [*{id(table): table for table in self._tables}.values(), self._contexts]
+        return sum(table.numel() * table.element_size() for table in tables if table is not None)
 
     @property
     def context_dimension(self) -> int:
@@ -341,33 +362,34 @@ class EncodedPairs:
 
     @property
     def group(self) -> Tensor:
-        """Give the identity of each pair's prompt, (N,) int64."""
+        """Give the identity of each pair's prompt, (N,) int64, on the CPU."""
         group = self._group
         if group is None:
-            group = torch.arange(len(self)) if self._contexts is None else self._same_contexts()
+            group = torch.arange(len(self), device="cpu") if self._contexts is None else self._same_contexts()
             self._group = group
         return group
 
     @property
     def pool(self) -> Tensor:
-        """Give the identity of each pair's context, (N,) int64: outputs of one pool may be joined with each other.
+        """Give the identity of each pair's context, (N,) int64 on the CPU: outputs of one pool may be joined.
 
         Pairs of equal contexts share a pool; without contexts those of one group do, if groups were given; else
         all pairs are of one law, and of one pool.
         """
         if self._contexts is not None:
             return self._same_contexts()
-        return self.group if self._grouped else torch.zeros(len(self), dtype=torch.long)
+        return self.group if self._grouped else torch.zeros(len(self), dtype=torch.long, device="cpu")
 
     def _same_contexts(self) -> Tensor:
         assert self._contexts is not None
         assert self._context_index is not None
         names = torch.cat([row_hash(rows) for rows in self._contexts.split(CHUNK)])
-        return torch.unique(names[self._context_index], return_inverse=True)[1]
+        return torch.unique(names[self._context_index].cpu(), return_inverse=True)[1]
 
     def gather(self, index: Tensor) -> PairBatch:
-        """Gather the pairs at ``index`` (B,) as flat float32 tensors."""
-        ones = torch.ones(len(index))
+        """Gather the pairs at ``index`` (B,) as flat float32 tensors, on the pairs' device."""
+        index = self._here(index)
+        ones = torch.ones(len(index), dtype=torch.float32, device=self.device)
         return PairBatch(
             _rows(self._tables[0], self._indices[0][index]),
             _rows(self._tables[1], self._indices[1][index]),
@@ -378,38 +400,45 @@ class EncodedPairs:
 
     def members(self, places: Tensor) -> Tensor:
         """Gather single outputs as flat float32, (B, D); place 2 i is pair i's chosen output, 2 i + 1 its rejected."""
+        places = self._here(places)
         pair, rejected = places // 2, places % 2 == 1
         rows = torch.where(rejected, self._indices[1][pair], self._indices[0][pair])
         if self._tables[0] is self._tables[1]:
             return _rows(self._tables[0], rows)
-        found = torch.empty(len(places), self.dimension, device=self._tables[0].device)
+        if self.device.type != "cpu":  # a mask's length is not known on the host: select from both
+            return torch.where(rejected[:, None], *(_rows(t, rows.clamp(max=len(t) - 1)) for t in self._tables[::-1]))
+        found = torch.empty(len(places), self.dimension, dtype=torch.float32, device=self.device)
         for table, part in zip(self._tables, (~rejected, rejected), strict=True):
-            found[part.to(found.device)] = _rows(table, rows[part])
+            found[part] = _rows(table, rows[part])
         return found
+
+    def _here(self, index: Tensor) -> Tensor:
+        return index.to(self.device, non_blocking=True)
 
     def contexts_of(self, index: Tensor) -> Tensor | None:
         """Gather the contexts of the pairs at ``index`` as float32, (B, C), or None."""
         if self._contexts is None or self._context_index is None:
             return None
-        return _rows(self._contexts, self._context_index[index])
+        return _rows(self._contexts, self._context_index[self._here(index)])
 
     def output_rows(self, rows: Tensor) -> Tensor:
         """Gather rows of the output table as flat float32, (B, D)."""
-        return _rows(self._tables[0], rows)
+        return _rows(self._tables[0], self._here(rows))
 
     def context_rows(self, rows: Tensor) -> Tensor | None:
         """Gather rows of the context table as float32, (B, C), or None."""
-        return None if self._contexts is None else _rows(self._contexts, rows)
+        return None if self._contexts is None else _rows(self._contexts, self._here(rows))
 
     def select(self, index: Any) -> EncodedPairs:
         """Take the pairs at ``index`` (integers or a mask); the tables are shared, not copied.
 
         Candidate sets follow their prompts: those of prompts that keep no pair are left out.
         """
-        index = torch.as_tensor(index)
-        if index.dtype == torch.bool:
-            index = index.nonzero().flatten()
-        index = index.long()
+        numbers = torch.as_tensor(index).cpu()  # of the groups, which are on the CPU
+        if numbers.dtype == torch.bool:
+            numbers = numbers.nonzero().flatten()
+        numbers = numbers.long()
+        index = self._here(numbers)
         if index.numel() == 0:
             raise ValueError("index selects no pairs: at least one is needed")
         part = object.__new__(EncodedPairs)
@@ -420,7 +449,7 @@ class EncodedPairs:
         part.event_shape = self.event_shape
         part.weight = None if self.weight is None else self.weight[index]
         part.probability = None if self.probability is None else self.probability[index]
-        part._group = self.group[index]
+        part._group = self.group[numbers]
         part._grouped = self._grouped
         part.encoder = self.encoder
         part.candidates = self.candidates
@@ -430,15 +459,28 @@ class EncodedPairs:
         return part
 
     def to(self, device: Any) -> EncodedPairs:
-        """Copy the tables to a device, where batches are then gathered; indices and columns stay where they are."""
-        device = torch.device(device)
-        if all(table.device == device for table in self._tables):
+        """Copy to a device, where batches are then gathered; ``group`` stays on the CPU.
+
+        Args:
+            device: as for ``torch.Tensor.to``.
+        """
+        device = torch.empty(0, device=device).device  # "cuda" is the current one, of a number
+        if self.device == device:
             return self
-        part = self.select(torch.arange(len(self)))
+        part = self.select(torch.arange(len(self), device="cpu"))
         same = self._tables[0] is self._tables[1]
         first = self._tables[0].to(device)
         part._tables = (first, first if same else self._tables[1].to(device))
+        part._indices = (part._indices[0].to(device), part._indices[1].to(device))
         part._contexts = None if self._contexts is None else self._contexts.to(device)
+        part._context_index = None if part._context_index is None else part._context_index.to(device)
+        part.weight = None if part.weight is None else part.weight.to(device)
+        part.probability = None if part.probability is None else part.probability.to(device)
+        if part.candidates is not None:
+            part.candidates = [
+                CandidateRows(each.context_index, each.rows.to(device), each.scores.to(device))
+                for each in part.candidates
+            ]
         return part
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[EncodedPairs, EncodedPairs]:
@@ -459,16 +501,16 @@ class EncodedPairs:
                 "all pairs belong to one prompt, so no prompt can be held out: add prompts, or give "
                 "group=torch.arange(N) to split by pair"
             )
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed), device="cpu")
         count = min(max(round(held_out * len(names)), 1), len(names) - 1)
-        out = torch.zeros(len(names), dtype=torch.bool)
+        out = torch.zeros(len(names), dtype=torch.bool, device="cpu")
         out[order[:count]] = True
         mask = out[member]
         return self.select(~mask), self.select(mask)
 
     def swap(self) -> EncodedPairs:
         """Exchange chosen and rejected: the control in which every learned gain must turn round."""
-        part = self.select(torch.arange(len(self)))
+        part = self.select(torch.arange(len(self), device="cpu"))
         part._tables = (self._tables[1], self._tables[0])
         part._indices = (self._indices[1], self._indices[0])
         if self.candidates is not None:
@@ -491,16 +533,16 @@ class EncodedPairs:
             raise ValueError(f"share must lie in [0, 1]: got {share}")
         # Not the stream of data that were drawn with the same small seed.
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
-        flip = torch.rand(len(self), generator=generator) < share
+        flip = self._here(torch.rand(len(self), generator=generator, dtype=torch.float32, device="cpu") < share)
         if self._tables[0] is self._tables[1]:
-            part = self.select(torch.arange(len(self)))
+            part = self.select(torch.arange(len(self), device="cpu"))
             first, second = self._indices
             part._indices = (torch.where(flip, second, first), torch.where(flip, first, second))
             part.candidates = None
             return part
         both = torch.cat(self._tables)
         first, second = self._indices[0], self._indices[1] + len(self._tables[0])
-        part = self.select(torch.arange(len(self)))
+        part = self.select(torch.arange(len(self), device="cpu"))
         part._tables = (both, both)
         part._indices = (torch.where(flip, second, first), torch.where(flip, first, second))
         part.candidates = None
@@ -520,14 +562,14 @@ def _write_table(path: Path, name: str, table: Tensor, dtype: torch.dtype | None
             part = table[begin : begin + CHUNK].float()
             if dtype == torch.float16 and float(part.abs().max()) > torch.finfo(torch.float16).max:
                 raise ValueError(f"{name} holds values up to {float(part.abs().max()):g}, beyond float16: use float32")
-            array[begin : begin + CHUNK] = part.numpy()
+            array[begin : begin + CHUNK] = part.cpu().numpy()
         array.flush()
 
     replace_file(path, write)
 
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    return table[rows.to(table.device, non_blocking=True)].float()
+    return table[rows].float()
 
 
 def as_float_tensor(name: str, value: Any) -> Tensor:
@@ -568,7 +610,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
     rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
     # A sum is finite whenever every value is (float64 cannot overflow on float32 values): one cheap pass, in
     # pieces, since summing in another type copies.
-    if all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(CHUNK)):
+    if rows.device.type == "cpu":
+        fine = all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(CHUNK))
+    else:  # one look at the device; the largest and smallest value are NaN if any is
+        fine = rows.numel() == 0 or bool(torch.isfinite(torch.stack(rows.aminmax())).all())
+    if fine:
         return
     bad = torch.cat([(~torch.isfinite(part)).any(1) for part in rows.split(CHUNK)])
     if not bool(bad.any()):
@@ -580,8 +626,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
     )
 
 
-def _index(name: str, value: Any, rows: int) -> Tensor:
-    index = torch.as_tensor(value)
+def _index(name: str, value: Any, table: Tensor) -> Tensor:
+    index, rows = torch.as_tensor(value).to(table.device), len(table)
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"{name} must be a one-dimensional integer tensor: got {index.dtype} {tuple(index.shape)}")
     index = index.long()
@@ -590,10 +636,10 @@ def _index(name: str, value: Any, rows: int) -> Tensor:
     return index
 
 
-def _column(name: str, value: Any, count: int, low: float, high: float) -> Tensor | None:
+def _column(name: str, value: Any, count: int, low: float, high: float, device: torch.device) -> Tensor | None:
     if value is None:
         return None
-    column = as_float_tensor(name, value).float()
+    column = as_float_tensor(name, value).to(device, torch.float32)
     if column.shape != (count,):
         raise ValueError(f"{name} must be ({count},), one number a pair: got {tuple(column.shape)}")
     check_finite(name, column)

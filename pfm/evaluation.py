@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from pfm.devices import standard_defaults
 from pfm.rows import conversation_text
 from pfm.statistics import (
     Array,
@@ -336,6 +337,7 @@ class Report:
         yield from terminal(self, options.max_width)
 
 
+@standard_defaults
 def evaluate(
     refiner_or_records: Any,
     prompts: Sequence[Prompt] | None = None,

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.devices import standard_defaults
 from pfm.statistics import Bootstrap, Estimate, interval
 from pfm.traits import TRAITS, measure_traits, tokens
 
@@ -222,6 +223,7 @@ class _Outputs:
         return np.stack(sums, axis=1).astype(np.float64)
 
 
+@standard_defaults
 def explain(
     flow: PreferenceFlow,
     pairs: PreferencePairs,

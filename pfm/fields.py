@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pfm.couplings import Coupled
+from pfm.graphs import keep_alive
 
 __all__ = ["Field", "LinearField", "Moments", "Normalizer", "ResidualField", "Velocity"]
 
@@ -25,6 +26,7 @@ SMALL = 64  # dimensions up to which a problem is small: narrow networks, many f
 TIME_NODES = 12  # Chebyshev: v of independent equal Gaussians has poles at t = (1 +- i)/2, so errors fall as 2.4**-n
 FOURIER_FEATURES = 8  # up to 64 dimensions; beyond, half: there they cost steps of the solver and gain next to nothing
 CONTEXT_ENERGY = 1e-6  # of the contexts' matrices over time that may be left out
+REMEMBERED = 32  # times whose part of a field is kept
 EXACT = 1e-12  # the same, of matrices from which it was left out: rounding
 
 
@@ -50,14 +52,16 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, chosen: Tensor, rejected: Tensor, context: Tensor | None) -> None:
-        """Set the statistics from pairs: chosen, rejected (N, D), context (N, C) or None."""
-        both = torch.cat([chosen, rejected]).double()
+        """Set the statistics from pairs: chosen, rejected (N, D), context (N, C) or None, on any device."""
+        chosen, rejected = (part.to(self.mean.device).double() for part in (chosen, rejected))
+        both = torch.cat([chosen, rejected])
         self.mean.copy_(both.mean(0))
         self.scale.copy_(_floored(both.std(0, correction=0)))
         if context is not None:
-            self.context_mean.copy_(context.double().mean(0))
-            self.context_scale.copy_(_floored(context.double().std(0, correction=0)))
-        difference = (chosen.double() - rejected.double()) / self.scale
+            context = context.to(self.mean.device).double()
+            self.context_mean.copy_(context.mean(0))
+            self.context_scale.copy_(_floored(context.std(0, correction=0)))
+        difference = (chosen - rejected) / self.scale
         self.displacement.copy_(_floored(difference.square().mean(0).sqrt()))
 
     def forward(self, y: Tensor) -> Tensor:
@@ -84,7 +88,7 @@ class Moments:
     """Holds first and second moments of z = (source, target, context, 1), normalised, weighted.
 
     ``gram`` is E[z z'] as a (2D + C + 1) square matrix in float64; ``noise`` (D,) is the variance of the path's noise
-    at its height, t = 1/2; at t it is sin(pi t)^2 of that.
+    at its height, t = 1/2; at t it is sin(pi t)^2 of that. Both are on the normaliser's device.
     """
 
     gram: Tensor
@@ -95,20 +99,20 @@ class Moments:
     def of(cls, batches: Iterable[Coupled], normalizer: Normalizer, noise: Tensor) -> Moments:
         """Accumulate the moments over coupled samples, in float64."""
         gram: Tensor | None = None
-        total = 0.0
+        total: Tensor | None = None
         dimension, device = normalizer.mean.shape[0], normalizer.mean.device
         for batch in (batch.to(device) for batch in batches):
             parts = [normalizer(batch.source), normalizer(batch.target)]
             context = normalizer.context(batch.row_context())
             if context is not None:
                 parts.append(context)
-            z = torch.cat([*parts, torch.ones(len(parts[0]), 1, device=device)], dim=1)
-            part = (z.T @ (z * batch.weight[:, None])).double().cpu()
+            z = torch.cat([*parts, torch.ones(len(parts[0]), 1, dtype=torch.float32, device=device)], dim=1)
+            part, weight = (z.T @ (z * batch.weight[:, None])).double(), batch.weight.sum().double()
             gram = part if gram is None else gram.add_(part)
-            total += float(batch.weight.sum())
-        if gram is None or total <= 0:
+            total = weight if total is None else total + weight
+        if gram is None or total is None or float(total) <= 0:
             raise ValueError("no coupled samples with positive weight to take moments of")
-        return cls(gram / total, noise.double().cpu(), dimension)
+        return cls(gram / total, noise.double(), dimension)
 
     def at(self, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Give the moments of (y_t, context) and of dy_t/dt at time t.
@@ -118,10 +122,10 @@ class Moments:
             velocity, and the velocity's mean (D,).
         """
         size, d = self.gram.shape[0], self.dimension
-        mix = torch.zeros(size - d - 1, size, dtype=torch.float64)
-        mix[:d, :d] = torch.eye(d) * (1 - t)
-        mix[:d, d : 2 * d] = torch.eye(d) * t
-        mix[d:, 2 * d : size - 1] = torch.eye(size - 1 - 2 * d)
+        mix = self.gram.new_zeros(size - d - 1, size)
+        mix[:d, :d].fill_diagonal_(1 - t)
+        mix[:d, d : 2 * d].fill_diagonal_(t)
+        mix[d:, 2 * d : size - 1].fill_diagonal_(1)
         mean = self.gram[:-1, -1]
         centred = self.gram[:-1, :-1] - mean[:, None] * mean[None, :]
         inputs = mix[:, :-1] @ centred
@@ -144,7 +148,7 @@ class Moments:
         The expected square error of a linear prediction is itself a function of moments: no sample is drawn.
         ``unit`` (D,) weighs the dimensions by 1 / unit^2.
         """
-        share = unit.double().square().reciprocal()
+        share = unit.to(self.gram.device).double().square().reciprocal()
         error = dict.fromkeys(ridges, 0.0)
         for t in times:
             covariance, mean, cross, shift = self.at(t)
@@ -249,14 +253,15 @@ class LinearField(nn.Module):
         """Give slope (D, D), offset (D,) and the nodes' weights (nodes,) at one time; the last few are remembered."""
         found = self._at.get(t)
         if found is None:
-            weights = self.weights(torch.tensor([t], device=self.matrices.device))
+            # Filled on the device: a tensor of Python numbers would be copied there, which waits for it.
+            weights = self.weights(torch.full((1,), t, dtype=torch.float32, device=self.matrices.device))
             d = self._dimension
             slope = (weights @ self.matrices[:, :d].flatten(1)).view(d, d)
             found = (slope, (weights @ self.shifts)[0], weights[0])
-            if len(self._at) >= 32:
+            if len(self._at) >= REMEMBERED:
                 self._at.clear()
             self._at[t] = found
-        return found
+        return keep_alive(found)
 
     def forward(self, t: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None."""
@@ -269,7 +274,7 @@ class LinearField(nn.Module):
 
     def at(self, context: Tensor | None) -> Velocity:
         """Fix the contexts (B, C): their products with the matrices are computed here, once."""
-        axes, fixed = None, torch.empty(0)
+        axes, fixed = None, self.shifts
         if context is not None:
             if self._parts is None:
                 self._parts = self._over_time(EXACT)
@@ -310,6 +315,7 @@ class ResidualField(nn.Module):
         self.last = nn.Linear(hidden, dimension)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self._at: dict[tuple[float, int, torch.dtype], Tensor] = {}
         self._frequencies: Tensor
         self.register_buffer(
             "_frequencies",
@@ -343,10 +349,9 @@ class ResidualField(nn.Module):
         fixed: Tensor | None = None
         if self.from_context is not None and context is not None:
             fixed = self.from_context(context) + self.from_output.bias
-        device = self._frequencies.device
 
         def velocity(t: float, y: Tensor) -> Tensor:
-            time = self.from_time(self.time_features(torch.tensor(t, device=device)).to(y.dtype))
+            time = self._from_time_at(t, y.dtype)
             if fixed is None:
                 first = torch.addmm(self.from_output.bias + time, y, self.from_output.weight.T)
             else:
@@ -354,6 +359,25 @@ class ResidualField(nn.Module):
             return self._rest(first)
 
         return velocity
+
+    def _from_time_at(self, t: float, dtype: torch.dtype) -> Tensor:
+        """Give the first layer's product with one time (hidden,); the last few are remembered."""
+        weight = self.from_time.weight
+        key = t, weight._version, dtype
+        found = self._at.get(key)
+        if found is None:
+            at = torch.full((), t, dtype=torch.float32, device=weight.device)
+            found = self.from_time(self.time_features(at).to(dtype))
+            if found.requires_grad or torch.is_autocast_enabled(weight.device.type):
+                return found
+            if len(self._at) >= REMEMBERED:
+                self._at.clear()
+            self._at[key] = found
+        return keep_alive(found)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ResidualField:
+        self._at.clear()
+        return super()._apply(fn, recurse)
 
     def _rest(self, first: Tensor) -> Tensor:
         value = nn.functional.silu(first, inplace=not torch.is_grad_enabled())

@@ -80,9 +80,10 @@ def _fit_linear(problem: FlowProblem, coupling: Coupling, check: Coupling, confi
         field.linear.shifts.zero_()
         return math.inf
     noise = (problem.sigma * normalizer.displacement).square()
-    moments, judged = (Moments.of(_all_rows(part, config.seed), normalizer, noise) for part in (coupling, check))
+    with matmul_precision("float32", normalizer.mean.device):
+        moments, judged = (Moments.of(_all_rows(part, config.seed), normalizer, noise) for part in (coupling, check))
     times = {"times": (0.0,)} if problem.one_step else {}
-    ridge = moments.best_ridge(RIDGES, judged, field.unit.cpu(), **times)
+    ridge = moments.best_ridge(RIDGES, judged, field.unit, **times)
     field.linear.fit(moments, ridge, at_start=problem.one_step)
     return ridge
 
@@ -96,8 +97,8 @@ def _all_rows(coupling: Coupling, seed: int, size: int = 8192) -> Iterator[Coupl
 def at_most(count: int, most: int, seed: int) -> Tensor:
     """Give the numbers below ``count``, or a sorted random choice of ``most`` of them."""
     if count <= most:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].sort().values
+        return torch.arange(count, device="cpu")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")[:most].sort().values
 
 
 @torch.no_grad()
@@ -141,11 +142,14 @@ def choose_steps(
 
 
 class matmul_precision:
-    """Sets torch's precision of float32 matrix products as ``dtype`` asks, and puts it back."""
+    """Sets torch's precision of float32 matrix products as ``dtype`` asks, and puts it back.
+
+    On CUDA ``"float32"`` is full precision, whatever the caller had set; on the CPU it is what was set.
+    """
 
     def __init__(self, dtype: str, device: torch.device) -> None:
         medium = dtype == "medium" or (dtype == "auto" and device.type == "cuda")
-        self.wanted = "medium" if medium else None
+        self.wanted = "medium" if medium else "highest" if device.type == "cuda" else None
 
     def __enter__(self) -> None:
         self.before = torch.get_float32_matmul_precision()

@@ -8,7 +8,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from pfm import graphs
+from pfm.chunks import Work, map_rows
 from pfm.config import FlowConfig
 from pfm.couplings import Joined, WithoutContext, make_coupling
+from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.errors import NonFiniteWarning
 from pfm.fields import SMALL, Field, Normalizer, Velocity
@@ -36,10 +40,12 @@ logger = logging.getLogger(__name__)
 
 MODES = ("single", "gated", "reapply", "relabel")
 FAILURES = ("keep", "raise")
-CHUNK = 1024
 STATISTICS_ROWS = 20_000
+_CALLER = 3  # of a public method, past the decoration of the class: whom a warning is for
+RESIDENT_SHARE = 0.5  # of a device's free memory that pairs may take to be kept there
 
 
+@with_standard_defaults
 class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-flow", tags=["preference-flow"]):
     """Carries less-preferred outputs to preferred ones: dy/dt = v(t, y | x), t from 0 to 1.
 
@@ -66,6 +72,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         self.context_dimension = int(context_dimension)
         self.config = config if isinstance(config, FlowConfig) else FlowConfig.from_dict(dict(config or {}))
         self.metadata: dict[str, Any] = dict(metadata or {})
+        self._graphs = graphs.GraphCache()
         self.normalizer = Normalizer(self.dimension, self.context_dimension)
         self.field = self._new_field(self.context_dimension)
         self.context_free = self._new_field(0) if self.config.context_free else None
@@ -84,6 +91,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             self.context_free.drop_residual()
         if self.metadata.get("win_network_kept") is False and isinstance(self.win, WinHead):
             self.win.drop_network()
+        self.register_load_state_dict_post_hook(lambda flow, _: flow._graphs.clear())
         self.eval()
 
     def _new_field(self, context_dimension: int) -> Field:
@@ -186,11 +194,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             win, judgement = PreferenceWin.made(preference, encoded, held, config.seed)
             if config.best_of > 2:
                 train, held = (rescored(part, preference) for part in (train, held))
-        device = _device(config.device)
+        device = resolve_device(config.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             flow = cls(encoded.event_shape, encoded.context_dimension, config)
         flow.to(device)
+        train, held = (_resident(part, device) for part in (train, held))
         if config.context_free and not encoded.context_dimension:
             raise ValueError("context_free=True leaves contexts out, and these pairs have none: use context_free=False")
         with torch.no_grad():
@@ -199,8 +208,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             flow._set_units()
         coupling, check = (
             make_coupling(
-                part.to(device), source=config.source, coupling=config.coupling, best_of=config.best_of,
-                seed=config.seed,
+                part, source=config.source, coupling=config.coupling, best_of=config.best_of, seed=config.seed,
             )
             for part in (train, held)
         )  # fmt: skip
@@ -220,7 +228,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 checkpoint=None if folder is None else folder / "context_free", progress=progress,
             ).to_dict()  # fmt: skip
         if preference is None:
-            head = WinHead(flow.dimension, flow.context_dimension)
+            head = WinHead(flow.dimension, flow.context_dimension).to(device)
             judgement = head.fit(encoded, seed=config.seed).to_dict()
             flow._set_win(head, judgement)
         else:
@@ -256,6 +264,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
     def _set_win(self, win: WinHead | PreferenceWin, judgement: dict[str, Any]) -> None:
         self.win = win.to(self.device)
+        self._graphs.clear()
         self.metadata["win"] = judgement
         self.metadata["win_network_kept"] = judgement["network_kept"]
 
@@ -303,7 +312,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             ValueError: shapes disagree, or the labels are not (B,) numbers in [0, 1].
         """
         one, contexts = self._checked(y, context)
-        two, _ = self._checked(other, context)
+        two = self._checked(other, context)[0].to(one.device)
         if len(one) != len(two):
             raise ValueError(f"y and other must hold equally many draws: got {len(one)} and {len(two)}")
         if isinstance(check, bool) or not isinstance(check, int) or check < 0:
@@ -312,15 +321,15 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         draws = one[:check], two[:check], None if contexts is None else contexts[:check]
         one, two = (self.transport(draws, contexts, mode="relabel") for draws in (one, two))
         label = labelled(ask, one, two, contexts)
+        label = label.to(one.device)
         first = (label >= 0.5).view(-1, *[1] * len(self.event_shape))
-        one, two = one.cpu(), two.cpu()
         hard = bool(((label == 0) | (label == 1)).all())
         pairs = EncodedPairs(
-            torch.where(first, one, two), torch.where(first, two, one), None if contexts is None else contexts.cpu(),
+            torch.where(first, one, two), torch.where(first, two, one), contexts,
             probability=None if hard else torch.maximum(label, 1 - label), encoder=self.metadata.get("encoder"),
         )  # fmt: skip
         further = PreferenceFlow.fit(
-            pairs, self.config if config is None else config, progress=progress,
+            pairs, self._config_here() if config is None else config, progress=progress,
             preference=labeller if isinstance(labeller, PreferenceModel) else None,
         )  # fmt: skip
         chain = self._copy()
@@ -334,6 +343,10 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             chain.metadata["rounds"] = [*chain.metadata.get("rounds", []), found.to_dict()]
             warn_of_cycle(found)
         return chain
+
+    def _config_here(self) -> FlowConfig:
+        """Give the settings for a further fit where the flow is now, which may not be where it was fitted."""
+        return self.config if self.config.device == "auto" else self.config.replace(device=str(self.device))
 
     def _copy(self) -> PreferenceFlow:
         twin = PreferenceFlow(self.event_shape, self.context_dimension, self.config, self._described()["metadata"])
@@ -373,17 +386,19 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         if isinstance(y, EncodedPairs):
             y, context = torch.cat([y.chosen, y.rejected]), None if y.context is None else y.context.repeat(2, 1)
         y, context = self._checked(y, context)
+        y, context = y.to(self.device), None if context is None else context.to(self.device)
         if len(y) < 2:
             raise ValueError(f"y must hold at least two outputs, one of them to judge by: got {len(y)}")
         if config is None:
-            config = self.config
+            config = self._config_here()
         elif not isinstance(config, FlowConfig):
             config = FlowConfig.from_dict(dict(config))
         config = config.replace(
             solver="euler", steps=1, coupling="paired", best_of=2, context_free=False, source=self.config.source
         )
         taught = self.transport(y, context, mode=mode, rounds=rounds, strength=strength)
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.seed)).to(self.device)
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.seed), device="cpu")
+        order = order.to(self.device)
         count = min(max(round(config.validation_share * len(y)), 1), len(y) - 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -455,7 +470,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 finite state, with a :class:`pfm.NonFiniteWarning` that says which they are; ``"raise"`` raises.
 
         Returns:
-            (B, \\*D) float32. Rows do not depend on their neighbours in the batch, with fixed-step solvers.
+            (B, \\*D) float32, on the device of ``y`` (the CPU for arrays and lists), wherever the flow is. Rows do
+            not depend on their neighbours in the batch, with fixed-step solvers.
 
         Raises:
             ValueError: shapes disagree with the flow's, values are not finite, or an argument is out of range.
@@ -482,24 +498,48 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 stacklevel=2,
             )
         y, context = self._checked(y, context)
-        asked = steps is not None
-        steps = self._checked_steps(steps)
-        result, finite = y.flatten(1), torch.ones(len(y), dtype=torch.bool, device=y.device)
-        if strength > 0:
+        asked = self._checked_steps(steps) if steps is not None else None
+        if strength == 0:
+            return y.clone()
+
+        def carry(state: Tensor, contexts: Tensor | None, hold: bool = False) -> tuple[Tensor, Tensor]:
+            finite = torch.ones(len(state), dtype=torch.bool, device=state.device)
             for number in range(rounds):
                 flow = self._round(number) if mode == "relabel" else self
                 gated = mode == "gated" or (mode == "relabel" and flow.config.source == "rejected")
-                result, well = flow._pass(
-                    result, context, steps if asked else flow.steps, strength, guidance, win_gradient, gated
+                state, well = flow._pass(
+                    state, contexts, asked or flow.steps, strength, guidance, win_gradient, gated, hold
                 )
-                finite &= well
+                finite = finite & well
+            return state, finite
+
+        settings = (mode, rounds, asked, strength, guidance)
+        work = carry if win_gradient or mode == "relabel" else self._recorded(settings, carry)
+        flat = y.flatten(1)
+        result, finite = map_rows(work, flat, context, self.device)
         if not bool(finite.all()):
+            lost = ~finite
+            contexts = None if context is None else context[lost]
+            result[lost], finite[lost] = map_rows(partial(carry, hold=True), flat[lost], contexts, self.device)
             warning = NonFiniteWarning(finite)
             if on_failure == "raise":
                 raise FloatingPointError(f"{warning}; on_failure='keep' gives their last finite state")
-            warnings.warn(warning, stacklevel=2)
-        result = result.unflatten(1, self.event_shape)
-        return result.clone() if strength == 0 else result
+            warnings.warn(warning, stacklevel=_CALLER)
+        return result.unflatten(1, self.event_shape)
+
+    def _recorded(self, settings: Hashable, carry: Work) -> Work:
+        """Give what replays a pass of few rows on a GPU, where launching its kernels one by one takes longer."""
+        if not graphs.supported(self.device) or self.config.solver in ADAPTIVE_SOLVERS:
+            return carry
+
+        def recorded(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor, ...]:
+            return self._graphs(settings, carry, rows, contexts)
+
+        return recorded
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PreferenceFlow:
+        self._graphs.clear()  # they read the parameters where these were
+        return super()._apply(fn, recurse)
 
     def _round(self, number: int) -> PreferenceFlow:
         later = self.later[number - 1] if number else self
@@ -528,16 +568,15 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         guidance: float = 1.0,
         win_gradient: float = 0.0,
         gated: bool = False,
+        hold: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Carry flat outputs (B, D) once; give them and which rows (B,) stayed finite."""
-        pieces, wells = [y[:0]], [torch.ones(0, dtype=torch.bool, device=y.device)]
-        with matmul_precision(self.config.dtype, self.device):
-            for rows, contexts in _chunks(y, context):
-                velocity = self._guided(contexts, guidance, win_gradient)
-                states, finite = self._integrate(velocity, rows, (0.0, min(strength, 1.0)), steps)
-                pieces.append(states[-1])
-                wells.append(finite)
-        result, well = torch.cat(pieces), torch.cat(wells)
+        """Carry flat outputs (B, D) on the flow's device once; give them and which rows (B,) stayed finite."""
+        device = self.device
+        lower = self.config.dtype == "bfloat16" and device.type != "cpu"
+        with matmul_precision(self.config.dtype, device), torch.autocast(device.type, torch.bfloat16, enabled=lower):
+            velocity = self._guided(context, guidance, win_gradient)
+            states, well = self._integrate(velocity, y, (0.0, min(strength, 1.0)), steps, hold=hold)
+        result = states[-1]
         if strength > 1:
             result = y + strength * (result - y)
         if self.metadata.get("unit_norm"):
@@ -573,7 +612,9 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             total = nn.functional.logsigmoid(self.win(y, context)).sum()
             return torch.autograd.grad(total, y)[0]
 
-    def _integrate(self, velocity: Velocity, y: Tensor, times: Sequence[float], steps: int) -> tuple[Tensor, Tensor]:
+    def _integrate(
+        self, velocity: Velocity, y: Tensor, times: Sequence[float], steps: int, *, hold: bool = True
+    ) -> tuple[Tensor, Tensor]:
         start = self.normalizer(y)
         if "distilled" in self.metadata:
             # One evaluation makes the whole pass: a straight line.
@@ -582,12 +623,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             moved = torch.where(finite[:, None], moved, 0)
             states = torch.stack([start + t * moved for t in times])
         else:
-            states, finite, _ = integrate(velocity, start, times, solver=self.config.solver, steps=steps)
+            states, finite, _ = integrate(velocity, start, times, solver=self.config.solver, steps=steps, hold=hold)
         return self.normalizer.inverse(states), finite
 
     @torch.no_grad()
     def trajectory(self, y: Any, context: Any = None, *, times: Any) -> Tensor:
-        """Give the states along one pass.
+        """Give the states along one pass, on the device of ``y``.
 
         Args:
             y: (B, \\*D) outputs. context: as for :meth:`transport`.
@@ -603,13 +644,12 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         path = marks if marks[0] == 0 else [0.0, *marks]
         if len(path) == 1:
             return y[None].clone()
-        pieces = [
-            self._integrate(self._guided(contexts, 1.0, 0.0), rows, path, self.steps)[0]
-            for rows, contexts in _chunks(y.flatten(1), context)
-        ]
-        if not pieces:
-            return y.expand(len(marks), *y.shape).clone()
-        states = torch.cat(pieces, dim=1)
+
+        def follow(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor]:
+            states, _ = self._integrate(self._guided(contexts, 1.0, 0.0), rows, path, self.steps)
+            return (states.transpose(0, 1),)
+
+        states = map_rows(follow, y.flatten(1), context, self.device)[0].transpose(0, 1)
         if self.metadata.get("unit_norm"):
             states = nn.functional.normalize(states, dim=2)
         return states[-len(marks) :].unflatten(2, self.event_shape)
@@ -623,10 +663,13 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         """
         if not 0 <= t <= 1:
             raise ValueError(f"t must lie in [0, 1]: got {t}")
+
+        def evaluate(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor]:
+            velocity = self.field.at(self.normalizer.context(contexts))
+            return (velocity(float(t), self.normalizer(rows)) * self.normalizer.scale,)
+
         y, context = self._checked(y, context)
-        velocity = self.field.at(self.normalizer.context(context))
-        moved = velocity(float(t), self.normalizer(y.flatten(1))) * self.normalizer.scale
-        return moved.unflatten(1, self.event_shape)
+        return map_rows(evaluate, y.flatten(1), context, self.device)[0].unflatten(1, self.event_shape)
 
     @torch.no_grad()
     def straightness(self, y: Any, context: Any = None, *, times: int = 32) -> float:
@@ -642,15 +685,18 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         if "distilled" in self.metadata:
             return 0.0
         marks = [(number + 0.5) / times for number in range(times)]
-        departed = moved = 0.0
-        for rows, contexts in _chunks(y.flatten(1), context):
+
+        def measure(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor, Tensor]:
             velocity = self._guided(contexts, 1.0, 0.0)
             states, _ = self._integrate(velocity, rows, [0.0, *marks, 1.0], max(self.steps, times))
             states = self.normalizer(states)
             whole = states[-1] - states[0]
-            speed = [velocity(t, at) for t, at in zip(marks, states[1:-1], strict=True)]
-            departed += sum(float((each - whole).square().sum()) for each in speed) / times
-            moved += float(whole.square().sum())
+            departed = whole.new_zeros(len(whole))
+            for t, at in zip(marks, states[1:-1], strict=True):
+                departed += (velocity(t, at) - whole).square().sum(1) / times
+            return departed, whole.square().sum(1)
+
+        departed, moved = (float(each.double().sum()) for each in map_rows(measure, y.flatten(1), context, self.device))
         return departed / moved if moved > 0 else 0.0
 
     @torch.no_grad()
@@ -661,7 +707,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             y: (B, \\*D) outputs. context: as for :meth:`transport`.
         """
         y, context = self._checked(y, context)
-        return self._win_slope(y.flatten(1), context).unflatten(1, self.event_shape)
+        slope = map_rows(lambda rows, contexts: (self._win_slope(rows, contexts),), y.flatten(1), context, self.device)
+        return slope[0].unflatten(1, self.event_shape)
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None) -> Tensor:
@@ -671,7 +718,9 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             y: (B, \\*D) outputs. context: as for :meth:`transport`.
         """
         y, context = self._checked(y, context)
-        return torch.sigmoid(self.win(y.flatten(1), context))
+        return map_rows(
+            lambda rows, contexts: (torch.sigmoid(self.win(rows, contexts)),), y.flatten(1), context, self.device
+        )[0]
 
     @torch.no_grad()
     def candidate_probabilities(self, y: Any, context: Any, prompt: Tensor) -> Tensor:
@@ -688,8 +737,9 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         if not isinstance(self.win, PreferenceWin):
             return found
         y, context = self._checked(y, context)
+        prompt = prompt.to(y.device)
         for number in prompt.unique().tolist():
-            rows = (prompt == number).nonzero().flatten().to(self.device)
+            rows = (prompt == number).nonzero().flatten()
             if len(rows) > 1:
                 of_prompt = None if context is None else context[rows]
                 found[rows] = candidate_wins(self.win.model, y[rows], of_prompt)
@@ -708,13 +758,14 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         """
         y, context = self._checked(y, context)
         flat = y.flatten(1)
-        moved, _ = self._pass(flat, context, self.steps)
-        scale = self.normalizer.scale
+        moved, _ = map_rows(lambda rows, contexts: self._pass(rows, contexts, self.steps), flat, context, self.device)
+        scale = self.normalizer.scale.to(y.device)
         direction = ((moved - flat) / scale).mean(0)
         return ((flat - flat.mean(0)) / scale) @ nn.functional.normalize(direction, dim=0)
 
     def _checked(self, y: Any, context: Any) -> tuple[Tensor, Tensor | None]:
-        y = as_float_tensor("y", y).to(self.device, torch.float32)
+        """Give float32 outputs (B, \\*D) and a context a row, on the device of ``y``."""
+        y = as_float_tensor("y", y).float()
         if y.shape[1:] != self.event_shape or y.ndim < 2:
             wanted = ", ".join(["B", *map(str, self.event_shape)])
             raise ValueError(f"y must be ({wanted}), as this flow was fitted: got {tuple(y.shape)}")
@@ -725,7 +776,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             return y, None
         if context is None:
             raise ValueError(f"context (B, {self.context_dimension}) is missing: this flow was fitted with contexts")
-        context = as_float_tensor("context", context).to(self.device, torch.float32)
+        context = as_float_tensor("context", context).to(y.device, torch.float32)
         if context.ndim == 1:
             context = context[None]
         if context.ndim != 2 or context.shape[1] != self.context_dimension or context.shape[0] not in (1, len(y)):
@@ -887,9 +938,16 @@ def _training_sets(
         "here says how the flow does on another prompt",
         stacklevel=3,
     )
-    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.seed))
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.seed), device="cpu")
     count = min(max(round(config.validation_share * len(encoded)), 1), len(encoded) - 1)
     return encoded.select(order[count:]), encoded.select(order[:count])
+
+
+def _resident(pairs: EncodedPairs, device: torch.device) -> EncodedPairs:
+    """Bring pairs to the device they are trained on, or leave on the CPU what would fill it: batches are streamed."""
+    if device.type == "cpu":
+        return pairs.to(device)
+    return pairs.to(device) if pairs.table_bytes <= RESIDENT_SHARE * free_memory(device) else pairs.to("cpu")
 
 
 def _on_unit_sphere(chosen: Tensor, rejected: Tensor, config: FlowConfig) -> bool:
@@ -900,11 +958,6 @@ def _on_unit_sphere(chosen: Tensor, rejected: Tensor, config: FlowConfig) -> boo
     return both.shape[1] >= 8 and bool((both.norm(dim=1) - 1).abs().max() < 1e-3)
 
 
-def _chunks(y: Tensor, context: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for at in range(0, len(y), CHUNK):
-        yield y[at : at + CHUNK], None if context is None else context[at : at + CHUNK]
-
-
 def _row_uniforms(y: Tensor) -> Tensor:
     """Give a uniform number in [0, 1) a row, a hash of the row's bits: independent of the row's neighbours."""
     return ((row_hash(y) >> 11) & 0x1FFFFFFFFFFFFF).double().div(2**53).float()
@@ -912,14 +965,6 @@ def _row_uniforms(y: Tensor) -> Tensor:
 
 def _root(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r} was asked for and this machine has no CUDA device: use device='auto'")
-    return torch.device(name)
 
 
 def _version() -> str:

@@ -85,9 +85,10 @@ class PreferenceWin(nn.Module):
                 raise ValueError(f"preference must have been fitted on {name} {wanted}: got {has}")
         model = copy.deepcopy(model)  # the caller's may be fitted anew, or moved
         generator = torch.Generator().manual_seed(seed)
-        index = torch.randperm(len(pairs), generator=generator)[:DRAWS]
+        index = torch.randperm(len(pairs), generator=generator, device="cpu")[:DRAWS]
         win = cls(model, pairs.dimension, pairs.context_dimension, len(index))
-        win.draws.copy_(pairs.members(2 * index + torch.randint(2, (len(index),), generator=generator)))
+        coin = torch.randint(2, (len(index),), generator=generator, device="cpu")
+        win.draws.copy_(pairs.members(2 * index + coin))
         contexts = pairs.contexts_of(index)
         if contexts is not None:
             win.draw_contexts.copy_(contexts)
@@ -100,7 +101,7 @@ class PreferenceWin(nn.Module):
         The margin is of the difference of b between two candidates that have only each other for opponents.
         """
         score = pair_scores(self.model, pairs)
-        batch = pairs.gather(torch.arange(len(pairs)))
+        batch = pairs.to("cpu").gather(torch.arange(len(pairs), device="cpu"))
         gap = torch.tanh(score / 2)  # P - P'
         agreement = (2 * batch.probability - 1) * torch.sign(gap) * batch.weight
         z = standard_errors(agreement, pairs.group)
@@ -174,12 +175,12 @@ def rescored(pairs: EncodedPairs, model: PreferenceModel) -> EncodedPairs:
     """
     if not pairs.candidates:
         return pairs
-    found = pairs.select(torch.arange(len(pairs)))
+    found = pairs.select(torch.arange(len(pairs), device="cpu"))
     found.candidates = []
     for entry in pairs.candidates:
-        context = pairs.context_rows(torch.tensor([entry.context_index]))
+        context = pairs.context_rows(torch.tensor([entry.context_index], device="cpu"))
         scores = entry.scores
         if len(entry.rows) > 1:
-            scores = candidate_wins(model, pairs.output_rows(entry.rows), context).cpu()
+            scores = candidate_wins(model, pairs.output_rows(entry.rows), context)
         found.candidates.append(CandidateRows(entry.context_index, entry.rows, scores))
     return found

@@ -27,8 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm.chunks import map_rows
 from pfm.config import FlowConfig
 from pfm.couplings import SOURCES, Coupled
+from pfm.devices import resolve_device, standard_defaults, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor
 from pfm.files import replace_file, replace_json, require_files
 from pfm.fitting import at_most, choose_steps, fit_field
@@ -57,6 +59,7 @@ class WinRates:
 
 
 @dataclass(frozen=True)
+@with_standard_defaults
 class TaggedPairs:
     """Holds pairs whose outputs carry the tags of their sources.
 
@@ -108,7 +111,12 @@ class TaggedPairs:
 
     def select(self, index: Tensor) -> TaggedPairs:
         """Take the pairs at ``index`` (integers or a mask)."""
-        return TaggedPairs(self.pairs.select(index), self.chosen_tag[index], self.rejected_tag[index], self.names)
+        tags = self.chosen_tag[index.cpu()], self.rejected_tag[index.cpu()]
+        return TaggedPairs(self.pairs.select(index), *tags, self.names)
+
+    def to(self, device: Any) -> TaggedPairs:
+        """Copy the pairs to a device; the tags stay on the CPU."""
+        return TaggedPairs(self.pairs.to(device), self.chosen_tag, self.rejected_tag, self.names)
 
     def within(self, name: str) -> EncodedPairs:
         """Take the pairs of which one source made both outputs: what a flow of that source alone is fitted on.
@@ -129,9 +137,9 @@ class TaggedPairs:
     def shuffle_labels(self, seed: int = 0) -> TaggedPairs:
         """Exchange chosen and rejected, tags with them, in a random half: the control in which nothing is learned."""
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
-        flip = torch.rand(len(self), generator=generator) < 0.5
+        flip = torch.rand(len(self), generator=generator, device="cpu") < 0.5
         chosen, rejected = self.pairs.chosen, self.pairs.rejected
-        rows = flip.view(-1, *[1] * len(self.pairs.event_shape))
+        rows = flip.to(self.pairs.device).view(-1, *[1] * len(self.pairs.event_shape))
         pairs = EncodedPairs(
             torch.where(rows, rejected, chosen), torch.where(rows, chosen, rejected), self.pairs.context,
             self.pairs.weight, probability=self.pairs.probability, group=self.pairs.group, encoder=self.pairs.encoder,
@@ -158,7 +166,7 @@ class TaggedPairs:
         if not (math.isfinite(prior) and prior > 0):
             raise ValueError(f"prior must be a positive number of votes: got {prior}")
         probability = self.pairs.probability
-        won = self._weight.double() if probability is None else (self._weight * probability).double()
+        won = self._weight.double() if probability is None else (self._weight * probability.cpu()).double()
         lost = self._weight.double() - won
         wins = torch.zeros(len(self.names), len(self.names), dtype=torch.float64)
         wins.index_put_((self.chosen_tag, self.rejected_tag), won, accumulate=True)
@@ -169,18 +177,18 @@ class TaggedPairs:
 
     def with_codes(self, unit: float) -> EncodedPairs:
         """Append its tag's one-hot code, of length ``unit``, to each output: for models that know who made it."""
-        code = unit * torch.eye(len(self.names))
-        batch = self.pairs.gather(torch.arange(len(self)))
+        code, device = unit * torch.eye(len(self.names), device="cpu"), self.pairs.device
+        batch = self.pairs.gather(torch.arange(len(self), device="cpu"))
         return EncodedPairs(
-            torch.cat([batch.chosen, code[self.chosen_tag]], dim=1),
-            torch.cat([batch.rejected, code[self.rejected_tag]], dim=1),
+            torch.cat([batch.chosen, code[self.chosen_tag].to(device)], dim=1),
+            torch.cat([batch.rejected, code[self.rejected_tag].to(device)], dim=1),
             batch.context, batch.weight, group=self.pairs.group, encoder=self.pairs.encoder,
             probability=None if self.pairs.probability is None else batch.probability,
         )  # fmt: skip
 
     @property
     def _weight(self) -> Tensor:
-        return torch.ones(len(self.pairs)) if self.pairs.weight is None else self.pairs.weight
+        return torch.ones(len(self.pairs), device="cpu") if self.pairs.weight is None else self.pairs.weight.cpu()
 
 
 def winners_shares(rates: Any, shares: Any) -> Tensor:
@@ -190,6 +198,7 @@ def winners_shares(rates: Any, shares: Any) -> Tensor:
     return (2 * shares * (rates @ shares)).float()
 
 
+@standard_defaults
 def learned_shares(rates: Any, shares: Any = None, *, temperature: float = 0.1) -> Tensor:
     """Give the shares that beat the pool in use most often, at a price for departing from it.
 
@@ -212,6 +221,7 @@ def learned_shares(rates: Any, shares: Any = None, *, temperature: float = 0.1) 
     return (shares.log() + rates @ shares / temperature).softmax(0).float()
 
 
+@standard_defaults
 def maximin_shares(rates: Any) -> Tensor:
     """Give the shares whose worst source to meet is met best: max over alpha of min over j of (alpha' W)_j.
 
@@ -251,10 +261,15 @@ class TaggedEnds:
         if self.soft and not self.reference:
             raise ValueError("source='rejected' with soft labels has no one loser a pair: use source='reference'")
         self.rows_per_item = 2 if self.soft else 1
-        self._code = torch.eye(len(tagged.names))
-        self._tags = torch.stack([tagged.chosen_tag, tagged.rejected_tag], dim=1).flatten()
+        self._code = torch.eye(len(tagged.names), dtype=torch.float32, device=self.device)
+        self._tags = torch.stack([tagged.chosen_tag, tagged.rejected_tag], dim=1).flatten().to(self.device)
         weight = tagged.pairs.weight
         self._mean_weight = 1.0 if weight is None else float(weight.mean())
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.pairs.device
 
     def __len__(self) -> int:
         return len(self.pairs) * (2 if self.reference else 1)
@@ -263,16 +278,16 @@ class TaggedEnds:
         return index if self.reference else 2 * index + 1
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,)."""
-        return self.pairs.group[self._places(index) // 2]
+        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        return self.pairs.group[self._places(index).cpu() // 2]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Join the source samples at ``index`` (B,) to winners, ``rows_per_item * B`` rows."""
-        places = self._places(index)
+        places = self._places(index.to(self.pairs.device, non_blocking=True))
         pair = places // 2
         source = self.pairs.members(places)
         batch = self.pairs.gather(pair)
-        code = self._code[self._tags[places]].to(source.device)
+        code = self._code[self._tags[places]]
         context = code if batch.context is None else torch.cat([batch.context, code], dim=1)
         weight = batch.weight / self._mean_weight
         if not self.soft:
@@ -282,6 +297,7 @@ class TaggedEnds:
         return Coupled(source.repeat(2, 1), torch.cat([batch.chosen, batch.rejected]), context, weights, 2)
 
 
+@with_standard_defaults
 class PooledFlow:
     """Carries the draws of each source of a pool to the winners of themselves against the pool.
 
@@ -339,10 +355,13 @@ class PooledFlow:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             flow = PreferenceFlow(pairs.event_shape, pairs.context_dimension + sources, config)
+        device = resolve_device(config.device)
+        flow.to(device)
+        train, held = train.to(device), held.to(device)
         some = train.select(at_most(len(train), STATISTICS_ROWS, config.seed))
         with torch.no_grad():
-            batch = some.pairs.gather(torch.arange(len(some)))
-            code = torch.eye(sources)[some.rejected_tag]
+            batch = some.pairs.gather(torch.arange(len(some), device="cpu"))
+            code = torch.eye(sources, device="cpu")[some.rejected_tag]
             flow.normalizer.fit(batch.chosen, batch.rejected, append_code(batch.context, code))
             # A one-hot code is no measurement: its units stay as they are.
             flow.normalizer.context_mean[-sources:] = 0
@@ -351,7 +370,7 @@ class PooledFlow:
         coupling, check = (TaggedEnds(part, config.source) for part in (train, held))
         found = fit_field(flow.field, flow.normalizer, coupling, check, config, progress=progress)
         unit = float((batch.chosen - batch.chosen.mean(0)).square().sum(1).mean().sqrt())
-        win = WinHead(pairs.dimension + sources, pairs.context_dimension)
+        win = WinHead(pairs.dimension + sources, pairs.context_dimension).to(device)
         head = win.fit(tagged.with_codes(unit), seed=config.seed)
         if isinstance(flow.win, WinHead):
             flow.win.drop_network()
@@ -369,6 +388,12 @@ class PooledFlow:
         }
         logger.info("fitted on %d pairs of %s: %s", len(pairs), ", ".join(tagged.names), json.dumps(flow.metadata))
         return cls(flow.eval(), win, tagged.names, tagged.shares, tagged.win_rates().rates, unit)
+
+    def to(self, device: Any) -> PooledFlow:
+        """Move the flow and the head of b to a device, and return the pooled flow itself."""
+        self.flow.to(device)
+        self.win.to(device)
+        return self
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{name}: {share:.3g}" for name, share in zip(self.names, self.shares.tolist(), strict=True))
@@ -412,11 +437,15 @@ class PooledFlow:
     def win_probability(self, y: Any, context: Any = None, *, tag: Any) -> Tensor:
         """Give b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
         y = as_float_tensor("y", y).float()
-        code = self.code(tag, len(y))
-        y, joined = self.flow._checked(y, append_code(context, code))
-        assert joined is not None
-        own = joined[:, : -len(self.names)] if joined.shape[1] > len(self.names) else None
-        return torch.sigmoid(self.win(torch.cat([y.flatten(1), self.unit * code], dim=1), own))
+        y, joined = self.flow._checked(y, append_code(context, self.code(tag, len(y))))
+
+        def judge(rows: Tensor, joined: Tensor | None) -> tuple[Tensor]:
+            assert joined is not None
+            own, code = joined.split([joined.shape[1] - len(self.names), len(self.names)], dim=1)
+            inputs = torch.cat([rows, self.unit * code], dim=1)
+            return (torch.sigmoid(self.win(inputs, own if own.shape[1] else None)),)
+
+        return map_rows(judge, y.flatten(1), joined, self.flow.device)[0]
 
     def code(self, tag: Any, count: int) -> Tensor:
         """Give the one-hot codes (B, K) of a tag for all rows, or of B tags, names or numbers.
@@ -430,7 +459,8 @@ class PooledFlow:
         if len(listed) != count:
             raise ValueError(f"tag must be one for all rows, or {count}: got {len(listed)}")
         numbers = {value: _number(value, self.names) for value in set(listed)}
-        return torch.eye(len(self.names))[torch.tensor([numbers[value] for value in listed], dtype=torch.long)]
+        rows = torch.tensor([numbers[value] for value in listed], dtype=torch.long, device="cpu")
+        return torch.eye(len(self.names), dtype=torch.float32, device="cpu")[rows]
 
     def save(self, folder: str | Path) -> Path:
         """Write the flow, the head of b and what is known of the sources to a folder; :meth:`load` reads it."""
@@ -438,7 +468,7 @@ class PooledFlow:
 
         folder = Path(folder)
         self.flow.save_pretrained(folder / FLOW)
-        tensors = {f"win.{name}": value.detach().contiguous() for name, value in self.win.state_dict().items()}
+        tensors = {f"win.{name}": value.detach().cpu().contiguous() for name, value in self.win.state_dict().items()}
         tensors |= {"shares": self.shares.contiguous(), "rates": self.rates.contiguous()}
         replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         described = {
@@ -498,8 +528,8 @@ def _split(tagged: TaggedPairs, validation: TaggedPairs | None, config: FlowConf
         raise ValueError("one pair is not enough to fit and to validate: at least two are needed")
     names, member = torch.unique(pairs.group, return_inverse=True)
     if len(names) < 2:
-        names, member = torch.arange(len(pairs)), torch.arange(len(pairs))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed))
+        names = member = torch.arange(len(pairs), device="cpu")
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed), device="cpu")
     count = min(max(round(config.validation_share * len(names)), 1), len(names) - 1)
     held = torch.isin(member, order[:count])
     return tagged.select(~held), tagged.select(held)

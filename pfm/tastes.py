@@ -32,6 +32,7 @@ from torch.nn.functional import logsigmoid, softplus
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.files import replace_file, replace_json, require_files
 from pfm.flow import PreferenceFlow
@@ -51,6 +52,7 @@ PRIORS = tuple((a, c) for a in (0.03, 0.3, 1.0) for c in (0.03, 0.1, 0.3, 1.0, 3
 START_AXES = 16  # principal axes of the raters' mean votes in which EM's first clusters are made
 
 
+@with_standard_defaults
 class TasteMixture:
     """Finds K tastes among raters, as preference models with the raters' shares in them.
 
@@ -103,7 +105,7 @@ class TasteMixture:
     # -- fitting ------------------------------------------------------------------------------------------------
 
     def fit(self, pairs: EncodedPairs, raters: Any) -> TasteMixture:
-        """Find the tastes by EM and return the mixture itself.
+        """Find the tastes by EM, on the CPU, and return the mixture itself.
 
         Args:
             pairs: N labelled pairs; soft labels and weights count.
@@ -118,7 +120,7 @@ class TasteMixture:
             raise ValueError(
                 f"tastes={self.tastes} needs at least as many raters: got {len(names)}; ask for fewer tastes"
             )
-        self.raters = names
+        self.raters, pairs = names, pairs.to("cpu")
         self._set_axes(pairs)
         pooled = self.component().fit(pairs)
         self.models, self.shares, self.found = [pooled], torch.ones(1), {}
@@ -154,7 +156,7 @@ class TasteMixture:
         if names is not None:
             index = _renumbered(present, index, list(names))
             present = list(names)
-        self = cls(len(present), component, confirm=False)
+        self, pairs = cls(len(present), component, confirm=False), pairs.to("cpu")
         self._set_axes(pairs)
         for name, number in zip(present, range(len(present)), strict=True):
             if float(_weight(pairs)[index == number].sum()) <= 0:
@@ -252,6 +254,7 @@ class TasteMixture:
     def infer(self, pairs: EncodedPairs) -> Tensor:
         """Give the responsibilities (K,) of a rater who is not among those fitted on, from its pairs."""
         self._check_fitted()
+        pairs = pairs.to("cpu")
         every = torch.zeros(len(pairs), dtype=torch.long)
         return (_likelihood(self.models, pairs, every, 1)[0] + self.shares.log()).softmax(0).float()
 
@@ -266,13 +269,14 @@ class TasteMixture:
         Args:
             weights: (K,), or (B, K) for every row its own: a rater's responsibilities; None for the shares.
         """
-        return _mixed(self.scores(y, other, context), self._weights(weights))
+        scores = self.scores(y, other, context)
+        return _mixed(scores, self._weights(weights).to(scores.device))
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None, *, weights: Any = None) -> Tensor:
         """Give the mean probability (B,) that y is preferred to opponents (M, \\*D) or (B, M, D), by such a rater."""
         self._check_fitted()
         wins = torch.stack([model.win_probability(y, opponents, context) for model in self.models], dim=1)
-        return (wins * self._weights(weights)).sum(1)
+        return (wins * self._weights(weights).to(wins.device)).sum(1)
 
     def adapt(
         self, pairs: EncodedPairs, *, rank: int = RANK, spread: float | None = None, correction: float | None = None
@@ -304,7 +308,7 @@ class TasteMixture:
                 raise ValueError(f"{name} must be a positive number: got {value}")
         if pairs.dimension != self._axes.shape[0]:
             raise ValueError(f"pairs must hold outputs of {self._axes.shape[0]} values: got {pairs.dimension}")
-        axes = self._leading(rank)
+        axes, pairs = self._leading(rank), pairs.to("cpu")
         batch = pairs.gather(torch.arange(len(pairs)))
         votes = _Votes(
             self.scores(batch.chosen, batch.rejected, batch.context), (batch.chosen - batch.rejected) @ axes,
@@ -397,6 +401,7 @@ class TasteMixture:
             raise RuntimeError("TasteMixture is not fitted: call fit(pairs, raters) first")
 
 
+@with_standard_defaults
 class AdaptedTaste:
     """Is one rater's taste, made by :meth:`TasteMixture.adapt`.
 
@@ -411,16 +416,18 @@ class AdaptedTaste:
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
         """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
-        difference = as_float_tensor("y", y).float() - as_float_tensor("other", other).float()
+        y = as_float_tensor("y", y).float()
+        difference = y - as_float_tensor("other", other).to(y.device, torch.float32)
         scores = self.mixture.scores(y, other, context)
-        return _mixed(scores, self.responsibilities) + scores @ self.blend + difference.flatten(1) @ self.correction
+        own, blend, correction = (part.to(y.device) for part in (self.responsibilities, self.blend, self.correction))
+        return _mixed(scores, own) + scores @ blend + difference.flatten(1) @ correction
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
         """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) for all of y."""
         y, opponents = (as_float_tensor(n, v).float() for n, v in (("y", y), ("opponents", opponents)))
         if opponents.shape[1:] != y.shape[1:] or len(opponents) == 0:
             raise ValueError(f"opponents must be (M, {', '.join(map(str, y.shape[1:]))}): got {tuple(opponents.shape)}")
-        wins = torch.zeros(len(y))
+        wins = y.new_zeros(len(y))
         for one in opponents:
             wins += torch.sigmoid(self.score(y, one.expand_as(y), context))
         return wins / len(opponents)
@@ -435,6 +442,7 @@ class AdaptedTaste:
 # -- fields of tastes ------------------------------------------------------------------------------------------------
 
 
+@standard_defaults
 def taste_flows(
     pairs: EncodedPairs,
     memberships: Any,
@@ -467,7 +475,8 @@ def taste_flows(
         names, share = present, torch.nn.functional.one_hot(index, len(present)).float()
     if len(share) != len(pairs):
         raise ValueError(f"memberships must be of the {len(pairs)} pairs: got {len(share)}")
-    held = share * _weight(pairs)[:, None] > NEGLIGIBLE
+    share = share.cpu()
+    held = share * _weight(pairs)[:, None].cpu() > NEGLIGIBLE
     for name, kept in zip(names, held.T, strict=True):
         if int(kept.sum()) < 2:
             raise ValueError(f"taste {name!r} has {int(kept.sum())} pairs: at least two are needed to fit a flow")
@@ -475,7 +484,7 @@ def taste_flows(
     for column, kept in zip(share.T, held.T, strict=True):
         part = pairs.select(kept)
         if bool((column[kept] < 1).any()) or pairs.weight is not None:
-            part.weight = (_weight(pairs) * column)[kept]
+            part.weight = (_weight(pairs).cpu() * column)[kept].to(pairs.device)
         flows.append(PreferenceFlow.fit(part, config, progress=progress))
     return Composition(flows, torch.full((len(flows),), 1 / len(flows)), [str(name) for name in names])
 
@@ -492,7 +501,7 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
         pairs: N labelled pairs, with contexts or without.
         code: (N, K).
     """
-    code = as_float_tensor("code", code).float()
+    code = as_float_tensor("code", code).to(pairs.device, torch.float32)
     if code.ndim != 2 or len(code) != len(pairs):
         raise ValueError(f"code must be ({len(pairs)}, K), one row a pair: got {tuple(code.shape)}")
     check_finite("code", code)
@@ -512,8 +521,9 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
 
 
 def append_code(context: Any, code: Any, count: int | None = None) -> Tensor:
-    """Give contexts (B, C + K) from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
+    """Give contexts (B, C + K), on their device, from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
     code = as_float_tensor("code", code).float()
+    code = code.to(context.device) if isinstance(context, Tensor) else code
     code = code[None] if code.ndim == 1 else code
     if context is None:
         return code if count is None else code.expand(count, -1)
@@ -572,7 +582,8 @@ def _renumbered(present: list[Hashable], index: Tensor, names: list[Hashable]) -
 
 
 def _weight(pairs: EncodedPairs) -> Tensor:
-    return torch.ones(len(pairs)) if pairs.weight is None else pairs.weight
+    ones = torch.ones(len(pairs), dtype=torch.float32, device=pairs.device)
+    return ones if pairs.weight is None else pairs.weight
 
 
 def _scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:

@@ -10,22 +10,25 @@ beforehand; the network learns what it leaves.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.couplings import Coupled, Coupling
 from pfm.fields import SMALL, Field, Normalizer
 from pfm.files import replace_file
+from pfm.graphs import Repeated
+from pfm.streaming import streamed
 
 __all__ = ["FlowProblem", "TrainingLog", "flow_matching_loss", "path_sample", "remove_checkpoint", "train_residual"]
 
@@ -36,6 +39,7 @@ BUDGET = 1e12  # multiply-adds of a run with epochs="auto"
 STRATA = 8  # times an update where a matrix a row would be too large
 LARGE = 4096  # entries of the linear part's matrix from which it is
 TIMES_KEPT = 8  # updates at the same times there: interpolating the matrices costs as much as using them
+FINGERPRINT_ROWS = 1024  # of the training data that a checkpoint knows them by
 EMA_EVERY = 4  # updates between two steps of the average
 
 
@@ -119,7 +123,7 @@ class FlowProblem:
         self.one_step = one_step
         # A matrix a row where they are small, one for many rows at the same time where they are not.
         self.stratified = one_step or model.linear.matrices[0].numel() > LARGE
-        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+        self._at_times: tuple[Tensor, ...] = ()
 
     def strata(self, items: int) -> int:
         """Give the number of different times of an update of so many items, a divisor of it."""
@@ -137,16 +141,32 @@ class FlowProblem:
         """
         count = self.strata(items)
         if self.one_step:
-            return torch.zeros(1, device=device)
-        return ((torch.arange(count) + torch.rand(count, generator=generator)) / count).to(device, non_blocking=True)
+            return torch.zeros(1, dtype=torch.float32, device=device)
+        uniform = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+        return ((torch.arange(count, device="cpu") + uniform) / count).to(device, non_blocking=True)
+
+    def at(self, times: Tensor) -> None:
+        """Set the times (S,) of the batches that follow; what depends on them alone is computed here."""
+        parts = (times, *self.model.linear.operator(times)) if self.stratified else (times,)
+        if times.device.type != "cpu" and [part.shape for part in parts] == [part.shape for part in self._at_times]:
+            for mine, new in zip(self._at_times, parts, strict=True):  # the memory that a recorded update reads
+                mine.copy_(new)
+        else:
+            self._at_times = parts
+
+    def noise(self, batch: Coupled, generator: torch.Generator) -> Tensor | None:
+        """Draw the standard normal numbers of a batch's paths, on its device; None for paths without noise."""
+        if not self.sigma:
+            return None
+        shape, where = batch.source.shape, generator.device
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=where).to(batch.source.device)
 
     @torch.no_grad()
-    def rows(self, batch: Coupled, times: Tensor, generator: torch.Generator) -> Rows:
-        """Place a batch at its times (S,), with path noise from ``generator``, on the batch's device."""
-        repeats = batch.repeats
+    def rows(self, batch: Coupled, noise: Tensor | None) -> Rows:
+        """Place a batch at the times of :meth:`at`, with the noise of :meth:`noise`."""
+        repeats, times = batch.repeats, self._at_times[0]
         t = times.repeat_interleave(len(batch.source) // (len(times) * repeats)).repeat(repeats)[:, None]
-        if self.sigma:
-            noise = torch.randn(batch.source.shape, generator=generator, device=generator.device).to(t.device)
+        if noise is not None:
             noise.mul_(self.sigma * self.normalizer.displacement * self.normalizer.scale)
             y, velocity = path_sample(batch.source, batch.target, t, noise)
         else:
@@ -160,9 +180,7 @@ class FlowProblem:
         if not self.stratified:
             each, of_each = Rows(times, y, context, y, repeats).each()
             return self.model.linear(each, y, of_each)
-        if self._kept is None or self._kept[0] is not times:
-            self._kept = (times, *self.model.linear.operator(times))
-        _, slope, offset = self._kept
+        _, slope, offset = self._at_times
         d = y.shape[1]
         offset = offset[:, None, :]
         if context is not None:
@@ -214,46 +232,73 @@ def train_residual(
     held = _ValidationRows(problem, validation, config.seed)
     log = TrainingLog(planned_updates=updates)
     log.plain_loss = log.loss = held.loss(None)
-    averaged = AveragedModel(network, multi_avg_fn=_averaging(config.ema))
+    averaged = _Average(network, config.ema)
     small = problem.model.linear.matrices.shape[2] <= SMALL
     highest = (4e-3 if small else 2e-3) if config.learning_rate == "auto" else config.learning_rate
-    optimizer = torch.optim.AdamW(network.parameters(), lr=highest, weight_decay=config.weight_decay, fused=True)
+    # Elsewhere than on the CPU the rate is a tensor: a recorded update reads it, and Python numbers would be recorded.
+    on_cpu = device.type == "cpu"
+    rate: Any = highest if on_cpu else torch.full((), highest, dtype=torch.float32, device=device)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=rate, weight_decay=config.weight_decay, fused=True, capturable=not on_cpu
+    )
     state = _State(network, averaged, optimizer, generator, log)
     state.keep_best()
     store = None if checkpoint is None else _Checkpoint(checkpoint, _fingerprint(problem, coupling, config, updates))
     if store is not None:
         store.load(state)
     every = max(1, updates // VALIDATIONS)
-    order = _Order(len(coupling), items, config.seed)
+    order = _Order(len(coupling), items, config.seed, coupling.device)
     stale = _stale(log)
     network.train()
     called: Callable[..., Tensor] = torch.compile(network) if config.compile else network
     half = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    noise = generator if device.type == "cpu" else torch.Generator(device).manual_seed(config.seed + log.updates)
     kept = TIMES_KEPT if problem.stratified else 1
-    times = problem.times(items, _generator(config.seed, ~(log.updates // kept)), device)
+
+    def set_times() -> None:
+        problem.at(problem.times(items, _generator(config.seed, ~(log.updates // kept)), device))
+
+    # On a device the noise is drawn there, afresh from every validation on: a resumed run draws the same.
+    noise = generator if on_cpu else torch.Generator(device)
+    if not on_cpu:
+        noise.manual_seed(config.seed + log.updates)
+    set_times()
+    repeats = 0
+
+    def update(source: Tensor, target: Tensor, context: Tensor | None, weight: Tensor, noise: Tensor | None):
+        rows = problem.rows(Coupled(source, target, context, weight, repeats), noise)
+        with half:
+            predicted = called(rows.times, rows.y, rows.context, rows.repeats)
+        loss = flow_matching_loss(predicted.float(), rows.target, weight)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return ()
+
+    if coupling.device == device:
+        drawn = (coupling.draw(order.at(number), generator) for number in range(log.updates, updates))
+    else:
+        drawn = streamed(
+            lambda number: coupling.draw(order.at(number), _generator(config.seed, number)),
+            log.updates, updates, device,
+        )  # fmt: skip
+    repeated = Repeated(update, device)
     bar = tqdm(total=updates, initial=log.updates, desc="fit", unit="update", disable=not progress, leave=False)
-    with bar, torch.enable_grad():
+    with contextlib.closing(drawn), bar, torch.enable_grad():
         while log.updates < updates and stale < config.patience:
-            rate = highest * _schedule(log.updates, updates)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, highest * _schedule(log.updates, updates))
             if log.updates % kept == 0:
-                times = problem.times(items, _generator(config.seed, ~(log.updates // kept)), device)
-            batch = coupling.draw(order.at(log.updates), generator).to(device)
-            rows = problem.rows(batch, times, noise)
-            with half:
-                predicted = called(rows.times, rows.y, rows.context, rows.repeats)
-            loss = flow_matching_loss(predicted.float(), rows.target, batch.weight)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+                set_times()
+            batch = next(drawn)
+            repeats = batch.repeats
+            repeated(batch.source, batch.target, batch.context, batch.weight, problem.noise(batch, noise))
             if log.updates % EMA_EVERY == 0:
-                averaged.update_parameters(network)
+                averaged.update(network)
             log.updates += 1
             bar.update()
             if log.updates % every == 0 or log.updates == updates:
-                value = held.loss(averaged.module)
+                if not on_cpu:
+                    noise.manual_seed(config.seed + log.updates)
+                value = held.loss(averaged.network)
                 log.validation.append((log.updates, value))
                 if value < log.loss:
                     log.loss, log.best_update = value, log.updates
@@ -289,15 +334,30 @@ def _stale(log: TrainingLog) -> int:
     return sum(update > log.best_update for update, _ in log.validation)
 
 
-def _averaging(decay: float):
-    def average(averages, values, count) -> None:
-        # Young averages forget the start faster: the first updates are far from where training ends.
-        young = EMA_EVERY * int(count)
-        share = 1 - min(decay, (1 + young) / (10 + young)) ** EMA_EVERY
-        for average_value, value in zip(averages, values, strict=True):
-            average_value.lerp_(value, share)
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next update; called once before each, also of those that are replayed."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
-    return average
+
+class _Average:
+    """Keeps an exponential moving average of a network's parameters, counted on the host."""
+
+    def __init__(self, network: torch.nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.decay, self.count = decay, 0
+
+    @torch.no_grad()
+    def update(self, network: torch.nn.Module) -> None:
+        # Young averages forget the start faster: the first updates are far from where training ends.
+        young = EMA_EVERY * self.count
+        share = 1 - min(self.decay, (1 + young) / (10 + young)) ** EMA_EVERY if self.count else 1.0
+        for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
+            mine.lerp_(theirs, share)
+        self.count += 1
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
@@ -306,18 +366,22 @@ def _generator(seed: int, number: int) -> torch.Generator:
 
 
 class _Order:
-    """Gives the pairs of each update: a fresh permutation an epoch, the same for the same seed and update."""
+    """Gives the pairs of each update: a fresh permutation an epoch, the same for the same seed and update.
 
-    def __init__(self, count: int, items: int, seed: int) -> None:
-        self.count, self.items, self.seed = count, items, seed
+    It is copied once an epoch to ``device``, where the pairs are.
+    """
+
+    def __init__(self, count: int, items: int, seed: int, device: torch.device) -> None:
+        self.count, self.items, self.seed, self.device = count, items, seed, device
         self.an_epoch = max(1, math.ceil(count / items))
         self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.long)
+        self._permutation = torch.empty(0, dtype=torch.long, device="cpu")
 
     def at(self, update: int) -> Tensor:
         epoch, place = divmod(update, self.an_epoch)
         if epoch != self._epoch:
-            self._permutation = torch.randperm(self.count, generator=_generator(self.seed, epoch))
+            order = torch.randperm(self.count, generator=_generator(self.seed, epoch), device="cpu")
+            self._permutation = order.to(self.device)
             self._epoch = epoch
         index = self._permutation[place * self.items : (place + 1) * self.items]
         if len(index) < self.items:  # the last batch is filled up from the epoch's beginning: equal shapes throughout
@@ -333,12 +397,12 @@ class _ValidationRows:
         generator = torch.Generator().manual_seed(seed + 1)
         device = problem.model.unit.device
         wanted = max(1, VALIDATION_ROWS // coupling.rows_per_item // STRATA) * STRATA
-        order = torch.randperm(len(coupling), generator=generator)
+        order = torch.randperm(len(coupling), generator=generator, device="cpu")
         # Few pairs are looked at several times, at different times and noises.
         index = order.repeat(-(-wanted // len(order)))[:wanted]
         batch = coupling.draw(index, generator).to(device)
-        times = problem.times(len(index), generator, device)
-        rows = problem.rows(batch, times, generator)
+        problem.at(problem.times(len(index), generator, device))
+        rows = problem.rows(batch, problem.noise(batch, generator))
         self.y, self.target, self.weight = rows.y, rows.target, batch.weight
         self.t, self.context = rows.each()
         self.group = coupling.group_of(index).repeat(batch.repeats)
@@ -356,14 +420,14 @@ class _ValidationRows:
         The multiple fitted on one half of the prompts is judged on the other; 0 if that is not an improvement.
         """
         predicted = self._predict(network)
-        half = _halves(self.group)
-        improvement = torch.zeros(len(self.target), dtype=torch.float64)
+        half = _halves(self.group).to(self.target.device)
+        improvement = torch.zeros(len(self.target), dtype=torch.float64, device=self.target.device)
         for part in (half, ~half):
             gain = _best_multiple(predicted[part], self.target[part], self.weight[part])
             other = ~part
             before = self.target[other].square().mean(1)
             after = (self.target[other] - gain * predicted[other]).square().mean(1)
-            improvement[other.cpu()] = ((before - after) * self.weight[other]).double().cpu()
+            improvement[other] = ((before - after) * self.weight[other]).double()
         z = standard_errors(improvement, self.group)
         if not z > CONFIRMED:
             return 0.0, z
@@ -383,8 +447,8 @@ def _split(context: Tensor | None, size: int, rows: int) -> list[Tensor | None]:
 def _halves(group: Tensor) -> Tensor:
     names, member = torch.unique(group, return_inverse=True)
     if len(names) < 2:
-        return torch.arange(len(group)) % 2 == 0
-    return (torch.arange(len(names)) % 2 == 0)[member]
+        return torch.arange(len(group), device="cpu") % 2 == 0
+    return (torch.arange(len(names), device="cpu") % 2 == 0)[member]
 
 
 def _best_multiple(predicted: Tensor, target: Tensor, weight: Tensor) -> float:
@@ -400,30 +464,32 @@ class _State:
     """Holds all that a resumed run needs."""
 
     network: torch.nn.Module
-    averaged: AveragedModel
+    averaged: _Average
     optimizer: torch.optim.Optimizer
     generator: torch.Generator
     log: TrainingLog
     best: dict[str, Tensor] = field(default_factory=dict)
 
     def keep_best(self) -> None:
-        self.best = {name: value.detach().clone() for name, value in self.averaged.module.state_dict().items()}
+        self.best = {name: value.detach().clone() for name, value in self.averaged.network.state_dict().items()}
 
     def tensors(self) -> dict[str, Tensor]:
         found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        found |= {f"averaged.{name}": value for name, value in self.averaged.state_dict().items()}
+        found |= {f"averaged.{name}": value for name, value in self.averaged.network.state_dict().items()}
+        found["averages"] = torch.tensor(self.averaged.count)
         found |= {f"best.{name}": value for name, value in self.best.items()}
         for number, moments in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
         found["generator"] = self.generator.get_state()
-        return {name: value.detach().clone().contiguous() for name, value in found.items()}
+        return {name: value.detach().cpu().clone().contiguous() for name, value in found.items()}
 
     def restore(self, tensors: dict[str, Tensor], log: TrainingLog) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
         self.network.load_state_dict(part("network."))
-        self.averaged.load_state_dict(part("averaged."))
+        self.averaged.network.load_state_dict(part("averaged."))
+        self.averaged.count = int(tensors["averages"])
         self.best = part("best.")
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in part("optimizer.").items():
@@ -471,8 +537,11 @@ class _Checkpoint:
 
 
 def _fingerprint(problem: FlowProblem, coupling: Coupling, config: FlowConfig, updates: int) -> str:
-    some = coupling.draw(torch.arange(min(len(coupling), 64)), torch.Generator().manual_seed(0))
-    found = hashlib.sha256(json.dumps([config.to_dict(), updates, len(coupling)]).encode())
-    for tensor in (some.source, some.target, problem.normalizer.mean.cpu()):
-        found.update(tensor.contiguous().numpy().tobytes())
+    # Values that are the same on every device: sums, as in the normaliser, are not to the last bit.
+    every = max(1, len(coupling) // FINGERPRINT_ROWS)
+    some = coupling.draw(torch.arange(0, len(coupling), every, device="cpu"), torch.Generator().manual_seed(0))
+    settings = {name: value for name, value in config.to_dict().items() if name != "device"}
+    found = hashlib.sha256(json.dumps([settings, updates, len(coupling)]).encode())
+    for tensor in (some.source, some.target):
+        found.update(tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -1,11 +1,15 @@
-"""Integration of dy/dt = v(t, y) with torchdiffeq: fixed-step and adaptive, end points and trajectories."""
+"""Integration of dy/dt = v(t, y): fixed steps, torchdiffeq's adaptive solvers, end points and trajectories.
+
+Fixed steps are taken here and not by torchdiffeq, whose checks of the time grid make the host wait for a GPU at every
+call and evaluation. Times are Python numbers throughout; nothing in a pass of fixed steps waits for the device.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +18,41 @@ from pfm.fields import Velocity
 
 __all__ = ["ADAPTIVE_SOLVERS", "FIXED_SOLVERS", "SOLVERS", "STAGES", "Integrated", "check_solver", "integrate"]
 
-STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}  # evaluations of the field a step
 LAST_RESORT = 128  # steps of rk4 where an adaptive solver finds none
-FIXED_SOLVERS = tuple(STAGES)
+
+
+def _euler(velocity: Velocity, t: float, h: float, y: Tensor) -> Tensor:
+    return torch.add(y, velocity(t, y), alpha=h)
+
+
+def _midpoint(velocity: Velocity, t: float, h: float, y: Tensor) -> Tensor:
+    half = torch.add(y, velocity(t, y), alpha=h / 2)
+    return torch.add(y, velocity(t + h / 2, half), alpha=h)
+
+
+def _heun2(velocity: Velocity, t: float, h: float, y: Tensor) -> Tensor:
+    first = velocity(t, y)
+    second = velocity(t + h, torch.add(y, first, alpha=h))
+    return torch.add(y, first + second, alpha=h / 2)
+
+
+def _rk4(velocity: Velocity, t: float, h: float, y: Tensor) -> Tensor:
+    """Take a step of Kutta's 3/8 rule, as torchdiffeq's ``rk4`` does."""
+    k1 = velocity(t, y)
+    k2 = velocity(t + h / 3, torch.add(y, k1, alpha=h / 3))
+    k3 = velocity(t + 2 * h / 3, torch.add(y, torch.sub(k2, k1, alpha=1 / 3), alpha=h))
+    k4 = velocity(t + h, torch.add(y, k1 - k2 + k3, alpha=h))
+    return torch.add(y, torch.add(k1 + k4, k2 + k3, alpha=3), alpha=h / 8)
+
+
+_STEP: dict[str, Callable[[Velocity, float, float, Tensor], Tensor]] = {
+    "euler": _euler,
+    "midpoint": _midpoint,
+    "heun2": _heun2,
+    "rk4": _rk4,
+}
+STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}  # evaluations of the field a step
+FIXED_SOLVERS = tuple(_STEP)
 ADAPTIVE_SOLVERS = ("bosh3", "dopri5", "dopri8")
 SOLVERS = FIXED_SOLVERS + ADAPTIVE_SOLVERS
 
@@ -48,6 +84,7 @@ def integrate(
     steps: int = 1,
     rtol: float = 1e-4,
     atol: float = 1e-4,
+    hold: bool = True,
 ) -> Integrated:
     """Integrate from ``times[0]`` through the given times.
 
@@ -62,10 +99,47 @@ def integrate(
         solver: a name in :data:`SOLVERS`.
         steps: steps a unit of time, for fixed-step solvers; each interval takes at least one.
         rtol, atol: tolerances of the adaptive solvers.
+        hold: give lost rows their last finite state, which takes a look at the result. Without it fixed steps never
+            wait for the device: lost rows hold what the field gave, and ``finite`` says which they are.
     """
+    check_solver(solver)
+    if solver in ADAPTIVE_SOLVERS:
+        return _adaptive(velocity, y, times, solver, rtol, atol)
+    step = _STEP[solver]
+    begins, lengths, marks = _grid(times, steps)
+    state, states, kept = y, [y], set(marks)
+    for number, (t, h) in enumerate(zip(begins, lengths, strict=True), 1):
+        state = step(velocity, t, h, state)
+        if number in kept:
+            states.append(state)
+    result, finite = torch.stack(states), torch.isfinite(state).all(-1)
+    evaluations = len(begins) * STAGES[solver]
+    if not hold or bool(finite.all()):
+        return Integrated(result, finite, evaluations)
+    # Rare: integrate again with every step kept, to find where each lost row was last finite.
+    state, states = y, [y]
+    for t, h in zip(begins, lengths, strict=True):
+        state = step(velocity, t, h, state)
+        states.append(state)
+    held, finite = _hold_last_finite(torch.stack(states))
+    return Integrated(held[marks], finite, evaluations)
+
+
+def _grid(times: Sequence[float], steps: int) -> tuple[list[float], list[float], list[int]]:
+    """Give the begins and lengths of all steps, and after how many steps each of ``times`` is reached."""
+    grid, marks = [float(times[0])], [0]
+    for begin, end in itertools.pairwise(times):
+        pieces = max(1, math.ceil(steps * (end - begin) - 1e-9))
+        grid += [begin + (end - begin) * (piece + 1) / pieces for piece in range(pieces)]
+        marks.append(len(grid) - 1)
+    return grid[:-1], [end - begin for begin, end in itertools.pairwise(grid)], marks
+
+
+def _adaptive(
+    velocity: Velocity, y: Tensor, times: Sequence[float], solver: str, rtol: float, atol: float
+) -> Integrated:
     from torchdiffeq import odeint
 
-    check_solver(solver)
     evaluations = 0
 
     def function(t: Tensor, state: Tensor) -> Tensor:
@@ -73,36 +147,17 @@ def integrate(
         evaluations += 1
         return velocity(float(t), state)
 
-    points, marks = torch.empty(0), [0]
-    if solver in FIXED_SOLVERS:
-        grid = [float(times[0])]
-        for begin, end in itertools.pairwise(times):
-            pieces = max(1, math.ceil(steps * (end - begin) - 1e-9))
-            grid += [begin + (end - begin) * (piece + 1) / pieces for piece in range(pieces)]
-            marks.append(len(grid) - 1)
-        points = torch.tensor(grid, dtype=y.dtype, device=y.device)
-        asked = points[marks]
-        options: dict[str, Any] = {"grid_constructor": lambda func, y0, t: points}
-        result = odeint(function, y, asked, method=solver, options=options)
-    else:
-        asked = torch.tensor(list(times), dtype=y.dtype, device=y.device)
-        try:
-            result = odeint(function, y, asked, method=solver, rtol=rtol, atol=atol)
-        except AssertionError:  # no step is small enough, as when the field gives NaN for one row
-            return integrate(velocity, y, times, solver="rk4", steps=LAST_RESORT)
+    asked = torch.tensor(list(times), dtype=y.dtype, device=y.device)
+    try:
+        result = odeint(function, y, asked, method=solver, rtol=rtol, atol=atol)
+    except AssertionError:  # no step is small enough, as when the field gives NaN for one row
+        return integrate(velocity, y, times, solver="rk4", steps=LAST_RESORT)
     if not isinstance(result, Tensor):
         raise TypeError(f"the solver gave {type(result).__name__} for a tensor state")
     if bool(torch.isfinite(result[-1].sum())):
         return Integrated(result, torch.ones(len(y), dtype=torch.bool, device=y.device), evaluations)
-    if solver in FIXED_SOLVERS:
-        # Rare: integrate again with every step kept, to find where each lost row was last finite.
-        result = odeint(function, y, points, method=solver)
-        if not isinstance(result, Tensor):
-            raise TypeError(f"the solver gave {type(result).__name__} for a tensor state")
-    else:
-        marks = list(range(len(asked)))
     states, finite = _hold_last_finite(result)
-    return Integrated(states[marks], finite, evaluations)
+    return Integrated(states, finite, evaluations)
 
 
 def _hold_last_finite(states: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,5 +165,5 @@ def _hold_last_finite(states: Tensor) -> tuple[Tensor, Tensor]:
     states = states.clone()
     for step in range(1, len(states)):
         lost = lost | ~torch.isfinite(states[step]).all(-1)
-        states[step][lost] = states[step - 1][lost]
+        states[step] = torch.where(lost[:, None], states[step - 1], states[step])
     return states, ~lost

@@ -117,17 +117,17 @@ class WinHead(nn.Module):
 
     @torch.no_grad()
     def fit(self, pairs: EncodedPairs, *, seed: int = 0, network: bool = True) -> WinFit:
-        """Fit all parts of the head on labelled pairs.
+        """Fit all parts of the head on labelled pairs, on the head's device.
 
         Predictions used for calibration, margin and figures come from models that did not see their prompts
         (five-fold over prompts; over pairs when there is one prompt only).
         """
         generator = torch.Generator().manual_seed(seed)
-        index = torch.arange(len(pairs))
+        index = torch.arange(len(pairs), device="cpu")
         if len(pairs) > FIT_PAIRS:
-            index = torch.randperm(len(pairs), generator=generator)[:FIT_PAIRS]
-        batch, group = pairs.gather(index), pairs.group[index]
-        fold = deal_folds(group, generator)
+            index = torch.randperm(len(pairs), generator=generator, device="cpu")[:FIT_PAIRS]
+        batch, group = pairs.gather(index).to(self.weights.device), pairs.group[index]
+        fold = deal_folds(group, generator).to(self.weights.device)
         self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]))
         if batch.context is not None:
             self.context_mean.copy_(batch.context.mean(0))
@@ -137,7 +137,7 @@ class WinHead(nn.Module):
         search = Search((linear_a - linear_b, products_a - products_b), batch.weight, batch.probability, fold)
         search.over([(scale,) for scale in PRODUCT_SCALES])
         settings = search.best()
-        loose_a, loose_b = torch.zeros(len(index)), torch.zeros(len(index))
+        loose_a, loose_b = torch.zeros_like(batch.weight), torch.zeros_like(batch.weight)
         for number in fold.unique().tolist():
             part = fold == number
             weights, product_weights = search.weights(settings, number)
@@ -169,7 +169,7 @@ class WinHead(nn.Module):
         gap = torch.sigmoid(logit[0]) - torch.sigmoid(logit[1])
         gap, weight, probability = (column[seen_by_none] for column in (gap, batch.weight, batch.probability))
         accuracy = _accuracy(gap, weight, probability)
-        z = standard_errors(_agreement(gap, weight, probability), group[seen_by_none])
+        z = standard_errors(_agreement(gap, weight, probability), group[seen_by_none.cpu()])
         self.margin.fill_(confirmed_margin(gap, weight, probability) if z > CONFIRMED else math.inf)
         loss = pairwise_log_loss((logit[0] - logit[1])[seen_by_none], weight, probability)
         pairs_of = [(penalty, scale) for penalty, scale in settings]
@@ -235,7 +235,7 @@ class WinHead(nn.Module):
         plain = loss(0.0)
         gain = min((0.25, 0.5, 0.75, 1.0), key=lambda gain: float(loss(gain).sum()))
         better = plain - loss(gain)
-        confirmed = standard_errors(better, group[held_out]) > CONFIRMED
+        confirmed = standard_errors(better, group[held_out.cpu()]) > CONFIRMED
         accuracy = [
             _accuracy((value[0] - value[1])[held_out], batch.weight[held_out], batch.probability[held_out])
             for value in (logit, logit + gain * correction)

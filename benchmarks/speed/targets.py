@@ -61,6 +61,26 @@ def _memory() -> list[Target]:
     ]
 
 
+def _cuda() -> list[Target]:
+    found = [
+        Target("cuda.training.1024.share", "CUDA: training step, batch 1024, share of its bare products", 0.5,
+               race="cuda.training.1024"),
+    ]  # fmt: skip
+    for name, samples, error in (("tf32", 5e6, 7e-3), ("bfloat16", 10e6, 1e-2)):
+        of, what = f"cuda.transport.{name}", f"CUDA: transport, {name}"
+        found += [
+            Target(f"{of}.samples", f"{what}, samples a second of 262,144 rows", samples, race=of),
+            Target(f"{of}.error", f"{what}, error, of the distance moved", high=error),
+            Target(f"{of}.pinned_share", f"{what}, rate from pinned CPU tensors over from CUDA tensors", 0.6, race=of),
+            Target(f"{of}.milliseconds_64", f"{what}, a call of 64 rows", high=0.5, race=f"{of}.few", unit=" ms"),
+        ]
+    return [
+        *found,
+        Target("cuda.fit.20000.seconds", "CUDA: fit of 20,000 pairs", high=2.0, unit=" s"),
+        Target("cuda.fit.200000.seconds", "CUDA: fit of 200,000 pairs", high=5.0, unit=" s"),
+    ]
+
+
 TARGETS = (
     *_training(),
     Target("transport.ratio", "transport, fp32, times dopri5(1e-4)", 4.5, race="transport"),
@@ -74,4 +94,5 @@ TARGETS = (
     Target("feeding.large.share", "feeding the large set, share of a step", high=0.05, race="feeding", percent=True),
     *_memory(),
     Target("response.milliseconds", "own cost for a response, batches of 64", high=1.0, race="response", unit=" ms"),
+    *_cuda(),
 )

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.clock import Contestant
-from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow, training
 from pfm.fields import FOURIER_FEATURES, ResidualField
 
 __all__ = ["PausedFit", "bare_products", "plain_loop", "products_of_a_row"]
@@ -26,7 +24,8 @@ class PausedFit:
     """Runs ``PreferenceFlow.fit`` a number of updates at a time.
 
     What is measured is the library's own loop and no copy of it: the fit runs on a thread of its own that stands
-    still, after the optimiser's step, until it is called for more. Use it as a context manager: leaving ends the fit.
+    still, between two updates, until it is called for more. Use it as a context manager: leaving ends the fit.
+    An optimiser's hooks would not do: replayed updates do not call them.
     """
 
     def __init__(self, pairs: EncodedPairs, validation: EncodedPairs, config: FlowConfig) -> None:
@@ -40,7 +39,8 @@ class PausedFit:
         self._thread = threading.Thread(target=self._fit, name="paused fit", daemon=True)
 
     def __enter__(self) -> PausedFit:
-        self._hook = register_optimizer_step_post_hook(self._after_step)
+        self._set_rate = training.set_rate
+        training.set_rate = self._between_updates
         self._thread.start()
         self._wait()
         return self
@@ -49,7 +49,7 @@ class PausedFit:
         self._stopping = True
         self._asked.release()
         self._thread.join()
-        self._hook.remove()
+        training.set_rate = self._set_rate
 
     def __call__(self, updates: int) -> None:
         """Let the loop make some updates."""
@@ -73,7 +73,8 @@ class PausedFit:
             self._error = error
             self._done.release()
 
-    def _after_step(self, *_: Any) -> None:
+    def _between_updates(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        self._set_rate(optimizer, rate)
         if threading.current_thread() is not self._thread:
             return
         self._left -= 1

@@ -6,6 +6,7 @@ needs the environment that ``make peers`` makes: ``.venv-peers/bin/python -m ben
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import platform
@@ -249,13 +250,49 @@ class SpeedTask:
             if _has_torchcfm():
                 self.figures[f"{name}.ratio"] = found.ratio("torchcfm", "pfm")
             torch.set_float32_matmul_precision("highest")
-        flow, (y, context) = self._flow().to(device), self._fresh(65_536)
-        y, context = y.to(device), context.to(device)
+        for dtype in ("auto", "bfloat16"):
+            self._cuda_transport("tf32" if dtype == "auto" else dtype, dtype, device)
+        self._cuda_fits()
+
+    def _cuda_transport(self, name: str, dtype: str, device: torch.device) -> None:
+        flow = copy.deepcopy(self._flow()).to(device)
+        flow.config = flow.config.replace(dtype=dtype)
+        y, context = (part.to(device) for part in self._fresh(262_144))
+        exact = Exact.of(flow, y[:4096], context[:4096])
+        self._add(f"cuda.transport.{name}.error", exact.error(flow.transport(y[:4096], context[:4096])))
+        pinned = tuple(part.cpu().pin_memory() for part in (y, context))
         found = self._race(
-            "cuda.transport", {"pfm": repeated(lambda: flow.transport(y, context))}, twin="pfm", device=device
+            f"cuda.transport.{name}",
+            {
+                "resident": repeated(lambda: flow.transport(y, context)),
+                "pinned": repeated(lambda: flow.transport(*pinned)),
+            },
+            twin="resident", device=device,
+        )  # fmt: skip
+        self.figures[f"cuda.transport.{name}.samples"] = _times(found.units_a_second("resident"), len(y))
+        self.figures[f"cuda.transport.{name}.pinned_share"] = found.ratio("resident", "pinned")
+        few = self._race(
+            f"cuda.transport.{name}.few", {"pfm": repeated(lambda: flow.transport(y[:64], context[:64]))},
+            twin="pfm", device=device,
+        )  # fmt: skip
+        calls = np.median(few.seconds["pfm"] * 1000, axis=1)
+        self.figures[f"cuda.transport.{name}.milliseconds_64"] = Estimate(
+            float(np.median(calls)), float(calls.min()), float(calls.max())
         )
-        self.figures["cuda.transport.samples"] = _times(found.units_a_second("pfm"), len(y))
-        flow.to(CPU)
+
+    def _cuda_fits(self) -> None:
+        """Time whole fits after one that warms up; few readings, for each is seconds long."""
+        settings = self._base.replace(device="cuda", dtype="auto")
+        PreferenceFlow.fit(self._pairs, settings, self._held, False)
+        for count in (20_000, 200_000):
+            pairs, seconds = draw_pairs(count, self.config.dimension, self.seed), []
+            for _ in range(3):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                PreferenceFlow.fit(pairs, settings, self._held, False)
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
+            self.figures[f"cuda.fit.{count}.seconds"] = Estimate(float(np.median(seconds)), min(seconds), max(seconds))
 
     # -- what they share ----------------------------------------------------------------------------------------
 

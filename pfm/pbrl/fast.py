@@ -6,6 +6,7 @@ arithmetic. Here everything that depends on time alone is computed once a stage,
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,10 @@ class _Stage:
 
 
 class FastTransport:
-    """Does what ``flow.transport(mode="reapply")`` does, for fixed-step flows on the CPU; a copy of their weights."""
+    """Does what ``flow.transport(mode="reapply")`` does, for fixed-step flows; a copy of their weights on the CPU.
+
+    For the few rows of a control step that is faster than a GPU, wherever the flow is.
+    """
 
     def __init__(self, flow: PreferenceFlow) -> None:
         self.flow = flow
@@ -40,16 +44,15 @@ class FastTransport:
         normalizer = flow.normalizer
         self.mean, self.scale = _array(normalizer.mean), _array(normalizer.scale)
         self.context_mean, self.context_scale = _array(normalizer.context_mean), _array(normalizer.context_scale)
-        self.field = _FastField(flow.field)
-        self.context_free = None if flow.context_free is None else _FastField(flow.context_free)
+        self.field = _FastField(copy.deepcopy(flow.field).cpu())
+        free = flow.context_free
+        self.context_free = None if free is None else _FastField(copy.deepcopy(free).cpu())
 
     @classmethod
     def of(cls, flow: PreferenceFlow) -> FastTransport | None:
         """Make one, or None for a flow that it cannot stand in for."""
-        fits = (
-            ("distilled" in flow.metadata or flow.config.solver in ("rk4", "euler"))
-            and flow.device.type == "cpu"
-            and not flow.metadata.get("unit_norm")
+        fits = ("distilled" in flow.metadata or flow.config.solver in ("rk4", "euler")) and not flow.metadata.get(
+            "unit_norm"
         )
         return cls(flow) if fits else None
 
@@ -137,10 +140,12 @@ class _FastField:
 
     @torch.no_grad()
     def _stage(self, t: float) -> _Stage:
-        slope, offset = self.linear.operator(torch.tensor([t]))
+        slope, offset = self.linear.operator(torch.tensor([t], dtype=torch.float32, device="cpu"))
         time = None
         if isinstance(self.residual, ResidualField):
-            time = _array(self.residual.from_time(self.residual.time_features(torch.tensor(t))))
+            time = _array(
+                self.residual.from_time(self.residual.time_features(torch.tensor(t, dtype=torch.float32, device="cpu")))
+            )
         if len(self._stages) >= 256:
             self._stages.clear()
         self._stages[t] = _Stage(_array(slope[0]), _array(offset[0]), time)
@@ -148,7 +153,7 @@ class _FastField:
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
-    return np.ascontiguousarray(tensor.detach().numpy(), dtype=np.float32).copy()
+    return np.ascontiguousarray(tensor.detach().cpu().numpy(), dtype=np.float32).copy()
 
 
 def _layer(module: nn.Module) -> tuple[np.ndarray, np.ndarray]:

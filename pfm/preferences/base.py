@@ -11,8 +11,10 @@ that P + P' = 1; n outputs cost n embeddings, and all n^2 comparisons are produc
 
 from __future__ import annotations
 
+import functools
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -20,6 +22,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from pfm.devices import with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.files import replace_file, replace_json, require_files
 from pfm.preferences.logistic import fit_temperature
@@ -66,6 +69,7 @@ class Embedded:
         return Embedded(self.reward[index], self.planes[index])
 
 
+@with_standard_defaults
 class PreferenceModel(nn.Module, ABC):
     """Compares outputs of one context by log-odds that are skew-symmetric for whatever preference it has learned.
 
@@ -84,6 +88,9 @@ class PreferenceModel(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        with_standard_defaults(cls)
+        if "fit" in vars(cls):
+            cls.fit = _on_cpu(cls.fit)
         if not cls.__name__.startswith("_"):
             PreferenceModel._kinds[cls.__name__] = cls
 
@@ -99,6 +106,8 @@ class PreferenceModel(nn.Module, ABC):
     @abstractmethod
     def fit(self, pairs: EncodedPairs, validation: EncodedPairs | None = None, *, progress: bool = False) -> Self:
         """Fit on labelled pairs and return the model itself.
+
+        All is computed on the CPU; the fitted model is then moved to the device of ``pairs``.
 
         Args:
             pairs: the pairs; soft labels and weights count.
@@ -134,8 +143,8 @@ class PreferenceModel(nn.Module, ABC):
         that orders the pairs wrongly is left with even chances.
         """
         check_pairs(pairs)
-        batch = pairs.gather(torch.arange(len(pairs)))
-        score = self.score(batch.chosen, batch.rejected, batch.context).cpu()
+        batch = pairs.to("cpu").gather(torch.arange(len(pairs), device="cpu"))
+        score = self.score(batch.chosen, batch.rejected, batch.context)
         self._rescale(fit_temperature(score, batch.probability, batch.weight))
         return self
 
@@ -144,12 +153,13 @@ class PreferenceModel(nn.Module, ABC):
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
         """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D), under contexts (B, C) or (C,).
 
-        ``other`` may have one row, for all of y.
+        ``other`` may have one row, for all of y. Inputs may be on any device; the result is on that of y.
 
         Raises:
             RuntimeError: the model is not fitted.
             ValueError: shapes disagree with those fitted on, or a value is not finite.
         """
+        home = _home(y)
         y, contexts = self._checked("y", y, context)
         other, others = self._checked("other", other, context)
         if len(other) not in (1, len(y)) and len(y) != 1:
@@ -159,13 +169,14 @@ class PreferenceModel(nn.Module, ABC):
             longer = contexts if len(contexts) > len(others) else others
             y, other = y.expand(len(longer), -1), other.expand(len(longer), -1)
             contexts = others = longer
-        return self.embed(y, contexts).against(self.embed(other, others))
+        return self.embed(y, contexts).against(self.embed(other, others)).to(home)
 
     def table(self, y: Any, context: Any = None) -> Tensor:
         """Give the log-odds (n, n) of each of one prompt's candidates y (n, \\*D) against each, under context (C,)."""
+        home = _home(y)
         y, context = self._checked("y", y, context)
         every = self.embed(y, context)
-        return every.against_all(every)
+        return every.against_all(every).to(home)
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
         """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, D).
@@ -175,6 +186,7 @@ class PreferenceModel(nn.Module, ABC):
             opponents: (M, \\*D) for all of y, or (B, M, D) for each its own.
             context: (B, C), or (C,) for one of all rows.
         """
+        home = _home(y)
         y, context = self._checked("y", y, context)
         opponents = as_float_tensor("opponents", opponents).to(y.device, torch.float32)
         own = opponents.ndim == 3 and opponents.shape[0] == len(y) and opponents.shape[2] == self.dimension
@@ -188,7 +200,7 @@ class PreferenceModel(nn.Module, ABC):
         shared = not own and (context is None or _one_row(context))
         if shared:
             theirs = self.embed(opponents, None if context is None else context[:1].expand(count, -1))
-            return torch.sigmoid(self.embed(y, context).against_all(theirs)).mean(1)
+            return torch.sigmoid(self.embed(y, context).against_all(theirs)).mean(1).to(home)
         rows = max(1, CHUNK_VALUES // (count * self.dimension))
         pieces = [y.new_zeros(0)]
         for at in range(0, len(y), rows):
@@ -199,7 +211,7 @@ class PreferenceModel(nn.Module, ABC):
             theirs = self.embed(many.flatten(0, 1), repeated)
             theirs = Embedded(*(part.unflatten(0, (-1, count)) for part in (theirs.reward, theirs.planes)))
             pieces.append(torch.sigmoid(self.embed(y[some], contexts)[:, None].against_all(theirs)[:, 0]).mean(1))
-        return torch.cat(pieces)
+        return torch.cat(pieces).to(home)
 
     def _checked(self, name: str, y: Any, context: Any, *, needs_context: bool = True) -> tuple[Tensor, Tensor | None]:
         if self.layout is None:
@@ -272,6 +284,20 @@ class PreferenceModel(nn.Module, ABC):
         self.layout = layout
         self.requires_grad_(False)
         self.eval()
+
+
+def _on_cpu(fit: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(fit)
+    def on_cpu(self: PreferenceModel, pairs: EncodedPairs, validation: EncodedPairs | None = None, **options: Any):
+        device = pairs.device if isinstance(pairs, EncodedPairs) else torch.device("cpu")
+        parts = (part.to("cpu") if isinstance(part, EncodedPairs) else part for part in (pairs, validation))
+        return fit(self.cpu(), *parts, **options).to(device)
+
+    return on_cpu
+
+
+def _home(y: Any) -> torch.device:
+    return y.device if isinstance(y, Tensor) else torch.device("cpu")
 
 
 def unfitted(described: dict[str, Any]) -> PreferenceModel:

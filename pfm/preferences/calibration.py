@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm.devices import standard_defaults
 from pfm.encoded import EncodedPairs
 from pfm.preferences.base import PreferenceModel
 from pfm.preferences.logistic import pairwise_log_loss
@@ -61,6 +62,7 @@ class Calibration:
         return "\n".join([head, "favourite     pairs  confidence  right", *rows])
 
 
+@standard_defaults
 def reliability(
     score: Tensor, probability: Tensor | None = None, weight: Tensor | None = None, *, bins: int = 10
 ) -> Calibration:
@@ -106,14 +108,17 @@ def reliability(
 
 @torch.no_grad()
 def pair_scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:
-    """Give the log-odds (N,) that each pair's chosen output is preferred."""
+    """Give the log-odds (N,) that each pair's chosen output is preferred, on the CPU."""
+    pairs = pairs.to("cpu")
     scores = []
-    for index in torch.arange(len(pairs)).split(8192):
+    for index in torch.arange(len(pairs), device="cpu").split(8192):
         batch = pairs.gather(index)
-        scores.append(model.score(batch.chosen, batch.rejected, batch.context).cpu())
+        scores.append(model.score(batch.chosen, batch.rejected, batch.context))
     return torch.cat(scores)
 
 
+@standard_defaults
 def calibration(model: PreferenceModel, pairs: EncodedPairs, *, bins: int = 10) -> Calibration:
     """Measure a fitted model on pairs, best of prompts it has not seen."""
+    pairs = pairs.to("cpu")
     return reliability(pair_scores(model, pairs), pairs.probability, pairs.weight, bins=bins)

@@ -31,14 +31,14 @@ class Search:
     Args:
         blocks: the blocks of features; the first is always there.
         weight, probability: (N,) weights and soft labels.
-        fold: (N,) the fold of each pair, by :func:`deal_folds`.
+        fold: (N,) the fold of each pair, by :func:`deal_folds`; all tensors are on one device.
     """
 
     def __init__(self, blocks: Sequence[Block], weight: Tensor, probability: Tensor, fold: Tensor) -> None:
         self.blocks = list(blocks)
         self.weight, self.probability, self.fold = weight, probability, fold
         # Whole folds thinned alike: every prompt stays in its fold.
-        self._kept = torch.arange(len(fold)) % -(-len(fold) // CV_PAIRS) == 0
+        self._kept = torch.arange(len(fold), device=fold.device) % -(-len(fold) // CV_PAIRS) == 0
         self._loss: dict[Setting, float] = {}
         self._fits: dict[Setting, dict[int, Tensor]] = {}
         self._made: dict[tuple[int, int], Tensor] = {}
@@ -65,7 +65,7 @@ class Search:
 
     def left_out(self, settings: Sequence[Setting]) -> Tensor:
         """Give the score differences (N,) of every pair by the mean of fits that did not see its prompt."""
-        score = torch.zeros(len(self.fold))
+        score = torch.zeros(len(self.fold), dtype=torch.float32, device=self.fold.device)
         for number in self.fold.unique().tolist():
             part = self.fold == number
             for setting in settings:
@@ -102,7 +102,7 @@ class Search:
 
     def _average(self, fits: list[Tensor], settings: Sequence[Setting]) -> list[Tensor]:
         sizes = [self._block(place, -1).shape[1] for place in range(len(self.blocks))]
-        mean = [torch.zeros(size) for size in sizes]
+        mean = [torch.zeros(size, dtype=torch.float32, device=self.fold.device) for size in sizes]
         for weights, (_, *scales) in zip(fits, settings, strict=True):
             at = 0
             for place, scale in enumerate([1.0, *scales]):
@@ -113,9 +113,9 @@ class Search:
 
 
 def deal_folds(group: Tensor, generator: torch.Generator) -> Tensor:
-    """Deal the prompts (pairs, when there is one prompt) into folds; give each pair's fold (N,)."""
+    """Deal the prompts (pairs, when there is one prompt) into folds; give each pair's fold (N,), on the CPU."""
     names, member = torch.unique(group, return_inverse=True)
     if len(names) < 2:
-        names, member = torch.arange(len(group)), torch.arange(len(group))
-    place = torch.randperm(len(names), generator=generator) % min(FOLDS, max(len(names), 1))
+        names = member = torch.arange(len(group), device="cpu")
+    place = torch.randperm(len(names), generator=generator, device="cpu") % min(FOLDS, max(len(names), 1))
     return place[member]

@@ -26,7 +26,7 @@ class PairwiseLogistic:
 
     def __init__(self, difference: Tensor, weight: Tensor | None = None, probability: Tensor | None = None) -> None:
         count = difference.shape[0]
-        share = torch.ones(count) if weight is None else weight
+        share = difference.new_ones(count) if weight is None else weight
         self._share = share / share.sum()
         self._against = None if probability is None else 1 - probability
         moment = (difference.T @ (difference * self._share[:, None])).double()
@@ -36,7 +36,7 @@ class PairwiseLogistic:
         self._basis = vectors[:, kept].to(difference.dtype)
         self._curvature = values[kept].to(difference.dtype) / 4
         self._rows = difference @ self._basis
-        self._at = torch.zeros(self._rows.shape[1])
+        self._at = self._rows.new_zeros(self._rows.shape[1])
 
     def fit(self, l2: float, iterations: int = 30) -> Tensor:
         """Give the weights (F,) at penalty ``l2`` > 0; starts from the last penalty's solution."""

@@ -60,18 +60,19 @@ def train_network(
         loss: gives the losses (B,) of the pairs at an index (B,).
         weight: (N,) weights of the pairs.
         held_out: (N,) which pairs decide when to stop; the others are trained on.
-        generator: draws the batches.
+        generator: draws the batches, on the CPU.
         updates, rows: number of updates at most, and of pairs in one.
         learning_rate: of AdamW, at the start.
     """
-    seed = int(torch.randint(2**31, (1,), generator=generator))
+    seed = int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         restart()
+        held_out = held_out.cpu()
         train = (~held_out).nonzero().flatten()
         if len(train) == 0 or not bool(held_out.any()):
             return
-        check = held_out.nonzero().flatten()[:CHECKED]
+        check = held_out.nonzero().flatten()[:CHECKED].to(weight.device)
         network.requires_grad_(True)
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
         best, kept, patience = math.inf, {}, 0
@@ -88,7 +89,8 @@ def train_network(
                         break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
-            some = train[torch.randint(len(train), (rows,), generator=generator)]
+            some = train[torch.randint(len(train), (rows,), generator=generator, device="cpu")]
+            some = some.to(weight.device, non_blocking=True)
             optimizer.zero_grad()
             (loss(some) * weight[some]).mean().backward()
             optimizer.step()

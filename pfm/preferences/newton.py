@@ -34,18 +34,18 @@ def newton_logistic(
         iterations: at most.
 
     Returns:
-        the most probable w (F,), and the Hessian (F, F) there, both float64.
+        the most probable w (F,), and the Hessian (F, F) there, both float64 on the device of ``rows``.
     """
     x, p, share = rows.double(), label.double(), weight.double()
     beyond = torch.zeros_like(p) if offset is None else offset.double()
-    at = torch.zeros(x.shape[1], dtype=torch.float64) if start is None else start.double()
+    at = x.new_zeros(x.shape[1]) if start is None else start.double()
 
     def loss(at: Tensor) -> float:
         score = beyond + x @ at
         return float((share * (softplus(-score) + (1 - p) * score)).sum() + precision / 2 * at.square().sum())
 
     value = loss(at)
-    hessian = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    hessian = x.new_zeros(x.shape[1], x.shape[1])
     for _ in range(iterations):
         chance = torch.sigmoid(beyond + x @ at)
         hessian = (x * (share * chance * (1 - chance))[:, None]).T @ x

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from pfm.confirmation import CONFIRMED
+from pfm.devices import standard_defaults
 from pfm.encoded import EncodedPairs
 from pfm.preferences.base import check_pairs
 from pfm.preferences.crossvalidation import Search, deal_folds
@@ -96,6 +97,7 @@ class Corrected:
     report: NoiseReport
 
 
+@standard_defaults
 def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
     """Give the soft label (N,) whose logistic loss is, on the mean over flips, that of the label before them.
 
@@ -113,6 +115,7 @@ def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
     return (torch.as_tensor(probability).float() - flip_rate) / (1 - 2 * flip_rate)
 
 
+@standard_defaults
 def corrected(
     pairs: EncodedPairs,
     flip_rate: float | None = None,
@@ -137,7 +140,8 @@ def corrected(
     are held against those, and look better than they would against the labels that were given.
 
     Args:
-        pairs: labelled pairs; soft labels and weights count.
+        pairs: labelled pairs; soft labels and weights count. All happens on the CPU; the corrected pairs are on the
+            device of these.
         flip_rate: share of labels that were turned round, in [0, 0.5); None finds it.
         rater: N names of who gave each label: each has a share of his own, drawn to that of all by a prior worth
             10 labels, so that a rater of one label counts as average. A rater who is wrong more often than
@@ -151,6 +155,7 @@ def corrected(
     check_pairs(pairs)
     if flip_rate is not None:
         _check_rate(flip_rate)
+    device, pairs = pairs.device, pairs.to("cpu")
     names, index = ([], torch.zeros(0)) if rater is None else numbered(rater, len(pairs))
     generator = torch.Generator().manual_seed(seed)
     labels = _Labels.of(pairs)
@@ -179,7 +184,7 @@ def corrected(
     part = pairs.select(torch.arange(len(pairs)))
     if bool((correct < 1).any()):
         part.probability = _turned(labels.probability, correct)
-    return Corrected(part, report)
+    return Corrected(part.to(device), report)
 
 
 @dataclass(frozen=True)

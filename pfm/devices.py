@@ -1,0 +1,159 @@
+"""Devices: which one to compute on, what it can do, and results that come back to where the inputs were."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["device_name", "free_memory", "resolve_device", "standard_defaults", "with_standard_defaults"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+C = TypeVar("C")
+
+DEFAULT = "PFM_DEVICE"
+
+
+def resolve_device(device: Any = "auto", argument: str = "device") -> torch.device:
+    """Return the device that a setting names, having checked that this machine has it.
+
+    Args:
+        device: ``"auto"``: the one that the environment variable ``PFM_DEVICE`` names, else CUDA where there is one,
+            else the CPU; a name such as ``"cpu"``, ``"cuda"``, ``"cuda:1"``; the number of a CUDA device; or a
+            ``torch.device``.
+        argument: what errors call the setting.
+
+    Raises:
+        TypeError: it is of another type.
+        ValueError: it is no device's name, or the machine has no such device.
+
+    >>> resolve_device("cpu")
+    device(type='cpu')
+    """
+    wanted = device_name(device, argument)
+    if wanted == "auto":
+        wanted = os.environ.get(DEFAULT) or ("cuda" if torch.cuda.is_available() else "cpu")
+        argument = DEFAULT if os.environ.get(DEFAULT) else argument
+        wanted = device_name(wanted, argument)
+    chosen = torch.device(wanted)
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    count = _count(chosen.type)
+    if count == 0:
+        raise ValueError(f"{argument}={wanted!r}: this machine has no {chosen.type} device; use device='auto' or 'cpu'")
+    if (chosen.index or 0) >= count:
+        found = f"only {chosen.type}:0" if count == 1 else f"{chosen.type}:0 to {chosen.type}:{count - 1}"
+        raise ValueError(f"{argument}={wanted!r}: there is no such device, this machine has {found}")
+    return chosen
+
+
+def device_name(device: Any, argument: str = "device") -> str:
+    """Return a device's name as configurations hold it: ``"auto"``, ``"cpu"``, ``"cuda:1"``, ...
+
+    The device need not be there: a configuration may have been made on another machine.
+
+    Raises:
+        TypeError: it is neither a name, a number nor a ``torch.device``. ValueError: it is no device's name.
+
+    >>> device_name(1), device_name(torch.device("cpu"))
+    ('cuda:1', 'cpu')
+    """
+    if isinstance(device, torch.device):
+        return str(device)
+    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
+        return f"cuda:{device}"
+    if isinstance(device, str) and device.isdecimal():  # a number from a command line
+        return f"cuda:{int(device)}"
+    if not isinstance(device, str):
+        raise TypeError(
+            f"{argument} must be 'auto', a name such as 'cuda:1', a number or a torch.device: got "
+            f"{type(device).__name__} {device!r}"
+        )
+    if device == "auto":
+        return device
+    try:
+        return str(torch.device(device))
+    except RuntimeError as error:
+        raise ValueError(f"{argument} must be one of auto, cpu, cuda, cuda:1, mps, ...: got {device!r}") from error
+
+
+def free_memory(device: torch.device) -> float:
+    """Return the bytes that are free on a device, infinity where it does not say."""
+    if device.type == "cpu":
+        return math.inf
+    information = getattr(torch.get_device_module(device.type), "mem_get_info", None)
+    return math.inf if information is None else float(information(device)[0])
+
+
+def _count(kind: str) -> int:
+    if kind == "cuda":
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    try:
+        module = torch.get_device_module(kind)
+        return module.device_count() if module.is_available() else 0
+    except (RuntimeError, AttributeError):  # "meta" and the like hold no values
+        return 0
+
+
+def standard_defaults(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function to run under torch's own defaults, float32 on the CPU, whatever the program has set.
+
+    ``torch.set_default_dtype`` holds for the whole process: threads that run decorated functions share one change.
+    """
+
+    @functools.wraps(function)
+    def standard(*args: P.args, **kwargs: P.kwargs) -> T:
+        elsewhere = torch.get_default_device().type != "cpu"
+        if not elsewhere and torch.get_default_dtype() is torch.float32 and not _float32.depth:
+            return function(*args, **kwargs)
+        with _float32, torch.device("cpu") if elsewhere else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return standard
+
+
+def with_standard_defaults(cls: type[C]) -> type[C]:
+    """Decorate a class so that its constructor and public methods run as :func:`standard_defaults` says."""
+    for name, member in list(vars(cls).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        if isinstance(member, classmethod | staticmethod):
+            setattr(cls, name, type(member)(standard_defaults(member.__func__)))
+        elif inspect.isfunction(member):
+            setattr(cls, name, standard_defaults(member))
+    return cls
+
+
+class _Float32:
+    """Makes float32 the default number type while at least one thread is inside."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self._before = torch.float32
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self.depth == 0:
+                self._before = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.depth -= 1
+            if self.depth == 0:
+                torch.set_default_dtype(self._before)
+
+
+_float32 = _Float32()
