@@ -364,7 +364,7 @@ def _by_copy(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def made(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
         if isinstance(data, torch.Tensor):
             return factory(data, *args, device=device, **kwargs)
-        where = torch.get_default_device() if device is None else torch.device(device)
+        where = torch.empty(0).device if device is None else torch.device(device)
         found = factory(data, *args, device="cpu" if where.type == NAME else where, **kwargs)
         if where.type != NAME:
             return found
