@@ -17,7 +17,6 @@ under the mixture. Fields follow tastes: :func:`taste_flows` fits one a taste, t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from pfm.archive import finish_save, load_tensors, read_description, save_folder, save_tensors
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_file, replace_json, require_files
+from pfm.files import replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted
@@ -344,25 +344,23 @@ class TasteMixture:
         Raises:
             RuntimeError: the mixture is not fitted. TypeError: a rater's name is no text, number or truth value.
         """
-        from safetensors.torch import save_file
-
         self._check_fitted()
         for rater in self.raters:
             if not isinstance(rater, str | int | float):
                 raise TypeError(f"raters must be named by texts or numbers to be saved: got {rater!r}")
-        folder = Path(folder)
-        for number, model in enumerate(self.models):
-            model.save(folder / f"taste-{number}")
-        tensors = {"shares": self.shares, "responsibilities": self.responsibilities, "axes": self._axes}
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        folder = Path(folder).expanduser()
         described = {
             "version": 1, "names": list(self.names), "raters": self.raters, "prior": list(self.prior),
             "found": self.found, "models": len(self.models),
             "settings": {"tastes": self.tastes, "restarts": self.restarts, "iterations": self.iterations,
                          "confirm": self.confirm, "seed": self.seed},
         }  # fmt: skip
-        replace_json(folder / DESCRIPTION, described)
+        tensors = {"shares": self.shares, "responsibilities": self.responsibilities, "axes": self._axes}
+        with save_folder(folder) as staging:
+            for number, model in enumerate(self.models):
+                model.save(staging / f"taste-{number}")
+            save_tensors(staging / TENSORS, tensors)
+            replace_json(staging / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -372,15 +370,13 @@ class TasteMixture:
         Raises:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
+        finish_save(folder)
         require_files(folder, (DESCRIPTION, TENSORS), "TasteMixture.save")
         try:
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
+            described = read_description(folder / DESCRIPTION)
             models = [load(folder / f"taste-{number}") for number in range(described["models"])]
+            tensors = load_tensors(folder / TENSORS)
             made = models[0].describe()
             self = cls(component=partial(unfitted, {name: made[name] for name in ("kind", "settings")}),
                        **described["settings"])  # fmt: skip
@@ -388,8 +384,8 @@ class TasteMixture:
             self.found, self.prior = described["found"], tuple(described["prior"])
             self.shares, self.responsibilities = tensors["shares"], tensors["responsibilities"]
             self._axes = tensors["axes"]
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{folder} holds a damaged mixture of tastes ({error!r}): save or fit it again") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{folder} holds a damaged mixture of tastes ({error}): save or fit it again") from error
         return self
 
     def _check_fitted(self) -> None:

@@ -11,7 +11,6 @@ that P + P' = 1; n outputs cost n embeddings, and all n^2 comparisons are produc
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from pfm.archive import finish_save, load_module, read_description, save_folder, save_tensors
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_file, replace_json, require_files
+from pfm.files import replace_json, require_files
 from pfm.preferences.logistic import fit_temperature
 
 __all__ = ["Embedded", "PreferenceModel", "check_pairs", "check_table", "load", "restored", "unfitted"]
@@ -255,15 +255,12 @@ class PreferenceModel(nn.Module, ABC):
         Raises:
             RuntimeError: the model is not fitted.
         """
-        from safetensors.torch import save_file
-
         if self.layout is None:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(pairs) first")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        replace_json(folder / DESCRIPTION, self.describe())
+        folder = Path(folder).expanduser()
+        with save_folder(folder) as staging:
+            save_tensors(staging / TENSORS, self.state_dict())
+            replace_json(staging / DESCRIPTION, self.describe())
         return folder
 
     def _ready(self, **layout: Any) -> None:
@@ -312,18 +309,14 @@ def load(folder: str | Path) -> PreferenceModel:
         FileNotFoundError: the folder or one of its files is not there.
         ValueError: a file is damaged, or the two do not belong together.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    finish_save(folder)
     require_files(folder, (DESCRIPTION, TENSORS), "PreferenceModel.save")
     try:
-        model = restored(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
-        tensors = load_file(folder / TENSORS)
-        model.load_state_dict(tensors)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+        described = read_description(folder / DESCRIPTION)
+        return load_module(lambda: restored(described), folder / TENSORS, DESCRIPTION)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} holds a damaged preference model ({error}): save or fit it again") from error
-    return model
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
