@@ -609,7 +609,7 @@ def test_a_description_rebuilds_the_encoder(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1/")
     for address in ("http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1", "https://api.openai.com/v1"):
         description = {"type": "OpenAIEncoder", "name": "m", "endpoint": address, "dimensions": 5, "normalize": False}
-        endpoint = encoder_from_description(description)
+        endpoint = encoder_from_description(description, trust_encoder=True)
         assert isinstance(endpoint, OpenAIEncoder)
         assert (endpoint.model, endpoint.base_url.rstrip("/"), endpoint.dimensions, endpoint.normalize) == (
             "m", address, 5, False,

@@ -18,6 +18,7 @@ from pfm.cli.shell import (
     NoProgress,
     OnBadRows,
     Traceback,
+    TrustEncoder,
     app,
     examples,
     guarded,
@@ -57,6 +58,7 @@ def evaluate(
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     no_progress: NoProgress = False,
@@ -64,7 +66,7 @@ def evaluate(
 ) -> None:
     """Say how much better the flow's picks are, by scores that it has not seen, and against what."""
     with guarded(traceback) as session:
-        fitted, with_encoder = load_flow(flow, encoder)
+        fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.pairs import PreferencePairs
         from pfm.refiner import wrap
 

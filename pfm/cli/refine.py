@@ -41,6 +41,7 @@ from pfm.cli.shell import (
     NoProgress,
     Session,
     Traceback,
+    TrustEncoder,
     app,
     examples,
     fingerprint,
@@ -91,6 +92,7 @@ def refine(
     exemplars: ExemplarsOption = None,
     settings: DecoderSettings = None,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
 ) -> None:
@@ -103,7 +105,7 @@ def refine(
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
     with guarded(traceback) as session:
-        fitted, with_encoder = load_flow(flow, encoder)
+        fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.generators.base import first_samples
         from pfm.refiner import wrap
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli.shell import EncoderOfFlow, Session, Traceback, app, examples, guarded, load_flow
+from pfm.cli.shell import EncoderOfFlow, Session, Traceback, TrustEncoder, app, examples, guarded, load_flow
 
 # Settings of pfm.wrap that a file of settings may hold too.
 CHOICE = ("n", "by", "margin", "strength", "seed")
@@ -73,6 +73,7 @@ def serve(
         float | None, typer.Option(help="Seconds for a request to wait and be drawn.", show_default="120")
     ] = None,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -109,7 +110,7 @@ def serve(
         }
         settings = _settings(config, given)
         choice = {name: settings.pop(name) for name in CHOICE if name in settings}
-        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None))
+        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder)
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
             served.secret(name)

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pfm.errors import PfmError
+from pfm.errors import PfmError, UntrustedEncoderError
 
 if TYPE_CHECKING:
     from pfm.composition import Composition
@@ -33,6 +33,7 @@ __all__ = [
     "OnBadRows",
     "Session",
     "Traceback",
+    "TrustEncoder",
     "app",
     "examples",
     "fingerprint",
@@ -80,6 +81,14 @@ EncoderOfFlow = Annotated[
         "--encoder",
         help="Name of the encoder that the flow was fitted with, where the flow cannot tell.",
         show_default="the one that the flow names",
+    ),
+]
+TrustEncoder = Annotated[
+    bool,
+    typer.Option(
+        "--trust-encoder",
+        help="Contact the endpoint, or open the folder, of the encoder that the flow names; without it, what would be "
+        "contacted is shown.",
     ),
 ]
 BadRowsOption = Annotated[
@@ -196,12 +205,17 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Composition, Encoder]:
+def load_flow(
+    folder: Path, encoder: str | None, trust_encoder: bool = False
+) -> tuple[PreferenceFlow | Composition, Encoder]:
     """Load a flow, or a composition of several, and its encoder."""
+    from pfm.archive import finish_save
     from pfm.composition import DESCRIPTION, Composition
     from pfm.encoders import encoder_from_description, encoder_from_name
     from pfm.flow import PreferenceFlow
 
+    folder = folder.expanduser()
+    finish_save(folder)
     if (folder / DESCRIPTION).is_file():
         flow = Composition.load(folder)
     elif (folder / "config.json").is_file():
@@ -212,7 +226,11 @@ def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Compo
     if encoder is not None:
         return flow, encoder_from_name(encoder)
     try:
-        return flow, encoder_from_description(flow.metadata.get("encoder"))
+        return flow, encoder_from_description(flow.metadata.get("encoder"), trust_encoder=trust_encoder)
+    except UntrustedEncoderError as error:
+        raise ValueError(
+            str(error).replace("trust_encoder=True", "--trust-encoder").replace("by hand", "by --encoder")
+        ) from None
     except ValueError as error:
         raise ValueError(f"{error}; on the command line, --encoder NAME") from error
 
@@ -220,6 +238,7 @@ def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Compo
 def fingerprint(folder: Path) -> str:
     """Give a checksum of a saved flow, or of a composition with all of its flows."""
     digest = hashlib.sha256()
+    folder = folder.expanduser()
     names = "config.json", "model.safetensors"
     if not (folder / names[0]).is_file():
         from pfm.composition import DESCRIPTION
