@@ -390,14 +390,14 @@ def test_what_is_no_device_is_refused(place, tmp_path):
 def test_misspelt_options_are_refused_by_name(option, told, tmp_path):
     flow_of(1.0).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match=rf"no option '{option}': .*{told}"):
-        PreferenceFlow.from_pretrained(tmp_path, **{option: 1})
+        PreferenceFlow.from_pretrained(tmp_path, **{option: True})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("name", ["no/such-flow", "nosuchflow", "./nosuchflow", "a/b/c", "~/nosuchflow", "", "a\\b"])
 def test_a_misspelt_folder_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="give a(ny)? |give one "):
+    with pytest.raises(FileNotFoundError, match=r"give (a|one) "):
         PreferenceFlow.from_pretrained(name)
 
 

@@ -103,7 +103,7 @@ def test_a_lock_file_that_was_left_behind_stands_in_nobodys_way(left, tmp_path):
     with Results(tmp_path / "out.jsonl") as lines:
         add(lines, 0)
         (tmp_path / ".out.jsonl.lock").write_text(left)
-        with pytest.raises(FileInUseError, match="is being written by (another process|process 1 on h)"):
+        with pytest.raises(FileInUseError, match=r"is being written by (another process|process 1 on h)"):
             WriterLock(tmp_path / "out.jsonl").acquire()
     with Results(tmp_path / "out.jsonl") as lines:
         assert lines.keys == [0]

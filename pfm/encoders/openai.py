@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
-from pfm.endpoint import NO_KEY, Endpoint, public_address
+from pfm.endpoint import NO_KEY, Endpoint, public_address, redacted
 from pfm.errors import EncodingError
 
 __all__ = ["OpenAIEncoder"]
@@ -190,10 +190,8 @@ class OpenAIEncoder(CachedEncoder):
 
     def _without_key(self, text: str) -> str:
         kept = [] if self._endpoint is None else self._endpoint.secrets()
-        for secret in (*kept, getattr(self._client, "api_key", None), urlsplit(self.base_url).query):
-            if secret and secret != NO_KEY:
-                text = text.replace(secret, "***")
-        return text if len(text) <= 500 else f"{text[:500]}..."
+        found = [*kept, getattr(self._client, "api_key", None), urlsplit(self.base_url).query]
+        return redacted(text, [secret for secret in found if isinstance(secret, str) and secret != NO_KEY])
 
     def __repr__(self) -> str:
         return f"OpenAIEncoder({self.model!r}, {public_address(self.base_url)!r})"
