@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pfm.files import replace_file
 
@@ -198,13 +199,13 @@ def load_module(
     """
     header = {name[len(prefix) :]: found for name, found in tensor_shapes(path).items() if name.startswith(prefix)}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _SmallRanges():
             wanted = {
                 name: (tuple(value.shape), value.is_floating_point()) for name, value in build().state_dict().items()
             }
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path.parent / described} is damaged or describes something else ({reason})") from error
+        raise ValueError(f"{path}: its {described} is damaged or describes something else ({reason})") from error
     for name in sorted(wanted.keys() | header.keys()):
         expected = wanted[name][0] if name in wanted else None
         found = header[name][0] if name in header else None
@@ -220,6 +221,16 @@ def load_module(
     tensors = load_tensors(path)
     module.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
     return module if device is None else module.to(device)
+
+
+class _SmallRanges(TorchFunctionMode):
+    """Makes short ranges on the CPU: on the meta device they import a compiler, which takes seconds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if func is torch.arange and all(isinstance(end, int) and abs(end) < 1000 for end in args):
+            options.setdefault("device", "cpu")
+        return func(*args, **options)
 
 
 def check_device(name: str, device: Any) -> torch.device:

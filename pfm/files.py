@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
+import re
 import socket
 import sys
 import time
@@ -98,6 +98,13 @@ class FileInUseError(OSError):
     """Says that another process writes to a file."""
 
 
+def _command() -> str:
+    """Name the program and its first argument; the others may hold keys."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return " ".join([name, *(word for word in sys.argv[1:2] if re.fullmatch(r"[a-z-]{1,20}", word))])
+
+
 class WriterLock:
     """Lets one process at a time write to a file.
 
@@ -135,7 +142,7 @@ class WriterLock:
         held = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500],
+            "command": _command(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
         self._note(json.dumps(held))

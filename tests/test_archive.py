@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pfm import archive
@@ -405,3 +406,35 @@ def test_pairs_of_a_fit_are_saved_by_the_same_rules(tmp_path):
     model = BradleyTerry().fit(EncodedPairs(torch.randn(40, 3) + 1, torch.randn(40, 3)))
     model.save(tmp_path)
     assert load(tmp_path).found == json.loads(json.dumps(model.found))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden", 10**8), ("layers", 10**9), ("layers", 1), ("layers", "2"), ("hidden", -1), ("hidden", True),
+     ("size", 10**12), ("horizon", 10**12)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["policy", "value"])
+def test_networks_whose_configuration_lies_are_refused(kind, name, value, tmp_path, bounded_memory):
+    spaces = pytest.importorskip("gymnasium").spaces
+    from pfm.pbrl import ClonedPolicy
+    from pfm.pbrl.values import FittedValue
+
+    path = tmp_path / "net.safetensors"
+    made: Any = (
+        ClonedPolicy(3, 2, spaces.Box(-1.0, 1.0, (2,)), hidden=4)
+        if kind == "policy"
+        else FittedValue(3, 0.9, hidden=4, layers=2)
+    )
+    if kind == "value":
+        made.r2, made.rows, made.simulated = 0.5, 10, 10
+    made.save(path)
+    assert type(made).load(path).shape == made.shape
+    with safe_open(path, "pt") as file:
+        meta = file.metadata()
+    config = json.loads(meta["config"])
+    name = "observation_size" if name == "size" and kind == "policy" else name
+    if name not in config:
+        pytest.skip("no such size")
+    save_file(load_file(path), path, meta | {"config": json.dumps(config | {name: value})})
+    with pytest.raises(ValueError, match=r"its (configuration|metadata)|does not fit its configuration"):
+        type(made).load(path)

@@ -63,6 +63,7 @@ def test_a_second_writer_is_refused_by_any_name_and_told_who_writes(tmp_path):
     process = holder(path)
     assert process.stdout is not None
     assert process.stdout.readline() == "holds\n"
+    assert "secret-word" not in (tmp_path / ".out.jsonl.lock").read_text()
     before = path.read_bytes()
     for name in ("out.jsonl", "link.jsonl", "folder/out.jsonl", "folder/../" + tmp_path.name + "/out.jsonl"):
         with pytest.raises(FileInUseError, match=rf"is being written by process {process.pid} on .* since 20\d\d-"):
