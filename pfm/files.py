@@ -94,6 +94,9 @@ def cache_folder(kind: str) -> Path:
         return Path(os.devnull, "pfm")
 
 
+NOTE = b'{"pid": '  # how a lock file begins while its lock is held
+
+
 class FileInUseError(OSError):
     """Says that another process writes to a file."""
 
@@ -156,8 +159,16 @@ class WriterLock:
             self._lock = None
 
     def _note(self, text: str) -> None:
+        from filelock import SoftFileLock
+
         try:
-            self.place.write_text(text, encoding="utf-8")
+            with self.place.open("r+b") as file:
+                # A lock by existence keeps notes of its own; any other content is not ours to replace.
+                ours = file.read(len(NOTE)) in (b"", NOTE) and os.fstat(file.fileno()).st_nlink == 1
+                if ours and not isinstance(self._lock, SoftFileLock):
+                    file.seek(0)
+                    file.write(text.encode())
+                    file.truncate()
         except OSError:  # the lock holds without it, as on systems that let nobody write to a locked file
             return
 

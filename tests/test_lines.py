@@ -110,6 +110,19 @@ def test_a_lock_file_that_was_left_behind_stands_in_nobodys_way(left, tmp_path):
         assert lines.keys == [0]
 
 
+def test_what_is_no_lock_file_keeps_its_content(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    os.link(tmp_path / "mine", tmp_path / ".out.jsonl.lock")
+    with Results(tmp_path / "out.jsonl"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / ".out.jsonl.lock").unlink()
+    (tmp_path / ".out.jsonl.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="lock"):
+        Results(tmp_path / "out.jsonl")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_refused_file_is_not_kept_locked(tmp_path):
     path = tmp_path / "out.jsonl"
     path.write_text("mine\n")
