@@ -255,7 +255,8 @@ def _bounded_clients() -> tuple[type, type]:
     class BoundedClient(openai.DefaultHttpxClient):
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             bound = _Bound(request)
-            response = super().send(request, stream=True, **options | {"follow_redirects": False})
+            options["follow_redirects"] = False
+            response = super().send(request, stream=True, **options)
             if stream:
                 return response
             try:
@@ -269,7 +270,8 @@ def _bounded_clients() -> tuple[type, type]:
     class AsyncBoundedClient(openai.DefaultAsyncHttpxClient):
         async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
             bound = _Bound(request)
-            response = await super().send(request, stream=True, **options | {"follow_redirects": False})
+            options["follow_redirects"] = False
+            response = await super().send(request, stream=True, **options)
             if stream:
                 return response
             try:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.archive import finish_save, save_folder
 from pfm.files import replace_file, require_files
 
 if TYPE_CHECKING:
@@ -127,13 +128,12 @@ class ExemplarBank:
         """Write the bank to a folder: texts as JSON lines, vectors as safetensors."""
         from safetensors.torch import save_file
 
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps({"text": text}, ensure_ascii=True) + "\n" for text in self.texts)
         described = {"format": "pt", "encoder": json.dumps(self.encoder), "texts": _checksum(lines.encode())}
         table = {"vectors": self.vectors.contiguous()}
-        replace_file(target / VECTORS, lambda path: save_file(table, path, metadata=described))
-        replace_file(target / TEXTS, lambda path: path.write_text(lines, encoding="utf-8"))
+        with save_folder(Path(folder).expanduser()) as target:
+            replace_file(target / VECTORS, lambda path: save_file(table, path, metadata=described))
+            replace_file(target / TEXTS, lambda path: path.write_text(lines, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ExemplarBank:
@@ -145,7 +145,8 @@ class ExemplarBank:
         """
         from safetensors import SafetensorError, safe_open
 
-        source = Path(folder)
+        source = Path(folder).expanduser()
+        finish_save(source)
         require_files(source, (TEXTS, VECTORS), "ExemplarBank.save")
         try:
             lines = (source / TEXTS).read_bytes()

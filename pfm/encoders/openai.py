@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
-from pfm.endpoint import NO_KEY, Endpoint, public_address, redacted
+from pfm.endpoint import Endpoint, public_address, redacted
 from pfm.errors import EncodingError
 
 __all__ = ["OpenAIEncoder"]
@@ -189,9 +189,8 @@ class OpenAIEncoder(CachedEncoder):
             return self._client
 
     def _without_key(self, text: str) -> str:
-        kept = [] if self._endpoint is None else self._endpoint.secrets()
-        found = [*kept, getattr(self._client, "api_key", None), urlsplit(self.base_url).query]
-        return redacted(text, [secret for secret in found if isinstance(secret, str) and secret != NO_KEY])
+        endpoint = self._endpoint or Endpoint.of_client(self._client)
+        return redacted(text, [*endpoint.secrets(), urlsplit(self.base_url).query])
 
     def __repr__(self) -> str:
         return f"OpenAIEncoder({self.model!r}, {public_address(self.base_url)!r})"
