@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ __all__ = [
     "load_module",
     "load_tensors",
     "read_description",
+    "read_folder",
     "save_folder",
     "save_tensors",
     "tensor_shapes",
@@ -44,6 +45,7 @@ MAX_DESCRIPTION_BYTES = 100_000_000  # as safetensors bounds its own header
 ATTEMPTS = 20
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 
 
 # -- saving ------------------------------------------------------------------------------------------------------
@@ -129,6 +131,44 @@ def _remove_stale(folder: Path) -> None:
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, patterns: Sequence[str], read: Callable[[], T]) -> T:
+    """Read files that belong together, again if another process has saved to the folder meanwhile.
+
+    Args:
+        folder: the folder; a save that was committed is moved into place first.
+        patterns: of the names of the files that are read.
+        read: reads them.
+
+    Raises:
+        OSError: saves follow each other without end.
+    """
+    for _ in range(ATTEMPTS):
+        finish_save(folder)
+        before = _stamps(folder, patterns)
+        try:
+            found = read()
+        except (OSError, ValueError):
+            if _stamps(folder, patterns) == before:
+                raise
+            continue
+        if _stamps(folder, patterns) == before:
+            return found
+    raise OSError(f"{folder} is being saved to by another process without end: load it when that is done")
+
+
+def _stamps(folder: Path, patterns: Sequence[str]) -> dict[Path, tuple[int, ...]]:
+    """Return what changes when a file is replaced, and the folder of a save that is not moved yet."""
+    found: dict[Path, tuple[int, ...]] = {}
+    for pattern in (*patterns, COMMITTED):
+        for path in folder.glob(pattern):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            found[path] = (status.st_ino, status.st_mtime_ns, status.st_size)
+    return found
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfm.archive import finish_save, read_description, save_folder
+from pfm.archive import read_description, read_folder, save_folder
 from pfm.encoded import as_float_tensor, check_finite, vector_space
 from pfm.errors import NonFiniteWarning
 from pfm.fields import Velocity
@@ -312,7 +312,10 @@ class Composition:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
         folder = Path(folder).expanduser()
-        finish_save(folder)
+        return read_folder(folder, (DESCRIPTION, "flow-*/*"), lambda: cls._load(folder))
+
+    @classmethod
+    def _load(cls, folder: Path) -> Composition:
         require_files(folder, (DESCRIPTION,), "Composition.save")
         described = read_description(folder / DESCRIPTION)
         try:

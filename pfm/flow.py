@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from pfm.archive import (
     check_device,
-    finish_save,
     load_module,
     read_description,
+    read_folder,
     save_folder,
     save_tensors,
     tensor_shapes,
@@ -847,27 +847,33 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         name = os.fspath(pretrained_model_name_or_path)
         folder = Path(name).expanduser()
         if folder.is_dir():
-            finish_save(folder)
-            require_files(folder, (DESCRIPTION, TENSORS), "PreferenceFlow.save_pretrained")
-            paths = folder / DESCRIPTION, folder / TENSORS
-        elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
+            return read_folder(folder, (DESCRIPTION, TENSORS), lambda: cls._from_folder(folder, device))
+        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
             raise FileNotFoundError(f"{name} is not a folder: give one written by PreferenceFlow.save_pretrained")
-        else:
-            paths = _downloaded(
-                name, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
-                local_files_only=local_files_only,
-            )  # fmt: skip
-        described = read_description(paths[0])
+        paths = _downloaded(
+            name, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only,
+        )  # fmt: skip
+        return cls._from_files(*paths, device)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, device: torch.device) -> PreferenceFlow:
+        require_files(folder, (DESCRIPTION, TENSORS), "PreferenceFlow.save_pretrained")
+        return cls._from_files(folder / DESCRIPTION, folder / TENSORS, device)
+
+    @classmethod
+    def _from_files(cls, description: Path, tensors: Path, device: torch.device) -> PreferenceFlow:
+        described = read_description(description)
         missing = [key for key in DESCRIBED if key not in described]
         if missing:
-            raise ValueError(f"{paths[0]} is damaged or is not a preference flow's: it lacks {', '.join(missing)}")
-        shapes = tensor_shapes(paths[1])
+            raise ValueError(f"{description} is damaged or is not a preference flow's: it lacks {', '.join(missing)}")
+        shapes = tensor_shapes(tensors)
         try:
             _check_sizes(described, shapes)
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{paths[1]} does not fit its {DESCRIPTION} at {error}") from error
+            raise ValueError(f"{tensors} does not fit its {DESCRIPTION} at {error}") from error
         return load_module(
-            lambda: cls(**{key: described[key] for key in DESCRIBED}), paths[1], DESCRIPTION, device=device
+            lambda: cls(**{key: described[key] for key in DESCRIBED}), tensors, DESCRIPTION, device=device
         ).eval()
 
     def summary(self) -> str:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.archive import finish_save, load_module, load_tensors, read_description, save_folder, save_tensors
+from pfm.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm.config import FlowConfig
 from pfm.couplings import SOURCES, Coupled
 from pfm.encoded import EncodedPairs, as_float_tensor
@@ -457,7 +457,10 @@ class PooledFlow:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
         folder = Path(folder).expanduser()
-        finish_save(folder)
+        return read_folder(folder, (DESCRIPTION, TENSORS, f"{FLOW}/*"), lambda: cls._load(folder))
+
+    @classmethod
+    def _load(cls, folder: Path) -> PooledFlow:
         require_files(folder, (DESCRIPTION, TENSORS), "PooledFlow.save")
         flow = PreferenceFlow.from_pretrained(folder / FLOW)
         try:

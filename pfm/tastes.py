@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from pfm.archive import finish_save, load_tensors, read_description, save_folder, save_tensors
+from pfm.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
 from pfm.confirmation import CONFIRMED, standard_errors
@@ -371,7 +371,10 @@ class TasteMixture:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
         folder = Path(folder).expanduser()
-        finish_save(folder)
+        return read_folder(folder, (DESCRIPTION, TENSORS, "taste-*/*"), lambda: cls._load(folder))
+
+    @classmethod
+    def _load(cls, folder: Path) -> TasteMixture:
         require_files(folder, (DESCRIPTION, TENSORS), "TasteMixture.save")
         try:
             described = read_description(folder / DESCRIPTION)

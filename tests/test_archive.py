@@ -181,6 +181,38 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_or_the_new_whole(kind,
     assert set(found) == {1.0, 2.0}  # it was killed before and after the point that decides
 
 
+@pytest.mark.parametrize("kind", ["flow", "composition"])
+def test_readers_and_writers_at_once_see_whole_saves_only(kind, tmp_path):
+    make, save, read, number = KINDS[kind]
+    getattr(make(1.0), save)(tmp_path)
+    children = []
+    for value in (2.0, 3.0):
+        child = os.fork()
+        if child == 0:
+            try:
+                new = make(value)
+                for _ in range(15):
+                    getattr(new, save)(tmp_path)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    seen, refused = set(), []
+    while children:
+        try:
+            seen.add(number(read(tmp_path)))
+        except OSError as error:  # a slow reader beside quick writers gives up, and says so
+            refused.append(str(error))
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if done:
+            assert status == 0
+            children.remove(done)
+    assert seen <= {1.0, 2.0, 3.0}
+    assert all("without end" in message for message in refused)
+    assert number(read(tmp_path)) in (2.0, 3.0)
+    assert not list(tmp_path.rglob(".sav*"))
+
+
 def test_what_a_killed_save_has_left_is_removed_later(tmp_path, monkeypatch):
     left = tmp_path / ".saving-0"
     left.mkdir()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.archive import finish_save, save_folder
+from pfm.archive import read_folder, save_folder
 from pfm.files import replace_file, require_files
 
 if TYPE_CHECKING:
@@ -143,10 +143,13 @@ class ExemplarBank:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or the two do not belong together.
         """
+        source = Path(folder).expanduser()
+        return read_folder(source, (TEXTS, VECTORS), lambda: cls._load(source))
+
+    @classmethod
+    def _load(cls, source: Path) -> ExemplarBank:
         from safetensors import SafetensorError, safe_open
 
-        source = Path(folder).expanduser()
-        finish_save(source)
         require_files(source, (TEXTS, VECTORS), "ExemplarBank.save")
         try:
             lines = (source / TEXTS).read_bytes()

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from pfm.archive import finish_save, load_module, read_description, save_folder, save_tensors
+from pfm.archive import load_module, read_description, read_folder, save_folder, save_tensors
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.files import replace_json, require_files
 from pfm.preferences.logistic import fit_temperature
@@ -310,7 +310,10 @@ def load(folder: str | Path) -> PreferenceModel:
         ValueError: a file is damaged, or the two do not belong together.
     """
     folder = Path(folder).expanduser()
-    finish_save(folder)
+    return read_folder(folder, (DESCRIPTION, TENSORS), lambda: _load(folder))
+
+
+def _load(folder: Path) -> PreferenceModel:
     require_files(folder, (DESCRIPTION, TENSORS), "PreferenceModel.save")
     try:
         described = read_description(folder / DESCRIPTION)
