@@ -113,9 +113,7 @@ def sent(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: s
         (None, "http://[::1]:8000/v1", True),
     ],
 )
-def test_the_environments_key_goes_to_its_origin_and_never_in_the_clear(
-    address, own, sent_key, monkeypatch, caplog
-):
+def test_the_environments_key_goes_to_its_origin_and_never_in_the_clear(address, own, sent_key, monkeypatch, caplog):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     if own:
         monkeypatch.setenv("OPENAI_BASE_URL", own)
