@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pfm.errors import MissingKeyError
+from pfm.proxies import proxied_client, proxy_of
 
 __all__ = ["NO_KEY", "OPENAI", "Endpoint", "public_address"]
 
@@ -32,6 +33,9 @@ class Endpoint:
             ``base_url`` gets a placeholder.
         timeout: seconds for one try; None: the client's default.
         max_retries: None: the client's default.
+
+    Attributes:
+        route: says through which proxy a client that was made here asks, for errors; empty for none.
 
     Raises:
         ValueError: the address is none, or holds a password or a query.
@@ -57,6 +61,7 @@ class Endpoint:
             raise ValueError("base_url must not hold a query: requests would go astray; pass it as extra_query")
         self.timeout = timeout
         self.max_retries = max_retries
+        self.route = ""
         self._api_key = api_key
         self._takes_environment_key = base_url is None or parts.hostname == urlsplit(OPENAI).hostname
 
@@ -87,22 +92,39 @@ class Endpoint:
             key = ""
         return [key] if key and key != NO_KEY else []
 
+    def check_proxy(self) -> None:
+        """Check the proxy that the environment names for this address.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        proxy = proxy_of(self.base_url)
+        self.route = "" if proxy is None else f" through {proxy}"
+
     def client(self) -> Any:
-        """Make an `openai.OpenAI`."""
+        """Make an `openai.OpenAI`.
+
+        Raises:
+            MissingKeyError, ValueError: there is no key, or the environment's proxy cannot be used.
+        """
         import openai
 
         return openai.OpenAI(**self._options(_bounded_clients()[0]))
 
     def async_client(self) -> Any:
-        """Make an `openai.AsyncOpenAI`."""
+        """Make an `openai.AsyncOpenAI`; raises as :meth:`client` does."""
         import openai
 
         return openai.AsyncOpenAI(**self._options(_bounded_clients()[1]))
 
-    def _options(self, http_client: Any) -> dict[str, Any]:
+    def _options(self, kinds: tuple[Any, Any]) -> dict[str, Any]:
+        import openai
+
         options = {"timeout": self.timeout, "max_retries": self.max_retries}
         given = {name: value for name, value in options.items() if value is not None}
-        return {"base_url": self.base_url, "api_key": self.key(), "http_client": http_client(), **given}
+        self.check_proxy()
+        http_client = proxied_client(*kinds, self.base_url, limits=openai.DEFAULT_CONNECTION_LIMITS)
+        return {"base_url": self.base_url, "api_key": self.key(), "http_client": http_client, **given}
 
     def __repr__(self) -> str:
         return f"Endpoint({self.address!r})"
@@ -118,9 +140,11 @@ def public_address(base_url: str) -> str:
 
 
 @functools.cache
-def _bounded_clients() -> tuple[type, type]:
-    """Make the two HTTP clients, once openai has been imported."""
+def _bounded_clients() -> tuple[tuple[type, type], tuple[type, type]]:
+    """Make the two classes of HTTP clients, each with that of its transport, once openai has been imported."""
     import openai
+
+    http = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2, or httpx
 
     class BoundedClient(openai.DefaultHttpxClient):
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
@@ -148,7 +172,7 @@ def _bounded_clients() -> tuple[type, type]:
                 await response.aclose()
             return bound.whole(response)
 
-    return BoundedClient, AsyncBoundedClient
+    return (BoundedClient, http.HTTPTransport), (AsyncBoundedClient, http.AsyncHTTPTransport)
 
 
 class _Bound:

@@ -89,6 +89,8 @@ class OpenAIEncoder(CachedEncoder):
         self._endpoint = (
             Endpoint(base_url, api_key, timeout=timeout, max_retries=max_retries) if client is None else None
         )
+        if self._endpoint is not None:
+            self._endpoint.check_proxy()  # a proxy that cannot be used is said before any work begins
         self.base_url = str(getattr(client, "base_url", "")) if self._endpoint is None else self._endpoint.base_url
         self.dimensions = dimensions
         self.batch_size = batch_size
@@ -148,7 +150,7 @@ class OpenAIEncoder(CachedEncoder):
             executor.shutdown(wait=False, cancel_futures=True)
         if failures:
             # Raised outside of any handler: the client's error, which may quote the key, is not chained to it.
-            address = public_address(self.base_url)
+            address = public_address(self.base_url) + ("" if self._endpoint is None else self._endpoint.route)
             raise EncodingError(
                 f"embeddings from {address} failed: {failures[0]} ({finished} of {len(texts)} texts"
                 f" were encoded{' and are in the cache' if self.cache is not None else ''})"

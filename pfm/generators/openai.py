@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from operator import attrgetter
@@ -74,7 +74,8 @@ class OpenAIGenerator(GeneratesTexts):
 
     Raises:
         MissingKeyError: OpenAI is to be asked, and there is no key.
-        ValueError, TypeError: an argument is out of range, or a client is none.
+        ValueError, TypeError: an argument is out of range, a client is none, or the environment names a proxy that
+            cannot be used.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class OpenAIGenerator(GeneratesTexts):
         else:
             self._endpoint = Endpoint(base_url, api_key, timeout=timeout, max_retries=max_retries)
             self._endpoint.key()  # a missing key is the caller's mistake: said before any work begins
+            self._endpoint.check_proxy()  # and so is a proxy that cannot be used
         _check_parameters(parameters, api)
         self.model = model
         self.api = api
@@ -202,10 +204,13 @@ class OpenAIGenerator(GeneratesTexts):
 
     async def _aask(self, task: _Task, places: tuple[int, ...]) -> None:
         async with self._loop_slots.here():
+            client = self._made(self._of_this_loop)
+            if isinstance(client, Outcome):
+                task.sampling.take(places, client)
+                return
+            create = self._create_of(client)
             try:
-                client = self._of_this_loop()
                 self._budget.reserve()
-                create = self._create_of(client)
                 arguments = task.arguments(places)
                 if client is self._client:  # the only one given: it blocks
                     loop = asyncio.get_running_loop()
@@ -223,11 +228,26 @@ class OpenAIGenerator(GeneratesTexts):
     def ask(self, task: _Task, places: tuple[int, ...]) -> Outcome:
         """Send one request and return what came of it; never raises for what the other side does."""
         with self._slots:
+            client = self._made(self._sync_client)
+            if isinstance(client, Outcome):
+                return client
+            create = self._create_of(client)
             try:
                 self._budget.reserve()
-                return self._outcome(task, self._create_of(self._sync_client())(**task.arguments(places)))
+                return self._outcome(task, create(**task.arguments(places)))
             except Exception as error:
                 return self._failure(error)
+
+    def _made(self, make: Callable[[], Any]) -> Any:
+        """Return the client, or the outcome of a request for which there is none.
+
+        What is wrong with the environment, such as its proxy, is the caller's to mend and no answer of a server: it
+        is raised.
+        """
+        try:
+            return make()
+        except GenerationError as error:
+            return Outcome(error=error)
 
     def _outcome(self, task: _Task, answer: Any) -> Outcome:
         usage = answer_usage(answer)
@@ -241,7 +261,8 @@ class OpenAIGenerator(GeneratesTexts):
 
     def _failure(self, error: Exception) -> Outcome:
         # A new error without the old one chained to it: the client's may quote the key, and holds the request.
-        return Outcome(error=named_failure(error, self.model, self._endpoint.address, self._endpoint.secrets()))
+        endpoint = self._endpoint
+        return Outcome(error=named_failure(error, self.model, endpoint.address, endpoint.secrets(), endpoint.route))
 
     def _tasks(self, prompts: Sequence[Prompt], n: int, start: Sequence[int] | None) -> list[_Task]:
         first = first_samples(prompts, n, start)
