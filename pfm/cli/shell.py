@@ -31,6 +31,8 @@ __all__ = [
     "FlowFolder",
     "NoProgress",
     "OnBadRows",
+    "Reasoning",
+    "ReasoningOption",
     "Session",
     "Traceback",
     "app",
@@ -65,6 +67,13 @@ class OnBadRows(StrEnum):
     drop = "drop"
 
 
+class Reasoning(StrEnum):
+    """What to do with hidden reasoning in an output."""
+
+    strip = "strip"
+    keep = "keep"
+
+
 def examples(*lines: str) -> str:
     """Write an epilog with one example a line."""
     return "\n".join(["[bold]Examples[/bold]", *(f"[cyan]{line}[/cyan]" for line in lines)])
@@ -84,6 +93,13 @@ EncoderOfFlow = Annotated[
 ]
 BadRowsOption = Annotated[
     OnBadRows, typer.Option("--on-bad-rows", help="Stop at a bad row, or drop and count such rows.")
+]
+ReasoningOption = Annotated[
+    Reasoning,
+    typer.Option(
+        help="Judge of an output with hidden reasoning (<think>...</think> and the like) the answer after it, or keep "
+        "all of it."
+    ),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")]
 Traceback = Annotated[

@@ -25,6 +25,7 @@ from pfm.generators.base import (
     first_samples,
     is_usable_text,
 )
+from pfm.reasoning import closes_reasoning, is_marker, opening_at_end
 from pfm.special_tokens import SpecialTokens
 
 __all__ = ["TransformersGenerator"]
@@ -124,6 +125,8 @@ class TransformersGenerator(GeneratesTexts):
         own = getattr(tokenizer, "chat_template", None)
         self.chat_template = (own if chat_template is None else chat_template) or None
         self._special = SpecialTokens(tokenizer)
+        special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False)
+        self._markers = {number for number, token in special if is_marker(token)}
         self.batch_size = batch_size
         self.seed = seed
         self.parameters = dict(parameters)
@@ -172,6 +175,8 @@ class TransformersGenerator(GeneratesTexts):
         for roll in rolls:
             try:
                 roll.ids = self._encoded(roll.prompt)
+                if self.chat_template is not None:
+                    roll.opening = opening_at_end(self.tokenizer.decode(roll.ids[-16:]))
             except Exception as error:
                 roll.draw.fail(error)
                 roll.open = 0
@@ -294,7 +299,14 @@ class TransformersGenerator(GeneratesTexts):
         while kept and kept[-1] == pad and end is None:  # after a stop string
             kept = kept[:-1]
         ended = end is not None or len(kept) < self.max_new_tokens
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        special: set[int] = set()
+        if not self._markers.isdisjoint(kept):  # without its markers reasoning could not be told from the answer
+            special = set(self.tokenizer.all_special_ids) - self._markers
+        text = self.tokenizer.decode(
+            [token for token in kept if token not in special],
+            skip_special_tokens=not special,
+            clean_up_tokenization_spaces=False,
+        )
         return text, "stop" if ended else "length", len(kept) + (end is not None)
 
     def _warpers(self) -> list[Any]:
@@ -339,6 +351,7 @@ class _Roll:
         self.attempts = attempts
         self.open = n
         self.ids: list[int] = []
+        self.opening = ""  # of reasoning, by the chat template
         self.texts: dict[int, tuple[str, str]] = {}
         self.draw = Draw()
         self.tokens = 0
@@ -375,6 +388,8 @@ class _Row:
         self.roll.draw.seconds += seconds
         self.roll.tokens += tokens
         if is_usable_text(text):
+            if reason == "length" or closes_reasoning(text):
+                text = self.roll.opening + text
             self.roll.texts[self.place] = text, reason
             self.roll.open -= 1
             return

@@ -14,6 +14,7 @@ import numpy as np
 
 from pfm.errors import GenerationError
 from pfm.generators.base import Prompt
+from pfm.reasoning import judged_text
 from pfm.rows import (
     PreferenceDataError,
     checked_prompt,
@@ -67,11 +68,14 @@ class Judge(ABC):
 
     Attributes:
         name: what reports call it.
+        reasoning: "strip" judges of an output with hidden reasoning the answer after it (see :mod:`pfm.reasoning`),
+            "keep" the whole text. May be set.
         against: whom a response meets when responses are scored: ``"all"`` others, or the ``"first"`` alone, which
             takes n - 1 comparisons where all take n (n - 1) / 2.
     """
 
     name: str = ""
+    reasoning: str = "strip"
     against: str = "all"
 
     @abstractmethod
@@ -187,7 +191,8 @@ class ScoringJudge(Judge):
         return self._checked([prompt] * len(responses), list(responses))
 
     def _checked(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        found = [float(score) for score in self.scores(prompts, texts)] if texts else []
+        shown = [judged_text(text, self.reasoning) for text in texts]
+        found = [float(score) for score in self.scores(prompts, shown)] if texts else []
         if len(found) != len(texts):
             raise ValueError(f"{self.name} must give one number a response: got {len(found)} for {len(texts)}")
         for score, text in zip(found, texts, strict=True):
