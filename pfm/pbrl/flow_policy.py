@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
@@ -393,11 +394,14 @@ def _copy_of(env: Any) -> Any:
     from pfm.pbrl.rollouts import VectorEnv
 
     if isinstance(env, VectorEnv):
-        return VectorEnv(env.name, **env.settings)
+        return VectorEnv(env.source, **env.settings)
     if hasattr(env, "save_states"):
         return type(env)()
     one = env.envs[0] if hasattr(env, "envs") else env
     spec = one.spec
+    if outer := [wrapper for wrapper in spec.additional_wrappers if wrapper.name != "StatefulEnv"]:
+        whole = replace(spec, additional_wrappers=tuple(outer))
+        return VectorEnv(lambda: gymnasium.make(whole, render_mode=None))
     settings = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
     return VectorEnv(spec.id, **settings)
 
