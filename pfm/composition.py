@@ -296,7 +296,7 @@ class Composition:
 
     def save(self, folder: str | Path) -> Path:
         """Write flows, weights and names to a folder; :meth:`load` reads it."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         for number, flow in enumerate(self.flows):
             flow.save_pretrained(folder / f"flow-{number}")
         described = {"version": 1, "names": list(self.names), "weights": self.weights.tolist()}
@@ -310,7 +310,7 @@ class Composition:
         Raises:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         require_files(folder, (DESCRIPTION,), "Composition.save")
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pfm.errors import MissingKeyError
 from pfm.proxies import proxied_client, proxy_of
 
-__all__ = ["NO_KEY", "OPENAI", "Endpoint", "public_address"]
+__all__ = ["NO_KEY", "OPENAI", "SECRET_NAME", "Endpoint", "check_extra_query", "public_address"]
 
 OPENAI = "https://api.openai.com/v1"
 MAX_ANSWER_BYTES = 32_000_000
+SECRET_NAME = re.compile(r"api.?key|secret|password|authorization|(access|auth|bearer).?token", re.IGNORECASE)
 NO_KEY = "none"  # what a server that needs none is sent
 
 
@@ -58,7 +61,11 @@ class Endpoint:
         if "@" in parts.netloc:
             raise ValueError("base_url must not hold a password: it would show in logs; pass it as api_key")
         if parts.query:
-            raise ValueError("base_url must not hold a query: requests would go astray; pass it as extra_query")
+            names = ", ".join(f"{name!r}: ..." for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+            raise ValueError(
+                "base_url must not hold a query: requests would go astray; give the address without it, and "
+                f"extra_query={{{names}}}"
+            )
         self.timeout = timeout
         self.max_retries = max_retries
         self.route = ""
@@ -131,6 +138,19 @@ class Endpoint:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_api_key": None}  # the other process takes its key from its environment
+
+
+def check_extra_query(query: Mapping[str, Any] | None) -> None:
+    """Refuse a key in a query, which would show in logs.
+
+    Raises:
+        ValueError: by the name of the entry.
+    """
+    shown = [name for name in query or {} if name == "key" or SECRET_NAME.search(name)]
+    if shown:
+        raise ValueError(
+            f"extra_query must not hold {', '.join(shown)}: addresses show in logs; pass api_key or extra_headers"
+        )
 
 
 def public_address(base_url: str) -> str:

@@ -297,7 +297,7 @@ class Report:
 
     def save_json(self, path: str | Path) -> Path:
         """Write the report as strict JSON, and return the path."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
@@ -309,7 +309,7 @@ class Report:
             ValueError: the file is not such a report.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']!r} where {FORMAT} is expected")
             return _decode(cls, values)
@@ -320,7 +320,7 @@ class Report:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
         from pfm.report import page
 
-        path = Path(path)
+        path = Path(path).expanduser()
         # texts may hold lone surrogates, which no UTF-8 file can
         path.write_text(page(self, examples), encoding="utf-8", errors="replace")
         return path
@@ -558,8 +558,10 @@ def _vector_picks(
     import torch
 
     from pfm.encoders.base import EMPTY_TEXT
+    from pfm.encoders.sentence import as_encoder
     from pfm.preferences import BradleyTerry, MeanShift
 
+    encoder = as_encoder(encoder)
     # An output that was cut off within its reasoning has an empty answer, which encoders refuse.
     outputs = encoder.encode([text or EMPTY_TEXT for row in rows for text in row.candidates], progress=progress)
     if outputs.shape[1] != training.dimension:

@@ -179,13 +179,13 @@ class Explanation:
     def save_json(self, path: str | Path) -> None:
         """Write everything as JSON."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def save_html(self, path: str | Path) -> None:
         """Write one self-contained HTML page."""
         from pfm.explain_page import page
 
-        Path(path).write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+        Path(path).expanduser().write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from pfm.explain_page import terminal

@@ -436,7 +436,7 @@ class PooledFlow:
         """Write the flow, the head of b and what is known of the sources to a folder; :meth:`load` reads it."""
         from safetensors.torch import save_file
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         self.flow.save_pretrained(folder / FLOW)
         tensors = {f"win.{name}": value.detach().contiguous() for name, value in self.win.state_dict().items()}
         tensors |= {"shares": self.shares.contiguous(), "rates": self.rates.contiguous()}
@@ -460,7 +460,7 @@ class PooledFlow:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         require_files(folder, (DESCRIPTION, TENSORS), "PooledFlow.save")
         flow = PreferenceFlow.from_pretrained(folder / FLOW)
         try:

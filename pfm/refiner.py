@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from pfm.decoders import Decoder, Judged, Latent, Rewrite, Select, Selection
 from pfm.decoders.improve import added
 from pfm.encoded import vector_space
+from pfm.encoders.sentence import as_encoder
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
 from pfm.generators.base import (
@@ -137,8 +138,8 @@ def wrap(
         flow: a fitted :class:`pfm.PreferenceFlow`, a :class:`pfm.Composition` of some, or, with a
             :class:`pfm.generators.GeneratorPool` whose generators have the names of its sources, a
             :class:`pfm.references.PooledFlow`.
-        encoder: the encoder on whose vectors the flow was fitted; prompts go through its ``encode_prompts``
-            where it has one.
+        encoder: the encoder on whose vectors the flow was fitted, or a loaded ``SentenceTransformer``; prompts go
+            through its ``encode_prompts`` where it has one.
         decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
             :class:`pfm.decoders.Decoder`).
         n: candidates a prompt.
@@ -157,6 +158,7 @@ def wrap(
     Warns:
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
     """
+    encoder = as_encoder(encoder)
     _check_flow_and_encoder(flow, encoder)
     found = None if generator is None else as_generator(generator)
     chooser = _as_decoder(decoder, options)

@@ -350,7 +350,7 @@ class TasteMixture:
         for rater in self.raters:
             if not isinstance(rater, str | int | float):
                 raise TypeError(f"raters must be named by texts or numbers to be saved: got {rater!r}")
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         for number, model in enumerate(self.models):
             model.save(folder / f"taste-{number}")
         tensors = {"shares": self.shares, "responsibilities": self.responsibilities, "axes": self._axes}
@@ -375,7 +375,7 @@ class TasteMixture:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         require_files(folder, (DESCRIPTION, TENSORS), "TasteMixture.save")
         try:
             described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))

@@ -26,9 +26,12 @@ from stable_baselines3.common.vec_env import VecNormalize
 from pfm import pbrl
 from pfm.pbrl.normalization import ObservationStatistics
 
+LOW, HIGH = np.float32(-1), np.float32(1)
+HALF = np.float32(0.5)
+
 
 def rescaled(name: str = "Pendulum-v1") -> gymnasium.Env:
-    return RescaleAction(gymnasium.make(name), -1.0, 1.0)
+    return RescaleAction(gymnasium.make(name), LOW, HIGH)
 
 
 def trained(kind: Any, env: Any, **settings: Any) -> Any:
@@ -147,7 +150,7 @@ def test_a_pickle_of_statistics_runs_no_code(checkpoints, tmp_path, monkeypatch)
     }
     for name, data in harmful.items():
         (tmp_path / "v.pkl").write_bytes(data)
-        with pytest.raises(ValueError, match="refers to .* do not need, and was not loaded"):
+        with pytest.raises(ValueError, match=r"refers to .* do not need, and was not loaded"):
             ObservationStatistics.of(tmp_path / "v.pkl")
         assert not (tmp_path / "made-by-a-pickle").exists(), name
     for data in (b"", b"no pickle", pickle.dumps(state)[:100], pickle.dumps({"a": 1}), pickle.dumps(None)):
@@ -237,11 +240,11 @@ def test_a_wrapped_environment_is_collected_and_refined_in():
     "make",
     [
         rescaled,
-        lambda: RescaleAction(pbrl.make_env("Pendulum-v1"), -1.0, 1.0),
+        lambda: RescaleAction(pbrl.make_env("Pendulum-v1"), LOW, HIGH),
         lambda: ClipAction(rescaled("Reacher-v5")),
-        lambda: RescaleAction(gymnasium.make("LunarLanderContinuous-v3"), -0.5, 0.5),
-        lambda: RescaleAction(pbrl.make_env("LunarLanderContinuous-v3"), -0.5, 0.5),
-        lambda: RescaleObservation(RescaleAction(gymnasium.make("LunarLanderContinuous-v3"), -0.5, 0.5), -1.0, 1.0),
+        lambda: RescaleAction(gymnasium.make("LunarLanderContinuous-v3"), -HALF, HALF),
+        lambda: RescaleAction(pbrl.make_env("LunarLanderContinuous-v3"), -HALF, HALF),
+        lambda: RescaleObservation(RescaleAction(gymnasium.make("LunarLanderContinuous-v3"), -HALF, HALF), LOW, HIGH),
     ],
 )
 def test_a_state_behind_wrappers_is_restored_exactly(make):
@@ -278,5 +281,5 @@ def test_what_keeps_a_state_of_its_own_is_named(make, name):
 def test_an_environment_in_place_of_its_maker_is_told_so():
     with pytest.raises(TypeError, match=r"give the function that makes it, lambda: \.\.\."):
         pbrl.collect(gymnasium.make("Pendulum-v1"), UNIT, 4, length=2, continuation=0)
-    with pytest.raises(TypeError, match="must give a gymnasium.Env, got int"):
+    with pytest.raises(TypeError, match="must give a gymnasium"):
         pbrl.VectorEnv(lambda: 3)  # pyright: ignore[reportArgumentType]

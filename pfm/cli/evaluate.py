@@ -58,7 +58,7 @@ def evaluate(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
-    reasoning: ReasoningOption = Reasoning.strip,
+    reasoning: ReasoningOption = Reasoning.aside,
     encoder: EncoderOfFlow = None,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,

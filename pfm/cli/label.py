@@ -120,7 +120,7 @@ def label(
     max_calls: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many requests.", rich_help_panel=_PANEL)
     ] = None,
-    reasoning: ReasoningOption = Reasoning.strip,
+    reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     no_progress: NoProgress = False,
     traceback: Traceback = False,

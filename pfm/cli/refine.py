@@ -92,7 +92,7 @@ def refine(
     decoder: DecoderOption = DecoderName.select,
     exemplars: ExemplarsOption = None,
     settings: DecoderSettings = None,
-    reasoning: ReasoningOption = Reasoning.strip,
+    reasoning: ReasoningOption = Reasoning.aside,
     encoder: EncoderOfFlow = None,
     no_progress: NoProgress = False,
     traceback: Traceback = False,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperCommand
 
 from pfm.errors import PfmError
 
@@ -49,7 +50,27 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError, PfmError)
 SOME_FAILED = 3
 INTERRUPTED = 130
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Expand the paths, and run the command."""
+        for name, value in ctx.params.items():
+            if isinstance(value, list | tuple):
+                ctx.params[name] = [item.expanduser() if isinstance(item, Path) else item for item in value]
+            elif isinstance(value, Path):
+                ctx.params[name] = value.expanduser()
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *arguments: Any, **settings: Any) -> Any:
+        """Add a command of this kind."""
+        return super().command(*arguments, **{"cls": _Command, **settings})
+
+
+app = _App(
     help="Refine the outputs of any frozen generator with a learned preference flow.",
     epilog="Start with [cyan]pfm quickstart[/cyan]: two minutes, no data needed.",
     no_args_is_help=True,
@@ -70,7 +91,7 @@ class OnBadRows(StrEnum):
 class Reasoning(StrEnum):
     """What to do with hidden reasoning in an output."""
 
-    strip = "strip"
+    aside = "strip"
     keep = "keep"
 
 

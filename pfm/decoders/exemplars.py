@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.encoders.sentence import as_encoder
 from pfm.files import replace_file, require_files
 from pfm.reasoning import training_text
 
@@ -87,6 +88,7 @@ class ExemplarBank:
         if limit is not None and limit < len(texts):
             drawn = np.random.default_rng(seed).choice(len(texts), size=limit, replace=False)
             texts = [texts[row] for row in sorted(drawn.tolist())]
+        encoder = as_encoder(encoder)
         described = encoder.describe() if hasattr(encoder, "describe") else None
         return cls(texts, encoder.encode(texts, progress=progress) if texts else torch.zeros(0, 1), described)
 
@@ -129,7 +131,7 @@ class ExemplarBank:
         """Write the bank to a folder: texts as JSON lines, vectors as safetensors."""
         from safetensors.torch import save_file
 
-        target = Path(folder)
+        target = Path(folder).expanduser()
         target.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps({"text": text}, ensure_ascii=True) + "\n" for text in self.texts)
         described = {"format": "pt", "encoder": json.dumps(self.encoder), "texts": _checksum(lines.encode())}
@@ -147,7 +149,7 @@ class ExemplarBank:
         """
         from safetensors import SafetensorError, safe_open
 
-        source = Path(folder)
+        source = Path(folder).expanduser()
         require_files(source, (TEXTS, VECTORS), "ExemplarBank.save")
         try:
             lines = (source / TEXTS).read_bytes()

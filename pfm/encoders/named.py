@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +21,7 @@ __all__ = ["encoder_from_description", "encoder_from_name"]
 # Surface features are of the order of 1 each where a sentence embedding has length 1 in all: at this weight
 # neither drowns the other.
 SURFACE_WEIGHT = 0.3
+_SETTINGS = [name for name in inspect.signature(SentenceEncoder).parameters if name != "name_or_path"]
 
 
 def encoder_from_name(name: str, **options: Any) -> Encoder:
@@ -31,7 +34,12 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
 
     Raises:
         ValueError: a part is empty, named twice, or there is no such folder.
+        TypeError: SentenceEncoder has no such setting.
     """
+    if unknown := [key for key in options if key not in _SETTINGS]:
+        near = difflib.get_close_matches(unknown[0], _SETTINGS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
+        raise TypeError(f"{', '.join(unknown)}: no setting of an encoder: {meant}")
     whole = name.strip()
     parts = [whole] if Path(whole).is_dir() else [part.strip() for part in whole.split("+")]
     if not all(parts):
@@ -76,6 +84,7 @@ def encoder_from_description(description: Mapping[str, Any] | None) -> Encoder:
                 base_url=_endpoint(description["endpoint"]),
                 dimensions=description["dimensions"],
                 normalize=description["normalize"],
+                extra_query=description.get("query"),
             )
         if kind == "ConcatEncoder":
             parts = [encoder_from_description(part) for part in description["encoders"]]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import heapq
 import inspect
 import os
-import re
 import threading
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from contextlib import aclosing
 from operator import attrgetter
 from typing import Any, Literal
 
-from pfm.endpoint import OPENAI, Endpoint
+from pfm.endpoint import OPENAI, SECRET_NAME, Endpoint, check_extra_query
 from pfm.errors import GenerationError
 from pfm.generators.base import Draw, GeneratesTexts, Prompt, Sample, as_messages, canonical, first_samples
 from pfm.generators.budget import Budget
@@ -35,7 +35,7 @@ _SET_ELSEWHERE = {
     "messages": "they are the prompts",
     "input": "it is the prompt",
 }
-_SECRET_NAME = re.compile(r"api.?key|secret|password|authorization|(access|auth|bearer).?token", re.IGNORECASE)
+_NOT_NAMES = ("self", "parameters")
 _NOT_SAMPLING = ("extra_headers", "timeout")
 
 
@@ -456,11 +456,7 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
     for name, why in _SET_ELSEWHERE.items():
         if name in parameters:
             raise ValueError(f"{name} cannot be set as a parameter: {why}")
-    shown = [name for name in parameters.get("extra_query") or {} if name == "key" or _SECRET_NAME.search(name)]
-    if shown:
-        raise ValueError(
-            f"extra_query must not hold {', '.join(shown)}: addresses show in logs; pass api_key or extra_headers"
-        )
+    check_extra_query(parameters.get("extra_query"))
     seed = parameters.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
@@ -471,9 +467,12 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
     known = inspect.signature(Resource.create).parameters
     unknown = [name for name in parameters if name not in known or name == "self"]
     if unknown:
+        own = [name for name in inspect.signature(OpenAIGenerator.__init__).parameters if name not in _NOT_NAMES]
+        near = difflib.get_close_matches(unknown[0], {*own, *known} - {"self"}, 1)
+        meant = f"did you mean {near[0]}? W" if near else "w"
         raise TypeError(
-            f"{', '.join(unknown)}: no parameter of {PROTOCOLS[api].method}; what a server of your own takes goes "
-            f"into extra_body, as in extra_body={{{unknown[0]!r}: ...}}"
+            f"{', '.join(unknown)}: no parameter of {PROTOCOLS[api].method}; {meant}hat a server of your own takes "
+            f"goes into extra_body, as in extra_body={{{unknown[0]!r}: ...}}"
         )
 
 
@@ -489,7 +488,7 @@ def _without_keys(value: Any) -> Any:
     """Return JSON values with what is named like a key blotted out, at any depth."""
     if isinstance(value, Mapping):
         return {
-            str(name): "***" if isinstance(item, str) and _SECRET_NAME.search(str(name)) else _without_keys(item)
+            str(name): "***" if isinstance(item, str) and SECRET_NAME.search(str(name)) else _without_keys(item)
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):

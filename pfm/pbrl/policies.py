@@ -126,8 +126,8 @@ def check_policy(policy: Any, env: Any) -> None:
             raise ValueError(f"the policy acts in {theirs} and the environment takes {ours}: {way}")
     if not isinstance(policy, NormalizedPolicy) and trained_normalized(policy):
         warnings.warn(
-            f"this {type(policy).__name__} was trained under VecNormalize, and acts wrongly on observations as they are: "
-            "give NormalizedPolicy(policy, statistics), as load_policy(..., normalize=...) does",
+            f"this {type(policy).__name__} was trained under VecNormalize, and acts wrongly on observations as they "
+            "are: give NormalizedPolicy(policy, statistics), as load_policy(..., normalize=...) does",
             stacklevel=3,
         )
     theirs, ours = getattr(policy, "observation_space", None), env.observation_space
@@ -191,7 +191,7 @@ class ActorPolicy:
     def load(cls, path: str | Path, *, action_space: Box | None = None, seed: int = 0) -> ActorPolicy:
         """Read an actor; see :func:`load_policy`."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(Path(path).expanduser(), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             meta = json.loads(str(arrays.pop("meta")))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

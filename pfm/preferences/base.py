@@ -259,7 +259,7 @@ class PreferenceModel(nn.Module, ABC):
 
         if self.layout is None:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(pairs) first")
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -315,7 +315,7 @@ def load(folder: str | Path) -> PreferenceModel:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     require_files(folder, (DESCRIPTION, TENSORS), "PreferenceModel.save")
     try:
         model = restored(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
