@@ -107,6 +107,16 @@ def test_with_its_statistics_it_acts_as_it_was_trained(how, checkpoints, tmp_pat
         pbrl.episode_returns("Pendulum-v1", policy, 1, 0)
 
 
+def test_a_model_that_was_just_trained_brings_its_statistics():
+    vector = VecNormalize(make_vec_env("Pendulum-v1", seed=0))
+    model = trained(PPO, vector, n_steps=32, batch_size=32, n_epochs=1)
+    model.learn(32)
+    with pytest.warns(UserWarning, match="NormalizedPolicy"):
+        pbrl.check_policy(model, pbrl.VectorEnv("Pendulum-v1"))
+    policy = pbrl.NormalizedPolicy(model, model)
+    np.testing.assert_array_equal(policy.statistics.mean, vector.obs_rms.mean)
+
+
 def test_statistics_of_rewards_alone_or_of_others_change_nothing(checkpoints, tmp_path):
     root, wrappers = checkpoints
     wrappers["rewards"].save(tmp_path / "rewards.pkl")

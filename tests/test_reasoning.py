@@ -214,6 +214,12 @@ def test_judges_judge_the_answer_and_read_their_models_answer():
     assert not any("private" in prompt for prompt in seen)
 
 
+def test_labels_are_of_answers_that_differ():
+    row = {"prompt": "p", "candidates": ["<think>1</think>xa", "<think>2</think>xa", "x"]}
+    labelled = ScriptedJudge("a").label([row])
+    assert [(row["chosen"], row["rejected"]) for row in labelled] == [("<think>1</think>xa", "x")]
+
+
 def test_an_evaluation_judges_and_measures_answers():
     long = "<think>" + "reason " * 50 + "</think>"
     records = wrap(None, LinearFlow(), encoder=LetterEncoder()).refine([[f"{long}x", f"{long}xaa"]] * 2, ["p", "q"])

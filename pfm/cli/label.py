@@ -226,7 +226,7 @@ def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: 
         try:
             if not isinstance(value, Mapping):
                 raise PreferenceDataError(f"got {show(value)}; expected an object with columns")
-            found = list(candidate_pairs(value, limit, (seed, number)))
+            found = list(candidate_pairs(value, limit, (seed, number), judge.reasoning))
         except PreferenceDataError as error:
             bad.meet(error, f"{unit} {number}")
             continue

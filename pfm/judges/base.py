@@ -142,7 +142,7 @@ class Judge(ABC):
         """
         asked: list[tuple[Mapping[str, Any], Comparison]] = []
         for number, row in enumerate(rows):
-            for _, comparison in candidate_pairs(row, max_pairs_per_prompt, (seed, number)):
+            for _, comparison in candidate_pairs(row, max_pairs_per_prompt, (seed, number), self.reasoning):
                 asked.append((row, comparison))
         verdicts = self.compare([comparison for _, comparison in asked])
         labelled = [
@@ -211,9 +211,9 @@ class ScoringJudge(Judge):
 
 
 def candidate_pairs(
-    row: Mapping[str, Any], limit: int | None, seed: tuple[int, int]
+    row: Mapping[str, Any], limit: int | None, seed: tuple[int, int], reasoning: str = "strip"
 ) -> Iterator[tuple[tuple[int, int], Comparison]]:
-    """Yield the pairs of different candidates of a row, with their places among the candidates.
+    """Yield the pairs of candidates of a row whose answers differ, with their places among the candidates.
 
     Raises:
         PreferenceDataError: the row lacks a column, or a text is blank.
@@ -223,7 +223,7 @@ def candidate_pairs(
     if not isinstance(given, list | tuple):
         raise PreferenceDataError(f"got {show(given)}; expected a list of texts", column="candidates")
     texts = [conversation_text(checked_response(text, "candidates")) for text in given]
-    first = {text.strip(): place for place, text in reversed(list(enumerate(texts)))}
+    first = {judged_text(text, reasoning).strip(): place for place, text in reversed(list(enumerate(texts)))}
     pairs = list(combinations(sorted(first.values()), 2))
     kept = choose_pairs(len(pairs), limit, seed, "a row")
     for i, j in pairs if kept is None else [pairs[place] for place in kept.tolist()]:

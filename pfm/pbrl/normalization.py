@@ -88,8 +88,9 @@ class ObservationStatistics:
 
         Args:
             source: a file of ``VecNormalize.save`` (``.pkl``), of which no code is run; an ``.npz`` with ``obs_mean``
-                and ``obs_var``, and ``clip_obs`` and ``norm_eps`` if other than 10 and 1e-8; a ``VecNormalize``; a
-                mapping with ``mean`` and ``var`` (and ``clip``, ``epsilon``); or the pair (mean, var).
+                and ``obs_var``, and ``clip_obs`` and ``norm_eps`` if other than 10 and 1e-8; a ``VecNormalize``, or a
+                model trained under one; a mapping with ``mean`` and ``var`` (and ``clip``, ``epsilon``); or the pair
+                (mean, var).
 
         Returns:
             None where the source says that observations were not normalised.
@@ -118,6 +119,8 @@ class ObservationStatistics:
             return cls(**source)
         if isinstance(source, tuple | list) and len(source) == 2:
             return cls(*source)
+        attached = getattr(source, "get_vec_normalize_env", None)  # of a model whose training had one
+        source = (attached() or source) if callable(attached) else source
         while source is not None and not hasattr(source, "obs_rms") and hasattr(source, "venv"):
             source = getattr(source, "venv")  # noqa: B009  # a wrapper of vectors of environments, with VecNormalize within
         if hasattr(source, "norm_obs"):
