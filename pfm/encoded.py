@@ -210,7 +210,7 @@ class EncodedPairs:
         Raises:
             ValueError: a value is too large for float16.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).unlink(missing_ok=True)  # it comes last: without it the folder is unfinished
         one_table = self._tables[0] is self._tables[1]
@@ -254,7 +254,7 @@ class EncodedPairs:
         Raises:
             FileNotFoundError: the folder holds no finished pairs. ValueError: its files do not fit each other.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {DESCRIPTION}: give a folder that EncodedPairs.save has finished writing"

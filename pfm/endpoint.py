@@ -12,21 +12,30 @@ that it was set for.
 from __future__ import annotations
 
 import functools
-import ipaddress
 import json
 import logging
 import os
 import re
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any
-from urllib.parse import SplitResult, quote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
 from pfm.errors import MissingKeyError
+from pfm.proxies import is_own_address, proxied_client, proxy_of
 
-__all__ = ["NO_KEY", "OPENAI", "Endpoint", "is_loopback", "is_secret_name", "origin", "public_address", "redacted"]
+__all__ = [
+    "NO_KEY",
+    "OPENAI",
+    "Endpoint",
+    "check_extra_query",
+    "is_secret_name",
+    "origin",
+    "public_address",
+    "redacted",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +74,9 @@ class Endpoint:
         timeout: seconds for one try; None: the client's default.
         max_retries: None: the client's default.
 
+    Attributes:
+        route: says through which proxy a client that was made here asks, for errors; empty for none.
+
     Raises:
         ValueError: the address is none, or holds a password or a query; a key would be sent in the clear.
     """
@@ -81,6 +93,7 @@ class Endpoint:
         _check_address(self.base_url)
         self.timeout = timeout
         self.max_retries = max_retries
+        self.route = ""
         self._api_key = api_key
         self.hidden: tuple[str, ...] = ()
         if api_key is not None and api_key.lower() not in PLACEHOLDERS and not self.is_private:
@@ -96,6 +109,7 @@ class Endpoint:
         key = getattr(client, "api_key", None)  # of some clients a function that fetches it
         self.base_url = str(getattr(client, "base_url", None) or OPENAI)
         self.timeout = self.max_retries = None
+        self.route = ""
         self._api_key = key if isinstance(key, str) and key else NO_KEY
         headers = getattr(client, "default_headers", None)
         shown = (
@@ -108,7 +122,7 @@ class Endpoint:
     def is_private(self) -> bool:
         """Whether nobody between here and the server can read what is sent: https, or a server on this machine."""
         parts = urlsplit(self.base_url)
-        return parts.scheme == "https" or is_loopback(parts.hostname or "")
+        return parts.scheme == "https" or is_own_address(parts.hostname or "")
 
     @property
     def address(self) -> str:
@@ -141,24 +155,43 @@ class Endpoint:
             key = ""
         return [*([key] if key and key != NO_KEY else []), *self.hidden]
 
+    def check_proxy(self) -> None:
+        """Check the proxy that the environment names for this address.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        proxy = proxy_of(self.base_url)
+        self.route = "" if proxy is None else f" through {proxy}"
+
     def client(self) -> Any:
-        """Make an `openai.OpenAI`."""
+        """Make an `openai.OpenAI`.
+
+        Raises:
+            MissingKeyError, ValueError: there is no key, or the environment's proxy cannot be used.
+        """
         import openai
 
         return openai.OpenAI(**self._options(_bounded_clients()[0]))
 
     def async_client(self) -> Any:
-        """Make an `openai.AsyncOpenAI`."""
+        """Make an `openai.AsyncOpenAI`; raises as :meth:`client` does."""
         import openai
 
         return openai.AsyncOpenAI(**self._options(_bounded_clients()[1]))
 
-    def _options(self, http_client: Any) -> dict[str, Any]:
+    def _options(self, kinds: tuple[Any, Any]) -> dict[str, Any]:
+        import openai
+
         options = {"timeout": self.timeout, "max_retries": self.max_retries}
         given = {name: value for name, value in options.items() if value is not None}
+        self.check_proxy()
         # Not compressed: the bounds are on what an answer takes in memory.
-        client = http_client(follow_redirects=False, headers={"Accept-Encoding": "identity"})
-        return {"base_url": self.base_url, "api_key": self.key(), "http_client": client, **given}
+        http_client = proxied_client(
+            *kinds, self.base_url, limits=openai.DEFAULT_CONNECTION_LIMITS, follow_redirects=False,
+            headers={"Accept-Encoding": "identity"},
+        )  # fmt: skip
+        return {"base_url": self.base_url, "api_key": self.key(), "http_client": http_client, **given}
 
     def __repr__(self) -> str:
         return f"Endpoint({self.address!r})"
@@ -192,7 +225,25 @@ def _check_address(base_url: str) -> None:
         got = f", got {base_url!r}" if host or not base_url else ""
         raise ValueError(f"base_url must be an address such as http://localhost:8000/v1, with http:// or https://{got}")
     if parts.query or parts.fragment or base_url.endswith(("?", "#")):
-        raise ValueError("base_url must not hold a query: requests would go astray; pass it as extra_query")
+        # Of a query without "=" the name may be the secret.
+        names = ", ".join(f"{name!r}: ..." for name, _ in parse_qsl(parts.query))
+        raise ValueError(
+            "base_url must not hold a query: requests would go astray; give the address without it, and "
+            f"extra_query={{{names or '...'}}}"
+        )
+
+
+def check_extra_query(query: Mapping[str, Any] | None) -> None:
+    """Refuse a key in a query, which would show in logs.
+
+    Raises:
+        ValueError: by the name of the entry.
+    """
+    shown = [name for name in query or {} if is_secret_name(name)]
+    if shown:
+        raise ValueError(
+            f"extra_query must not hold {', '.join(shown)}: addresses show in logs; pass api_key or extra_headers"
+        )
 
 
 def public_address(base_url: str) -> str:
@@ -210,19 +261,6 @@ def origin(address: str) -> tuple[str, str, int] | None:
     if parts is None or parts.scheme not in PORTS or not parts.hostname:
         return None
     return parts.scheme, parts.hostname.rstrip("."), parts.port or PORTS[parts.scheme]
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine by its name or number."""
-    host = host.rstrip(".").lower()
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
-        number = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(number, "ipv4_mapped", None) or number
-    return mapped.is_loopback or mapped.is_unspecified  # 0.0.0.0 is where local servers say that they listen
 
 
 def redacted(text: str, secrets: Iterable[str], shown: int = SHOWN) -> str:
@@ -248,9 +286,11 @@ def redacted(text: str, secrets: Iterable[str], shown: int = SHOWN) -> str:
 
 
 @functools.cache
-def _bounded_clients() -> tuple[type, type]:
-    """Make the two HTTP clients, once openai has been imported."""
+def _bounded_clients() -> tuple[tuple[type, type], tuple[type, type]]:
+    """Make the two classes of HTTP clients, each with that of its transport, once openai has been imported."""
     import openai
+
+    http = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])  # httpx2, or httpx
 
     class BoundedClient(openai.DefaultHttpxClient):
         def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
@@ -282,7 +322,7 @@ def _bounded_clients() -> tuple[type, type]:
                 await response.aclose()
             return bound.whole(response)
 
-    return BoundedClient, AsyncBoundedClient
+    return (BoundedClient, http.HTTPTransport), (AsyncBoundedClient, http.AsyncHTTPTransport)
 
 
 class _Bound:

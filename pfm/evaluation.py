@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from pfm.reasoning import checked_reasoning, judged_text
 from pfm.rows import conversation_text
 from pfm.statistics import (
     Array,
@@ -296,7 +297,7 @@ class Report:
 
     def save_json(self, path: str | Path) -> Path:
         """Write the report as strict JSON, and return the path."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
@@ -308,7 +309,7 @@ class Report:
             ValueError: the file is not such a report.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']!r} where {FORMAT} is expected")
             return _decode(cls, values)
@@ -319,7 +320,7 @@ class Report:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
         from pfm.report import page
 
-        path = Path(path)
+        path = Path(path).expanduser()
         # texts may hold lone surrogates, which no UTF-8 file can
         path.write_text(page(self, examples), encoding="utf-8", errors="replace")
         return path
@@ -346,6 +347,7 @@ def evaluate(
     encoder: Any = None,
     groups: Sequence[Any] | None = None,
     methods: Sequence[str] | None = None,
+    reasoning: str | None = None,
     resamples: int = 2000,
     seed: int = 0,
     progress: bool = True,
@@ -368,6 +370,8 @@ def evaluate(
         groups: one name a prompt, for the table by group.
         methods: which baselines to show, of "random", "longest", "mean_shift", "bradley_terry", "oracle";
             default all that can be computed. The original is always shown.
+        reasoning: "strip" judges and measures of an output with hidden reasoning the answer after it, see
+            :mod:`pfm.reasoning`; "keep" the whole text. None: as the refiner does, else "strip".
         resamples: bootstrap resamples of the prompts.
         seed: seed of the resamples.
         progress: show progress bars.
@@ -386,6 +390,7 @@ def evaluate(
         if column is not None and len(column) != len(asked):
             raise ValueError(f"{name} must have one entry a prompt: got {len(column)} for {len(asked)} prompts")
     vector, computed, left_out = _wanted_baselines(methods, training, encoder)
+    reasoning = checked_reasoning(getattr(refiner, "reasoning", "strip") if reasoning is None else reasoning)
 
     records = asked if refiner is None else list(refiner.batch(asked, progress=progress))
     kept = [number for number, record in enumerate(records) if record.candidates]
@@ -405,12 +410,13 @@ def evaluate(
     make_bar = tqdm if progress else partial(tqdm, disable=True)
     for number, draw in make_bar(list(zip(kept, further, strict=True)), desc="Judging", unit="prompt"):
         record = records[number]
-        candidates = list(record.candidates)
+        candidates = [judged_text(text, reasoning) for text in record.candidates]
         if judge is None:
             given = scores[number] if scores is not None else ()
             judged = _checked_scores("scores", given, len(candidates), number)
         else:
-            judged = _judged(judge, record.prompt, [*candidates, *draw], number)
+            further_answer = [judged_text(text, reasoning) for text in draw]
+            judged = _judged(judge, record.prompt, [*candidates, *further_answer], number)
         rows.append(
             Scored(
                 prompt=record.prompt,
@@ -551,9 +557,13 @@ def _vector_picks(
     """Pick by baselines that read the same embeddings as the flow."""
     import torch
 
+    from pfm.encoders.base import EMPTY_TEXT
+    from pfm.encoders.sentence import as_encoder
     from pfm.preferences import BradleyTerry, MeanShift
 
-    outputs = encoder.encode([text for row in rows for text in row.candidates], progress=progress)
+    encoder = as_encoder(encoder)
+    # An output that was cut off within its reasoning has an empty answer, which encoders refuse.
+    outputs = encoder.encode([text or EMPTY_TEXT for row in rows for text in row.candidates], progress=progress)
     if outputs.shape[1] != training.dimension:
         raise ValueError(
             f"encoder gives {outputs.shape[1]} values an output, but training pairs have "

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.reasoning import training_text
 from pfm.statistics import Bootstrap, Estimate, interval
 from pfm.traits import TRAITS, measure_traits, tokens
 
@@ -178,13 +179,13 @@ class Explanation:
     def save_json(self, path: str | Path) -> None:
         """Write everything as JSON."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def save_html(self, path: str | Path) -> None:
         """Write one self-contained HTML page."""
         from pfm.explain_page import page
 
-        Path(path).write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+        Path(path).expanduser().write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from pfm.explain_page import terminal
@@ -336,7 +337,7 @@ def _distinct_outputs(pairs: PreferencePairs, encoded: EncodedPairs) -> _Outputs
     groups = np.array([ranks[of] for of, _ in numbers], dtype=np.int64)
     unit = groups if groups.max() > 0 else np.arange(len(groups))
     return _Outputs(
-        texts=[text for _, text in numbers],
+        texts=[training_text(text) for _, text in numbers],  # what was encoded of each
         prompts=[pairs.prompts[place // 2] for place in first],
         group=groups,
         unit=unit,

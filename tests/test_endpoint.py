@@ -18,10 +18,11 @@ from fault_server import FaultServer
 
 from pfm import endpoint as module
 from pfm.encoders import OpenAIEncoder, encoder_from_description
-from pfm.endpoint import Endpoint, is_loopback, origin, public_address, redacted
+from pfm.endpoint import Endpoint, origin, public_address, redacted
 from pfm.errors import EncodingError, MissingKeyError, UntrustedEncoderError
 from pfm.generators import Draw, OpenAIGenerator
 from pfm.generators.sampling import Several
+from pfm.proxies import is_own_address
 
 KEY = "sk-live-5ecret-0f-the-tests"
 
@@ -151,7 +152,7 @@ def test_a_client_of_ones_own_is_the_users_affair():
      ("127.0.0.1.nip.io", False), ("", False), ("169.254.169.254", False)],
 )  # fmt: skip
 def test_this_machine_is_known_by_its_names(host, own):
-    assert is_loopback(host) == own
+    assert is_own_address(host) == own
 
 
 # ------------------------------------------------------------------------------------------- what addresses may show

@@ -39,6 +39,8 @@ from pfm.cli.shell import (
     EncoderOfFlow,
     FlowFolder,
     NoProgress,
+    Reasoning,
+    ReasoningOption,
     Session,
     Traceback,
     TrustEncoder,
@@ -91,6 +93,7 @@ def refine(
     decoder: DecoderOption = DecoderName.select,
     exemplars: ExemplarsOption = None,
     settings: DecoderSettings = None,
+    reasoning: ReasoningOption = Reasoning.aside,
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     no_progress: NoProgress = False,
@@ -130,7 +133,9 @@ def refine(
         made, depends = make_decoder(
             decoder, settings or (), exemplars, with_encoder, drawn=drawn, progress=not no_progress
         )
-        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=n)
+        if reasoning is Reasoning.keep:
+            depends = [*depends, "reasoning kept"]
+        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=n, reasoning=reasoning.value)
         origin = [fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else []), *depends]
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperCommand
 
 from pfm.errors import PfmError, UntrustedEncoderError
 
@@ -31,6 +32,8 @@ __all__ = [
     "FlowFolder",
     "NoProgress",
     "OnBadRows",
+    "Reasoning",
+    "ReasoningOption",
     "Session",
     "Traceback",
     "TrustEncoder",
@@ -48,7 +51,27 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError, PfmError)
 SOME_FAILED = 3
 INTERRUPTED = 130
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Expand the paths, and run the command."""
+        for name, value in ctx.params.items():
+            if isinstance(value, list | tuple):
+                ctx.params[name] = [item.expanduser() if isinstance(item, Path) else item for item in value]
+            elif isinstance(value, Path):
+                ctx.params[name] = value.expanduser()
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *arguments: Any, **settings: Any) -> Any:
+        """Add a command of this kind."""
+        return super().command(*arguments, **{"cls": _Command, **settings})
+
+
+app = _App(
     help="Refine the outputs of any frozen generator with a learned preference flow.",
     epilog="Start with [cyan]pfm quickstart[/cyan]: two minutes, no data needed.",
     no_args_is_help=True,
@@ -64,6 +87,13 @@ class OnBadRows(StrEnum):
 
     stop = "raise"
     drop = "drop"
+
+
+class Reasoning(StrEnum):
+    """What to do with hidden reasoning in an output."""
+
+    aside = "strip"
+    keep = "keep"
 
 
 def examples(*lines: str) -> str:
@@ -93,6 +123,13 @@ TrustEncoder = Annotated[
 ]
 BadRowsOption = Annotated[
     OnBadRows, typer.Option("--on-bad-rows", help="Stop at a bad row, or drop and count such rows.")
+]
+ReasoningOption = Annotated[
+    Reasoning,
+    typer.Option(
+        help="Judge of an output with hidden reasoning (<think>...</think> and the like) the answer after it, or keep "
+        "all of it."
+    ),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")]
 Traceback = Annotated[

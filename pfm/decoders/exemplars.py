@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pfm.archive import read_folder, save_folder
+from pfm.encoders.sentence import as_encoder
 from pfm.files import replace_file, require_files
+from pfm.reasoning import training_text
 
 if TYPE_CHECKING:
     from pfm.pairs import PreferencePairs
@@ -80,12 +82,14 @@ class ExemplarBank:
             progress: show a progress bar while encoding.
         """
         sure = pairs.probability or [1.0] * len(pairs)
-        texts = list(dict.fromkeys(text for text, p in zip(pairs.chosen, sure, strict=True) if p > 0.5))
+        shown = (training_text(text) for text, p in zip(pairs.chosen, sure, strict=True) if p > 0.5)
+        texts = list(dict.fromkeys(shown))  # what a model is to imitate is the answer, without hidden reasoning
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 or None, got {limit}")
         if limit is not None and limit < len(texts):
             drawn = np.random.default_rng(seed).choice(len(texts), size=limit, replace=False)
             texts = [texts[row] for row in sorted(drawn.tolist())]
+        encoder = as_encoder(encoder)
         described = encoder.describe() if hasattr(encoder, "describe") else None
         return cls(texts, encoder.encode(texts, progress=progress) if texts else torch.zeros(0, 1), described)
 

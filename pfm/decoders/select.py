@@ -58,6 +58,7 @@ class Judged:
         vectors: (n, D) their embeddings, finite.
         context: (C,) embedding of the prompt, or None when the flow takes no context.
         probabilities: (n,) float64, b(y|x) of each, in [0, 1].
+        reasoning: "strip" where vectors and b are those of the answers after hidden reasoning, else "keep".
     """
 
     prompt: Any
@@ -66,6 +67,7 @@ class Judged:
     vectors: torch.Tensor
     context: torch.Tensor | None
     probabilities: np.ndarray
+    reasoning: str = "strip"
 
 
 class Decoder(Protocol):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ __all__ = ["encoder_from_description", "encoder_from_name"]
 SURFACE_WEIGHT = 0.3
 DEEPEST = 4  # encoders side by side within others
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_SETTINGS = [name for name in inspect.signature(SentenceEncoder).parameters if name != "name_or_path"]
 
 
 def encoder_from_name(name: str, **options: Any) -> Encoder:
@@ -34,7 +37,12 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
 
     Raises:
         ValueError: a part is empty, named twice, or there is no such folder.
+        TypeError: SentenceEncoder has no such setting.
     """
+    if unknown := [key for key in options if key not in _SETTINGS]:
+        near = difflib.get_close_matches(unknown[0], _SETTINGS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
+        raise TypeError(f"{', '.join(unknown)}: no setting of an encoder: {meant}")
     whole = name.strip()
     parts = [whole] if Path(whole).is_dir() else [part.strip() for part in whole.split("+")]
     if not all(parts):
@@ -116,6 +124,7 @@ def _rebuilt(description: Mapping[str, Any]) -> Encoder:
                 base_url=description["endpoint"],
                 dimensions=description["dimensions"],
                 normalize=description["normalize"],
+                extra_query=description.get("query"),
             )
         if kind == "ConcatEncoder":
             weights = description["weights"]

@@ -40,13 +40,16 @@ _NO_MODEL = re.compile(
 _SHOWN = 300
 
 
-def named_failure(error: BaseException, model: str, address: str, secrets: Iterable[str]) -> GenerationError:
+def named_failure(
+    error: BaseException, model: str, address: str, secrets: Iterable[str], route: str = ""
+) -> GenerationError:
     """Return the error that says by its name what ``error`` of the openai client means.
 
     Args:
         error: what the client raised.
         model, address: what was asked.
         secrets: texts that must not be shown; servers quote keys in their errors.
+        route: says through which proxy it was asked; empty for none.
     """
     import openai
 
@@ -58,12 +61,15 @@ def named_failure(error: BaseException, model: str, address: str, secrets: Itera
         location = error.response.headers.get("location", "") if 300 <= error.status_code < 400 else ""
         kind, message = _named_status(error.status_code, error.body, model, address, secrets, location)
     elif isinstance(error, openai.APITimeoutError):
-        kind, message = ServerError, f"no answer from {address} in time{_cause(error)}"
+        kind, message = ServerError, f"no answer from {address}{route} in time{_cause(error)}"
     elif isinstance(error, openai.APIConnectionError):
         if "Connect" in type(error.__cause__).__name__ or "UnsupportedProtocol" in type(error.__cause__).__name__:
-            kind, message = EndpointError, f"nothing answers at {address}: is the server running and base_url right?"
+            asked = "is the server running and base_url right?"
+            if route:
+                asked = "is the proxy running, and meant for this address? no_proxy lists addresses without one"
+            kind, message = EndpointError, f"nothing answers at {address}{route}: {asked}"
         else:
-            kind, message = ServerError, f"the connection to {address} broke"
+            kind, message = ServerError, f"the connection to {address}{route} broke"
         message += _cause(error)
     elif isinstance(error, ValueError) and not isinstance(error, openai.OpenAIError):
         kind, message = BadAnswerError, f"the answer of {address} is not JSON: {error}"

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import heapq
 import inspect
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from operator import attrgetter
 from typing import Any, Literal
 
-from pfm.endpoint import Endpoint, is_secret_name
+from pfm.endpoint import Endpoint, check_extra_query, is_secret_name
 from pfm.errors import GenerationError, MissingKeyError
 from pfm.generators.base import Draw, GeneratesTexts, Prompt, Sample, as_messages, canonical, first_samples
 from pfm.generators.budget import Budget
@@ -36,6 +37,7 @@ _SET_ELSEWHERE = {
 }
 _EXTRA = ("extra_headers", "extra_query", "extra_body")
 _SHORT = 8  # characters up to which a value without a secret's name is none: hiding it would spoil messages
+_NOT_NAMES = ("self", "parameters")
 _NOT_SAMPLING = ("extra_headers", "timeout")
 
 
@@ -75,7 +77,8 @@ class OpenAIGenerator(GeneratesTexts):
 
     Raises:
         MissingKeyError: OpenAI is to be asked, and there is no key.
-        ValueError, TypeError: an argument is out of range, or a client is none.
+        ValueError, TypeError: an argument is out of range, a client is none, or the environment names a proxy that
+            cannot be used.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class OpenAIGenerator(GeneratesTexts):
         else:
             self._endpoint = Endpoint(base_url, api_key, timeout=timeout, max_retries=max_retries)
             self._endpoint.key()  # a missing key is the caller's mistake: said before any work begins
+            self._endpoint.check_proxy()  # and so is a proxy that cannot be used
         _check_parameters(parameters, api)
         self._endpoint.hidden += tuple(_hidden_values(parameters))
         self._forgotten: list[str] = []  # what a pickle has left out
@@ -203,10 +207,13 @@ class OpenAIGenerator(GeneratesTexts):
 
     async def _aask(self, task: _Task, places: tuple[int, ...]) -> None:
         async with self._loop_slots.here():
+            client = self._made(self._of_this_loop)
+            if isinstance(client, Outcome):
+                task.sampling.take(places, client)
+                return
+            create = self._create_of(client)
             try:
-                client = self._of_this_loop()
                 self._budget.reserve()
-                create = self._create_of(client)
                 arguments = task.arguments(places)
                 if client is self._client:  # the only one given: it blocks
                     loop = asyncio.get_running_loop()
@@ -224,11 +231,26 @@ class OpenAIGenerator(GeneratesTexts):
     def ask(self, task: _Task, places: tuple[int, ...]) -> Outcome:
         """Send one request and return what came of it; never raises for what the other side does."""
         with self._slots:
+            client = self._made(self._sync_client)
+            if isinstance(client, Outcome):
+                return client
+            create = self._create_of(client)
             try:
                 self._budget.reserve()
-                return self._outcome(task, self._create_of(self._sync_client())(**task.arguments(places)))
+                return self._outcome(task, create(**task.arguments(places)))
             except Exception as error:
                 return self._failure(error)
+
+    def _made(self, make: Callable[[], Any]) -> Any:
+        """Return the client, or the outcome of a request for which there is none.
+
+        What is wrong with the environment, such as its proxy, is the caller's to mend and no answer of a server: it
+        is raised.
+        """
+        try:
+            return make()
+        except GenerationError as error:
+            return Outcome(error=error)
 
     def _outcome(self, task: _Task, answer: Any) -> Outcome:
         usage = answer_usage(answer)
@@ -242,7 +264,8 @@ class OpenAIGenerator(GeneratesTexts):
 
     def _failure(self, error: Exception) -> Outcome:
         # A new error without the old one chained to it: the client's may quote the key, and holds the request.
-        return Outcome(error=named_failure(error, self.model, self._endpoint.address, self._endpoint.secrets()))
+        endpoint = self._endpoint
+        return Outcome(error=named_failure(error, self.model, endpoint.address, endpoint.secrets(), endpoint.route))
 
     def _tasks(self, prompts: Sequence[Prompt], n: int, start: Sequence[int] | None) -> list[_Task]:
         if self._forgotten:
@@ -448,11 +471,7 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
         value = parameters.get(name)
         if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
             raise TypeError(f"{name} must be a dict with names as its keys, got {type(value).__name__}")
-    shown = [name for name in parameters.get("extra_query") or {} if is_secret_name(name)]
-    if shown:
-        raise ValueError(
-            f"extra_query must not hold {', '.join(shown)}: addresses show in logs; pass api_key or extra_headers"
-        )
+    check_extra_query(parameters.get("extra_query"))
     seed = parameters.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
@@ -463,9 +482,12 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
     known = inspect.signature(Resource.create).parameters
     unknown = [name for name in parameters if name not in known or name == "self"]
     if unknown:
+        own = [name for name in inspect.signature(OpenAIGenerator.__init__).parameters if name not in _NOT_NAMES]
+        near = difflib.get_close_matches(unknown[0], {*own, *known} - {"self"}, 1)
+        meant = f"did you mean {near[0]}? W" if near else "w"
         raise TypeError(
-            f"{', '.join(unknown)}: no parameter of {PROTOCOLS[api].method}; what a server of your own takes goes "
-            f"into extra_body, as in extra_body={{{unknown[0]!r}: ...}}"
+            f"{', '.join(unknown)}: no parameter of {PROTOCOLS[api].method}; {meant}hat a server of your own takes "
+            f"goes into extra_body, as in extra_body={{{unknown[0]!r}: ...}}"
         )
 
 

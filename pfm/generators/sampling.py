@@ -160,7 +160,7 @@ class Sampling:
                 self._problem = choice.error
                 self._dropped += 1
             elif (place := next(free, None)) is not None:
-                new[place] = Sample(choice.text, choice.finish_reason, None, origin, 1, outcome.usage)
+                new[place] = Sample(choice.text, choice.finish_reason, None, origin, 1, outcome.usage, choice.reasoning)
         if new:
             self._fruitful += 1
         else:

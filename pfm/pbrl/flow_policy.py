@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.flow import PreferenceFlow
 from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
+from pfm.pbrl.environments import STATELESS
 from pfm.pbrl.fast import FastTransport
 from pfm.pbrl.segments import FORMS, SegmentPairs, pick_states
 
@@ -393,11 +395,15 @@ def _copy_of(env: Any) -> Any:
     from pfm.pbrl.rollouts import VectorEnv
 
     if isinstance(env, VectorEnv):
-        return VectorEnv(env.name, **env.settings)
+        return VectorEnv(env.source, **env.settings)
     if hasattr(env, "save_states"):
         return type(env)()
     one = env.envs[0] if hasattr(env, "envs") else env
     spec = one.spec
+    kept = {kind.__name__ for kind in STATELESS}
+    if outer := [wrapper for wrapper in spec.additional_wrappers if wrapper.name in kept]:
+        whole = replace(spec, additional_wrappers=tuple(outer))
+        return VectorEnv(lambda: gymnasium.make(whole, render_mode=None))
     settings = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
     return VectorEnv(spec.id, **settings)
 

@@ -37,7 +37,7 @@ def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: d
     """Write tensors, with what else is needed to make the network again as the file's metadata."""
     meta = {"kind": kind, "config": json.dumps(config)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(Path(path), lambda partial: save_file(whole, partial, meta))
+    replace_file(Path(path).expanduser(), lambda partial: save_file(whole, partial, meta))
 
 
 def load_network(path: str | Path, kind: str, sizes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -51,7 +51,8 @@ def load_network(path: str | Path, kind: str, sizes: Sequence[str]) -> tuple[dic
     Raises:
         FileNotFoundError: there is no such file. ValueError: it holds something else.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give one that {kind}.save wrote")
     try:
         with safe_open(path, "pt") as file:
@@ -68,7 +69,5 @@ def load_network(path: str | Path, kind: str, sizes: Sequence[str]) -> tuple[dic
         raise ValueError(f"{path}: its configuration is damaged ({error!r}): save it again") from error
     if wrong or config["layers"] > len(tensors):
         name = (wrong or ["layers"])[0]
-        raise ValueError(
-            f"{path}: its configuration does not fit its tensors at {name}={config[name]!r}"
-        )
+        raise ValueError(f"{path}: its configuration does not fit its tensors at {name}={config[name]!r}")
     return config, tensors

@@ -129,7 +129,7 @@ class FittedValue:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: weights, and what was measured as its metadata."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.shape | {
             "discount": self.discount, "r2": self.r2, "rows": self.rows, "simulated": self.simulated,
