@@ -43,6 +43,7 @@ STAGING, COMMITTED = ".saving-", ".saved"
 STALE_SECONDS = 3600.0  # age of what a killed save has left, before the next save removes it
 MAX_DESCRIPTION_BYTES = 100_000_000  # as safetensors bounds its own header
 ATTEMPTS = 20
+FLOATS = ("F", "BF")  # how safetensors' names of such number types begin
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -237,30 +238,42 @@ def load_module(
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is damaged, or the two do not belong together.
     """
-    header = {name[len(prefix) :]: found for name, found in tensor_shapes(path).items() if name.startswith(prefix)}
+    header = {
+        name[len(prefix) :]: torch.empty(
+            shape, dtype=torch.float32 if kind.startswith(FLOATS) else torch.int64, device="meta"
+        )
+        for name, (shape, kind) in tensor_shapes(path).items()
+        if name.startswith(prefix)
+    }
     try:
         with torch.device("meta"), _SmallRanges():
-            wanted = {
-                name: (tuple(value.shape), value.is_floating_point()) for name, value in build().state_dict().items()
-            }
+            skeleton = build()
+            wanted, header = skeleton.state_dict(), _upgraded(skeleton, header)
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: its {described} is damaged or describes something else ({reason})") from error
     for name in sorted(wanted.keys() | header.keys()):
-        expected = wanted[name][0] if name in wanted else None
-        found = header[name][0] if name in header else None
+        expected, found = (tuple(part[name].shape) if name in part else None for part in (wanted, header))
         if expected != found:
             raise ValueError(
                 f"{path} does not fit its {described} at {prefix}{name}: expected shape {expected}, got {found}"
             )
-        if wanted[name][1] != header[name][1].startswith(("F", "BF")):
-            raise ValueError(
-                f"{path} does not fit its {described} at {prefix}{name}: got numbers of type {header[name][1]}"
-            )
+        if wanted[name].is_floating_point() != header[name].is_floating_point():
+            raise ValueError(f"{path} does not fit its {described} at {prefix}{name}: got numbers of another type")
     module = build()
     tensors = load_tensors(path)
-    module.load_state_dict({name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)})
+    tensors = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+    module.load_state_dict(_upgraded(module, tensors))
     return module if device is None else module.to(device)
+
+
+def _upgraded(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring tensors of an older save into today's layout, by each part that has ``upgraded(tensors, prefix)``."""
+    for name, part in module.named_modules():
+        upgrade = getattr(part, "upgraded", None)
+        if callable(upgrade):
+            tensors = upgrade(tensors, f"{name}." if name else "")
+    return tensors
 
 
 class _SmallRanges(TorchFunctionMode):
