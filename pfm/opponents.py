@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import confirmed
 from pfm.encoded import CandidateRows, EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, restored
 from pfm.preferences.calibration import pair_scores, reliability
@@ -102,15 +102,14 @@ class PreferenceWin(nn.Module):
         score = pair_scores(self.model, pairs)
         batch = pairs.gather(torch.arange(len(pairs)))
         gap = torch.tanh(score / 2)  # P - P'
-        agreement = (2 * batch.probability - 1) * torch.sign(gap) * batch.weight
-        z = standard_errors(agreement, pairs.group)
-        self.margin.fill_(confirmed_margin(gap, batch.weight, batch.probability) if z > CONFIRMED else math.inf)
+        order = confirmed((2 * batch.probability - 1) * torch.sign(gap), pairs.group, batch.weight)
+        self.margin.fill_(confirmed_margin(gap, batch.weight, batch.probability) if order else math.inf)
         found = reliability(score, batch.probability, batch.weight)
         return {
             "accuracy": found.accuracy,
             "log_loss": found.log_loss,
             "ece": found.ece,
-            "z": z if math.isfinite(z) else None,
+            "z": order.z,
             "network_kept": None,
             "preference": type(self.model).__name__,
         }

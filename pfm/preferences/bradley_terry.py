@@ -100,7 +100,8 @@ class BradleyTerry(PreferenceModel):
         slope = fit_temperature(score, batch.probability, batch.weight)
         one, other = batch.chosen - self.mean, batch.rejected - self.mean
         axes = component_axes(torch.cat([one, other]), NETWORK_INPUTS)
-        fitted = fit_correction(one, other, axes, batch, slope * score, held_out, group, generator, **self._shape())
+        tries = [(axes, batch, {})]
+        fitted = fit_correction(one, other, tries, slope * score, held_out, group, generator, **self._shape())
         self.weights *= slope
         self.network = fitted.network
         self.found = {"network": fitted.network is not None, "network_gain": fitted.gain}
