@@ -835,6 +835,9 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             raise ValueError(
                 f"{model_id}/model.safetensors is damaged or was cut short ({error}): copy or fit it again"
             ) from error
+        for name, module in flow.named_modules():
+            if isinstance(module, PreferenceWin):
+                tensors = module.upgraded(tensors, f"{name}.")
         wanted = flow.state_dict()
         for name in sorted(wanted.keys() | tensors.keys()):
             shapes = [tuple(part[name].shape) if name in part else None for part in (wanted, tensors)]
