@@ -77,7 +77,7 @@ def residual_rate(count: int, *, dimension: int = 2, curved: bool = False, repea
         if curved:
             rejected = pairs.rejected
             pairs = EncodedPairs(rejected + torch.sin(3 * rejected), rejected)
-        flow = PreferenceFlow.fit(pairs, FlowConfig(source="rejected", epochs=40, seed=seed), progress=False)
+        flow = PreferenceFlow.fit(pairs, FlowConfig(source="rejected", epochs=200, seed=seed), progress=False)
         kept += bool(flow.metadata["residual_kept"])
     return kept / repeats
 

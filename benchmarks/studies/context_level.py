@@ -1,8 +1,8 @@
 """Is b one half on the mean of every context: python -m benchmarks.studies.context_level.
 
 b(y|x) is the chance against an independent draw of the reference under x, so that its mean over the reference is one
-half under every context, whatever the preference. The reference's mean differs between contexts, by as much as it varies
-within them; a preference model is fitted on pairs of each context, and b is measured on fresh draws of it.
+half under every context, whatever the preference. Here the reference's mean differs between contexts by more than it
+varies within them; a preference model is fitted on pairs of all contexts, and b is measured on fresh draws of each.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def mean_of_b(kind: str, model: PreferenceModel, *, pairs: int = 2000, seed: int
 
 
 def main() -> None:
-    """Print the lowest, the highest and the root mean square departure of the means, by kind of context and of model."""
+    """Print the lowest and the highest mean and the root mean square departure, by kind of context and of model."""
     print("contexts | model | lowest | highest | root mean square departure from ½")
     for kind in KINDS:
         for name, model in (("BradleyTerry", BradleyTerry(1e-3)), ("GeneralPreference", GeneralPreference(hidden=0))):
