@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.preferences import BradleyTerry, MeanShift
+from pfm.preferences import BradleyTerry, MeanShift, load
+from pfm.preferences.base import restored
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
 
 
@@ -129,3 +130,39 @@ def test_an_unfitted_model_says_so():
         BradleyTerry().reward(torch.zeros(1, 2))
     with pytest.raises(RuntimeError, match="not fitted"):
         MeanShift().reward(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("saved", [False, True])
+def test_opponents_of_all_and_of_each_are_told_apart_by_the_shape_of_an_output(shape, saved, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected, y, opponents = torch.randn(4, 8, *shape, generator=generator)
+    model = BradleyTerry().fit(EncodedPairs(chosen + 0.5, rejected))
+    if saved:
+        model = load(model.save(tmp_path))
+    assert model.event_shape == shape
+    every = torch.sigmoid(torch.stack([model.score(y, other.expand_as(y)) for other in opponents], 1))
+    for count in (3, 8):  # as many opponents as outputs, too
+        shared = model.win_probability(y, opponents[:count])
+        torch.testing.assert_close(shared, every[:, :count].mean(1))
+        own = opponents[:count].expand(8, count, *shape)
+        torch.testing.assert_close(model.win_probability(y, own), shared)
+    each = model.win_probability(y, opponents[:, None])
+    torch.testing.assert_close(each, every.diagonal())
+
+
+def test_opponents_that_fit_both_readings_are_refused_and_older_saves_go_by_y():
+    chosen, rejected, y, opponents = torch.randn(4, 5, 1, 3)
+    model = BradleyTerry().fit(EncodedPairs(chosen, rejected))
+    shared = model.win_probability(y, opponents)
+    with pytest.raises(ValueError, match=r"opponents of shape \(5, 1, 3\) may be 5 for all of y or 1 for each"):
+        model.win_probability(y.flatten(1), opponents)
+    torch.testing.assert_close(model.win_probability(y.flatten(1), opponents.flatten(1)), shared)
+    described = model.describe()
+    described["layout"] = {name: value for name, value in model.layout.items() if name != "event_shape"}
+    older = restored(described)
+    older.load_state_dict(model.state_dict())
+    assert older.event_shape is None
+    torch.testing.assert_close(older.win_probability(y, opponents), shared)
+    with pytest.raises(ValueError, match="opponents must have 3 values a row: got 6"):
+        model.win_probability(y, torch.randn(4, 2, 3))
