@@ -984,3 +984,19 @@ def test_real_rows_in_the_conversations_format():
     encoded = pairs.encode(HashEncoder(), progress=False)
     assert len(encoded) == 300
     assert len(encoded.group.unique()) == summary.prompts
+
+
+def test_scores_of_two_labels_keep_the_shares_that_unpaired_rows_even_out():
+    """Members of liked-against-disliked pairs are half liked; with ties each answer stands in as many pairs."""
+    labels = [True] + [False] * 9
+    answers = [f"answer {n}" for n in range(10)]
+    rows = [{"prompt": "p", "completion": a, "label": liked} for a, liked in zip(answers, labels, strict=True)]
+    unpaired = PreferencePairs.from_rows(rows)
+    scored = PreferencePairs.from_scores(["p"], [answers], [[float(liked) for liked in labels]])
+
+    def liked_share(pairs: PreferencePairs) -> float:
+        members = pairs.chosen + pairs.rejected
+        return members.count("answer 0") / len(members)
+
+    assert liked_share(unpaired) == 0.5
+    assert liked_share(scored) == pytest.approx(0.1)
