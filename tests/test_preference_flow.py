@@ -13,6 +13,7 @@ from benchmarks.studies.context_level import KINDS, mean_of_b
 from benchmarks.tasks.cycle import Cycle
 from benchmarks.tasks.mixture import Mixture
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.decoders import Select
 from pfm.opponents import candidate_wins, rescored
 from pfm.preferences import BradleyTerry, Embedded, GeneralPreference, MeanShift, PreferenceModel
 from pfm.preferences.context_mean import ContextMean
@@ -191,6 +192,19 @@ def test_selection_judges_candidates_by_each_other(flow):
         result = refiner.refine([[f"kind {original}", f"kind {other}"]], ["?"])[0]
         assert result.text == f"kind {wanted}"
         assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_guard_judges_one_pair_alike_among_few_candidates_and_many(flow, model):
+    y = torch.cat([CENTRES[[0]], CENTRES[[2]], draws(62, 3)[0]])
+    odds = float(model.score(y[[1]], y[[0]]))
+    assert odds > 0  # kind 2 beats kind 0
+    for count in (2, 3, 64):
+        b = flow.candidate_probabilities(y[:count], None, torch.zeros(count, dtype=torch.long)).double().numpy()
+        b[1] = 1.0  # whatever the others do, the second is chosen
+        texts = [f"text {n}" for n in range(count)]
+        for margin, changed in ((math.tanh(odds / 2) - 1e-4, True), (math.tanh(odds / 2) + 1e-4, False)):
+            chosen = Select("win_probability", margin).decode(flow, texts, y[:count], None, b, "key")
+            assert (chosen.index, chosen.changed) == (int(changed), changed)
 
 
 # -- best of m ----------------------------------------------------------------------------------------------------
