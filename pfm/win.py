@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm.confirmation import choose_crosswise, confirmable, confirmed, halves
 from pfm.encoded import EncodedPairs, PairBatch
-from pfm.preferences.coordinates import Coordinates
+from pfm.preferences.coordinates import Coordinates, weighted_mean
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss
 from pfm.preferences.networks import GAINS, Perceptron, train_network
@@ -123,16 +123,18 @@ class WinHead(nn.Module):
         Predictions used for calibration, margin and figures come from models that did not see their prompts
         (five-fold over prompts; over pairs when there is one prompt only).
         """
+        pairs = pairs.counted()
         generator = torch.Generator().manual_seed(seed)
         index = torch.arange(len(pairs))
         if len(pairs) > FIT_PAIRS:
             index = torch.randperm(len(pairs), generator=generator)[:FIT_PAIRS]
         batch, group = pairs.gather(index), pairs.group[index]
         fold = deal_folds(group, generator)
-        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]))
+        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))
         if batch.context is not None:
-            self.context_mean.copy_(batch.context.mean(0))
-            self.context_spread.copy_(batch.context.std(0, correction=0).clamp_min(1e-6))
+            self.context_mean.copy_(weighted_mean(batch.context, batch.weight))
+            squares = weighted_mean((batch.context - self.context_mean).square(), batch.weight)
+            self.context_spread.copy_(squares.sqrt().clamp_min(1e-6))
         linear_a, products_a = self.coordinates(batch.chosen)
         linear_b, products_b = self.coordinates(batch.rejected)
         search = Search((linear_a - linear_b, products_a - products_b), batch.weight, batch.probability, fold)
@@ -149,12 +151,12 @@ class WinHead(nn.Module):
         self.product_weights.copy_(product_weights)
 
         both = (loose_a + loose_b) / 2
-        reference = self._fit_reference_reward(batch.context, both, fold)
+        reference = self._fit_reference_reward(batch.context, both, batch.weight, fold)
         reward = torch.stack([loose_a - reference, loose_b - reference])
         label = drawn_in(torch.stack([batch.probability, 1 - batch.probability]))
         slope, offset = fit_platt(reward.flatten(), label.flatten(), batch.weight.repeat(2))
         self.slope.fill_(slope)
-        self.offset.fill_(offset - slope * float(both.mean()))
+        self.offset.fill_(offset - slope * float(weighted_mean(both[:, None], batch.weight)))
         logit = slope * reward + offset
 
         network_gain = 0.0
@@ -179,32 +181,36 @@ class WinHead(nn.Module):
         pairs_of = [(penalty, scale) for penalty, scale in settings]
         return WinFit(pairs_of, accuracy, loss, order.z, self.network is not None, network_gain)
 
-    def _fit_reference_reward(self, context: Tensor | None, reward: Tensor, fold: Tensor) -> Tensor:
+    def _fit_reference_reward(self, context: Tensor | None, reward: Tensor, weight: Tensor, fold: Tensor) -> Tensor:
         """Regress the reference's mean reward on the context; give its out-of-fold predictions (N,)."""
-        mean = float(reward.mean())
+        mean = float(weighted_mean(reward[:, None], weight))
         self.context_weights.zero_()
         if context is None:
             return torch.full_like(reward, mean)
         inputs = (context - self.context_mean).double()
         centred = (reward - mean).double()
-        unit = float(inputs.square().sum(1).mean()) or 1.0
+        share = (weight / weight.mean()).double()
+        unit = float((inputs.square().sum(1) * share).mean()) or 1.0
         best: tuple[float, float, Tensor] = (
-            float(centred.square().mean()),
+            float((centred.square() * share).mean()),
             math.inf,
             torch.zeros_like(centred),
         )
         numbers = fold.unique().tolist()
-        systems = [_normal_equations(inputs[fold != number], centred[fold != number]) for number in numbers]
+        systems = [
+            _normal_equations(inputs[fold != number], centred[fold != number], share[fold != number])
+            for number in numbers
+        ]
         for ridge in (10.0, 1.0, 0.1, 0.01):
             loose = torch.zeros_like(centred)
             for number, system in zip(numbers, systems, strict=True):
                 part = fold == number
                 loose[part] = inputs[part] @ _ridge(system, ridge * unit)
-            error = float((centred - loose).square().mean())
+            error = float(((centred - loose).square() * share).mean())
             if error < best[0]:
                 best = (error, ridge, loose)
         if not math.isinf(best[1]):
-            self.context_weights.copy_(_ridge(_normal_equations(inputs, centred), best[1] * unit))
+            self.context_weights.copy_(_ridge(_normal_equations(inputs, centred, share), best[1] * unit))
         return (best[2] + mean).float()
 
     def _fit_network(
@@ -257,8 +263,9 @@ class WinHead(nn.Module):
         return correction, float((better * weight).sum() / weight.sum())
 
 
-def _normal_equations(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return inputs.T @ inputs / len(inputs), inputs.T @ target / len(inputs)
+def _normal_equations(inputs: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    weighed = inputs.T * (weight / weight.sum())
+    return weighed @ inputs, weighed @ target
 
 
 def _ridge(system: tuple[Tensor, Tensor], penalty: float) -> Tensor:

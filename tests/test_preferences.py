@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.preferences import BradleyTerry, MeanShift, load
-from pfm.preferences.base import restored
+from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
+from pfm.preferences.base import restored, unfitted
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+from pfm.win import WinHead
 
 
 def bradley_terry_pairs(count: int, weights: torch.Tensor, seed: int = 0) -> EncodedPairs:
@@ -130,6 +131,54 @@ def test_an_unfitted_model_says_so():
         BradleyTerry().reward(torch.zeros(1, 2))
     with pytest.raises(RuntimeError, match="not fitted"):
         MeanShift().reward(torch.zeros(1, 2))
+
+
+def with_outliers(pairs: EncodedPairs) -> EncodedPairs:
+    """Mix in pairs of weight 0 with outlying outputs and the labels turned round."""
+    count = len(pairs)
+    far = 1e4 * torch.randn(2, count, pairs.dimension)
+    order = torch.arange(2 * count).view(2, count).T.flatten()
+    chosen, rejected = torch.cat([pairs.chosen, far[0]])[order], torch.cat([pairs.rejected, far[1]])[order]
+    weight = torch.cat([torch.ones(count), torch.zeros(count)])[order]
+    return EncodedPairs(chosen, rejected, weight=weight, group=torch.cat([pairs.group, pairs.group])[order])
+
+
+@pytest.mark.parametrize(
+    "model", [BradleyTerry(), MeanShift(), GeneralPreference(hidden=0), PreferenceEnsemble([BradleyTerry()])],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+def test_weight_zero_is_removal_for_every_preference_model(model):
+    pairs, y = bradley_terry_pairs(120, WEIGHTS), torch.randn(20, 4)
+    kinds = [unfitted({"kind": type(model).__name__, "settings": model.settings()}) for _ in range(2)]
+    plain, mixed = (
+        kind.fit(part).score(y, -y) for kind, part in zip(kinds, (pairs, with_outliers(pairs)), strict=True)
+    )
+    assert float(plain.abs().max()) > 0.1
+    torch.testing.assert_close(mixed, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_weight_zero_is_removal_for_flow_and_win_head():
+    pairs, y = bradley_terry_pairs(120, WEIGHTS), torch.randn(20, 4)
+    config = FlowConfig(residual=False, validation_share=0.3)
+    flows = [PreferenceFlow.fit(part, config, progress=False) for part in (pairs, with_outliers(pairs))]
+    torch.testing.assert_close(*(flow.win_probability(y) for flow in flows))
+    torch.testing.assert_close(*(flow.transport(y) for flow in flows))
+    one = EncodedPairs(pairs.chosen, pairs.rejected, weight=(torch.arange(120) == 7).float())
+    assert bool(torch.isfinite(BradleyTerry().fit(one).score(y, -y)).all())
+    head = WinHead(4, 0)
+    assert head.fit(one, network=False).z < 1.645
+    assert bool(torch.isfinite(head(y, None)).all())
+
+
+def test_a_pair_of_weight_two_is_the_pair_twice():
+    pairs, y = bradley_terry_pairs(60, WEIGHTS), torch.randn(20, 4)
+    weight = torch.ones(60)
+    weight[::3] = 2
+    twice = pairs.select(torch.cat([torch.arange(60), torch.arange(0, 60, 3)]))
+    heavy = EncodedPairs(pairs.chosen, pairs.rejected, weight=weight)
+    torch.testing.assert_close(
+        *(BradleyTerry().fit(part).score(y, -y) for part in (twice, heavy)), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3), (1, 2, 3)])

@@ -87,7 +87,7 @@ class PreferenceModel(nn.Module, ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "fit" in cls.__dict__:
-            cls.fit = _noting_event_shape(cls.fit)
+            cls.fit = _prepared(cls.fit)
         if not cls.__name__.startswith("_"):
             PreferenceModel._kinds[cls.__name__] = cls
 
@@ -302,17 +302,20 @@ class PreferenceModel(nn.Module, ABC):
         self.eval()
 
 
-def _noting_event_shape(fit: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a subclass's fit note the shape of one output in the layout, where saving and loading keep it."""
+def _prepared(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a subclass's fit see pairs of positive weight only, and note the shape of one output in the layout."""
 
     @functools.wraps(fit)
-    def noting(self: PreferenceModel, pairs: EncodedPairs, *rest: Any, **options: Any) -> Any:
-        fitted = fit(self, pairs, *rest, **options)
+    def prepared(
+        self: PreferenceModel, pairs: EncodedPairs, validation: EncodedPairs | None = None, **options: Any
+    ) -> Any:
+        check_pairs(pairs, validation)
+        fitted = fit(self, pairs.counted(), None if validation is None else validation.counted(), **options)
         if self.layout is not None:
             self.layout["event_shape"] = list(pairs.event_shape)
         return fitted
 
-    return noting
+    return prepared
 
 
 def unfitted(described: dict[str, Any]) -> PreferenceModel:

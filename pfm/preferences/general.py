@@ -168,7 +168,7 @@ class GeneralPreference(PreferenceModel):
 
     def _fit_closed(self, batch: PairBatch, group: Tensor, fold: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Fit reward and planes; give each pair's score by fits that did not see its prompt, and what was decided."""
-        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]))
+        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))
         chosen, rejected = self.coordinates(batch.chosen), self.coordinates(batch.rejected)
         one, other = _plane_features(*chosen), _plane_features(*rejected)
         moments = SkewMoments(one, other, batch.weight, batch.probability)
