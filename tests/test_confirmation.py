@@ -10,6 +10,7 @@ from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_pro
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.confirmation import CONFIRMED, choose_crosswise, confirmable, confirmed, halves, standard_errors
 from pfm.preferences.correction import fit_correction
+from pfm.rounds import _beyond
 from pfm.win import WinHead
 
 
@@ -126,3 +127,11 @@ def test_the_guard_opens_on_an_order_and_not_on_few_prompts():
     fits = [head.fit(pairs, network=False) for head, pairs in zip(heads, (told, few), strict=True)]
     assert fits[0].z > CONFIRMED
     assert [bool(torch.isfinite(head.margin)) for head in heads] == [True, False]
+
+
+def test_rounds_are_compared_as_the_best_of_many_tests():
+    values = normal(40)
+    values = (values - values.mean()) / values.std() + 0.32
+    assert _beyond(values, 1)
+    assert not _beyond(values, 20)
+    assert not _beyond(torch.ones(2), 1)
