@@ -429,6 +429,12 @@ class EncodedPairs:
             part.candidates = [entry for entry in self.candidates if entry.context_index in kept]
         return part
 
+    def counted(self) -> EncodedPairs:
+        """Leave out the pairs of weight 0, so that they are as if they had not been there."""
+        if self.weight is None or bool((self.weight > 0).all()) or not bool((self.weight > 0).any()):
+            return self
+        return self.select(self.weight > 0)
+
     def to(self, device: Any) -> EncodedPairs:
         """Copy the tables to a device, where batches are then gathered; indices and columns stay where they are."""
         device = torch.device(device)

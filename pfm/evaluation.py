@@ -141,8 +141,9 @@ class Calibration:
     def sentence(self) -> str:
         """Say in one sentence whether b is calibrated."""
         r = self.reliability
+        plain = "" if r.measured_ece is None else f" without noise; measured {r.measured_ece:.3f}"
         measured = (
-            f"ECE {r.ece.text()}, where a perfectly calibrated predictor would show {r.noise_floor:.3f} "
+            f"ECE {r.ece.text()}{plain}, where a perfectly calibrated predictor would show {r.noise_floor:.3f} "
             f"(95% of the time below {r.noise_ceiling:.3f})"
         )
         if r.within_noise:
@@ -707,10 +708,12 @@ def _measure(name: str, table: _Candidates, method: str, bootstrap: Bootstrap) -
         label=LABELS.get(name, name),
         score=bootstrap.mean(score),
         difference=bootstrap.mean(tested - score),
-        win=bootstrap.mean(table.mean(weights, table.win)),
-        win_controlled=length_controlled(table.win, table.gap, bootstrap, owner=table.owner, weight=weights),
-        win_independent=bootstrap.ratio(against * table.mean(weights, table.win_independent), against),
-        changed=bootstrap.mean(table.mean(weights, table.changed)),
+        win=bootstrap.mean(table.mean(weights, table.win), (0.0, 1.0)),
+        win_controlled=length_controlled(
+            table.win, table.gap, bootstrap, owner=table.owner, weight=weights, changed=table.changed
+        ),
+        win_independent=bootstrap.ratio(against * table.mean(weights, table.win_independent), against, (0.0, 1.0)),
+        changed=bootstrap.mean(table.mean(weights, table.changed), (0.0, 1.0)),
         length_ratio=bootstrap.mean(table.mean(weights, table.length_ratio)),
         oracle_share=bootstrap.ratio(score - base, gain) if gain.any() else None,
     )
@@ -721,7 +724,7 @@ def _agreement(rows: Sequence[Scored], bootstrap: Bootstrap) -> Estimate | None:
         (0.0, 0) if row.probabilities is None else pairwise_agreement(row.probabilities, row.scores) for row in rows
     ]
     right, pairs = np.array(counts, dtype=np.float64).T
-    return bootstrap.ratio(right, pairs)
+    return bootstrap.ratio(right, pairs, (0.0, 1.0))
 
 
 def _calibrate(rows: Sequence[Scored], bootstrap: Bootstrap) -> Calibration | None:
@@ -768,7 +771,7 @@ def _by_group(rows: Sequence[Scored], method: str, resamples: int, seed: int) ->
             GroupRow(
                 name=name,
                 prompts=len(part),
-                win=bootstrap.mean(table.mean(weights, table.win)),
+                win=bootstrap.mean(table.mean(weights, table.win), (0.0, 1.0)),
                 gain=bootstrap.mean(gain),
                 accuracy=_agreement(part, bootstrap),
             )
@@ -943,7 +946,10 @@ def _decode(kind: Any, value: Any) -> Any:
     """Rebuild a dataclass, or a list or option of such, from plain JSON values."""
     if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        return kind(**{item.name: _decode(hints[item.name], value[item.name]) for item in fields(kind)})
+        # A field that an earlier version did not write keeps its default.
+        return kind(
+            **{item.name: _decode(hints[item.name], value[item.name]) for item in fields(kind) if item.name in value}
+        )
     if get_origin(kind) is list:
         return [_decode(get_args(kind)[0], item) for item in value]
     if isinstance(kind, UnionType):

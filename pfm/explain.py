@@ -510,7 +510,7 @@ def _equal_length(
         value, samples = (
             (fb - fl * lb / ll) / total for fb, fl, lb, ll, total in zip(*map(both, columns), strict=True)
         )
-    return [interval(float(value[0, row]), samples[:, row]) for row in range(traits.shape[1])]
+    return [interval(float(value[0, row]), samples[:, row], bootstrap.n) for row in range(traits.shape[1])]
 
 
 def _correlations(
@@ -525,7 +525,7 @@ def _correlations(
         )
     if squared:
         value, samples = value**2, samples**2
-    return [interval(float(value[0, row]), samples[:, row]) for row in range(columns.shape[1])]
+    return [interval(float(value[0, row]), samples[:, row], bootstrap.n) for row in range(columns.shape[1])]
 
 
 # -- directions -------------------------------------------------------------------------------------------------

@@ -192,6 +192,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         elif not isinstance(config, FlowConfig):
             config = FlowConfig.from_dict(dict(config))
         began = time.perf_counter()
+        encoded, validation = encoded.counted(), None if validation is None else validation.counted()
         train, held = _training_sets(encoded, validation, config)
         if preference is not None:
             if isinstance(preference, PreferenceModel) and preference.layout is None:

@@ -31,7 +31,7 @@ from torch.nn.functional import logsigmoid, softplus
 from pfm.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import Confirmation, confirmed
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.files import replace_json, require_files
 from pfm.flow import PreferenceFlow
@@ -124,9 +124,9 @@ class TasteMixture:
         self.models, self.shares, self.found = [pooled], torch.ones(1), {}
         self.responsibilities = torch.ones(len(names), 1)
         if self.tastes > 1:
-            gain, z = self._judged(pairs, index)
-            self.found = {"gain": gain, "z": z if math.isfinite(z) else None, "confirmed": z > CONFIRMED}
-            if z > CONFIRMED or not self.confirm:
+            gain, found = self._judged(pairs, index)
+            self.found = {"gain": gain, "z": found.z, "confirmed": bool(found)}
+            if found or not self.confirm:
                 self.models, self.shares, self.responsibilities, trace = self._run(pairs, index, len(names))
                 self.found["log_likelihood"] = trace
         self.names = tuple(map(str, range(len(self.models))))
@@ -227,20 +227,20 @@ class TasteMixture:
         hard = torch.nn.functional.one_hot(torch.cdist(mean, centres).argmin(1), self.tastes).float()
         return 0.8 * hard + 0.2 / self.tastes
 
-    def _judged(self, pairs: EncodedPairs, index: Tensor) -> tuple[float, float]:
-        """Fit on four fifths of each rater's pairs; give the gain on the others over one model of all, and its z."""
+    def _judged(self, pairs: EncodedPairs, index: Tensor) -> tuple[float, Confirmation]:
+        """Fit on four fifths of each rater's pairs; give the gain on the others over one model of all, and its test."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         held = _held_out(index, generator)
         if not bool(held.any()) or len(torch.unique(index[~held])) < self.tastes:
-            return 0.0, 0.0
+            return 0.0, confirmed(torch.zeros(0), torch.zeros(0))
         train, test = pairs.select(~held), pairs.select(held)
         pooled = self.component().fit(train)
         models, _, responsibilities, _ = self._run(train, index[~held], len(self.raters))
         score = torch.stack([_scores(model, test) for model in models], dim=1)
         mixed = _mixed(score, responsibilities[index[held]])
         weight = _weight(test)
-        better = (_loss(_scores(pooled, test), test) - _loss(mixed, test)) * weight
-        return float(better.sum() / weight.sum()), standard_errors(better, index[held])
+        better = _loss(_scores(pooled, test), test) - _loss(mixed, test)
+        return float((better * weight).sum() / weight.sum()), confirmed(better, index[held], weight)
 
     # -- using --------------------------------------------------------------------------------------------------
 

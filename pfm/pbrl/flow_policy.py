@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import Confirmation, confirmed
 from pfm.flow import PreferenceFlow
 from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
 from pfm.pbrl.environments import STATELESS
@@ -492,18 +492,21 @@ def choose_rounds(
 
     plain = judge(start)
     table: list[dict[str, Any]] = []
+    confirmations: list[Confirmation] = []
     for count in rounds:
         for strength in strengths:
             twin = copy.copy(policy)
             twin.mode, twin.rounds, twin.strength, twin.counts = "reapply", count, strength, PolicyCounts()
             gain = judge(twin.refine(start, observation)) - plain
-            z = standard_errors(torch.from_numpy(gain), group)
+            # The largest of several gains is tested as the best of as many tests.
+            found = confirmed(torch.from_numpy(gain), group, tests=len(rounds) * len(strengths))
             table.append(
-                {"rounds": count, "strength": strength, "gain": float(gain.mean()), "z": z,
+                {"rounds": count, "strength": strength, "gain": float(gain.mean()), "z": found.z,
                  "off_support": twin.counts.off_support / len(start)}
             )  # fmt: skip
-    best = max(table, key=lambda row: row["gain"])
-    if best["z"] <= CONFIRMED:
+            confirmations.append(found)
+    best, found = max(zip(table, confirmations, strict=True), key=lambda row: row[0]["gain"])
+    if not found:
         return RoundsChoice(0, 1.0, 0.0, best["z"], by, taken, table)
     return RoundsChoice(best["rounds"], best["strength"], best["gain"], best["z"], by, taken, table)
 

@@ -11,7 +11,9 @@ that P + P' = 1; n outputs cost n embeddings, and all n^2 comparisons are produc
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -77,13 +79,15 @@ class PreferenceModel(nn.Module, ABC):
         context_dimension: number of values in a context; 0 if the model takes none, and then any context given is
             left out of account.
         found: what the fit found (JSON values).
-        layout: arguments of :meth:`_build`, or None before the fit.
+        layout: arguments of :meth:`_build` and the ``event_shape`` of the outputs, or None before the fit.
     """
 
     _kinds: ClassVar[dict[str, type[PreferenceModel]]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "fit" in cls.__dict__:
+            cls.fit = _prepared(cls.fit)
         if not cls.__name__.startswith("_"):
             PreferenceModel._kinds[cls.__name__] = cls
 
@@ -168,19 +172,25 @@ class PreferenceModel(nn.Module, ABC):
         return every.against_all(every)
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, D).
+        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, \\*D).
 
         Args:
             y: the outputs.
-            opponents: (M, \\*D) for all of y, or (B, M, D) for each its own.
+            opponents: (M, \\*D) for all of y, or (B, M, \\*D) for each its own. The shape \\*D of one output, by which
+                the two are told apart, is that of the training pairs or of ``y``.
             context: (B, C), or (C,) for one of all rows.
+
+        Raises:
+            ValueError: the shapes fit neither reading, or both.
         """
+        given = as_float_tensor("y", y).shape[1:]
         y, context = self._checked("y", y, context)
         opponents = as_float_tensor("opponents", opponents).to(y.device, torch.float32)
-        own = opponents.ndim == 3 and opponents.shape[0] == len(y) and opponents.shape[2] == self.dimension
+        own = self._own_opponents(opponents.shape, {given, self.event_shape or given}, len(y))
         if not own:
             opponents, _ = self._checked("opponents", opponents, None, needs_context=False)
         else:
+            opponents = opponents.flatten(2)
             check_finite("opponents", opponents.flatten(0, 1))
         count = opponents.shape[1] if own else len(opponents)
         if count == 0:
@@ -200,6 +210,24 @@ class PreferenceModel(nn.Module, ABC):
             theirs = Embedded(*(part.unflatten(0, (-1, count)) for part in (theirs.reward, theirs.planes)))
             pieces.append(torch.sigmoid(self.embed(y[some], contexts)[:, None].against_all(theirs)[:, 0]).mean(1))
         return torch.cat(pieces)
+
+    @property
+    def event_shape(self) -> torch.Size | None:
+        """Give the shape \\*D of one output; None before the fit, and of models that were saved without it."""
+        shape = (self.layout or {}).get("event_shape")
+        return None if shape is None else torch.Size(shape)
+
+    @staticmethod
+    def _own_opponents(shape: torch.Size, outputs: set[torch.Size], count: int) -> bool:
+        """Tell whether opponents of a shape are one set for each of ``count`` outputs, which have one of the shapes."""
+        shared, own = shape[1:] in outputs, len(shape) > 2 and shape[0] == count and shape[2:] in outputs
+        if shared and own:
+            raise ValueError(
+                f"opponents of shape {tuple(shape)} may be {shape[0]} for all of y or {shape[1]} for each of its "
+                f"{count} outputs: give y and opponents in the shape of the training outputs, (B, *D) beside (M, *D) "
+                "or (B, M, *D)"
+            )
+        return own
 
     def _checked(self, name: str, y: Any, context: Any, *, needs_context: bool = True) -> tuple[Tensor, Tensor | None]:
         if self.layout is None:
@@ -263,12 +291,28 @@ class PreferenceModel(nn.Module, ABC):
             replace_json(staging / DESCRIPTION, self.describe())
         return folder
 
-    def _ready(self, **layout: Any) -> None:
+    def _ready(self, *, event_shape: list[int] | None = None, **layout: Any) -> None:
         """Make tensors and networks anew, not to be trained further, and note their sizes."""
         self._build(**layout)
-        self.layout = layout
+        self.layout = layout if event_shape is None else layout | {"event_shape": event_shape}
         self.requires_grad_(False)
         self.eval()
+
+
+def _prepared(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a subclass's fit see pairs of positive weight only, and note the shape of one output in the layout."""
+
+    @functools.wraps(fit)
+    def prepared(
+        self: PreferenceModel, pairs: EncodedPairs, validation: EncodedPairs | None = None, **options: Any
+    ) -> Any:
+        check_pairs(pairs, validation)
+        fitted = fit(self, pairs.counted(), None if validation is None else validation.counted(), **options)
+        if self.layout is not None:
+            self.layout["event_shape"] = list(pairs.event_shape)
+        return fitted
+
+    return prepared
 
 
 def unfitted(described: dict[str, Any]) -> PreferenceModel:
