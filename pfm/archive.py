@@ -270,7 +270,7 @@ def load_module(
 def _upgraded(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring tensors of an older save into today's layout, by each part that has ``upgraded(tensors, prefix)``."""
     for name, part in module.named_modules():
-        upgrade = getattr(part, "upgraded", None)
+        upgrade: Any = getattr(part, "upgraded", None)
         if callable(upgrade):
             tensors = upgrade(tensors, f"{name}." if name else "")
     return tensors
