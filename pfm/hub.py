@@ -6,8 +6,11 @@ import difflib
 import os
 from pathlib import Path
 
-__all__ = ["check_folder", "loading_problem", "location", "near_folder"]
+from pfm.proxies import proxy_of
 
+__all__ = ["check_folder", "hub_problem", "loading_problem", "location", "near_folder"]
+
+HUB = "https://huggingface.co"
 _SHOWN = 200
 # How the libraries of the hub say that neither a folder nor a repository of that name was found.
 _NOT_FOUND = (
@@ -60,6 +63,8 @@ def loading_problem(name: str, error: BaseException, *, trusted: bool = False) -
             "trust_remote_code=True"
         )
     said, folder = text.lower(), Path(name).expanduser()
+    if "proxy" in said and not folder.is_dir():
+        return f"{name!r} is not on this machine, and {hub_problem(error)}"
     if folder.is_dir() and not (folder / "config.json").is_file():
         return f"the folder {name!r} holds no config.json: is it that of a model?"
     if not folder.is_dir() and any(words in said for words in _NOT_FOUND):
@@ -68,6 +73,18 @@ def loading_problem(name: str, error: BaseException, *, trusted: bool = False) -
             f"there is no folder {name!r} here{near_folder(name)}, and no such model was found on this machine or on "
             f"the hub{away}; check the spelling, or pass the folder of a model"
         )
+    return _short(error)
+
+
+def hub_problem(error: BaseException) -> str:
+    """Say why the hub cannot be asked; by the environment's variable, where it is a proxy that cannot be used."""
+    if "proxy" in str(error).lower():
+        try:
+            proxy = proxy_of(os.environ.get("HF_ENDPOINT") or HUB)
+        except ValueError as unusable:
+            return str(unusable)
+        if proxy is not None:
+            return f"the hub cannot be asked through {proxy}: {_short(error)}"
     return _short(error)
 
 

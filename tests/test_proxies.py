@@ -14,6 +14,7 @@ from test_refiner import LetterEncoder, LinearFlow
 from pfm.encoders import OpenAIEncoder
 from pfm.endpoint import Endpoint
 from pfm.generators import OpenAIGenerator
+from pfm.hub import loading_problem
 from pfm.proxies import is_own_address, proxied_client, proxy_of
 from pfm.refiner import wrap
 from pfm.serve import ServeConfig, create_app
@@ -183,6 +184,16 @@ def test_addresses_of_this_machine_are_known():
     ]
     assert [host for host in own if not is_own_address(host)] == []
     assert not any(map(is_own_address, ["example.org", "10.0.0.1", "localhost.example.org", "notlocalhost", ""]))
+
+
+def test_a_model_behind_an_unusable_proxy_names_the_proxy(monkeypatch):
+    monkeypatch.setenv("all_proxy", "socks://user:pass-word@127.0.0.1:1080")
+    unknown = ValueError("Unknown scheme for proxy URL URL('socks://user:[secure]@127.0.0.1:1080')")
+    assert "all_proxy names the proxy socks://127.0.0.1:1080 for huggingface.co" in loading_problem("a/b", unknown)
+    monkeypatch.setenv("all_proxy", "http://127.0.0.1:1080")
+    assert "through the proxy http://127.0.0.1:1080 of all_proxy" in loading_problem(
+        "a/b", ValueError("ProxyError: 502")
+    )
 
 
 def test_the_commands_name_an_unusable_proxy_in_one_line(tmp_path, monkeypatch):

@@ -315,7 +315,7 @@ def as_encoder(encoder: Any) -> Any:
     """
     if isinstance(encoder, str | os.PathLike):
         raise TypeError(
-            f"encoder must be an encoder, got the name {os.fspath(encoder)!r}: pass "
+            f"encoder must have .encode, .dimension and .describe, got the name {os.fspath(encoder)!r}: pass "
             f"pfm.encoders.encoder_from_name({os.fspath(encoder)!r})"
         )
     return SentenceEncoder(encoder) if is_sentence_transformer(encoder) else encoder

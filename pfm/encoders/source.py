@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm.errors import EncodingError
-from pfm.hub import check_folder, near_folder
+from pfm.hub import check_folder, hub_problem, near_folder
 
 __all__ = ["MINILM_SHA256", "ModelSource", "find_source", "verify_bundled"]
 
@@ -104,7 +104,7 @@ def _find_on_hub(name: str, revision: str | None) -> ModelSource:
             reason = reason or error
     raise ValueError(
         f"there is no folder {name!r} here{near_folder(name)}, and no such model was found on this machine or on the "
-        f"hub{f' at revision {revision!r}' if revision else ''}: {reason}"
+        f"hub{f' at revision {revision!r}' if revision else ''}: {hub_problem(reason or ValueError('no answer'))}"
     ) from reason
 
 

@@ -452,7 +452,8 @@ def _check_names(parameters: Mapping[str, Any]) -> None:
     from transformers import GenerationConfig, GenerationMixin
 
     own = inspect.signature(TransformersGenerator.__init__).parameters
-    known = {*vars(GenerationConfig()), *inspect.signature(GenerationMixin.generate).parameters}
+    generate = getattr(GenerationMixin, "generate")  # noqa: B009 - it is one of those that are found at run time
+    known = {*vars(GenerationConfig()), *inspect.signature(generate).parameters}
     unknown = [name for name in parameters if name not in known or name in ("self", "kwargs")]
     if unknown:
         near = difflib.get_close_matches(unknown[0], sorted({*own, *known} - {"self", "kwargs", "parameters"}), 1)

@@ -167,7 +167,8 @@ class FlowPolicy:
                                   or not np.allclose(space.high, self._high)):  # fmt: skip
             raise ValueError(
                 f"the reference acts in {space} and the flow was fitted on actions {self._low.shape} from "
-                f"{self._low.tolist()} to {self._high.tolist()}: take the policy that the segments were collected with"
+                f"{self._low.tolist()} to {self._high.tolist()}: take the policy that the segments were "
+                "collected with, in the same environment: a wrapper such as RescaleAction changes the bounds"
             )
         self.proposal = proposal
         self.mode, self.rounds, self.strength, self.steps = mode, rounds, float(strength), steps
