@@ -28,7 +28,7 @@ def add(lines: Results, number: int) -> None:
     lines.append(number, {"pfm": {"row": number}, "text": "é\u2028"})
 
 
-HOLDER = """
+HOLDER = r"""
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
