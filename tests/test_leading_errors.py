@@ -133,11 +133,17 @@ def test_wrap_takes_it_and_names_what_is_none(sentences):
 # --- options --------------------------------------------------------------------------------------------------
 
 
+class Model:
+    def generate(self) -> None: ...
+
+    def forward(self, pixel_values: Any) -> None: ...
+
+
 def test_misspelt_options_are_named_with_those_that_are_meant(tmp_path):
     for call, meant in (
         (lambda: TransformersGenerator(tmp_path, revison="main"), "revison.*did you mean revision"),
         (lambda: TransformersGenerator(tmp_path, temprature=0.5), "temprature.*did you mean temperature"),
-        (lambda: TransformersGenerator(tmp_path, xyzzy=1), "xyzzy: no setting of TransformersGenerator"),
+        (lambda: TransformersGenerator(Model(), Model(), xyzzy=1), "xyzzy: no setting of TransformersGenerator"),
         (lambda: OpenAIGenerator("m", base_ur="http://x/v1", api_key="k"), "base_ur.*did you mean base_url"),
         (lambda: OpenAIGenerator("m", temprature=1, api_key="k"), "temprature.*did you mean temperature"),
         (lambda: named("surface", revison="main"), "revison.*did you mean revision"),

@@ -112,7 +112,7 @@ class TransformersGenerator(GeneratesTexts):
         if temperature is not None and not temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {temperature!r}")
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        _check_names(parameters)
+        _check_names(parameters, None)  # what is misspelt need not wait for the model
         if isinstance(model, str) or hasattr(model, "__fspath__"):
             self.model = _loaded(str(model), device, dtype, device_map, options)
             tokenizer = str(model) if tokenizer is None else tokenizer
@@ -122,6 +122,7 @@ class TransformersGenerator(GeneratesTexts):
             if tokenizer is None:
                 raise ValueError("a loaded model needs its tokenizer: pass tokenizer=")
             self.model = model
+        _check_names(parameters, self.model)
         if isinstance(tokenizer, str) or hasattr(tokenizer, "__fspath__"):
             from transformers import AutoTokenizer
 
@@ -443,8 +444,12 @@ def _uniforms(seed: int, row: _Row, number: int) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest[:16], "big")).random(number)
 
 
-def _check_names(parameters: Mapping[str, Any]) -> None:
-    """Refuse a parameter that neither this class nor generation knows: a misspelt one would be without effect.
+def _check_names(parameters: Mapping[str, Any], model: Any) -> None:
+    """Refuse a parameter that neither this class nor generation nor the model knows.
+
+    Args:
+        parameters: by name.
+        model: None before it is loaded: only what is near a known name is refused then.
 
     Raises:
         TypeError: by the name that is meant, if it is near one.
@@ -455,10 +460,15 @@ def _check_names(parameters: Mapping[str, Any]) -> None:
     generate = getattr(GenerationMixin, "generate")  # noqa: B009 - it is one of those that are found at run time
     known = {*vars(GenerationConfig()), *inspect.signature(generate).parameters}
     unknown = [name for name in parameters if name not in known or name in ("self", "kwargs")]
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], sorted({*own, *known} - {"self", "kwargs", "parameters"}), 1)
-        meant = f": did you mean {near[0]}?" if near else "; what generate takes is in transformers' GenerationConfig"
-        raise TypeError(f"{', '.join(unknown)}: no setting of TransformersGenerator or of generation{meant}")
+    forward = inspect.signature(model.forward).parameters if hasattr(model, "forward") else {}
+    names = sorted({*own, *known} - {"self", "kwargs", "parameters"})
+    for name in unknown:
+        near = difflib.get_close_matches(name, names, 1)
+        if name not in forward and (near or model is not None):
+            meant = (
+                f": did you mean {near[0]}?" if near else "; generate takes what GenerationConfig of transformers has"
+            )
+            raise TypeError(f"{name}: no setting of TransformersGenerator or of generation{meant}")
 
 
 def _named(name: str, error: Exception, trusted: bool) -> Exception:

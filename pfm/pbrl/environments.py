@@ -363,7 +363,7 @@ class _Box2d:
         self.replayed = False
         # What is recorded is what reaches the simulator, behind all wrappers of actions; but a reset steps by itself.
         self.resetting = False
-        self._step = env.step
+        self._earlier = vars(env).get("step")  # of another StatefulEnv around the same simulator
         env.step = lambda action: self._step(action if self.resetting else self.record(action))
 
     def before_reset(self, seed: int | None, options: Any) -> None:
@@ -375,6 +375,9 @@ class _Box2d:
         self._clear()
         self.actions = []
         self.resetting = True
+
+    def _step(self, action: Any) -> Any:
+        return type(self.env).step(self.env, action) if self._earlier is None else self._earlier(action)
 
     def record(self, action: Any) -> np.ndarray:
         action = np.array(action, self.type)
