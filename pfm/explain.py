@@ -366,7 +366,7 @@ def _labels(encoded: EncodedPairs) -> tuple[Array, Array]:
 def _accuracy(
     b: Array, outputs: _Outputs, encoded: EncodedPairs, label: Array, bootstrap: Bootstrap
 ) -> tuple[Estimate, float]:
-    """Estimate the share of pairs that b orders as their labels do; and by how many standard errors it beats a coin."""
+    """Estimate the share of pairs that b orders as their labels do, and the z-score of its excess over one half."""
     first, second = outputs.rows[0::2], outputs.rows[1::2]
     weight = np.ones(len(first)) if encoded.weight is None else encoded.weight.double().numpy()
     agreement = weight * label * np.sign(b[first] - b[second])
@@ -702,7 +702,7 @@ def _told(
     win: Mapping[str, Any] = flow.metadata.get("win") or {}
     reasons = []
     if win.get("accuracy") is not None:
-        errors = "" if win.get("z") is None else f", {win['z']:.1f} standard errors above chance"
+        errors = "" if win.get("z") is None else f", z-score {win['z']:.1f} against chance"
         reasons.append(
             f"On prompts held out of its fit, the flow's b ordered {win['accuracy']:.1%} of pairs rightly{errors}."
         )

@@ -894,7 +894,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 f"  path   {self.config.solver}, {self.steps} steps"
                 + ("" if error is None else f", {error:.1%} from the exact solution"),
                 f"  b      orders {win.get('accuracy', math.nan):.1%} of held-out pairs rightly, "
-                + ("all of them" if z is None else f"{z:.1f} standard errors above chance")
+                + ("all of them" if z is None else f"z-score {z:.1f} against chance")
                 + f"; guard at a difference of {self.guard_margin:.3g}",
             ]
         )

@@ -256,9 +256,9 @@ def length_controlled(
     win, gap = np.asarray(win, dtype=np.float64), np.asarray(gap, dtype=np.float64)
     owner = np.arange(bootstrap.n) if owner is None else np.asarray(owner)
     weight = np.ones_like(win) if weight is None else np.asarray(weight, dtype=np.float64)
-    changed = (win != 0.5) | (gap != 0) if changed is None else np.asarray(changed, dtype=bool)
+    differs = np.logical_or(win != 0.5, gap != 0) if changed is None else np.asarray(changed, dtype=bool)
     total = np.bincount(owner, weight, minlength=bootstrap.n)
-    used = (weight > 0) & changed
+    used = np.logical_and(weight > 0, differs)
     unchanged = total - np.bincount(owner[used], weight[used], minlength=bootstrap.n)
     if not used.any():
         return bootstrap.ratio(unchanged / 2, total)

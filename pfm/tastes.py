@@ -73,7 +73,7 @@ class TasteMixture:
         raters: names of the raters. responsibilities: (R, K) of each rater for each taste.
         prior: (spread, correction) that :meth:`adapt` takes where it is given none.
         found: what the fit found, as JSON values: ``gain`` in log loss on held-out votes over one model of all, nats
-            a pair, ``z`` in standard errors over raters, ``log_likelihood`` nats a pair by iteration.
+            a pair, ``z`` its z-score over raters, ``log_likelihood`` nats a pair by iteration.
     """
 
     def __init__(

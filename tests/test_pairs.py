@@ -512,7 +512,7 @@ def test_bad_parquet_files(tmp_path):
 def test_scores_make_every_pair_ties_as_halves_and_keep_the_candidates():
     prompts, candidates = ["p", "q"], [["a", "b", "c"], ["d", "e"]]
     pairs = PreferencePairs.from_scores(prompts, candidates, [[1, 3, 1], np.array([0.5, -0.5])], group=["g", "h"])
-    by_pair = dict(zip(texts(pairs), zip(pairs.extra["margin"], pairs.probability, strict=True), strict=True))
+    by_pair = dict(zip(texts(pairs), zip(pairs.extra["margin"], pairs.probability or (), strict=True), strict=True))
     assert by_pair == {
         ("p", "c", "a"): (0.0, 0.5),
         ("p", "b", "a"): (2.0, 1.0),
@@ -613,7 +613,7 @@ def test_rankings_with_ties():
         ("best", "mid 1"), ("best", "mid 2"), ("best", "worst"), ("mid 1", "worst"), ("mid 2", "worst"),
         ("mid 2", "mid 1"),
     }  # fmt: skip
-    assert pairs.probability.count(0.5) == 1
+    assert pairs.probability == [1.0 if margin else 0.5 for margin in pairs.extra["margin"]]
     assert texts(pairs)[6:] == [("q", "x", "y")]
     assert pairs.candidates[0].scores == [2.0, 1.0, 1.0, 0.0]
     with pytest.raises(PreferenceDataError, match="have equal scores"):
@@ -627,7 +627,7 @@ def test_b_of_binary_scores_is_the_exact_one():
     candidates = [[f"{n} {k} {'good' if good[n, k] else 'bad'}" for k in range(4)] for n in range(600)]
     pairs = PreferencePairs.from_scores([f"p{n}" for n in range(600)], candidates, good.astype(float))
     is_good, won = {}, {}
-    for chosen, rejected, p in zip(pairs.chosen, pairs.rejected, pairs.probability, strict=True):
+    for chosen, rejected, p in zip(pairs.chosen, pairs.rejected, pairs.probability or (), strict=True):
         for text, share in ((chosen, p), (rejected, 1 - p)):
             won.setdefault("good" in text, []).append(share)
             is_good[text] = "good" in text

@@ -208,7 +208,7 @@ def test_opponents_that_fit_both_readings_are_refused_and_older_saves_go_by_y():
         model.win_probability(y.flatten(1), opponents)
     torch.testing.assert_close(model.win_probability(y.flatten(1), opponents.flatten(1)), shared)
     described = model.describe()
-    described["layout"] = {name: value for name, value in model.layout.items() if name != "event_shape"}
+    described["layout"] = {name: value for name, value in described["layout"].items() if name != "event_shape"}
     older = restored(described)
     older.load_state_dict(model.state_dict())
     assert older.event_shape is None

@@ -307,7 +307,9 @@ def _prepared(fit: Callable[..., Any]) -> Callable[..., Any]:
         self: PreferenceModel, pairs: EncodedPairs, validation: EncodedPairs | None = None, **options: Any
     ) -> Any:
         check_pairs(pairs, validation)
-        fitted = fit(self, pairs.counted(), None if validation is None else validation.counted(), **options)
+        if validation is not None:
+            options["validation"] = validation.counted()
+        fitted = fit(self, pairs.counted(), **options)
         if self.layout is not None:
             self.layout["event_shape"] = list(pairs.event_shape)
         return fitted
