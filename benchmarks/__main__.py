@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from benchmarks.data import MissingDataError
 from benchmarks.schemas import register
-from benchmarks.sweeps import check_launcher, close_sweep, run_job
+from benchmarks.sweeps import SettingsError, check_launcher, close_sweep, run_job
 
 register()
 
@@ -24,13 +24,16 @@ def job(config: DictConfig) -> float:
     """Run one job of Hydra's and give its score."""
     try:
         return run_job(config)
-    except MissingDataError as error:
+    except (MissingDataError, SettingsError) as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
 def main() -> None:
-    """Run what the arguments ask for; exit with 1 if a run failed, with 2 if data or a launcher are absent."""
+    """Run what the arguments ask for.
+
+    Exit with 1 if a run failed, with 2 if data or a launcher are absent, or a setting is wrong.
+    """
     if missing := check_launcher(sys.argv[1:]):
         print(missing, file=sys.stderr)
         sys.exit(2)

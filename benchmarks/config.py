@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 import pfm
+from pfm.hub import check_folder
 
 __all__ = [
     "METHODS",
@@ -375,6 +377,17 @@ class RunConfig:
     progress: bool = True
     force: bool = False
     sweep: str | None = None
+
+    def check(self) -> None:
+        """Check what Hydra cannot.
+
+        Raises:
+            ValueError: the seed is negative, or the encoder a folder that is not there.
+        """
+        if self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0: got {self.seed}")
+        for part in () if Path(self.encoder).is_dir() else self.encoder.split("+"):
+            check_folder(part.strip(), "encoder")
 
     def settings(self) -> dict[str, Any]:
         """Give what determines the result, as JSON values."""

@@ -148,7 +148,7 @@ def _over_seeds(found: Iterable[dict[str, float] | None]) -> Estimate | None:
         return present[0] if present else None
     values = np.array([one.value for one in present])
     drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    return interval(float(interquartile_mean(values)), interquartile_mean(values[drawn]))
+    return interval(float(interquartile_mean(values)), interquartile_mean(values[drawn]), len(values))
 
 
 # -- what it looks like ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pfm.statistics import Bootstrap, Estimate, length_controlled, win_share
 
-__all__ = ["ChoiceTable", "NestedBootstrap", "interquartile_mean"]
+__all__ = ["ChoiceTable", "NestedBootstrap", "SeedBootstrap", "interquartile_mean"]
 
 Array = NDArray[np.float64]
 
@@ -113,16 +113,19 @@ class ChoiceTable:
         weights = self.weights / np.bincount(self.owner)[self.owner][:, None]
         return {
             "score": bootstrap.mean(self.score()),
-            "win": bootstrap.mean(self.by_prompt(win)),
-            "win_independent": bootstrap.mean(self.by_prompt(win_share(self.scores, self.independent[:, None]))),
+            "win": bootstrap.mean(self.by_prompt(win), (0.0, 1.0)),
+            "win_independent": bootstrap.mean(
+                self.by_prompt(win_share(self.scores, self.independent[:, None])), (0.0, 1.0)
+            ),
             "win_controlled": length_controlled(
                 win.ravel(),
                 (self.lengths - self.lengths[:, :1]).ravel(),
                 bootstrap,
                 owner=self.owner.repeat(self.scores.shape[1]),
                 weight=weights.ravel(),
+                changed=self.changed.ravel(),
             ),
-            "changed": bootstrap.mean(self.by_prompt(self.changed.astype(float))),
+            "changed": bootstrap.mean(self.by_prompt(self.changed.astype(float)), (0.0, 1.0)),
             "length_ratio": _exp(bootstrap.mean(self.by_prompt(log_ratio))),
         }
 
@@ -131,10 +134,11 @@ def _exp(estimate: Estimate) -> Estimate:
     return Estimate(math.exp(estimate.value), math.exp(estimate.low), math.exp(estimate.high))
 
 
-class NestedBootstrap(Bootstrap):
-    """Resamples seeds with replacement, and prompts within each drawn seed.
+class SeedBootstrap(Bootstrap):
+    """Resamples seeds, each with all of its prompts; where there is one seed only, its prompts.
 
-    Its intervals hold what a new split and fit would change as well as what new prompts would.
+    What a seed's figure owes to its own prompts is part of its difference from the other seeds' figures. Drawing
+    prompts anew within a drawn seed would count that twice. Prompts that several seeds share count as given.
 
     Args:
         seed_of: (n,) the seed that each prompt's figures come from.
@@ -143,17 +147,27 @@ class NestedBootstrap(Bootstrap):
 
     def __init__(self, seed_of: NDArray[np.int64], resamples: int = 2000, seed: int = 0) -> None:
         self.n, self.resamples, self.seed = len(seed_of), resamples, seed
-        members = [np.flatnonzero(seed_of == value) for value in np.unique(seed_of)]
+        _, self._seed_of = np.unique(seed_of, return_inverse=True)
+        seeds = int(self._seed_of.max()) + 1
+        if seeds == 1:
+            self._seed_of, seeds = np.arange(self.n), self.n
         rng = np.random.default_rng(seed)
-        self._drawn = np.zeros((resamples, self.n))
-        for row in self._drawn:
-            for number in rng.integers(len(members), size=len(members)):
-                part = members[number]
-                np.add.at(row, part[rng.integers(len(part), size=len(part))], 1.0)
+        self._drawn = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
 
     def sums(self, values: object) -> Array:
         """Sum per-prompt values over each resample: (n,) or (n, K) -> (resamples, K)."""
-        return self._drawn @ np.asarray(values, dtype=np.float64).reshape(self.n, -1)
+        columns = np.asarray(values, dtype=np.float64).reshape(self.n, -1)
+        of_seed = np.zeros((self._drawn.shape[1], columns.shape[1]))
+        np.add.at(of_seed, self._seed_of, columns)
+        return self._drawn @ of_seed
+
+    def units(self, used: object) -> NDArray[np.int64]:
+        """Count the seeds (of one seed the prompts) in use: (n,) or (n, K) booleans -> (K,)."""
+        columns = np.asarray(used, dtype=bool).reshape(self.n, -1)
+        return np.array([len(np.unique(self._seed_of[column])) for column in columns.T])
+
+
+NestedBootstrap = SeedBootstrap  # deprecated name
 
 
 def interquartile_mean(values: Array) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pfm import EncodedPairs
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import CONFIRMED, choose_crosswise, confirmed, halves
 
 __all__ = ["Fitted", "Network", "fit_early_stopped", "pair_loss"]
 
@@ -25,8 +25,9 @@ EVERY = 25  # updates between two looks at the held-out pairs
 class Fitted:
     """Holds what a fit found.
 
-    ``updates`` until the weights that were kept, ``held_out`` their loss on held-out pairs, ``gain`` by how much it
-    is below the loss before training, and ``z`` that gain in standard errors.
+    ``updates`` until the weights that were kept, ``held_out`` their loss on held-out pairs, ``gain`` by how much
+    held-out pairs gain from before training, each at the moment that is best on the other half of them, and ``z`` the
+    z-score of that gain.
     """
 
     updates: int
@@ -125,14 +126,14 @@ def fit_early_stopped(
     weight = torch.ones(len(pairs)) if pairs.weight is None else pairs.weight
     share = weight[held] / weight[held].sum()
     optimizer = torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True)
-    start, best, at, looks = torch.zeros(0), torch.zeros(0), 0, 0
+    best, at, looks = torch.zeros(0), 0, 0
+    losses: list[Tensor] = []
     untrained = kept = copy.deepcopy(module.state_dict())
     for update in range(updates):
         if update % EVERY == 0:
             with torch.no_grad():
                 now = loss(held)
-            if update == 0:
-                start = now
+            losses.append(now)
             if update == 0 or float(share @ now) < float(share @ best):
                 best, at, looks, kept = now, update, 0, copy.deepcopy(module.state_dict())
             else:
@@ -145,9 +146,9 @@ def fit_early_stopped(
         optimizer.zero_grad()
         (weight[some] * loss(some)).mean().backward()
         optimizer.step()
-    better = (start - best) * share * len(share)
-    z = standard_errors(better, torch.arange(len(better)))
-    fitted = Fitted(at, float(share @ best), float(better.mean()), z)
+    each, items = torch.stack(losses), torch.arange(len(held))
+    better = each[0] - each[choose_crosswise(each, weight[held], halves(items)), items]
+    fitted = Fitted(at, float(share @ best), float(share @ better), confirmed(better, items, weight[held]).z)
     module.load_state_dict(kept if fitted.confirmed else untrained)
     return fitted
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.measures import ChoiceTable, NestedBootstrap
+from benchmarks.measures import ChoiceTable, SeedBootstrap
 from benchmarks.selection_report import ChoiceRun
 from benchmarks.tables import markdown_table
 from pfm.statistics import Estimate
@@ -75,7 +75,7 @@ def _cost(runs: dict[tuple[float, str], dict[int, ChoiceRun]], plain: str, flips
         return None
     tables = [ChoiceTable.join([part[seed].choices for seed in seeds]) for part in (clean, struck, ours)]
     sizes = [clean[seed].choices.prompts for seed in seeds]
-    bootstrap = NestedBootstrap(np.repeat(np.arange(len(seeds)), sizes))
+    bootstrap = SeedBootstrap(np.repeat(np.arange(len(seeds)), sizes))
     best, plain_score, score = (table.score() for table in tables)
     wins = [_wins(table) for table in tables]
     run = ours[seeds[0]]
@@ -124,7 +124,7 @@ def markdown(found: Sequence[NoiseCost]) -> str:
             "",
             "A share of the training labels is turned round by chance. Each row is paired, item by item, with the "
             "plain method on clean labels, whose score stands in the third column; positive is a loss. In brackets 95% "
-            "intervals over seeds and prompts.",
+            "intervals over seeds.",
             "",
             *markdown_table(rows),
             "",

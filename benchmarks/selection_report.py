@@ -1,7 +1,7 @@
 """Tables of choices among judged candidates.
 
-Every interval is the 95% interval of a nested bootstrap: seeds are drawn with replacement, and prompts within each
-seed. Methods of one task and seed chose among the same candidates, so that differences between them are paired.
+Every interval is a 95% interval from resampled seeds, each with all of its prompts; of a single seed, from resampled
+prompts. Methods of one task and seed chose among the same candidates, so that differences between them are paired.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measures import ChoiceTable, NestedBootstrap, interquartile_mean
+from benchmarks.measures import ChoiceTable, SeedBootstrap, interquartile_mean
 from benchmarks.runs import Run, code_notes, grouped
 from benchmarks.tables import markdown_table
 from pfm.statistics import Estimate
@@ -120,15 +120,15 @@ def _method_report(name: str, methods: dict[str, dict[int, ChoiceRun]]) -> Metho
     )
 
 
-def _joined(runs: dict[int, ChoiceRun], seeds: list[int]) -> tuple[ChoiceTable, NestedBootstrap]:
+def _joined(runs: dict[int, ChoiceRun], seeds: list[int]) -> tuple[ChoiceTable, SeedBootstrap]:
     tables = [runs[seed].choices for seed in seeds]
     return ChoiceTable.join(tables), _bootstrap(tuple(table.prompts for table in tables))
 
 
 @cache
-def _bootstrap(prompts: tuple[int, ...]) -> NestedBootstrap:
+def _bootstrap(prompts: tuple[int, ...]) -> SeedBootstrap:
     # Methods with the same seeds have the same resamples, which is what pairs their intervals.
-    return NestedBootstrap(np.repeat(np.arange(len(prompts)), prompts))
+    return SeedBootstrap(np.repeat(np.arange(len(prompts)), prompts))
 
 
 def _pairs(run: ChoiceRun) -> int:
@@ -191,7 +191,7 @@ def _section(report: TaskReport) -> list[str]:
         "",
         f"Judge: {about['judge']}. {about['candidates']} candidates, {about['test_prompts']} test prompts and "
         f"{about['test_items']} items a seed, {len(seeds)} seeds, about {about['training_pairs']:,} training pairs. "
-        "In brackets 95% intervals over seeds and prompts; length is the geometric mean of the choice's over the "
+        "In brackets 95% intervals over seeds; length is the geometric mean of the choice's over the "
         "original's.",
         "",
         *markdown_table(rows),

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
@@ -24,7 +26,7 @@ from benchmarks.config import RunConfig, at_most_asked, cores
 from benchmarks.data import MissingDataError
 from benchmarks.runner import ERROR, find_result, run
 
-__all__ = ["Sweep", "check_launcher", "close_sweep", "run_job", "threads_of_a_job"]
+__all__ = ["SettingsError", "Sweep", "check_launcher", "close_sweep", "one_folder", "run_job", "threads_of_a_job"]
 
 NOTES = ".sweeps"
 LAUNCHERS = {  # Hydra's launchers that are packages of their own: the module, and how to install it
@@ -49,6 +51,18 @@ class Sweep(Callback):
         _started.append(Path(config.out).absolute() / NOTES / name)
 
 
+class SettingsError(ValueError):
+    """Says what is wrong with a setting, before anything is run."""
+
+
+def one_folder(name: str) -> str:
+    """Write a name as that of one folder: a value with slashes must not lead out of the folder of the runs."""
+    return re.sub(r"[/\\]|^\.+$", lambda found: quote(found[0], safe="").replace(".", "%2E"), str(name))
+
+
+OmegaConf.register_new_resolver("one_folder", one_folder, replace=True)
+
+
 def run_job(config: DictConfig) -> float:
     """Run one job of Hydra's and give its score; in a sweep, NaN in place of an error.
 
@@ -59,11 +73,16 @@ def run_job(config: DictConfig) -> float:
     if settings.threads == "auto":
         settings.threads = at_most_asked(threads_of_a_job(hydra))
     if settings.sweep is None:
+        try:
+            settings.check()
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
         return run(settings, folder)
     note = _Note(Path(settings.out) / NOTES / settings.sweep / f"{hydra.job.num}.json")
     note.write("died", folder)  # until it turns out otherwise
     outcome, place, score, text = "finished before", folder, float("nan"), ""
     try:
+        settings.check()
         if settings.force or find_result(Path(settings.out), settings.key()) is None:
             outcome = "done"
         score = run(settings, folder)

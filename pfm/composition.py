@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pfm.archive import read_description, read_folder, save_folder
 from pfm.chunks import map_rows
 from pfm.devices import with_standard_defaults
 from pfm.encoded import as_float_tensor, check_finite, vector_space
@@ -314,12 +314,13 @@ class Composition:
         return TradeOff(weights, torch.stack(wins), torch.stack(distances), self.names)
 
     def save(self, folder: str | Path) -> Path:
-        """Write flows, weights and names to a folder; :meth:`load` reads it."""
-        folder = Path(folder)
-        for number, flow in enumerate(self.flows):
-            flow.save_pretrained(folder / f"flow-{number}")
-        described = {"version": 1, "names": list(self.names), "weights": self.weights.tolist()}
-        replace_json(folder / DESCRIPTION, described)
+        """Write flows, weights and names to a folder, as a whole; :meth:`load` reads it."""
+        folder = Path(folder).expanduser()
+        with save_folder(folder) as staging:
+            for number, flow in enumerate(self.flows):
+                flow.save_pretrained(staging / f"flow-{number}")
+            described = {"version": 1, "names": list(self.names), "weights": self.weights.tolist()}
+            replace_json(staging / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -329,12 +330,16 @@ class Composition:
         Raises:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
+        return read_folder(folder, (DESCRIPTION, "flow-*/*"), lambda: cls._load(folder))
+
+    @classmethod
+    def _load(cls, folder: Path) -> Composition:
         require_files(folder, (DESCRIPTION,), "Composition.save")
+        described = read_description(folder / DESCRIPTION)
         try:
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             names, weights = list(described["names"]), described["weights"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}): save the composition again") from error
         flows = [PreferenceFlow.from_pretrained(folder / f"flow-{number}") for number in range(len(names))]
         return cls(flows, weights, names)

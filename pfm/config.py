@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["FlowConfig"]
+__all__ = ["FlowConfig", "refuse_options"]
 
 DTYPES = ("auto", "float32", "medium", "bfloat16")
 
@@ -115,14 +116,10 @@ class FlowConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowConfig:
         """Make a config from a mapping; a misspelt key is refused with the nearest right one."""
-        import difflib
-
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-                raise ValueError(f"FlowConfig has no key {key!r}: {hint}")
+                raise ValueError(f"FlowConfig has no key {key!r}: {_nearest(key, known)}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,6 +129,23 @@ class FlowConfig:
     def replace(self, **changes: Any) -> FlowConfig:
         """Copy with some settings changed."""
         return replace(self, **changes)
+
+
+def refuse_options(function: str, unknown: Iterable[str], known: Sequence[str]) -> NoReturn:
+    """Refuse keyword arguments that a function does not have, with the nearest right one.
+
+    Raises:
+        TypeError: always.
+    """
+    name = next(iter(unknown))
+    raise TypeError(f"{function} has no option {name!r}: {_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -6,6 +6,10 @@ contexts in its cost.
 
 With P(y > y') + P(y' > y) = 1 the winners' law is p1 = 2 pi_ref b and the losers' law p0 = 2 pi_ref (1 - b), so
 pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from the reference.
+
+That holds for pairs of two independent draws, ties included. Pairs of each liked with each disliked output of a prompt
+are none: a fair coin then picks from an even mixture of liked and disliked outputs, whatever their shares are, and that
+mixture takes the place of pi_ref in all of the above.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["device_name", "free_memory", "resolve_device", "standard_defaults", "with_standard_defaults"]
+__all__ = ["best_device", "device_name", "free_memory", "resolve_device", "standard_defaults", "with_standard_defaults"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,21 +38,32 @@ def resolve_device(device: Any = "auto", argument: str = "device") -> torch.devi
     >>> resolve_device("cpu")
     device(type='cpu')
     """
-    wanted = device_name(device, argument)
-    if wanted == "auto":
-        wanted = os.environ.get(DEFAULT) or ("cuda" if torch.cuda.is_available() else "cpu")
+    given = device
+    if given == "auto":
+        given = os.environ.get(DEFAULT) or ("cuda" if torch.cuda.is_available() else "cpu")
         argument = DEFAULT if os.environ.get(DEFAULT) else argument
-        wanted = device_name(wanted, argument)
-    chosen = torch.device(wanted)
-    if chosen.type == "cpu":
-        return torch.device("cpu")
-    count = _count(chosen.type)
-    if count == 0:
-        raise ValueError(f"{argument}={wanted!r}: this machine has no {chosen.type} device; use device='auto' or 'cpu'")
-    if (chosen.index or 0) >= count:
-        found = f"only {chosen.type}:0" if count == 1 else f"{chosen.type}:0 to {chosen.type}:{count - 1}"
-        raise ValueError(f"{argument}={wanted!r}: there is no such device, this machine has {found}")
-    return chosen
+    try:
+        chosen = torch.device(device_name(given, argument))
+    except ValueError:
+        chosen = None
+    if chosen is None or (chosen.index or 0) >= _count(chosen.type):
+        raise ValueError(
+            f"{argument}={given!r} is not on this machine, which has {_all_here()}: use {argument}='cpu', or 'auto'"
+        )
+    return torch.device("cpu") if chosen.type == "cpu" else chosen
+
+
+def best_device(device: Any = "auto", argument: str = "device") -> torch.device:
+    """Return the device for a model that runs on any: "auto" and None are CUDA or Apple's GPU where there is one.
+
+    Args:
+        device, argument: as for :func:`resolve_device`.
+    """
+    if device is None or device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    return resolve_device(device, argument)
 
 
 def device_name(device: Any, argument: str = "device") -> str:
@@ -68,14 +79,16 @@ def device_name(device: Any, argument: str = "device") -> str:
     """
     if isinstance(device, torch.device):
         return str(device)
-    if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
+    if isinstance(device, int) and not isinstance(device, bool):
+        if device < 0:
+            raise ValueError(f"{argument} must be the number of a device, 0 or above: got {device}")
         return f"cuda:{device}"
     if isinstance(device, str) and device.isdecimal():  # a number from a command line
         return f"cuda:{int(device)}"
     if not isinstance(device, str):
         raise TypeError(
-            f"{argument} must be 'auto', a name such as 'cuda:1', a number or a torch.device: got "
-            f"{type(device).__name__} {device!r}"
+            f"{argument} must be a device such as 'auto', 'cpu', 'cuda:1', 1 or torch.device('cuda'): got "
+            f"{type(device).__name__}"
         )
     if device == "auto":
         return device
@@ -94,15 +107,24 @@ def free_memory(device: torch.device) -> float:
 
 
 def _count(kind: str) -> int:
+    if kind == "cpu":
+        return 1
     if kind == "cuda":
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "mps":
         return int(torch.backends.mps.is_available())
+    if kind == "meta":  # it holds no values
+        return 0
     try:
         module = torch.get_device_module(kind)
         return module.device_count() if module.is_available() else 0
-    except (RuntimeError, AttributeError):  # "meta" and the like hold no values
+    except (RuntimeError, AttributeError):
         return 0
+
+
+def _all_here() -> str:
+    found = ["cpu", *(f"cuda:{number}" for number in range(_count("cuda")))]
+    return ", ".join([*found, "mps"] if _count("mps") else found)
 
 
 def standard_defaults(function: Callable[P, T]) -> Callable[P, T]:
@@ -113,7 +135,7 @@ def standard_defaults(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def standard(*args: P.args, **kwargs: P.kwargs) -> T:
-        elsewhere = torch.get_default_device().type != "cpu"
+        elsewhere = torch.get_default_device().type not in ("cpu", "meta")  # "meta": shapes alone are wanted
         if not elsewhere and torch.get_default_dtype() is torch.float32 and not _float32.depth:
             return function(*args, **kwargs)
         with _float32, torch.device("cpu") if elsewhere else contextlib.nullcontext():

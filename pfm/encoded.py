@@ -220,7 +220,7 @@ class EncodedPairs:
         Raises:
             ValueError: a value is too large for float16.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / DESCRIPTION).unlink(missing_ok=True)  # it comes last: without it the folder is unfinished
         one_table = self._tables[0] is self._tables[1]
@@ -264,7 +264,7 @@ class EncodedPairs:
         Raises:
             FileNotFoundError: the folder holds no finished pairs. ValueError: its files do not fit each other.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no {DESCRIPTION}: give a folder that EncodedPairs.save has finished writing"
@@ -457,6 +457,12 @@ class EncodedPairs:
             kept = set((part.group if part._context_index is None else part._context_index).tolist())
             part.candidates = [entry for entry in self.candidates if entry.context_index in kept]
         return part
+
+    def counted(self) -> EncodedPairs:
+        """Leave out the pairs of weight 0, so that they are as if they had not been there."""
+        if self.weight is None or bool((self.weight > 0).all()) or not bool((self.weight > 0).any()):
+            return self
+        return self.select(self.weight > 0)
 
     def to(self, device: Any) -> EncodedPairs:
         """Copy to a device, where batches are then gathered; ``group`` stays on the CPU.

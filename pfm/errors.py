@@ -23,6 +23,7 @@ __all__ = [
     "ServerError",
     "ToolCallError",
     "UnknownModelError",
+    "UntrustedEncoderError",
 ]
 
 
@@ -106,6 +107,10 @@ class ToolCallError(BadAnswerError):
 
 class EncodingError(PfmError, RuntimeError):
     """Says that texts could not be turned into vectors; what was already encoded is in the cache."""
+
+
+class UntrustedEncoderError(PfmError, ValueError):
+    """Says that a saved flow names an encoder that would contact a server or open a folder without consent."""
 
 
 class NonFiniteWarning(RuntimeWarning):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from pfm.devices import standard_defaults
+from pfm.reasoning import checked_reasoning, judged_text
 from pfm.rows import conversation_text
 from pfm.statistics import (
     Array,
@@ -141,8 +142,9 @@ class Calibration:
     def sentence(self) -> str:
         """Say in one sentence whether b is calibrated."""
         r = self.reliability
+        plain = "" if r.measured_ece is None else f" without noise; measured {r.measured_ece:.3f}"
         measured = (
-            f"ECE {r.ece.text()}, where a perfectly calibrated predictor would show {r.noise_floor:.3f} "
+            f"ECE {r.ece.text()}{plain}, where a perfectly calibrated predictor would show {r.noise_floor:.3f} "
             f"(95% of the time below {r.noise_ceiling:.3f})"
         )
         if r.within_noise:
@@ -297,7 +299,7 @@ class Report:
 
     def save_json(self, path: str | Path) -> Path:
         """Write the report as strict JSON, and return the path."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         return path
 
@@ -309,7 +311,7 @@ class Report:
             ValueError: the file is not such a report.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
             if values["format"] != FORMAT:
                 raise ValueError(f"format {values['format']!r} where {FORMAT} is expected")
             return _decode(cls, values)
@@ -320,7 +322,7 @@ class Report:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
         from pfm.report import page
 
-        path = Path(path)
+        path = Path(path).expanduser()
         # texts may hold lone surrogates, which no UTF-8 file can
         path.write_text(page(self, examples), encoding="utf-8", errors="replace")
         return path
@@ -348,6 +350,7 @@ def evaluate(
     encoder: Any = None,
     groups: Sequence[Any] | None = None,
     methods: Sequence[str] | None = None,
+    reasoning: str | None = None,
     resamples: int = 2000,
     seed: int = 0,
     progress: bool = True,
@@ -370,6 +373,8 @@ def evaluate(
         groups: one name a prompt, for the table by group.
         methods: which baselines to show, of "random", "longest", "mean_shift", "bradley_terry", "oracle";
             default all that can be computed. The original is always shown.
+        reasoning: "strip" judges and measures of an output with hidden reasoning the answer after it, see
+            :mod:`pfm.reasoning`; "keep" the whole text. None: as the refiner does, else "strip".
         resamples: bootstrap resamples of the prompts.
         seed: seed of the resamples.
         progress: show progress bars.
@@ -388,6 +393,7 @@ def evaluate(
         if column is not None and len(column) != len(asked):
             raise ValueError(f"{name} must have one entry a prompt: got {len(column)} for {len(asked)} prompts")
     vector, computed, left_out = _wanted_baselines(methods, training, encoder)
+    reasoning = checked_reasoning(getattr(refiner, "reasoning", "strip") if reasoning is None else reasoning)
 
     records = asked if refiner is None else list(refiner.batch(asked, progress=progress))
     kept = [number for number, record in enumerate(records) if record.candidates]
@@ -407,12 +413,13 @@ def evaluate(
     make_bar = tqdm if progress else partial(tqdm, disable=True)
     for number, draw in make_bar(list(zip(kept, further, strict=True)), desc="Judging", unit="prompt"):
         record = records[number]
-        candidates = list(record.candidates)
+        candidates = [judged_text(text, reasoning) for text in record.candidates]
         if judge is None:
             given = scores[number] if scores is not None else ()
             judged = _checked_scores("scores", given, len(candidates), number)
         else:
-            judged = _judged(judge, record.prompt, [*candidates, *draw], number)
+            further_answer = [judged_text(text, reasoning) for text in draw]
+            judged = _judged(judge, record.prompt, [*candidates, *further_answer], number)
         rows.append(
             Scored(
                 prompt=record.prompt,
@@ -553,9 +560,13 @@ def _vector_picks(
     """Pick by baselines that read the same embeddings as the flow."""
     import torch
 
+    from pfm.encoders.base import EMPTY_TEXT
+    from pfm.encoders.sentence import as_encoder
     from pfm.preferences import BradleyTerry, MeanShift
 
-    outputs = encoder.encode([text for row in rows for text in row.candidates], progress=progress)
+    encoder = as_encoder(encoder)
+    # An output that was cut off within its reasoning has an empty answer, which encoders refuse.
+    outputs = encoder.encode([text or EMPTY_TEXT for row in rows for text in row.candidates], progress=progress)
     if outputs.shape[1] != training.dimension:
         raise ValueError(
             f"encoder gives {outputs.shape[1]} values an output, but training pairs have "
@@ -699,10 +710,12 @@ def _measure(name: str, table: _Candidates, method: str, bootstrap: Bootstrap) -
         label=LABELS.get(name, name),
         score=bootstrap.mean(score),
         difference=bootstrap.mean(tested - score),
-        win=bootstrap.mean(table.mean(weights, table.win)),
-        win_controlled=length_controlled(table.win, table.gap, bootstrap, owner=table.owner, weight=weights),
-        win_independent=bootstrap.ratio(against * table.mean(weights, table.win_independent), against),
-        changed=bootstrap.mean(table.mean(weights, table.changed)),
+        win=bootstrap.mean(table.mean(weights, table.win), (0.0, 1.0)),
+        win_controlled=length_controlled(
+            table.win, table.gap, bootstrap, owner=table.owner, weight=weights, changed=table.changed
+        ),
+        win_independent=bootstrap.ratio(against * table.mean(weights, table.win_independent), against, (0.0, 1.0)),
+        changed=bootstrap.mean(table.mean(weights, table.changed), (0.0, 1.0)),
         length_ratio=bootstrap.mean(table.mean(weights, table.length_ratio)),
         oracle_share=bootstrap.ratio(score - base, gain) if gain.any() else None,
     )
@@ -713,7 +726,7 @@ def _agreement(rows: Sequence[Scored], bootstrap: Bootstrap) -> Estimate | None:
         (0.0, 0) if row.probabilities is None else pairwise_agreement(row.probabilities, row.scores) for row in rows
     ]
     right, pairs = np.array(counts, dtype=np.float64).T
-    return bootstrap.ratio(right, pairs)
+    return bootstrap.ratio(right, pairs, (0.0, 1.0))
 
 
 def _calibrate(rows: Sequence[Scored], bootstrap: Bootstrap) -> Calibration | None:
@@ -760,7 +773,7 @@ def _by_group(rows: Sequence[Scored], method: str, resamples: int, seed: int) ->
             GroupRow(
                 name=name,
                 prompts=len(part),
-                win=bootstrap.mean(table.mean(weights, table.win)),
+                win=bootstrap.mean(table.mean(weights, table.win), (0.0, 1.0)),
                 gain=bootstrap.mean(gain),
                 accuracy=_agreement(part, bootstrap),
             )
@@ -935,7 +948,10 @@ def _decode(kind: Any, value: Any) -> Any:
     """Rebuild a dataclass, or a list or option of such, from plain JSON values."""
     if is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        return kind(**{item.name: _decode(hints[item.name], value[item.name]) for item in fields(kind)})
+        # A field that an earlier version did not write keeps its default.
+        return kind(
+            **{item.name: _decode(hints[item.name], value[item.name]) for item in fields(kind) if item.name in value}
+        )
     if get_origin(kind) is list:
         return [_decode(get_args(kind)[0], item) for item in value]
     if isinstance(kind, UnionType):

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.devices import standard_defaults
+from pfm.reasoning import training_text
 from pfm.statistics import Bootstrap, Estimate, interval
 from pfm.traits import TRAITS, measure_traits, tokens
 
@@ -179,13 +180,13 @@ class Explanation:
     def save_json(self, path: str | Path) -> None:
         """Write everything as JSON."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def save_html(self, path: str | Path) -> None:
         """Write one self-contained HTML page."""
         from pfm.explain_page import page
 
-        Path(path).write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+        Path(path).expanduser().write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         from pfm.explain_page import terminal
@@ -338,7 +339,7 @@ def _distinct_outputs(pairs: PreferencePairs, encoded: EncodedPairs) -> _Outputs
     groups = np.array([ranks[of] for of, _ in numbers], dtype=np.int64)
     unit = groups if groups.max() > 0 else np.arange(len(groups))
     return _Outputs(
-        texts=[text for _, text in numbers],
+        texts=[training_text(text) for _, text in numbers],  # what was encoded of each
         prompts=[pairs.prompts[place // 2] for place in first],
         group=groups,
         unit=unit,
@@ -367,7 +368,7 @@ def _labels(encoded: EncodedPairs) -> tuple[Array, Array]:
 def _accuracy(
     b: Array, outputs: _Outputs, encoded: EncodedPairs, label: Array, bootstrap: Bootstrap
 ) -> tuple[Estimate, float]:
-    """Estimate the share of pairs that b orders as their labels do; and by how many standard errors it beats a coin."""
+    """Estimate the share of pairs that b orders as their labels do, and the z-score of its excess over one half."""
     first, second = outputs.rows[0::2], outputs.rows[1::2]
     weight = np.ones(len(first)) if encoded.weight is None else encoded.weight.double().numpy()
     agreement = weight * label * np.sign(b[first] - b[second])
@@ -511,7 +512,7 @@ def _equal_length(
         value, samples = (
             (fb - fl * lb / ll) / total for fb, fl, lb, ll, total in zip(*map(both, columns), strict=True)
         )
-    return [interval(float(value[0, row]), samples[:, row]) for row in range(traits.shape[1])]
+    return [interval(float(value[0, row]), samples[:, row], bootstrap.n) for row in range(traits.shape[1])]
 
 
 def _correlations(
@@ -526,7 +527,7 @@ def _correlations(
         )
     if squared:
         value, samples = value**2, samples**2
-    return [interval(float(value[0, row]), samples[:, row]) for row in range(columns.shape[1])]
+    return [interval(float(value[0, row]), samples[:, row], bootstrap.n) for row in range(columns.shape[1])]
 
 
 # -- directions -------------------------------------------------------------------------------------------------
@@ -703,7 +704,7 @@ def _told(
     win: Mapping[str, Any] = flow.metadata.get("win") or {}
     reasons = []
     if win.get("accuracy") is not None:
-        errors = "" if win.get("z") is None else f", {win['z']:.1f} standard errors above chance"
+        errors = "" if win.get("z") is None else f", z-score {win['z']:.1f} against chance"
         reasons.append(
             f"On prompts held out of its fit, the flow's b ordered {win['accuracy']:.1%} of pairs rightly{errors}."
         )

@@ -1,14 +1,26 @@
-"""Files that are either whole or left as they were, and the folder of those that may be deleted."""
+"""Atomic file writes, locks against a second writer, and the folder of caches."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import socket
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-__all__ = ["cache_folder", "claim_folder", "replace_file", "replace_json", "require_files"]
+__all__ = [
+    "FileInUseError",
+    "WriterLock",
+    "cache_folder",
+    "claim_folder",
+    "replace_file",
+    "replace_json",
+    "require_files",
+]
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -80,3 +92,91 @@ def cache_folder(kind: str) -> Path:
         return Path.home() / ".cache" / "pfm" / kind
     except RuntimeError:
         return Path(os.devnull, "pfm")
+
+
+NOTE = b'{"pid": '  # how a lock file begins while its lock is held
+
+
+class FileInUseError(OSError):
+    """Says that another process writes to a file."""
+
+
+def _command() -> str:
+    """Name the program and its first argument; the others may hold keys."""
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return " ".join([name, *(word for word in sys.argv[1:2] if re.fullmatch(r"[a-z-]{1,20}", word))])
+
+
+class WriterLock:
+    """Lets one process at a time write to a file.
+
+    The lock is the operating system's, on ``.NAME.lock`` beside the file, so that it ends with its process, however
+    that ends. The lock file says who holds the lock; it stays when the lock is released, since removing it would
+    let two processes lock two files of its name. Links and other spellings of a path share one lock.
+
+    Args:
+        path: the file, there or not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        real = path.resolve()
+        self.place = real.with_name(f".{real.name}.lock")
+        self._lock: Any = None
+
+    def acquire(self) -> Self:
+        """Take the lock, and note who holds it.
+
+        Raises:
+            FileInUseError: another process, or another lock of this one, has it; the message says who.
+            OSError: the lock file cannot be made.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.place)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise FileInUseError(
+                f"{self.path} is being written by {self._holder()}: wait until that is done, or give another file"
+            ) from None
+        self._lock = lock
+        held = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": _command(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        }
+        self._note(json.dumps(held))
+        return self
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            self._note("")
+            self._lock.release()
+            self._lock = None
+
+    def _note(self, text: str) -> None:
+        from filelock import SoftFileLock
+
+        try:
+            with self.place.open("r+b") as file:
+                # A lock by existence keeps notes of its own; any other content is not ours to replace.
+                ours = file.read(len(NOTE)) in (b"", NOTE) and os.fstat(file.fileno()).st_nlink == 1
+                if ours and not isinstance(self._lock, SoftFileLock):
+                    file.seek(0)
+                    file.write(text.encode())
+                    file.truncate()
+        except OSError:  # the lock holds without it, as on systems that let nobody write to a locked file
+            return
+
+    def _holder(self) -> str:
+        try:
+            with self.place.open("rb") as file:
+                held = json.loads(file.read(10_000))
+            pid, host, command, since = (str(held[name]) for name in ("pid", "host", "command", "since"))
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return "another process"
+        return f"process {pid} on {host} ({command}) since {since}"

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,14 +19,22 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from pfm import graphs
+from pfm.archive import (
+    load_module,
+    read_description,
+    read_folder,
+    save_folder,
+    save_tensors,
+    tensor_shapes,
+)
 from pfm.chunks import Work, map_rows
-from pfm.config import FlowConfig
+from pfm.config import FlowConfig, refuse_options
 from pfm.couplings import Joined, WithoutContext, make_coupling
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.errors import NonFiniteWarning
 from pfm.fields import SMALL, Field, Normalizer, Velocity
-from pfm.files import replace_file, replace_json
+from pfm.files import replace_json, require_files
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.opponents import PreferenceWin, candidate_wins, rescored
 from pfm.preferences.base import PreferenceModel
@@ -40,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 MODES = ("single", "gated", "reapply", "relabel")
 FAILURES = ("keep", "raise")
+DESCRIPTION, TENSORS = "config.json", "model.safetensors"  # the hub's names
+DESCRIBED = ("event_shape", "context_dimension", "config", "metadata")
+LOADING_OPTIONS = ("map_location", "revision", "token", "cache_dir", "force_download", "local_files_only")
 STATISTICS_ROWS = 20_000
 _CALLER = 3  # of a public method, past the decoration of the class: whom a warning is for
 RESIDENT_SHARE = 0.5  # of a device's free memory that pairs may take to be kept there
@@ -187,6 +199,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         elif not isinstance(config, FlowConfig):
             config = FlowConfig.from_dict(dict(config))
         began = time.perf_counter()
+        encoded, validation = encoded.counted(), None if validation is None else validation.counted()
         train, held = _training_sets(encoded, validation, config)
         if preference is not None:
             if isinstance(preference, PreferenceModel) and preference.layout is None:
@@ -798,13 +811,43 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
     # -- saving -------------------------------------------------------------------------------------------------
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Save the flow to a folder, as safetensors and JSON; a save that fails leaves the folder as it was.
 
-        folder = Path(save_directory)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        replace_file(folder / "model.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        replace_json(folder / "config.json", self._described())
+        Args:
+            save_directory: the folder, made if absent.
+            config: ignored; the flow describes itself.
+            repo_id: repository on the hub; None takes the folder's name.
+            push_to_hub: also upload the flow.
+            model_card_kwargs: values of the model card's template.
+            push_to_hub_kwargs: as for ``push_to_hub``.
+
+        Returns:
+            The commit's address if the flow was uploaded, else None.
+        """
+        folder = Path(save_directory).expanduser()
+        with save_folder(folder) as staging:
+            self._save_pretrained(staging)
+            if not (folder / "README.md").exists():  # the user may have written one
+                self.generate_model_card(**(model_card_kwargs or {})).save(staging / "README.md")
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(
+            repo_id=repo_id or folder.resolve().name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_tensors(save_directory / TENSORS, self.state_dict())
+        replace_json(save_directory / DESCRIPTION, self._described())
 
     def _described(self) -> dict[str, Any]:
         metadata = dict(self.metadata)
@@ -821,81 +864,68 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         }
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> PreferenceFlow:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | int | torch.device = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **unknown: Any,
+    ) -> PreferenceFlow:
         """Load a flow from a folder written by ``save_pretrained``, or from the hub.
+
+        Nothing in the files is run, contacted or allocated before the two were found to belong together.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on the hub.
-            options: as for ``huggingface_hub.PyTorchModelHubMixin.from_pretrained`` (revision, token, ...).
+            map_location: the device to load to; a number is that of a CUDA device.
+            revision: branch, tag or commit on the hub.
+            token, cache_dir, force_download, local_files_only: as for ``huggingface_hub.hf_hub_download``.
 
         Raises:
-            FileNotFoundError: the folder or one of its files is not there.
-            ValueError: a file is damaged, or the two do not belong together.
+            FileNotFoundError: the folder or one of its files is not there, nor such a repository.
+            ValueError: a file is damaged, the two do not belong together, or there is no such device.
+            TypeError: an option is misspelt, or ``map_location`` is no device.
         """
+        unknown.pop("strict", None)  # always so here
+        if unknown:
+            refuse_options("PreferenceFlow.from_pretrained", unknown, LOADING_OPTIONS)
+        device = resolve_device(map_location, "map_location")
         name = os.fspath(pretrained_model_name_or_path)
-        path = Path(name)
-        if not path.is_dir() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2 or path.exists()):
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return read_folder(folder, (DESCRIPTION, TENSORS), lambda: cls._from_folder(folder, device))
+        if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
             raise FileNotFoundError(f"{name} is not a folder: give one written by PreferenceFlow.save_pretrained")
-        try:
-            return super().from_pretrained(name, **options)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name}/config.json is damaged ({error}): copy or fit the flow again") from error
+        paths = _downloaded(
+            name, revision=revision, token=token, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only,
+        )  # fmt: skip
+        return cls._from_files(*paths, device)
 
     @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        map_location: str = "cpu",
-        strict: bool = True,
-        **model_kwargs: Any,
-    ) -> PreferenceFlow:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def _from_folder(cls, folder: Path, device: torch.device) -> PreferenceFlow:
+        require_files(folder, (DESCRIPTION, TENSORS), "PreferenceFlow.save_pretrained")
+        return cls._from_files(folder / DESCRIPTION, folder / TENSORS, device)
 
-        def find(name: str) -> Path:
-            if Path(model_id).is_dir():
-                path = Path(model_id) / name
-                if not path.is_file():
-                    raise FileNotFoundError(
-                        f"{model_id} holds no {name}: give a folder written by PreferenceFlow.save_pretrained"
-                    )
-                return path
-            from huggingface_hub import hf_hub_download
-
-            found = hf_hub_download(
-                model_id, name, revision=revision, cache_dir=cache_dir,
-                force_download=force_download, local_files_only=local_files_only, token=token,
-            )  # fmt: skip
-            return Path(found)
-
+    @classmethod
+    def _from_files(cls, description: Path, tensors: Path, device: torch.device) -> PreferenceFlow:
+        described = read_description(description)
+        missing = [key for key in DESCRIBED if key not in described]
+        if missing:
+            raise ValueError(f"{description} is damaged or is not a preference flow's: it lacks {', '.join(missing)}")
+        shapes = tensor_shapes(tensors)
         try:
-            described = json.loads(find("config.json").read_text(encoding="utf-8"))
-            known = {name: described[name] for name in ("event_shape", "context_dimension", "config", "metadata")}
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{model_id}/config.json is damaged or is not a preference flow's: {error}") from error
-        flow = cls(**known)
-        try:
-            tensors = load_file(find("model.safetensors"), device=map_location)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{model_id}/model.safetensors is damaged or was cut short ({error}): copy or fit it again"
-            ) from error
-        wanted = flow.state_dict()
-        for name in sorted(wanted.keys() | tensors.keys()):
-            shapes = [tuple(part[name].shape) if name in part else None for part in (wanted, tensors)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"{model_id}/model.safetensors does not fit its config.json at {name}: "
-                    f"expected shape {shapes[0]}, got {shapes[1]}"
-                )
-        flow.load_state_dict(tensors)
-        return flow.to(map_location).eval()
+            _check_sizes(described, shapes)
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{tensors} does not fit its {DESCRIPTION} at {error}") from error
+        return load_module(
+            lambda: cls(**{key: described[key] for key in DESCRIBED}), tensors, DESCRIPTION, device=device
+        ).eval()
 
     def summary(self) -> str:
         """Say in a few lines what was fitted and what held-out prompts confirmed."""
@@ -914,7 +944,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 f"  path   {self.config.solver}, {self.steps} steps"
                 + ("" if error is None else f", {error:.1%} from the exact solution"),
                 f"  b      orders {win.get('accuracy', math.nan):.1%} of held-out pairs rightly, "
-                + ("all of them" if z is None else f"{z:.1f} standard errors above chance")
+                + ("all of them" if z is None else f"z-score {z:.1f} against chance")
                 + f"; guard at a difference of {self.guard_margin:.3g}",
             ]
         )
@@ -965,6 +995,46 @@ def _row_uniforms(y: Tensor) -> Tensor:
 
 def _root(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+def _downloaded(name: str, **options: Any) -> tuple[Path, Path]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        first, second = (Path(hf_hub_download(name, file, **options)) for file in (DESCRIPTION, TENSORS))
+    except (OSError, ValueError) as error:  # all errors of the hub are one of these
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{name} is no folder here, and was not loaded from the hub ({type(error).__name__}: {reason}): give a "
+            "folder written by PreferenceFlow.save_pretrained, or a repository on the hub that you can reach"
+        ) from error
+    return first, second
+
+
+def _check_sizes(described: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Compare the sizes in a description with the shapes of the tensors, before a module is made by them."""
+    event_shape, context_dimension = described["event_shape"], described["context_dimension"]
+    if not isinstance(event_shape, list):
+        raise TypeError(f"event_shape: expected a list of whole numbers, got {event_shape!r}")
+    for number in (*event_shape, context_dimension):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise TypeError(f"event_shape or context_dimension: expected whole numbers of at least 0, got {number!r}")
+    for name, size in (("normalizer.mean", math.prod(event_shape)), ("normalizer.context_mean", context_dimension)):
+        found = shapes[name][0] if name in shapes else None
+        if found != (size,):
+            raise ValueError(f"{name}: expected shape {(size,)}, got {found}")
+    # A field has a tensor and more for each of its layers, and a normalizer for each of its rounds.
+    flows = sum(name.endswith("normalizer.mean") for name in shapes)
+    pending = [described]
+    while pending:
+        part = pending.pop()
+        flows -= 1
+        if flows < 0:
+            raise ValueError("later: expected no more rounds than there are tensors of")
+        layers = dict(part["config"]).get("layers", 1)
+        if isinstance(layers, int) and layers > len(shapes):
+            raise ValueError(f"layers: expected at most {len(shapes)}, the number of its tensors, got {layers}")
+        pending += part["metadata"].get("later", [])
 
 
 def _version() -> str:

@@ -19,16 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import confirmed
 from pfm.encoded import CandidateRows, EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, restored
 from pfm.preferences.calibration import pair_scores, reliability
+from pfm.preferences.context_mean import ContextMean
 from pfm.win import confirmed_margin
 
 __all__ = ["PreferenceWin", "candidate_wins", "rescored"]
 
-DRAWS = 512  # reference draws that are kept
-NEAREST = 64  # of them the opponents of an output under a context: those whose contexts are nearest
+DRAWS = 512  # reference draws that are kept; with contexts both members of as many pairs
+POOLED = 8.0  # draws of the context itself that all others together are worth
+LEVELS = 3  # times that the contexts' levels are corrected
+FITTED = 20_000  # pairs that the contexts' levels are fitted on
 FLOOR = 1e-6  # of a probability, before its log-odds are taken
 ROWS = 512
 
@@ -36,30 +39,37 @@ ROWS = 512
 class PreferenceWin(nn.Module):
     """Gives logit b(y|x) by a fitted preference model, against reference draws that are kept with it.
 
-    It stands where :class:`pfm.win.WinHead` does. Without contexts all draws are the opponents; with contexts, where
-    pi_ref depends on x, the :data:`NEAREST` draws whose contexts are nearest.
+    It stands where :class:`pfm.win.WinHead` does. Without contexts all draws are the opponents. With contexts pi_ref
+    depends on x, and few draws are of x itself. Each draw is then judged under its own context, and carried over to
+    another by the difference of the contexts' levels: with a level m(x) in log-odds (:class:`ContextMean`), draw k
+    answers y with s(y, y_k) - m(x) + m(x_k), so that the mean of b over the reference is one half under every context.
+    Draws of the context itself, and of near ones, count for more than the others.
 
     Args:
         model: the preference model.
         dimension, context_dimension: of outputs and contexts.
         draws: number of reference draws.
+        anchors: number of contexts that their levels are known by.
     """
 
     draws: Tensor
     draw_contexts: Tensor
-    context_spread: Tensor
+    draw_levels: Tensor
     margin: Tensor
 
-    def __init__(self, model: PreferenceModel, dimension: int, context_dimension: int, draws: int) -> None:
+    def __init__(
+        self, model: PreferenceModel, dimension: int, context_dimension: int, draws: int, anchors: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
         for name, value in {
             "draws": torch.zeros(draws, dimension),
             "draw_contexts": torch.zeros(draws, context_dimension),
-            "context_spread": torch.ones(context_dimension),
+            "draw_levels": torch.zeros(draws),
             "margin": torch.tensor(math.inf),
         }.items():
             self.register_buffer(name, value)
+        self.level = ContextMean(context_dimension, anchors)
 
     @classmethod
     def made(
@@ -67,7 +77,8 @@ class PreferenceWin(nn.Module):
     ) -> tuple[PreferenceWin, dict[str, Any]]:
         """Keep reference draws of ``pairs`` and set the guard on ``judging``; give this, and what was found.
 
-        Of every pair one member, by a fair coin, is a draw of the reference.
+        Of every pair one member, by a fair coin, is a draw of the reference; with contexts both members are, half the
+        weight each, which makes the draws of one context even.
 
         Raises:
             TypeError: not a preference model. ValueError: it was fitted on outputs of another size.
@@ -86,13 +97,16 @@ class PreferenceWin(nn.Module):
         model = copy.deepcopy(model)  # the caller's may be fitted anew, or moved
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(pairs), generator=generator, device="cpu")[:DRAWS]
-        win = cls(model, pairs.dimension, pairs.context_dimension, len(index))
-        coin = torch.randint(2, (len(index),), generator=generator, device="cpu")
-        win.draws.copy_(pairs.members(2 * index + coin))
         contexts = pairs.contexts_of(index)
-        if contexts is not None:
-            win.draw_contexts.copy_(contexts)
-            win.context_spread.copy_(contexts.std(0, correction=0).clamp_min(1e-6))
+        if contexts is None:
+            win = cls(model, pairs.dimension, 0, len(index))
+            coin = torch.randint(2, (len(index),), generator=generator, device="cpu")
+            win.draws.copy_(pairs.members(2 * index + coin))
+        else:
+            win = cls(model, pairs.dimension, pairs.context_dimension, 2 * len(index))
+            win.draws.copy_(torch.cat([pairs.members(2 * index), pairs.members(2 * index + 1)]))
+            win.draw_contexts.copy_(contexts.repeat(2, 1))
+            win._fit_levels(pairs, generator)
         return win, win.judge(judging)
 
     def judge(self, pairs: EncodedPairs) -> dict[str, Any]:
@@ -103,58 +117,80 @@ class PreferenceWin(nn.Module):
         score = pair_scores(self.model, pairs)
         batch = pairs.to("cpu").gather(torch.arange(len(pairs), device="cpu"))
         gap = torch.tanh(score / 2)  # P - P'
-        agreement = (2 * batch.probability - 1) * torch.sign(gap) * batch.weight
-        z = standard_errors(agreement, pairs.group)
-        self.margin.fill_(confirmed_margin(gap, batch.weight, batch.probability) if z > CONFIRMED else math.inf)
+        order = confirmed((2 * batch.probability - 1) * torch.sign(gap), pairs.group, batch.weight)
+        self.margin.fill_(confirmed_margin(gap, batch.weight, batch.probability) if order else math.inf)
         found = reliability(score, batch.probability, batch.weight)
         return {
             "accuracy": found.accuracy,
             "log_loss": found.log_loss,
             "ece": found.ece,
-            "z": z if math.isfinite(z) else None,
+            "z": order.z,
             "network_kept": None,
             "preference": type(self.model).__name__,
         }
 
+    @torch.no_grad()
+    def _fit_levels(self, pairs: EncodedPairs, generator: torch.Generator) -> None:
+        """Fit the contexts' levels so that b of both members of the pairs is one half on the mean of every context."""
+        index = torch.randperm(len(pairs), generator=generator)[:FITTED]
+        batch, group = pairs.gather(index), pairs.group[index]
+        assert batch.context is not None
+        if not float(batch.weight.sum()) > 0:
+            return
+        context = batch.context if self.model.context_dimension else None
+        chosen, rejected = (self.model.embed(side, context) for side in (batch.chosen, batch.rejected))
+        # Log-odds are linear in the opponent's embedding: against the mean embedding they are the mean log-odds.
+        share = (batch.weight / batch.weight.sum())[:, None]
+        mean = Embedded(
+            ((chosen.reward + rejected.reward)[:, None] / 2 * share).sum(0),
+            ((chosen.planes + rejected.planes) / 2 * share).sum(0, keepdim=True),
+        )
+        value = (chosen.against(mean) + rejected.against(mean)) / 2
+        for number in range(LEVELS + 1):
+            level = self.level.fit(batch.context, value, batch.weight, group, torch.Generator().manual_seed(0))
+            self.draw_levels.copy_(self.level(self.draw_contexts))
+            if number == LEVELS:
+                return
+            b = [torch.sigmoid(self(side, batch.context)) for side in (batch.chosen, batch.rejected)]
+            # A step of Newton's method towards a mean of one half, at the slope that b has there.
+            value = level + 2 * (b[0] + b[1] - 1)
+
+    def upgraded(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Complete the tensors of a flow saved before contexts had levels: there all have the same."""
+        if f"{prefix}context_spread" not in tensors:
+            return tensors
+        ours = {f"{prefix}draw_levels": self.draw_levels}
+        ours |= {f"{prefix}level.{name}": value for name, value in self.level.state_dict().items()}
+        return ours | {name: value for name, value in tensors.items() if name != f"{prefix}context_spread"}
+
     def forward(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Give logit b (B,) of outputs y (B, D) under contexts (B, C) or None."""
+        reads = self.model.context_dimension > 0
+        theirs = self.model.embed(self.draws, self.draw_contexts if reads else None)
         chances = [y.new_zeros(0)]
         for at in range(0, len(y), ROWS):
             rows = slice(at, at + ROWS)
-            chances.append(self._chance(y[rows], None if context is None else context[rows]))
+            chances.append(self._chance(y[rows], None if context is None else context[rows], theirs))
         return torch.logit(torch.cat(chances), eps=FLOOR)
 
-    def _chance(self, y: Tensor, context: Tensor | None) -> Tensor:
+    def _chance(self, y: Tensor, context: Tensor | None, theirs: Embedded) -> Tensor:
+        """Give the mean chance (B,) against the draws' embeddings."""
         if context is None or context.shape[1] == 0:
-            return self._mean(y, None, self.draws)
-        scale = self.context_spread
-        apart = torch.cdist(context / scale, self.draw_contexts / scale)
-        near = apart.topk(min(NEAREST, len(self.draws)), dim=1, largest=False).indices
-        if self.model.context_dimension == 0:  # every draw is embedded once
-            theirs = self.model.embed(self.draws, None)
-            chance = torch.sigmoid(self.model.embed(y, None).against_all(theirs))
-            return chance.gather(1, near).mean(1)
-        return self._mean(y, context, self.draws[near])
-
-    def _mean(self, y: Tensor, context: Tensor | None, opponents: Tensor) -> Tensor:
-        """Give the mean chance (B,) against opponents (M, D), or (B, M, D) under contexts (B, C)."""
-        mine = self.model.embed(y, context)
-        if opponents.ndim == 2:
-            return torch.sigmoid(mine.against_all(self.model.embed(opponents, None))).mean(1)
-        assert context is not None
-        count = opponents.shape[1]
-        flat = self.model.embed(opponents.flatten(0, 1), context.repeat_interleave(count, 0))
-        theirs = Embedded(*(part.unflatten(0, (-1, count)) for part in (flat.reward, flat.planes)))
-        return torch.sigmoid(mine[:, None].against(theirs)).mean(1)
+            return torch.sigmoid(self.model.embed(y, None).against_all(theirs)).mean(1)
+        mine = self.model.embed(y, context if self.model.context_dimension else None)
+        score = mine.against_all(theirs) - self.level(context)[:, None] + self.draw_levels
+        near = self.level.nearness(context, self.draw_contexts) + POOLED / len(self.draws)
+        return (torch.sigmoid(score) * near).sum(1) / near.sum(1)
 
     def describe(self) -> dict[str, Any]:
         """Give, as JSON values, all but the tensors."""
-        return {"model": self.model.describe(), "draws": len(self.draws)}
+        return {"model": self.model.describe(), "draws": len(self.draws), "anchors": len(self.level.anchors)}
 
     @classmethod
     def restored(cls, described: dict[str, Any], dimension: int, context_dimension: int) -> PreferenceWin:
         """Make what :meth:`describe` told of, its tensors still to be loaded."""
-        return cls(restored(described["model"]), dimension, context_dimension, int(described["draws"]))
+        anchors = int(described.get("anchors", 0))
+        return cls(restored(described["model"]), dimension, context_dimension, int(described["draws"]), anchors)
 
 
 @torch.no_grad()

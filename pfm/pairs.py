@@ -200,11 +200,13 @@ class PreferencePairs:
         max_pairs_per_prompt: int | None = None,
         seed: int = 0,
         on_bad_rows: str = "raise",
+        ties: str = "half",
     ) -> PreferencePairs:
-        """Make a pair of every two candidates of a prompt whose scores differ; the higher one is chosen.
+        """Make a pair of every two candidates of a prompt; the one with the higher score is chosen.
 
-        The column ``margin`` holds the difference of scores; ``.candidates`` keeps each prompt's whole set. A text
-        that stands twice among the candidates is never paired with itself.
+        The column ``margin`` holds the difference of scores; ``.candidates`` keeps each prompt's whole set. Candidates
+        with equal scores are a tie, a pair with probability ½: without them b would be too certain. A text that stands
+        twice among the candidates is never paired with itself.
 
         Args:
             prompts: P texts.
@@ -213,13 +215,15 @@ class PreferencePairs:
             group: P values of what belongs together beyond the prompt, or None.
             max_pairs_per_prompt: draw at most so many of a prompt's pairs, uniformly; None takes all.
             seed: seed of that draw.
-            on_bad_rows: "drop" leaves out bad candidates, and prompts that have no two different scores.
+            on_bad_rows: "drop" leaves out bad candidates, and prompts that make no pair.
+            ties: "half" keeps ties, "drop" leaves them out.
 
         Raises:
             PreferenceDataError: a score is not a finite number, a text is blank, a prompt has fewer than two
-                candidates or only ties.
+                candidates or, with ties="drop", only ties; or all prompts have only ties.
             ValueError: the lengths disagree, or a prompt makes millions of pairs without a limit.
         """
+        _check_choice("ties", ties, ("half", "drop"))
         check_pair_limit(max_pairs_per_prompt)
         _check_lengths(prompts, group, candidates=candidates, scores=scores)
         bad = BadRows("scores", on_bad_rows)
@@ -231,15 +235,22 @@ class PreferencePairs:
             try:
                 prompt = checked_prompt(prompt, None)
                 texts, numbers = _scored(candidates[i], scores[i], i, bad)
-                better, worse = _ordered_pairs(texts, numbers, max_pairs_per_prompt, (seed, i), where)
+                better, worse = _ordered_pairs(texts, numbers, max_pairs_per_prompt, (seed, i), where, ties)
             except PreferenceDataError as error:
                 bad.meet(error, where)
                 continue
             for j, k in zip(better.tolist(), worse.tolist(), strict=True):
-                extra = {"margin": float(numbers[j] - numbers[k])}
-                columns.add(prompt, texts[j], texts[k], group=of_prompt, extra=extra)
+                margin = float(numbers[j] - numbers[k])
+                tie = None if margin else 0.5
+                columns.add(prompt, texts[j], texts[k], probability=tie, group=of_prompt, extra={"margin": margin})
             views = [conversation_text(text) for text in texts]
             groups.append(CandidateGroup(conversation_text(prompt), views, numbers.tolist(), of_prompt))
+        if groups and all(len(set(entry.scores)) == 1 for entry in groups):
+            raise PreferenceDataError(
+                f"scores: the candidates of every prompt ({len(groups)}) have equal scores, so that none is known to "
+                "be better; expected two different scores somewhere",
+                reason="all ties",
+            )
         bad.finish(len(columns.prompt))
         return cls(columns, candidates=groups, dropped=bad.dropped)
 
@@ -253,6 +264,7 @@ class PreferencePairs:
         max_pairs_per_prompt: int | None = None,
         seed: int = 0,
         on_bad_rows: str = "raise",
+        ties: str = "half",
     ) -> PreferencePairs:
         """Make pairs from texts ranked best first; a list of texts in the place of a text is a tie.
 
@@ -273,6 +285,7 @@ class PreferencePairs:
             max_pairs_per_prompt=max_pairs_per_prompt,
             seed=seed,
             on_bad_rows=on_bad_rows,
+            ties=ties,
         )
 
     @classmethod
@@ -282,7 +295,7 @@ class PreferencePairs:
         *,
         soft: bool = True,
         weight: str = "total",
-        ties: str = "drop",
+        ties: str | None = None,
         prior: float | None = 0.0,
         group_key: str = "group",
         on_bad_rows: str = "raise",
@@ -297,8 +310,8 @@ class PreferencePairs:
             soft: keep the probability; False takes the majority's word as certain.
             weight: "total" for n, "margin" for v₁ − v₂, "one" for 1, "effective" for how many single votes on
                 different pairs the n are worth (:func:`pfm.preferences.soft_labels`).
-            ties: where v₁ = v₂: "drop" leaves the row out and counts it as ``dropped["tie"]``; "half" keeps it
-                with probability ½ (needs ``soft``).
+            ties: where v₁ = v₂: "half" keeps the row with probability ½ (needs ``soft``); "drop" leaves it out and
+                counts it as ``dropped["tie"]``. None: "half" if ``soft``, else "drop".
             prior: votes for either side that are added to every pair, so that one vote makes nothing certain; None
                 finds how many (:func:`pfm.preferences.fit_prior`).
             group_key: column of what belongs together beyond the prompt.
@@ -308,6 +321,7 @@ class PreferencePairs:
             PreferenceDataError: a row is bad, has no vote at all, or nothing but ties is left.
         """
         _check_choice("weight", weight, ("total", "one", "margin", "effective"))
+        ties = ("half" if soft else "drop") if ties is None else ties
         _check_choice("ties", ties, ("drop", "half"))
         if ties == "half" and not soft:
             raise ValueError('ties="half" needs soft=True: a hard label has no half; use ties="drop"')
@@ -681,16 +695,22 @@ def _checked_score(score: Any) -> float:
 
 
 def _ordered_pairs(
-    texts: list[Text], scores: np.ndarray, limit: int | None, seed: tuple[int, int], where: str
+    texts: list[Text],
+    scores: np.ndarray,
+    limit: int | None,
+    seed: tuple[int, int],
+    where: str,
+    ties: str = "half",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the better and of the worse candidate of each pair.
+    """Return the positions of the better and of the worse candidate of each pair; of a tie either may stand first.
 
-    In ascending order of score the candidate at position p beats the first ``below[p]`` ones; numbering the pairs
-    in that order makes a draw possible without listing all of them.
+    In ascending order of score the candidate at position p is paired with the first ``below[p]`` ones, which are all
+    before it or, without ties, those it beats; numbering the pairs in that order makes a draw possible without listing
+    all of them.
     """
     order = np.argsort(scores, kind="stable")
     ascending = scores[order]
-    below = np.searchsorted(ascending, ascending, side="left")
+    below = np.arange(len(scores)) if ties == "half" else np.searchsorted(ascending, ascending, side="left")
     ends = np.cumsum(below)
     total = int(ends[-1])
     if not total:

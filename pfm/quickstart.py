@@ -209,7 +209,7 @@ def run(out: str | Path, seed: int = 0, console: Console | None = None, progress
     from rich.console import Console
 
     console = console or Console()
-    out = Path(out)
+    out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     data = load_example()
     _say(

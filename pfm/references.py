@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm.chunks import map_rows
 from pfm.config import FlowConfig
 from pfm.couplings import SOURCES, Coupled
 from pfm.devices import resolve_device, standard_defaults, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor
-from pfm.files import replace_file, replace_json, require_files
+from pfm.files import replace_json, require_files
 from pfm.fitting import at_most, choose_steps, fit_field
 from pfm.flow import STATISTICS_ROWS, PreferenceFlow, _on_unit_sphere
 from pfm.tastes import append_code, check_names
@@ -463,21 +464,19 @@ class PooledFlow:
         return torch.eye(len(self.names), dtype=torch.float32, device="cpu")[rows]
 
     def save(self, folder: str | Path) -> Path:
-        """Write the flow, the head of b and what is known of the sources to a folder; :meth:`load` reads it."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        self.flow.save_pretrained(folder / FLOW)
-        tensors = {f"win.{name}": value.detach().cpu().contiguous() for name, value in self.win.state_dict().items()}
-        tensors |= {"shares": self.shares.contiguous(), "rates": self.rates.contiguous()}
-        replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        """Write the flow, the head of b and what is known of the sources to a folder, as a whole."""
+        folder = Path(folder).expanduser()
+        tensors = {f"win.{name}": value for name, value in self.win.state_dict().items()}
         described = {
             "version": 1,
             "names": list(self.names),
             "unit": self.unit,
             "network": self.win.network is not None,
         }
-        replace_json(folder / DESCRIPTION, described)
+        with save_folder(folder) as staging:
+            self.flow.save_pretrained(staging / FLOW)
+            save_tensors(staging / TENSORS, tensors | {"shares": self.shares, "rates": self.rates})
+            replace_json(staging / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -487,23 +486,27 @@ class PooledFlow:
         Raises:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        folder = Path(folder).expanduser()
+        return read_folder(folder, (DESCRIPTION, TENSORS, f"{FLOW}/*"), lambda: cls._load(folder))
 
-        folder = Path(folder)
+    @classmethod
+    def _load(cls, folder: Path) -> PooledFlow:
         require_files(folder, (DESCRIPTION, TENSORS), "PooledFlow.save")
         flow = PreferenceFlow.from_pretrained(folder / FLOW)
         try:
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
-            names = tuple(described["names"])
-            win = WinHead(flow.dimension + len(names), flow.context_dimension - len(names))
-            if not described["network"]:
-                win.drop_network()
-            head = {name.removeprefix("win."): value for name, value in tensors.items() if name.startswith("win.")}
-            win.load_state_dict(head)
-            return cls(flow, win, names, tensors["shares"], tensors["rates"], described["unit"])
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError, KeyError) as error:
+            described = read_description(folder / DESCRIPTION)
+            names, network, unit = tuple(described["names"]), described["network"], described["unit"]
+
+            def build() -> WinHead:
+                head = WinHead(flow.dimension + len(names), flow.context_dimension - len(names))
+                if not network:
+                    head.drop_network()
+                return head
+
+            win = load_module(build, folder / TENSORS, DESCRIPTION, prefix="win.")
+            tensors = load_tensors(folder / TENSORS)
+            return cls(flow, win, names, tensors["shares"], tensors["rates"], unit)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds a damaged pooled flow ({error}): save or fit it again") from error
 
 

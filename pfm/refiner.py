@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from pfm.decoders import Decoder, Judged, Latent, Rewrite, Select, Selection
 from pfm.decoders.improve import added
 from pfm.encoded import vector_space
+from pfm.encoders.sentence import as_encoder
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
 from pfm.generators.base import (
@@ -33,6 +34,7 @@ from pfm.generators.base import (
     numbered_draws,
     occurrences,
 )
+from pfm.reasoning import checked_reasoning, judged_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ WAITING_CANDIDATES = 1024
 WAITING_SECONDS = 1.0
 
 # Fields of a Refinement that most generators and decoders have nothing to say in.
-_WHERE_KNOWN = ("generator", "generators", "trace", "usage")
+_WHERE_KNOWN = ("generator", "generators", "trace", "usage", "reasoning")
 
 DECODERS: dict[str, Callable[..., Decoder]] = {"select": Select, "rewrite": Rewrite, "latent": Latent}
 
@@ -57,7 +59,7 @@ class Refinement:
         original: the first candidate, which the generator alone would have given.
         candidates: the usable candidates; those that the decoder itself has made come last.
         win_probability: b(text | prompt) in [0, 1]; NaN if it could not be judged.
-        probabilities: b of each candidate.
+        probabilities: b of each candidate; 0 of one that was cut off before the answer that its reasoning leads to.
         index: place of ``text`` in ``candidates``; -1 if there is none.
         changed: whether ``text`` differs from ``original``.
         reason: why it was kept or changed, and what was missing, in one phrase.
@@ -69,6 +71,8 @@ class Refinement:
         generators: the same for each candidate, "" where it is not known; empty where there is only one generator.
         usage: tokens that drawing the candidates took (``prompt_tokens``, ``completion_tokens``,
             ``total_tokens``); empty where that is not known.
+        reasoning: for each candidate how many characters of hidden reasoning were set aside: what was judged is the
+            answer after it (see :mod:`pfm.reasoning`); empty where no candidate holds any.
     """
 
     prompt: Prompt
@@ -87,6 +91,7 @@ class Refinement:
     generator: str | None = None
     generators: list[str] = dataclasses.field(default_factory=list)
     usage: dict[str, int] = dataclasses.field(default_factory=dict)
+    reasoning: list[int] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; a probability that is NaN becomes None, and what is not known is left out."""
@@ -122,6 +127,7 @@ def wrap(
     encoder: Any,
     decoder: str | Decoder = "select",
     n: int = 8,
+    reasoning: str = "strip",
     **options: Any,
 ) -> Refiner:
     """Wrap a frozen generator with a preference flow.
@@ -132,11 +138,13 @@ def wrap(
         flow: a fitted :class:`pfm.PreferenceFlow`, a :class:`pfm.Composition` of some, or, with a
             :class:`pfm.generators.GeneratorPool` whose generators have the names of its sources, a
             :class:`pfm.references.PooledFlow`.
-        encoder: the encoder on whose vectors the flow was fitted; prompts go through its ``encode_prompts``
-            where it has one.
+        encoder: the encoder on whose vectors the flow was fitted, or a loaded ``SentenceTransformer``; prompts go
+            through its ``encode_prompts`` where it has one.
         decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
             :class:`pfm.decoders.Decoder`).
         n: candidates a prompt.
+        reasoning: "strip" judges of a candidate with hidden reasoning (``<think>...</think>`` and the like, see
+            :mod:`pfm.reasoning`) the answer after it, and hands on the whole; "keep" judges the whole text.
         options: settings of the decoder that is named: ``by``, ``margin``, ``strength``, ``seed`` of
             :class:`pfm.decoders.Select`; ``exemplars``, ``rounds``, ``rewrites``, ... of
             :class:`pfm.decoders.Rewrite`; ``strength``, ``win_gradient``, ... of :class:`pfm.decoders.Latent`.
@@ -144,18 +152,19 @@ def wrap(
     Raises:
         TypeError: generator, flow, encoder or decoder lack a method that is needed, n is not an integer, or the
             decoder lacks a setting.
-        ValueError: n < 1, an encoder of another dimension than the flow's, a setting that the decoder does not have,
-            or settings beside a decoder object.
+        ValueError: n < 1, an unknown ``reasoning``, an encoder of another dimension than the flow's, a setting that
+            the decoder does not have, or settings beside a decoder object.
 
     Warns:
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
     """
+    encoder = as_encoder(encoder)
     _check_flow_and_encoder(flow, encoder)
     found = None if generator is None else as_generator(generator)
     chooser = _as_decoder(decoder, options)
     if getattr(flow, "takes_tags", False):
         _check_sources(flow, found, chooser)
-    return Refiner(found, flow, encoder, chooser, _checked_n(n))
+    return Refiner(found, flow, encoder, chooser, _checked_n(n), reasoning)
 
 
 class Refiner:
@@ -165,7 +174,10 @@ class Refiner:
     :meth:`map_batch` runs in the workers of ``datasets.map``, Ray Data or Spark.
     """
 
-    def __init__(self, generator: Any, flow: Any, encoder: Any, decoder: Decoder, n: int) -> None:
+    def __init__(
+        self, generator: Any, flow: Any, encoder: Any, decoder: Decoder, n: int, reasoning: str = "strip"
+    ) -> None:
+        self.reasoning = checked_reasoning(reasoning)
         self.generator = generator
         self.flow = flow
         self.encoder = encoder
@@ -344,26 +356,36 @@ class Refiner:
     def _judge(self, portion: list[Refinement], keys: list[str]) -> None:
         """Encode all candidates at once, judge them in one call, and decode prompt by prompt, in place."""
         started = time.perf_counter()
-        judged = [(result, key) for result, key in zip(portion, keys, strict=True) if result.candidates]
+        judged = []
+        for result, key in zip(portion, keys, strict=True):
+            answered = _Answered.of(result, key, self.reasoning)
+            if answered.places:
+                judged.append(answered)
+            elif result.candidates:
+                _keep_unanswered(result)
         if not judged:
             return
         vectors, contexts, probabilities = self._probabilities(judged)
         end = 0
-        rows: list[tuple[Refinement, Judged]] = []
-        for row, (result, key) in enumerate(judged):
-            start, end = end, end + len(result.candidates)
-            found = probabilities[start:end]
-            result.probabilities = found.tolist()
+        rows: list[tuple[_Answered, Judged]] = []
+        for row, answered in enumerate(judged):
+            start, end = end, end + len(answered.texts)
+            result, found = answered.result, probabilities[start:end]
+            of_all = np.zeros(len(result.candidates))
+            of_all[answered.places] = found
+            result.probabilities = of_all.tolist()
             if np.isnan(found).any():
                 _keep_unjudgeable(result)
                 continue
+            given = [result.candidates[place] for place in answered.places]
             context = None if contexts is None else contexts[row]
-            rows.append((result, Judged(result.prompt, key, result.candidates, vectors[start:end], context, found)))
-        for (result, _), selection in zip(rows, self._decoded([row for _, row in rows]), strict=True):
-            _take(result, selection)
+            seen = Judged(result.prompt, answered.key, given, vectors[start:end], context, found, self.reasoning)
+            rows.append((answered, seen))
+        for (answered, _), selection in zip(rows, self._decoded([row for _, row in rows]), strict=True):
+            _take(answered, selection, self.reasoning)
         share = (time.perf_counter() - started) / len(judged)
-        for result, _ in judged:
-            result.seconds += share
+        for answered in judged:
+            answered.result.seconds += share
 
     def _decoded(self, rows: list[Judged]) -> Iterable[Selection]:
         """Decode several prompts: together where the decoder can, else one by one."""
@@ -375,30 +397,28 @@ class Refiner:
             for row in rows
         )
 
-    def _probabilities(
-        self, judged: list[tuple[Refinement, str]]
-    ) -> tuple[torch.Tensor, torch.Tensor | None, np.ndarray]:
+    def _probabilities(self, judged: list[_Answered]) -> tuple[torch.Tensor, torch.Tensor | None, np.ndarray]:
         """Return vectors (N, D), contexts (G, C) or None, and b (N,), NaN where the encoder's values are.
 
-        N counts the candidates of all G prompts, one prompt after the other.
+        N counts the answers of all G prompts, one prompt after the other.
         """
-        texts = [text for result, _ in judged for text in result.candidates]
+        texts = [text for answered in judged for text in answered.texts]
         vectors = _encoded(self.encoder.encode, texts, self.flow.metadata["dimension"])
         usable = vectors.isfinite().all(dim=1)
-        sizes = torch.tensor([len(result.candidates) for result, _ in judged])
+        sizes = torch.tensor([len(answered.texts) for answered in judged])
         of_prompt = torch.arange(len(judged)).repeat_interleave(sizes)
         contexts = context_rows = None
         context_dimension = self.flow.metadata.get("context_dimension")
         if context_dimension:
             encode = getattr(self.encoder, "encode_prompts", self.encoder.encode)
-            contexts = _encoded(encode, [key for _, key in judged], context_dimension)
+            contexts = _encoded(encode, [answered.key for answered in judged], context_dimension)
             context_rows = contexts[of_prompt]
             usable &= context_rows.isfinite().all(dim=1)
             context_rows = context_rows[usable]
         probabilities = np.full(len(texts), np.nan)
         if usable.any():
             if getattr(self.flow, "takes_tags", False):
-                tags = _tags_of([result for result, _ in judged], self.flow.names)
+                tags = _tags_of(judged, self.flow.names)
                 tag = [tag for tag, good in zip(tags, usable.tolist(), strict=True) if good]
                 found = self.flow.win_probability(vectors[usable], context_rows, tag=tag)
             elif isinstance(self.decoder, Select) and hasattr(self.flow, "candidate_probabilities"):
@@ -481,7 +501,7 @@ class _Run:
     def _judge(self) -> None:
         rows = slice(len(self.results), len(self.results) + len(self.waiting))
         portion = [_unjudged(prompt, draw) for prompt, draw in zip(self.prompts[rows], self.waiting, strict=True)]
-        notes = [_notes(draw, self.refiner.n) for draw in self.waiting]
+        drawn = list(self.waiting)
         self.waiting.clear()
         self.size, self.started = 0, time.perf_counter()
         self.results.extend(portion)
@@ -492,8 +512,8 @@ class _Run:
                 if math.isnan(result.win_probability):
                     result.error = result.error or f"{type(error).__name__}: {error}"
             raise
-        for result, note in zip(portion, notes, strict=True):
-            result.reason += note
+        for result, draw in zip(portion, drawn, strict=True):
+            result.reason += _notes(draw, self.refiner.n, result)
             self.bar.update()
             if self.on_result is not None:
                 self.on_result(result)
@@ -534,27 +554,80 @@ def _unjudged(prompt: Prompt, draw: Draw) -> Refinement:
         generator=draw.tags[0] if draw.tags else None,
         generators=draw.tags,
         usage=draw.usage,
+        reasoning=draw.reasoning,
     )
 
 
-def _take(result: Refinement, selection: Selection) -> None:
-    """Write a decoder's selection into the result."""
+def _take(answered: _Answered, selection: Selection, reasoning: str) -> None:
+    """Write a decoder's selection among the candidates with an answer into the result."""
+    result, places = answered.result, answered.places
+    index = selection.index
+    index = places[index] if index < len(places) else len(result.candidates) + index - len(places)
     if selection.added:
+        hidden = [_hidden(text, reasoning) for text in selection.added]
+        if result.reasoning or any(hidden):
+            result.reasoning = [*(result.reasoning or [0] * len(result.candidates)), *hidden]
         result.candidates = [*result.candidates, *selection.added]
         result.probabilities = [*result.probabilities, *selection.added_probabilities]
         if result.generators or selection.added_tags:
             drawn = result.generators or [""] * (len(result.candidates) - len(selection.added))
             result.generators = [*drawn, *(selection.added_tags or [""] * len(selection.added))]
-    result.index = selection.index
-    result.text = result.candidates[selection.index]
-    result.win_probability = result.probabilities[selection.index]
-    result.changed = selection.changed
-    result.generator = (result.generators[selection.index] or None) if result.generators else None
+    result.index = index
+    result.text = result.candidates[index]
+    result.win_probability = result.probabilities[index]
+    result.changed = result.text != result.original
+    result.generator = (result.generators[index] or None) if result.generators else None
     result.reason = selection.reason
+    if places[0] != 0:
+        kept = "kept the original", "took the first output with an answer"
+        result.reason = f"changed: the original was cut off before its answer; {selection.reason.replace(*kept)}"
     result.calls += selection.calls
     result.usage = added(result.usage, selection.usage)
     result.trace = selection.trace
     result.error = result.error or selection.error
+
+
+@dataclass
+class _Answered:
+    """The candidates of one prompt that hold an answer.
+
+    Attributes:
+        result: of the prompt. key: its text.
+        places: of these candidates among all. texts: what of each is judged.
+    """
+
+    result: Refinement
+    key: str
+    places: list[int]
+    texts: list[str]
+
+    @classmethod
+    def of(cls, result: Refinement, key: str, reasoning: str) -> _Answered:
+        """Set hidden reasoning aside, and note in the result how much."""
+        texts = [judged_text(text, reasoning) for text in result.candidates]
+        beside = result.reasoning or [0] * len(texts)
+        hidden = [
+            aside + len(whole) - len(text) for aside, whole, text in zip(beside, result.candidates, texts, strict=True)
+        ]
+        result.reasoning = hidden if any(hidden) else []
+        places = [place for place, text in enumerate(texts) if is_usable_text(text)]
+        return cls(result, key, places, [texts[place] for place in places])
+
+
+def _hidden(text: str, reasoning: str) -> int:
+    return len(text) - len(judged_text(text, reasoning))
+
+
+def _keep_unanswered(result: Refinement) -> None:
+    """Keep the original of a prompt without any answer."""
+    result.probabilities = [0.0] * len(result.candidates)
+    result.win_probability = 0.0
+    result.reason = "kept the original: no output holds an answer after its reasoning"
+    found = (
+        "EmptyAnswerError: every output was cut off within its hidden reasoning: let the generator write more tokens, "
+        'or judge the reasoning too with reasoning="keep"'
+    )
+    result.error = found if result.error is None else f"{result.error}; {found}"
 
 
 def _keep_unjudgeable(result: Refinement) -> None:
@@ -566,11 +639,14 @@ def _keep_unjudgeable(result: Refinement) -> None:
     result.error = found if result.error is None else f"{result.error}; {found}"
 
 
-def _notes(draw: Draw, n: int) -> str:
-    """Say what was missing among the candidates, as an addition to a reason."""
+def _notes(draw: Draw, n: int, result: Refinement) -> str:
+    """Say what was missing or set aside among the candidates, as an addition to a reason."""
     notes = ""
     if not draw.texts:
         return notes  # the error tells all of it
+    hidden = sum(characters > 0 for characters in result.reasoning)
+    if hidden:
+        notes += f"; hidden reasoning set aside in {hidden} of {count(len(result.reasoning), 'candidate')}"
     if draw.calls and len(draw.texts) < n:
         notes += f"; {len(draw.texts)} of {n} candidates after {count(draw.calls, 'call')}"
     if draw.dropped:
@@ -603,15 +679,15 @@ def _checked_tags(generators: Any, rows: list[list[Any]]) -> list[list[str]]:
     return tags
 
 
-def _tags_of(results: list[Refinement], names: Sequence[str]) -> list[str]:
-    """Return the generator of every candidate, one prompt after the other."""
-    for result in results:
+def _tags_of(judged: list[_Answered], names: Sequence[str]) -> list[str]:
+    """Return the generator of every candidate with an answer, one prompt after the other."""
+    for result in (answered.result for answered in judged):
         if len(result.generators) != len(result.candidates):
             raise ValueError(
                 f"this flow needs to know which of {', '.join(names)} made each candidate: wrap a "
                 "pfm.generators.GeneratorPool with generators of these names, or give generators to .refine"
             )
-    return [tag for result in results for tag in result.generators]
+    return [answered.result.generators[place] for answered in judged for place in answered.places]
 
 
 def _check_sources(flow: Any, generator: Any, decoder: Any) -> None:

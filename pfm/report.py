@@ -421,7 +421,8 @@ def _measured(report: Report) -> str:
         "Prompts are resampled, not candidates, and all methods share the resamples: differences are paired.",
         "“Random” is the exact expectation over the candidates, not one draw.",
         "“Helps” and “hurts” need an interval that excludes 50% and a sign test below 0.05.",
-        "Equal length: P(win) = σ(a + b·tanh(Δ/sd Δ)) with Δ the difference in characters; the figure is σ(a).",
+        "Equal length: P(win) = σ(a + b·tanh(Δ/sd Δ)) among changed answers, with Δ the difference in characters; the "
+        "figure is σ(a) for the changed share and one half for the unchanged one.",
         "The outcome behind b is the share of the other candidates of the same prompt that a candidate beats.",
         "Strongest baseline and oracle are chosen on these same prompts, which favours them a little.",
         *(f"Left out. {reason}." for reason in settings.get("left_out", [])),

@@ -13,12 +13,12 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pfm.confirmation import confirmed
 from pfm.preferences.base import PreferenceModel
 
 __all__ = ["CyclingWarning", "Labeller", "RoundCheck", "as_labeller", "compare_rounds", "labelled", "warn_of_cycle"]
@@ -147,6 +147,4 @@ def _error(values: Tensor) -> float:
 
 def _beyond(values: Tensor, tests: int) -> bool:
     """Say whether the mean of values (B,) is above 0 beyond chance, at 95% over as many tests (Bonferroni)."""
-    error = _error(values)
-    wanted = NormalDist().inv_cdf(1 - 0.05 / tests)
-    return float(values.mean()) > wanted * error if error > 0 else float(values.mean()) > 0
+    return bool(confirmed(values, torch.arange(len(values)), tests=tests))

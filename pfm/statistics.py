@@ -2,13 +2,15 @@
 
 Every interval here comes from resampling *prompts* (candidates of one prompt are not independent of each
 other), and all figures of one report share the same resampled prompts, so that differences between methods
-are paired.
+are paired. A percentile interval of n resampled prompts is too narrow by the factor sqrt((n - 1) / n) and by
+the ratio of the normal to Student's quantile (Hesterberg 2015); both are put right by :func:`interval`.
+``python -m benchmarks.studies.coverage`` simulates how often each interval holds the truth.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor, log, log10
+from math import floor, log, log10, sqrt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -63,12 +65,12 @@ class Bin:
 class Reliability:
     """How well probabilities agree with outcomes.
 
-    ``ece`` is the expected calibration error over equal-mass bins, 0 to 1. ``noise_floor`` is the ECE that
-    a perfectly calibrated predictor would show on average with these data, and ``noise_ceiling`` the 95%
-    quantile of it: an ECE below the ceiling is no evidence of miscalibration. ``slope`` is that of outcome
-    on
-    probability: 1 is calibrated, below 1 overconfident, above 1 timid; None if the probabilities do not
-        vary.
+    ``ece`` estimates the expected calibration error over equal-mass bins, 0 to 1, without what noise adds
+    to it; ``measured_ece`` is the plain figure, with the noise. ``noise_floor`` is the plain ECE that a
+    perfectly calibrated predictor would show on average with these data, and ``noise_ceiling`` the 95%
+    quantile of it: a plain ECE below the ceiling is no evidence of miscalibration. ``slope`` is that of
+    outcome on probability: 1 is calibrated, below 1 overconfident, above 1 underconfident; None if the
+    probabilities do not vary.
     """
 
     ece: Estimate
@@ -76,11 +78,12 @@ class Reliability:
     noise_ceiling: float
     slope: Estimate | None
     bins: list[Bin]
+    measured_ece: float | None = None  # None in reports of earlier versions, whose ``ece`` is the plain figure
 
     @property
     def within_noise(self) -> bool:
-        """Tell whether the ECE is one that a perfectly calibrated predictor could show."""
-        return self.ece.value <= self.noise_ceiling
+        """Tell whether the plain ECE is one that a perfectly calibrated predictor could show."""
+        return (self.ece.value if self.measured_ece is None else self.measured_ece) <= self.noise_ceiling
 
 
 class Bootstrap:
@@ -99,26 +102,35 @@ class Bootstrap:
         columns = np.asarray(values, dtype=np.float64).reshape(self.n, -1)
         return np.concatenate([counts @ columns for counts in self._counts or self._draw()])
 
-    def ratios(self, numerator: ArrayLike, denominator: ArrayLike) -> list[Estimate | None]:
+    def units(self, used: ArrayLike) -> Array:
+        """Count the independent units among the prompts in use: (n,) or (n, K) booleans -> (K,)."""
+        return np.asarray(used, dtype=bool).reshape(self.n, -1).sum(0)
+
+    def ratios(
+        self, numerator: ArrayLike, denominator: ArrayLike, bounds: tuple[float, float] | None = None
+    ) -> list[Estimate | None]:
         """Estimate sum(numerator) / sum(denominator) over prompts, column by column: (n, K) each -> K
         estimates.
 
         A column whose denominator sums to 0 gives None; resamples where it does are left out of the
-        interval.
+        interval. ``bounds`` are limits that the figure cannot exceed, such as (0, 1) of a share.
         """
         top = np.asarray(numerator, dtype=np.float64).reshape(self.n, -1)
         bottom = np.asarray(denominator, dtype=np.float64).reshape(self.n, -1)
         with np.errstate(divide="ignore", invalid="ignore"):
             values, samples = top.sum(0) / bottom.sum(0), self.sums(top) / self.sums(bottom)
-        return [interval(value, samples[:, k]) for k, value in enumerate(values)]
+        units = self.units(bottom != 0)
+        return [interval(value, samples[:, k], int(units[k]), bounds) for k, value in enumerate(values)]
 
-    def ratio(self, numerator: ArrayLike, denominator: ArrayLike) -> Estimate | None:
+    def ratio(
+        self, numerator: ArrayLike, denominator: ArrayLike, bounds: tuple[float, float] | None = None
+    ) -> Estimate | None:
         """Estimate sum(numerator) / sum(denominator) over prompts: (n,) each."""
-        return self.ratios(numerator, denominator)[0]
+        return self.ratios(numerator, denominator, bounds)[0]
 
-    def mean(self, values: ArrayLike) -> Estimate:
+    def mean(self, values: ArrayLike, bounds: tuple[float, float] | None = None) -> Estimate:
         """Estimate the mean over prompts of finite values (n,)."""
-        estimate = self.ratio(values, np.ones(self.n))
+        estimate = self.ratio(values, np.ones(self.n), bounds)
         if estimate is None:
             raise ValueError("values must be finite to have a mean")
         return estimate
@@ -132,13 +144,36 @@ class Bootstrap:
             yield (np.bincount(picked.ravel(), minlength=size * self.n).reshape(size, self.n).astype(np.float64))
 
 
-def interval(value: float, samples: Array) -> Estimate | None:
-    """Join a figure with the 95% percentile interval of its resampled values; None when it is undefined."""
+def interval(
+    value: float, samples: Array, units: int | None = None, bounds: tuple[float, float] | None = None
+) -> Estimate | None:
+    """Join a figure with the 95% interval of its resampled values; None when it is undefined.
+
+    Args:
+        value: the figure.
+        samples: (R,) its values over resamples; those that are not finite are left out.
+        units: number of independent units that were resampled. The percentile interval is stretched about the
+            value by Student's t(units - 1) over the normal quantile and by sqrt(units / (units - 1)); of one
+            unit no spread can be known. None: the percentile interval as it is.
+        bounds: limits of the figure, to which the interval is cut.
+    """
     samples = samples[np.isfinite(samples)]
     if not np.isfinite(value) or not samples.size:
         return None
     low, high = np.quantile(samples, (0.025, 0.975))
+    if units is not None and units > 1:
+        stretch = small_sample_factor(units)
+        low, high = value - stretch * (value - low), value + stretch * (high - value)
+    if bounds is not None:
+        low, high = max(low, bounds[0]), min(high, bounds[1])
     return Estimate(float(value), float(low), float(high))
+
+
+def small_sample_factor(units: int) -> float:
+    """Return by how much a percentile interval of the mean of ``units`` >= 2 values is to be stretched."""
+    from scipy.special import ndtri, stdtrit
+
+    return float(stdtrit(units - 1, 0.975) / ndtri(0.975)) * sqrt(units / (units - 1))
 
 
 def win_share(scores: ArrayLike, opponents: ArrayLike) -> Array:
@@ -191,11 +226,20 @@ def length_controlled(
     *,
     owner: ArrayLike | None = None,
     weight: ArrayLike | None = None,
+    changed: ArrayLike | None = None,
 ) -> Estimate | None:
     """Estimate the win rate that would remain between outputs of equal length.
 
-    Fits P(win) = sigmoid(a + b · tanh(gap / std(gap))) by fractional logistic regression and returns
-    sigmoid(a), as length-controlled AlpacaEval does.
+    Fits P(win) = sigmoid(a + b · tanh(gap / std(gap))) to the changed outputs by fractional logistic
+    regression. An unchanged output is a tie at equal length whatever the length of the others, and says
+    nothing of a and b: the estimate is sigmoid(a) times the changed share plus half of the unchanged share.
+
+    The term in length, and the prediction at a difference of zero, are those of length-controlled AlpacaEval
+    (Dubois et al. 2404.04475). It differs in three ways: it adds a term for the difficulty of each
+    instruction, known from other models; it chooses an L1 penalty by cross-validation, where a light ridge
+    stands here (a prior of standard deviation 10 logits on a and b, which keeps the fit finite when length,
+    or the method, decides every comparison); and it adds weighted comparisons of baselines that game length.
+    Outputs equal to the baseline's are not set apart there, being rare between two models.
 
     Args:
         win: (M,) in [0, 1], one half for a tie.
@@ -203,16 +247,21 @@ def length_controlled(
         bootstrap: resamples of the n prompts.
         owner: (M,) index of the prompt of each row; default: row i belongs to prompt i.
         weight: (M,) share of each row in its prompt; default 1.
+        changed: (M,) whether the output differs from its opponent; default: all but ties of equal length.
 
-    Degenerate cases: with all gaps 0 nothing needs correcting and the plain win rate is returned; with all
-    gaps equal but not 0 the effect of length cannot be told from that of the method, and None is returned.
-    A light ridge (a prior of standard deviation 10 logits on a and b) keeps the fit finite when length, or
-    the method, decides every comparison.
+    Degenerate cases: with all gaps 0 nothing needs correcting and the plain win rate is returned; with the
+    gaps of all changed outputs equal but not 0 the effect of length cannot be told from that of the method,
+    and None is returned.
     """
     win, gap = np.asarray(win, dtype=np.float64), np.asarray(gap, dtype=np.float64)
     owner = np.arange(bootstrap.n) if owner is None else np.asarray(owner)
     weight = np.ones_like(win) if weight is None else np.asarray(weight, dtype=np.float64)
-    used = weight > 0
+    differs = np.logical_or(win != 0.5, gap != 0) if changed is None else np.asarray(changed, dtype=bool)
+    total = np.bincount(owner, weight, minlength=bootstrap.n)
+    used = np.logical_and(weight > 0, differs)
+    unchanged = total - np.bincount(owner[used], weight[used], minlength=bootstrap.n)
+    if not used.any():
+        return bootstrap.ratio(unchanged / 2, total)
     win, gap, owner, weight = win[used], gap[used], owner[used], weight[used]
 
     centre = np.average(gap, weights=weight)
@@ -220,8 +269,7 @@ def length_controlled(
     if scale <= 1e-9 * max(1.0, abs(centre)):
         if abs(centre) > 1e-9:
             return None
-        totals = (np.bincount(owner, v, minlength=bootstrap.n) for v in (weight * win, weight))
-        return bootstrap.ratio(*totals)
+        return bootstrap.ratio(np.bincount(owner, weight * win, minlength=bootstrap.n) + unchanged / 2, total, (0, 1))
 
     # tanh is bounded, so rows whose covariate agrees to 0.01 share a cell; the fit of a resample then needs
     # only each cell's mass and wins, whatever the number of prompts and candidates
@@ -232,7 +280,14 @@ def length_controlled(
     mass, wins = (_by_prompt(v, cell, cells, owner, bootstrap.n) for v in (weight, weight * win))
     fitted = _fit_logistic(centres, mass.sum(0)[None], wins.sum(0)[None], np.zeros((1, 2)))
     resampled = _fit_logistic(centres, bootstrap.sums(mass), bootstrap.sums(wins), fitted)
-    return interval(float(_sigmoid(fitted[0, 0])), _sigmoid(resampled[:, 0]))
+    kept = float(unchanged.sum() / total.sum())
+    kept_of_each = bootstrap.sums(unchanged)[:, 0] / bootstrap.sums(total)[:, 0]
+    return interval(
+        kept / 2 + (1 - kept) * float(_sigmoid(fitted[0, 0])),
+        kept_of_each / 2 + (1 - kept_of_each) * _sigmoid(resampled[:, 0]),
+        int(bootstrap.units(np.bincount(owner, weight, minlength=bootstrap.n) > 0)[0]),
+        (0.0, 1.0),
+    )
 
 
 def _fit_logistic(x: Array, mass: Array, wins: Array, start: Array) -> Array:
@@ -267,7 +322,7 @@ def binned(x: ArrayLike, outcome: ArrayLike, owner: ArrayLike, bootstrap: Bootst
     totals = np.bincount(index, minlength=count)
     rows, wins = (_by_prompt(v, index, count, owner, bootstrap.n) for v in (np.ones_like(x), outcome))
     centres = np.bincount(index, x, minlength=count) / totals
-    estimates = bootstrap.ratios(wins, rows)
+    estimates = bootstrap.ratios(wins, rows, (0.0, 1.0))
     return [Bin(float(c), e, int(m)) for c, e, m in zip(centres, estimates, totals, strict=True) if e is not None]
 
 
@@ -277,35 +332,65 @@ def reliability(
     """Compare predicted probabilities with outcomes, both (M,) in [0, 1]; owner (M,) is the prompt of each
     row.
 
-    ECE = Σ over bins of (share of rows) · |mean outcome − mean probability|. Resampling adds noise to every
-    bin and so raises each |·|: the interval is the percentile interval moved back by the mean of that rise,
-    cut at 0. The noise floor resamples the same prompts after subtracting each bin's own gap, which leaves
-    a calibrated predictor with the spread, and the dependence within prompts, of these data.
+    The plain ECE = Σ over bins of (share of rows) · |mean outcome − mean probability| is never below what
+    noise alone makes of it. Resampled prompts, after subtracting each bin's own gap, show that noise with
+    its dependence within prompts; a calibrated predictor would show it and nothing else (noise floor and
+    ceiling). Gaps that are a multiple s of the observed ones would show s times them plus the noise: the
+    estimate is the multiple whose median ECE is the measured one, and the interval holds those whose 95%
+    range has it, so that it starts at 0 wherever calibration cannot be ruled out.
     """
     p, y = np.asarray(probability, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
     index, count = _equal_mass(p, bins)
     gaps = _by_prompt(y - p, index, count, owner, bootstrap.n)
     rows = _by_prompt(np.ones_like(p), index, count, owner, bootstrap.n)
     bin_gap = gaps.sum(0) / rows.sum(0)
-    ece = float(np.abs(gaps.sum(0)).sum() / p.size)
+    measured = float(np.abs(gaps.sum(0)).sum() / p.size)
 
     sizes = bootstrap.sums(rows.sum(1))
     present = sizes[:, 0] > 0
-    drawn_gaps, drawn_rows, sizes = (
-        bootstrap.sums(gaps)[present],
-        bootstrap.sums(rows)[present],
-        sizes[present],
-    )
-    samples = np.abs(drawn_gaps / sizes).sum(1)
-    null = np.abs((drawn_gaps - drawn_rows * bin_gap) / sizes).sum(1)
-    low, high = np.quantile(samples - samples.mean() + ece, (0.025, 0.975))
+    drawn_gaps, drawn_rows, sizes = bootstrap.sums(gaps)[present], bootstrap.sums(rows)[present], sizes[present]
+    noise = (drawn_gaps - drawn_rows * bin_gap) / sizes
+    # a bin of m prompts has taken 1 / m of its noise into its own gap; of few prompts the noise is known roughly
+    prompts = rows.sum(0) ** 2 / (rows**2).sum(0)
+    noise *= np.sqrt(prompts / np.maximum(prompts - 1, 1.0))
+    if bootstrap.n > 1:
+        noise *= small_sample_factor(bootstrap.n) * sqrt(1 - 1 / bootstrap.n)
+    null = np.abs(noise).sum(1)
+    low, middle, high = (measured * found for found in _multiples(bin_gap * rows.sum(0) / p.size, noise, measured))
     return Reliability(
-        ece=Estimate(ece, max(0.0, float(low)), float(high)),
+        ece=Estimate(middle, low, high),
         noise_floor=float(null.mean()),
         noise_ceiling=float(np.quantile(null, 0.95)),
         slope=_slope(p, y, owner, bootstrap),
         bins=binned(p, y, owner, bootstrap, bins),
+        measured_ece=measured,
     )
+
+
+def _multiples(gap: Array, noise: Array, measured: float) -> tuple[float, float, float]:
+    """Find the multiples s >= 0 of gaps (K,) under which Σ|s gap + noise| has ``measured`` as a quantile.
+
+    The quantiles are 0.975, 0.5 and 0.025, of noise (R, K): the ends of the interval and the estimate.
+    """
+
+    def multiple(quantile: float) -> float:
+        def above(s: float) -> bool:
+            return bool(np.quantile(np.abs(s * gap + noise).sum(1), quantile) >= measured)
+
+        if above(0.0):
+            return 0.0
+        low, high = 0.0, 1.0
+        while not above(high) and high < 64:
+            low, high = high, 2 * high
+        for _ in range(12):
+            middle = (low + high) / 2
+            low, high = (low, middle) if above(middle) else (middle, high)
+        return high
+
+    if measured <= 0:
+        return 0.0, 0.0, 0.0
+    low, middle, high = multiple(0.975), multiple(0.5), multiple(0.025)
+    return low, middle, high
 
 
 def _slope(x: Array, y: Array, owner: ArrayLike, bootstrap: Bootstrap) -> Estimate | None:
@@ -316,7 +401,7 @@ def _slope(x: Array, y: Array, owner: ArrayLike, bootstrap: Bootstrap) -> Estima
     full, drawn = parts.sum(1)[None], bootstrap.sums(parts.T)
     with np.errstate(divide="ignore", invalid="ignore"):
         value, samples = ((m * xy - sx * sy) / (m * xx - sx * sx) for m, sx, sy, xy, xx in (full.T, drawn.T))
-    return interval(float(value[0]), samples)
+    return interval(float(value[0]), samples, int(bootstrap.units(parts[0] > 0)[0]))
 
 
 def _equal_mass(x: Array, bins: int) -> tuple[NDArray[np.int64], int]:

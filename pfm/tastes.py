@@ -17,7 +17,6 @@ under the mixture. Fields follow tastes: :func:`taste_flows` fits one a taste, t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from pfm.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import Confirmation, confirmed
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_file, replace_json, require_files
+from pfm.files import replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted
@@ -75,7 +75,7 @@ class TasteMixture:
         raters: names of the raters. responsibilities: (R, K) of each rater for each taste.
         prior: (spread, correction) that :meth:`adapt` takes where it is given none.
         found: what the fit found, as JSON values: ``gain`` in log loss on held-out votes over one model of all, nats
-            a pair, ``z`` in standard errors over raters, ``log_likelihood`` nats a pair by iteration.
+            a pair, ``z`` its z-score over raters, ``log_likelihood`` nats a pair by iteration.
     """
 
     def __init__(
@@ -126,9 +126,9 @@ class TasteMixture:
         self.models, self.shares, self.found = [pooled], torch.ones(1), {}
         self.responsibilities = torch.ones(len(names), 1)
         if self.tastes > 1:
-            gain, z = self._judged(pairs, index)
-            self.found = {"gain": gain, "z": z if math.isfinite(z) else None, "confirmed": z > CONFIRMED}
-            if z > CONFIRMED or not self.confirm:
+            gain, found = self._judged(pairs, index)
+            self.found = {"gain": gain, "z": found.z, "confirmed": bool(found)}
+            if found or not self.confirm:
                 self.models, self.shares, self.responsibilities, trace = self._run(pairs, index, len(names))
                 self.found["log_likelihood"] = trace
         self.names = tuple(map(str, range(len(self.models))))
@@ -229,20 +229,20 @@ class TasteMixture:
         hard = torch.nn.functional.one_hot(torch.cdist(mean, centres).argmin(1), self.tastes).float()
         return 0.8 * hard + 0.2 / self.tastes
 
-    def _judged(self, pairs: EncodedPairs, index: Tensor) -> tuple[float, float]:
-        """Fit on four fifths of each rater's pairs; give the gain on the others over one model of all, and its z."""
+    def _judged(self, pairs: EncodedPairs, index: Tensor) -> tuple[float, Confirmation]:
+        """Fit on four fifths of each rater's pairs; give the gain on the others over one model of all, and its test."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         held = _held_out(index, generator)
         if not bool(held.any()) or len(torch.unique(index[~held])) < self.tastes:
-            return 0.0, 0.0
+            return 0.0, confirmed(torch.zeros(0), torch.zeros(0))
         train, test = pairs.select(~held), pairs.select(held)
         pooled = self.component().fit(train)
         models, _, responsibilities, _ = self._run(train, index[~held], len(self.raters))
         score = torch.stack([_scores(model, test) for model in models], dim=1)
         mixed = _mixed(score, responsibilities[index[held]])
         weight = _weight(test)
-        better = (_loss(_scores(pooled, test), test) - _loss(mixed, test)) * weight
-        return float(better.sum() / weight.sum()), standard_errors(better, index[held])
+        better = _loss(_scores(pooled, test), test) - _loss(mixed, test)
+        return float((better * weight).sum() / weight.sum()), confirmed(better, index[held], weight)
 
     # -- using --------------------------------------------------------------------------------------------------
 
@@ -348,25 +348,23 @@ class TasteMixture:
         Raises:
             RuntimeError: the mixture is not fitted. TypeError: a rater's name is no text, number or truth value.
         """
-        from safetensors.torch import save_file
-
         self._check_fitted()
         for rater in self.raters:
             if not isinstance(rater, str | int | float):
                 raise TypeError(f"raters must be named by texts or numbers to be saved: got {rater!r}")
-        folder = Path(folder)
-        for number, model in enumerate(self.models):
-            model.save(folder / f"taste-{number}")
-        tensors = {"shares": self.shares, "responsibilities": self.responsibilities, "axes": self._axes}
-        tensors = {name: value.contiguous() for name, value in tensors.items()}
-        replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        folder = Path(folder).expanduser()
         described = {
             "version": 1, "names": list(self.names), "raters": self.raters, "prior": list(self.prior),
             "found": self.found, "models": len(self.models),
             "settings": {"tastes": self.tastes, "restarts": self.restarts, "iterations": self.iterations,
                          "confirm": self.confirm, "seed": self.seed},
         }  # fmt: skip
-        replace_json(folder / DESCRIPTION, described)
+        tensors = {"shares": self.shares, "responsibilities": self.responsibilities, "axes": self._axes}
+        with save_folder(folder) as staging:
+            for number, model in enumerate(self.models):
+                model.save(staging / f"taste-{number}")
+            save_tensors(staging / TENSORS, tensors)
+            replace_json(staging / DESCRIPTION, described)
         return folder
 
     @classmethod
@@ -376,15 +374,16 @@ class TasteMixture:
         Raises:
             FileNotFoundError: the folder or one of its files is not there. ValueError: a file is damaged.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        folder = Path(folder).expanduser()
+        return read_folder(folder, (DESCRIPTION, TENSORS, "taste-*/*"), lambda: cls._load(folder))
 
-        folder = Path(folder)
+    @classmethod
+    def _load(cls, folder: Path) -> TasteMixture:
         require_files(folder, (DESCRIPTION, TENSORS), "TasteMixture.save")
         try:
-            described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
+            described = read_description(folder / DESCRIPTION)
             models = [load(folder / f"taste-{number}") for number in range(described["models"])]
+            tensors = load_tensors(folder / TENSORS)
             made = models[0].describe()
             self = cls(component=partial(unfitted, {name: made[name] for name in ("kind", "settings")}),
                        **described["settings"])  # fmt: skip
@@ -392,8 +391,8 @@ class TasteMixture:
             self.found, self.prior = described["found"], tuple(described["prior"])
             self.shares, self.responsibilities = tensors["shares"], tensors["responsibilities"]
             self._axes = tensors["axes"]
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"{folder} holds a damaged mixture of tastes ({error!r}): save or fit it again") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{folder} holds a damaged mixture of tastes ({error}): save or fit it again") from error
         return self
 
     def _check_fitted(self) -> None:

@@ -14,7 +14,7 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pfm.config import FlowConfig
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import confirmed, halves
 from pfm.couplings import Coupled, Coupling
 from pfm.fields import SMALL, Field, Normalizer
 from pfm.files import replace_file
@@ -76,8 +76,8 @@ class TrainingLog:
     """Holds what training found; losses are mean squares in units of the displacement.
 
     ``plain_loss`` is the validation loss of the linear part alone, ``loss`` with the residual at its best.
-    ``gain`` is the share of the residual that held-out prompts confirm (0: it was dropped) and ``z`` the number
-    of standard errors, over prompts, of its improvement.
+    ``gain`` is the share of the residual that held-out prompts confirm (0: it was dropped) and ``z`` the z-score of its
+    improvement over prompts (:func:`pfm.confirmation.confirmed`).
     """
 
     updates: int = 0
@@ -298,8 +298,9 @@ def train_residual(
             if log.updates % every == 0 or log.updates == updates:
                 if not on_cpu:
                     noise.manual_seed(config.seed + log.updates)
-                value = held.loss(averaged.network)
+                value, products = held.judge(averaged.network)
                 log.validation.append((log.updates, value))
+                state.products.append(products)
                 if value < log.loss:
                     log.loss, log.best_update = value, log.updates
                     state.keep_best()
@@ -311,7 +312,7 @@ def train_residual(
                     on_validation(log.updates, value)
     network.load_state_dict(state.best)
     network.eval()
-    log.gain, log.z = held.confirmed_gain(network)
+    log.gain, log.z = held.confirmed_gain(network, state.products)
     model.gain.fill_(log.gain)
     return log
 
@@ -406,32 +407,46 @@ class _ValidationRows:
         self.y, self.target, self.weight = rows.y, rows.target, batch.weight
         self.t, self.context = rows.each()
         self.group = coupling.group_of(index).repeat(batch.repeats)
+        self.item = index.repeat(batch.repeats)
 
     @torch.no_grad()
     def loss(self, network: torch.nn.Module | None) -> float:
         """Give the loss of a network, or of predicting zero."""
-        predicted = torch.zeros_like(self.target) if network is None else self._predict(network)
-        return float(flow_matching_loss(predicted, self.target, self.weight))
+        if network is not None:
+            return self.judge(network)[0]
+        return float(flow_matching_loss(torch.zeros_like(self.target), self.target, self.weight))
 
     @torch.no_grad()
-    def confirmed_gain(self, network: torch.nn.Module) -> tuple[float, float]:
-        """Give the best multiple in [0, 1] of the network's output and its improvement in standard errors.
+    def judge(self, network: torch.nn.Module) -> tuple[float, Tensor]:
+        """Give the loss of a network, and each row's mean of prediction * target and of prediction ** 2, (N, 2).
 
-        The multiple fitted on one half of the prompts is judged on the other; 0 if that is not an improvement.
+        From the latter follows what any multiple g of the prediction improves: g (2 p t - g p^2).
         """
         predicted = self._predict(network)
-        half = _halves(self.group).to(self.target.device)
-        improvement = torch.zeros(len(self.target), dtype=torch.float64, device=self.target.device)
+        products = torch.stack([(predicted * self.target).mean(1), predicted.square().mean(1)], dim=1)
+        return float(flow_matching_loss(predicted, self.target, self.weight)), products.cpu()
+
+    @torch.no_grad()
+    def confirmed_gain(self, network: torch.nn.Module, products: Sequence[Tensor]) -> tuple[float, float]:
+        """Give the best multiple in [0, 1] of the network's output and the z-score of its improvement.
+
+        Which moment of the training is best, and its multiple, are chosen on one half of the prompts and judged on the
+        other, from the ``products`` (N, 2) of every moment; the multiple is 0 if that is not an improvement.
+        """
+        weight = self.weight.double().cpu()
+        none = torch.zeros(len(weight), 2, dtype=torch.float32, device="cpu")
+        moments = torch.stack([none, *products]).double()  # before any update it predicts 0
+        half = halves(self.group, self.item)
+        improvement = torch.zeros_like(weight)
         for part in (half, ~half):
-            gain = _best_multiple(predicted[part], self.target[part], self.weight[part])
-            other = ~part
-            before = self.target[other].square().mean(1)
-            after = (self.target[other] - gain * predicted[other]).square().mean(1)
-            improvement[other] = ((before - after) * self.weight[other]).double()
-        z = standard_errors(improvement, self.group)
-        if not z > CONFIRMED:
-            return 0.0, z
-        return _best_multiple(predicted, self.target, self.weight), z
+            sums = (moments[:, ~part] * weight[~part, None]).sum(1)
+            best = int((2 * sums[:, 0] - sums[:, 1]).argmax())
+            gain = _best_multiple(sums[best])
+            improvement[part] = gain * (2 * moments[best, part, 0] - gain * moments[best, part, 1])
+        found = confirmed(improvement, self.group, weight, unit=self.item)
+        if not found:
+            return 0.0, found.z
+        return _best_multiple((self.judge(network)[1].double() * weight[:, None]).sum(0)), found.z
 
     def _predict(self, network: torch.nn.Module) -> Tensor:
         pieces = zip(self.t.split(1024), self.y.split(1024), _split(self.context, 1024, len(self.t)), strict=True)
@@ -444,19 +459,10 @@ def _split(context: Tensor | None, size: int, rows: int) -> list[Tensor | None]:
     return list(context.split(size))
 
 
-def _halves(group: Tensor) -> Tensor:
-    names, member = torch.unique(group, return_inverse=True)
-    if len(names) < 2:
-        return torch.arange(len(group), device="cpu") % 2 == 0
-    return (torch.arange(len(names), device="cpu") % 2 == 0)[member]
-
-
-def _best_multiple(predicted: Tensor, target: Tensor, weight: Tensor) -> float:
-    scaled = predicted * weight[:, None]
-    square = float((scaled * predicted).sum())
-    if square <= 0:
-        return 0.0
-    return min(max(float((scaled * target).sum()) / square, 0.0), 1.0)
+def _best_multiple(sums: Tensor) -> float:
+    """Give the multiple in [0, 1] that improves most, from the sums of prediction * target and of prediction ** 2."""
+    product, square = sums.tolist()
+    return min(max(product / square, 0.0), 1.0) if square > 0 else 0.0
 
 
 @dataclass
@@ -469,6 +475,7 @@ class _State:
     generator: torch.Generator
     log: TrainingLog
     best: dict[str, Tensor] = field(default_factory=dict)
+    products: list[Tensor] = field(default_factory=list)  # one a validation, see _ValidationRows.judge
 
     def keep_best(self) -> None:
         self.best = {name: value.detach().clone() for name, value in self.averaged.network.state_dict().items()}
@@ -481,6 +488,8 @@ class _State:
         for number, moments in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
         found["generator"] = self.generator.get_state()
+        if self.products:
+            found["products"] = torch.stack(self.products)
         return {name: value.detach().cpu().clone().contiguous() for name, value in found.items()}
 
     def restore(self, tensors: dict[str, Tensor], log: TrainingLog) -> None:
@@ -499,6 +508,7 @@ class _State:
         whole["state"] = moments
         self.optimizer.load_state_dict(whole)
         self.generator.set_state(tensors["generator"])
+        self.products = list(tensors["products"]) if "products" in tensors else []
         self.log.__dict__.update(asdict(log))
         self.log.validation = [(int(update), float(loss)) for update, loss in log.validation]
 

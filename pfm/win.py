@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import choose_crosswise, confirmable, confirmed, halves
 from pfm.encoded import EncodedPairs, PairBatch
-from pfm.preferences.coordinates import Coordinates
+from pfm.preferences.coordinates import Coordinates, weighted_mean
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss
-from pfm.preferences.networks import Perceptron, train_network
+from pfm.preferences.networks import GAINS, Perceptron, train_network
 
 __all__ = ["WinFit", "WinHead", "confirmed_margin"]
 
@@ -39,8 +39,9 @@ class WinFit:
     """Holds what the fit of the head found, on prompts that each prediction's model had not seen.
 
     ``settings`` are the (penalty, scale of products) whose rewards are averaged. ``accuracy`` is the share of
-    held-out pairs ordered rightly, ``z`` the number of standard errors, over prompts, by which it exceeds one half,
-    ``log_loss`` is in nats a pair (log 2 = 0.693 for a coin), ``network_gain`` in nats an output.
+    held-out pairs ordered rightly, ``z`` the z-score, over prompts, of its excess over one half
+    (:func:`pfm.confirmation.confirmed`), ``log_loss`` is in nats a pair (log 2 = 0.693 for a coin), ``network_gain`` in
+    nats an output.
     """
 
     settings: list[tuple[float, float]]
@@ -122,16 +123,18 @@ class WinHead(nn.Module):
         Predictions used for calibration, margin and figures come from models that did not see their prompts
         (five-fold over prompts; over pairs when there is one prompt only).
         """
+        pairs = pairs.counted()
         generator = torch.Generator().manual_seed(seed)
         index = torch.arange(len(pairs), device="cpu")
         if len(pairs) > FIT_PAIRS:
             index = torch.randperm(len(pairs), generator=generator, device="cpu")[:FIT_PAIRS]
         batch, group = pairs.gather(index).to(self.weights.device), pairs.group[index]
         fold = deal_folds(group, generator).to(self.weights.device)
-        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]))
+        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))
         if batch.context is not None:
-            self.context_mean.copy_(batch.context.mean(0))
-            self.context_spread.copy_(batch.context.std(0, correction=0).clamp_min(1e-6))
+            self.context_mean.copy_(weighted_mean(batch.context, batch.weight))
+            squares = weighted_mean((batch.context - self.context_mean).square(), batch.weight)
+            self.context_spread.copy_(squares.sqrt().clamp_min(1e-6))
         linear_a, products_a = self.coordinates(batch.chosen)
         linear_b, products_b = self.coordinates(batch.rejected)
         search = Search((linear_a - linear_b, products_a - products_b), batch.weight, batch.probability, fold)
@@ -148,12 +151,12 @@ class WinHead(nn.Module):
         self.product_weights.copy_(product_weights)
 
         both = (loose_a + loose_b) / 2
-        reference = self._fit_reference_reward(batch.context, both, fold)
+        reference = self._fit_reference_reward(batch.context, both, batch.weight, fold)
         reward = torch.stack([loose_a - reference, loose_b - reference])
         label = drawn_in(torch.stack([batch.probability, 1 - batch.probability]))
         slope, offset = fit_platt(reward.flatten(), label.flatten(), batch.weight.repeat(2))
         self.slope.fill_(slope)
-        self.offset.fill_(offset - slope * float(both.mean()))
+        self.offset.fill_(offset - slope * float(weighted_mean(both[:, None], batch.weight)))
         logit = slope * reward + offset
 
         network_gain = 0.0
@@ -169,38 +172,45 @@ class WinHead(nn.Module):
         gap = torch.sigmoid(logit[0]) - torch.sigmoid(logit[1])
         gap, weight, probability = (column[seen_by_none] for column in (gap, batch.weight, batch.probability))
         accuracy = _accuracy(gap, weight, probability)
-        z = standard_errors(_agreement(gap, weight, probability), group[seen_by_none.cpu()])
-        self.margin.fill_(confirmed_margin(gap, weight, probability) if z > CONFIRMED else math.inf)
+        # Without the network each pair is judged by a fit on the labels of all other folds; with it, one fold is.
+        order = confirmed(
+            _agreement(gap, 1.0, probability), group[seen_by_none.cpu()], weight, cross_fitted=self.network is None
+        )
+        self.margin.fill_(confirmed_margin(gap, weight, probability) if order else math.inf)
         loss = pairwise_log_loss((logit[0] - logit[1])[seen_by_none], weight, probability)
         pairs_of = [(penalty, scale) for penalty, scale in settings]
-        return WinFit(pairs_of, accuracy, loss, z, self.network is not None, network_gain)
+        return WinFit(pairs_of, accuracy, loss, order.z, self.network is not None, network_gain)
 
-    def _fit_reference_reward(self, context: Tensor | None, reward: Tensor, fold: Tensor) -> Tensor:
+    def _fit_reference_reward(self, context: Tensor | None, reward: Tensor, weight: Tensor, fold: Tensor) -> Tensor:
         """Regress the reference's mean reward on the context; give its out-of-fold predictions (N,)."""
-        mean = float(reward.mean())
+        mean = float(weighted_mean(reward[:, None], weight))
         self.context_weights.zero_()
         if context is None:
             return torch.full_like(reward, mean)
         inputs = (context - self.context_mean).double()
         centred = (reward - mean).double()
-        unit = float(inputs.square().sum(1).mean()) or 1.0
+        share = (weight / weight.mean()).double()
+        unit = float((inputs.square().sum(1) * share).mean()) or 1.0
         best: tuple[float, float, Tensor] = (
-            float(centred.square().mean()),
+            float((centred.square() * share).mean()),
             math.inf,
             torch.zeros_like(centred),
         )
         numbers = fold.unique().tolist()
-        systems = [_normal_equations(inputs[fold != number], centred[fold != number]) for number in numbers]
+        systems = [
+            _normal_equations(inputs[fold != number], centred[fold != number], share[fold != number])
+            for number in numbers
+        ]
         for ridge in (10.0, 1.0, 0.1, 0.01):
             loose = torch.zeros_like(centred)
             for number, system in zip(numbers, systems, strict=True):
                 part = fold == number
                 loose[part] = inputs[part] @ _ridge(system, ridge * unit)
-            error = float((centred - loose).square().mean())
+            error = float(((centred - loose).square() * share).mean())
             if error < best[0]:
                 best = (error, ridge, loose)
         if not math.isinf(best[1]):
-            self.context_weights.copy_(_ridge(_normal_equations(inputs, centred), best[1] * unit))
+            self.context_weights.copy_(_ridge(_normal_equations(inputs, centred, share), best[1] * unit))
         return (best[2] + mean).float()
 
     def _fit_network(
@@ -214,42 +224,50 @@ class WinHead(nn.Module):
     ) -> tuple[Tensor, float]:
         """Fit the network on what the calibrated logits (2, N) leave; keep it if the held-out part confirms it.
 
-        Returns the corrections (2, N) and the held-out gain in log loss, nats an output.
+        Returns the corrections (2, N) and the held-out gain in log loss, nats an output; of held-out pairs, both come
+        of the moment of the training and the multiple that are best on the other half of the held-out prompts.
         """
-        assert self.network is not None
+        if self.network is None or bool(held_out.all()) or not confirmable(group[held_out]):
+            self.drop_network()
+            return torch.zeros_like(logit), 0.0
         inputs = torch.stack([self._inputs(batch.chosen, batch.context), self._inputs(batch.rejected, batch.context)])
         network = self.network
 
-        def error(index: Tensor) -> Tensor:
-            value = network(inputs[:, index]).squeeze(-1) + logit[:, index]
-            return binary_cross_entropy_with_logits(value, label[:, index], reduction="none").mean(0)
+        def correct(index: Tensor) -> Tensor:
+            return network(inputs[:, index]).squeeze(-1)
 
-        train_network(network, network.restart, error, batch.weight, held_out, generator)
-        correction = network(inputs).squeeze(-1)
+        def error(index: Tensor, more: Tensor) -> Tensor:
+            value, target = logit[:, index] + more, label[:, index].expand_as(more)
+            return binary_cross_entropy_with_logits(value, target, reduction="none").mean(-2)
 
-        def loss(gain: float) -> Tensor:
-            fuller = (logit + gain * correction)[:, held_out]
-            each = binary_cross_entropy_with_logits(fuller, label[:, held_out], reduction="none")
-            return each.mean(0) * batch.weight[held_out]
-
-        plain = loss(0.0)
-        gain = min((0.25, 0.5, 0.75, 1.0), key=lambda gain: float(loss(gain).sum()))
-        better = plain - loss(gain)
-        confirmed = standard_errors(better, group[held_out.cpu()]) > CONFIRMED
+        rows, looks = train_network(network, network.restart, correct, error, batch.weight, held_out, generator)
+        every = torch.arange(len(group), device=rows.device)
+        correction, weight, multiples = correct(every), batch.weight[rows], looks.new_tensor(GAINS)
+        gain = GAINS[int((error(rows, multiples[:, None, None] * correction[:, rows]) @ weight).argmin())]
+        candidates = (looks[:, None] * multiples[:, None, None]).flatten(0, 1)
+        losses = error(rows, candidates)
+        places = torch.arange(len(rows), device=rows.device)
+        half = halves(group[rows.cpu()]).to(rows.device)
+        chosen = choose_crosswise(losses, weight, half)
+        better = error(rows, torch.zeros_like(logit[:, rows])) - losses[chosen, places]
+        judged = candidates[chosen, :, places].T
         accuracy = [
-            _accuracy((value[0] - value[1])[held_out], batch.weight[held_out], batch.probability[held_out])
-            for value in (logit, logit + gain * correction)
+            _accuracy(value[0] - value[1], weight, batch.probability[rows])
+            for value in (logit[:, rows], logit[:, rows] + judged)
         ]
         # Better calibrated, but a worse order would cost selection more than calibration gains.
-        if not confirmed or accuracy[1] < accuracy[0] - 0.01:
+        if not confirmed(better, group[rows.cpu()], weight) or accuracy[1] < accuracy[0] - 0.01:
             self.drop_network()
             return torch.zeros_like(logit), 0.0
         self.gain.fill_(gain)
-        return gain * correction, float(better.sum() / batch.weight[held_out].sum())
+        correction = gain * correction
+        correction[:, rows] = judged
+        return correction, float((better * weight).sum() / weight.sum())
 
 
-def _normal_equations(inputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    return inputs.T @ inputs / len(inputs), inputs.T @ target / len(inputs)
+def _normal_equations(inputs: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    weighed = inputs.T * (weight / weight.sum())
+    return weighed @ inputs, weighed @ target
 
 
 def _ridge(system: tuple[Tensor, Tensor], penalty: float) -> Tensor:
@@ -264,7 +282,7 @@ def _accuracy(gap: Tensor, weight: Tensor, probability: Tensor) -> float:
     return float(0.5 + 0.5 * (_agreement(gap, weight, probability)).sum() / weight.sum())
 
 
-def _agreement(gap: Tensor, weight: Tensor, probability: Tensor) -> Tensor:
+def _agreement(gap: Tensor, weight: Tensor | float, probability: Tensor) -> Tensor:
     return (2 * probability - 1) * torch.sign(gap) * weight
 
 

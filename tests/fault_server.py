@@ -33,7 +33,7 @@ FAULTS = {
     "content_type": "a web page in place of an answer",
     "trickle": "a body that comes drop by drop, too slowly ever to end",
     "huge": "a body of many megabytes",
-    "non_string": "content that is a list of parts",
+    "non_string": "content that is no text",
     "tool_calls": "a call of a tool in place of a text",
     "blank": "a text of only white space",
     "content_filter": "a choice that a filter has emptied",
@@ -334,7 +334,7 @@ def _chat_answer(body: dict[str, Any], texts: list[str], fault: str) -> dict[str
     for choice in choices:
         message: dict[str, Any] = choice["message"]  # pyright: ignore[reportAssignmentType]
         if fault == "non_string":
-            message["content"] = [{"type": "text", "text": message["content"]}]
+            message["content"] = [{"type": "image_url", "image_url": {"url": "data:,"}}]
         elif fault == "tool_calls":
             function = {"name": "search", "arguments": "{}"}
             message |= {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}

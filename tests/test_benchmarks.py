@@ -18,12 +18,13 @@ from omegaconf import OmegaConf
 from benchmarks import report, selection_report
 from benchmarks.bench import Bench
 from benchmarks.data import MissingDataError
-from benchmarks.measures import ChoiceTable, NestedBootstrap
+from benchmarks.measures import ChoiceTable, SeedBootstrap
 from benchmarks.methods import make_method
 from benchmarks.runner import run
 from benchmarks.runs import collect
 from benchmarks.selection import Selection, draw_candidates, limited, one_hot, split_prompts
 from benchmarks.tasks import load_task
+from pfm.statistics import Bootstrap
 
 TASKS = {"alpaca": "alpaca_eval", "arguments": "ukp_convarg", "captions": "caption_contest"}
 
@@ -302,7 +303,7 @@ def table(weights: np.ndarray, scores: np.ndarray, group: list[str]) -> ChoiceTa
 def test_figures_of_known_choices():
     scores = np.array([[0.0, 1.0, 0.5], [1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
     choices = table(one_hot([1, 1, 2], 3), scores, ["a", "a", "b"])
-    figures = choices.measure(NestedBootstrap(np.zeros(2, int), 200))
+    figures = choices.measure(SeedBootstrap(np.zeros(2, int), 200))
     values = {name: None if figure is None else figure.value for name, figure in figures.items()}
     # Prompts count alike: a's two items, 1 and 0, make one half; b's makes 1.
     assert values["score"] == 0.75
@@ -314,7 +315,7 @@ def test_figures_of_known_choices():
 
 def test_the_random_pick_is_measured_in_expectation():
     scores = np.arange(6.0).reshape(2, 3)
-    figures = table(np.full((2, 3), 1 / 3), scores, ["a", "b"]).measure(NestedBootstrap(np.zeros(2, int), 200))
+    figures = table(np.full((2, 3), 1 / 3), scores, ["a", "b"]).measure(SeedBootstrap(np.zeros(2, int), 200))
     score, win = figures["score"], figures["win"]
     assert score is not None
     assert score.value == 2.5
@@ -322,15 +323,19 @@ def test_the_random_pick_is_measured_in_expectation():
     assert win.value == pytest.approx((0.5 + 1 + 1) / 3)
 
 
-def test_nested_resamples_hold_the_spread_between_seeds():
+def test_resampled_seeds_hold_the_spread_between_seeds():
     seeds = np.repeat(np.arange(5), 100)
     rng = np.random.default_rng(0)
-    noise = rng.normal(size=500)
-    alike = NestedBootstrap(seeds).mean(noise)
-    apart = NestedBootstrap(seeds).mean(noise + np.repeat(rng.normal(size=5), 100))
+    noise, shift = rng.normal(size=500), np.repeat(rng.normal(size=5), 100)
+    alike, apart = (SeedBootstrap(seeds).mean(values) for values in (noise, noise + shift))
     assert apart.high - apart.low > 3 * (alike.high - alike.low)
-    # With nothing between the seeds it is close to the plain interval, 4 standard errors wide.
-    assert alike.high - alike.low == pytest.approx(4 / np.sqrt(500), rel=0.4)
+    means = (noise + shift).reshape(5, 100).mean(1)
+    half = 2.776 * means.std(ddof=1) / np.sqrt(5)
+    assert apart.high - apart.low == pytest.approx(2 * half, rel=0.15)
+    # Of one seed the prompts are resampled, and a seed without any item counts for nothing.
+    of_one, plain = SeedBootstrap(np.zeros(500, int)).mean(noise), Bootstrap(500).mean(noise)
+    assert of_one.high - of_one.low == pytest.approx(plain.high - plain.low, rel=0.1)
+    assert SeedBootstrap(seeds).units(seeds < 3).tolist() == [3]
 
 
 def test_choices_survive_the_disk_and_tables_join_without_mixing_prompts(tmp_path: Path):

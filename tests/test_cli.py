@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from fault_server import FaultServer
 from typer.testing import CliRunner
 
 from pfm.cli import app
@@ -29,6 +30,7 @@ from pfm.encoders import (
     encoder_from_description,
     encoder_from_name,
 )
+from pfm.files import WriterLock
 from pfm.flow import PreferenceFlow
 from pfm.refiner import Refinement
 
@@ -477,6 +479,49 @@ def test_a_full_disk_costs_no_finished_row(work, outputs, tmp_path):
     assert read_rows(out, without=("seconds",)) == read_rows(whole, without=("seconds",))
 
 
+@pytest.mark.parametrize("name", ["refine", "label"])
+def test_a_file_that_another_run_writes_is_refused(name, work, outputs, tmp_path):
+    out = tmp_path / "out.jsonl"
+    options = ["--flow", work / "flow"] if name == "refine" else ["--judge", "pattern:!"]
+    os.symlink(out, tmp_path / "link.jsonl")
+    lock = WriterLock(out).acquire()
+    for place in (out, tmp_path / "link.jsonl"):
+        result = run(name, outputs, *options, "--out", place, "--no-progress", code=2)
+        assert f"is being written by process {os.getpid()} on" in " ".join(result.stderr.split())
+    assert not out.exists()
+    lock.release()
+    run(name, outputs, *options, "--out", tmp_path / "link.jsonl", "--no-progress")
+    assert len(out.read_text().splitlines()) >= 40
+    for place in ("/dev/null", "/dev/full", tmp_path):
+        assert "must be a regular file" in run(name, outputs, *options, "--out", place, code=2).stderr
+
+
+def test_the_encoder_of_a_strangers_flow_is_contacted_with_consent_only(work, outputs, tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-user")
+    shutil.copytree(work / "flow", tmp_path / "flow")
+    described = json.loads((tmp_path / "flow" / "config.json").read_text())
+    with FaultServer() as server:
+        described["metadata"]["encoder"] = {
+            "type": "OpenAIEncoder", "name": "m", "revision": None, "endpoint": server.url, "dimension": 5,
+            "dimensions": None, "normalize": True,
+        }  # fmt: skip
+        (tmp_path / "flow" / "config.json").write_text(json.dumps(described))
+        arguments = [outputs, "--flow", tmp_path / "flow"]
+        for command_line in (
+            ["refine", *arguments, "--out", tmp_path / "out.jsonl"],
+            ["evaluate", *arguments],
+            ["explain", tmp_path / "flow", outputs],
+            ["serve", tmp_path / "flow", "--upstream", server.url],
+        ):
+            shown = " ".join(run(*command_line, code=2).stderr.split())
+            assert f"names an encoder at {server.url}, which would receive all prompts" in shown, command_line
+            assert "--trust-encoder" in shown
+        assert not server.requests
+        run(*["refine", *arguments, "--out", tmp_path / "out.jsonl"], "--trust-encoder", code=2)
+        assert {authorization for _, authorization, _ in server.requests} == {"Bearer none"}
+
+
 # -------------------------------------------------------------------------------------------------------- Ctrl-C
 
 
@@ -609,7 +654,7 @@ def test_a_description_rebuilds_the_encoder(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1/")
     for address in ("http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1", "https://api.openai.com/v1"):
         description = {"type": "OpenAIEncoder", "name": "m", "endpoint": address, "dimensions": 5, "normalize": False}
-        endpoint = encoder_from_description(description)
+        endpoint = encoder_from_description(description, trust_encoder=True)
         assert isinstance(endpoint, OpenAIEncoder)
         assert (endpoint.model, endpoint.base_url.rstrip("/"), endpoint.dimensions, endpoint.normalize) == (
             "m", address, 5, False,

@@ -460,10 +460,14 @@ def test_numbers_name_cuda_devices():
     ("device", "error", "message"),
     [
         ("gpu", ValueError, "device must be one of auto, cpu, cuda, cuda:1, mps, ...: got 'gpu'"),
-        (True, TypeError, "device must be 'auto', a name such as 'cuda:1', a number or a torch.device: got bool True"),
-        (None, TypeError, "got NoneType None"),
-        ("cuda:99", ValueError, "this machine has"),
-        ("meta", ValueError, "this machine has no meta device"),
+        (
+            True,
+            TypeError,
+            "device must be a device such as 'auto', 'cpu', 'cuda:1', 1 or torch.device('cuda'): got bool",
+        ),
+        (None, TypeError, "got NoneType"),
+        ("cuda:99", ValueError, "device='cuda:99' is not on this machine, which has cpu"),
+        ("meta", ValueError, "is not on this machine, which has cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_named(device, error, message):

@@ -460,6 +460,28 @@ def test_a_cache_survives_pickling(tmp_path):
     assert copy.encoded == []
 
 
+def test_the_oldest_embeddings_make_room(tmp_path):
+    cache = EmbeddingCache(tmp_path, max_bytes=100_000)
+    others = EmbeddingCache(tmp_path)
+    keys = text_keys("s", "document", [f"{number}" for number in range(1000)])
+    vectors = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
+    others.put("other", keys[:10], vectors[:10])
+    for start in range(0, 1000, 20):
+        cache.put("s", keys[start : start + 20], vectors[start : start + 20])
+        assert cache.size_bytes < 150_000
+    found, there = EmbeddingCache(tmp_path).get("s", keys)
+    assert found is not None
+    assert 200 < there.sum() < 500
+    assert there[-20:].all()
+    assert not there[:20].any()
+    assert np.array_equal(found[there], vectors[there])
+    assert others.get("other", keys[:10])[1].sum() == 0  # of all encoders the oldest
+    others.put("other", keys[:10], vectors[:10])
+    assert others.get("other", keys[:10])[1].all()
+    with pytest.raises(ValueError, match="max_bytes must be"):
+        EmbeddingCache(tmp_path, max_bytes=0)
+
+
 def test_put_checks_shapes(tmp_path):
     with pytest.raises(ValueError, match=r"got \(2, 32\) and \(3, 4\)"):
         EmbeddingCache(tmp_path).put("x", np.zeros((2, 32), np.uint8), np.zeros((3, 4), np.float32))

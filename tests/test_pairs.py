@@ -509,13 +509,22 @@ def test_bad_parquet_files(tmp_path):
 # --- scores, rankings, votes ---------------------------------------------------------------------------------
 
 
-def test_scores_make_every_pair_that_differs_and_keep_the_candidates():
-    pairs = PreferencePairs.from_scores(
-        ["p", "q"], [["a", "b", "c"], ["d", "e"]], [[1, 3, 1], np.array([0.5, -0.5])], group=["g", "h"]
-    )
-    assert sorted(texts(pairs)) == [("p", "b", "a"), ("p", "b", "c"), ("q", "d", "e")]
-    assert pairs.extra["margin"] == [2.0, 2.0, 1.0]
-    assert pairs.group == ["g", "g", "h"]
+def test_scores_make_every_pair_ties_as_halves_and_keep_the_candidates():
+    prompts, candidates = ["p", "q"], [["a", "b", "c"], ["d", "e"]]
+    pairs = PreferencePairs.from_scores(prompts, candidates, [[1, 3, 1], np.array([0.5, -0.5])], group=["g", "h"])
+    by_pair = dict(zip(texts(pairs), zip(pairs.extra["margin"], pairs.probability or (), strict=True), strict=True))
+    assert by_pair == {
+        ("p", "c", "a"): (0.0, 0.5),
+        ("p", "b", "a"): (2.0, 1.0),
+        ("p", "b", "c"): (2.0, 1.0),
+        ("q", "d", "e"): (1.0, 1.0),
+    }
+    assert pairs.group == ["g", "g", "g", "h"]
+    dropped = PreferencePairs.from_scores(prompts, candidates, [[1, 3, 1], [1, 2]], ties="drop")
+    assert sorted(texts(dropped)) == [("p", "b", "a"), ("p", "b", "c"), ("q", "e", "d")]
+    assert dropped.probability is None
+    with pytest.raises(ValueError, match="ties must be one of 'half', 'drop', got 'keep'"):
+        PreferencePairs.from_scores(prompts, candidates, [[1, 3, 1], [1, 2]], ties="keep")
     assert pairs.candidates == [
         CandidateGroup("p", ["a", "b", "c"], [1.0, 3.0, 1.0], "g"),
         CandidateGroup("q", ["d", "e"], [0.5, -0.5], "h"),
@@ -525,21 +534,27 @@ def test_scores_make_every_pair_that_differs_and_keep_the_candidates():
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=9), st.integers(1, 40), st.integers(0, 5))
 def test_scores_agree_with_enumeration(scores, limit, seed):
     texts_ = [f"text {n}" for n in range(len(scores))]
-    expected = {(a, b) for a, b in itertools.permutations(range(len(scores)), 2) if scores[a] > scores[b]}
-    if not expected:
-        with pytest.raises(PreferenceDataError, match=r"prompt 1 \(prompts\[0\]\): all \d candidates have the score"):
+    decided = {(a, b) for a, b in itertools.permutations(range(len(scores)), 2) if scores[a] > scores[b]}
+    tied = {frozenset(two) for two in itertools.combinations(range(len(scores)), 2) if scores[two[0]] == scores[two[1]]}
+    if not decided:
+        with pytest.raises(PreferenceDataError, match=r"every prompt \(1\) have equal scores"):
             PreferencePairs.from_scores(["p"], [texts_], [scores])
+        with pytest.raises(PreferenceDataError, match=r"prompt 1 \(prompts\[0\]\): all \d candidates have the score"):
+            PreferencePairs.from_scores(["p"], [texts_], [scores], ties="drop")
         return
 
     def numbers(pairs):
-        return [(texts_.index(a), texts_.index(b)) for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
+        found = [(texts_.index(a), texts_.index(b)) for a, b in zip(pairs.chosen, pairs.rejected, strict=True)]
+        halves = [p == 0.5 for p in pairs.probability or [1.0] * len(found)]
+        return [frozenset(two) if half else two for two, half in zip(found, halves, strict=True)]
 
-    everything = numbers(PreferencePairs.from_scores(["p"], [texts_], [scores]))
-    assert set(everything) == expected
-    assert len(everything) == len(expected)
+    for expected, ties in ((decided | tied, "half"), (decided, "drop")):
+        everything = numbers(PreferencePairs.from_scores(["p"], [texts_], [scores], ties=ties))
+        assert set(everything) == expected
+        assert len(everything) == len(expected)
     some = numbers(PreferencePairs.from_scores(["p"], [texts_], [scores], max_pairs_per_prompt=limit, seed=seed))
-    assert set(some) <= expected
-    assert len(set(some)) == len(some) == min(limit, len(expected))
+    assert set(some) <= decided | tied
+    assert len(set(some)) == len(some) == min(limit, len(decided | tied))
 
 
 def test_a_limited_draw_is_seeded_and_spread():
@@ -577,10 +592,16 @@ def test_bad_scores_name_prompt_and_candidate():
         load([[1, 2, 3], [1, 2]], group=["g"])
 
     pairs = load([[1, float("nan"), 3], [2, 2]], on_bad_rows="drop")
+    assert texts(pairs) == [("p", "c", "a"), ("q", "e", "d")]
+    assert pairs.probability == [1.0, 0.5]
+    assert pairs.dropped == {"score not finite": 1}
+    pairs = load([[1, float("nan"), 3], [2, 2]], on_bad_rows="drop", ties="drop")
     assert texts(pairs) == [("p", "c", "a")]
     assert pairs.dropped == {"score not finite": 1, "all ties": 1}
     assert pairs.candidates == [CandidateGroup("p", ["a", "c"], [1.0, 3.0])]
     with pytest.raises(PreferenceDataError, match=r"all were dropped \(all ties: 2\)"):
+        load([[1, 1, 1], [2, 2]], on_bad_rows="drop", ties="drop")
+    with pytest.raises(PreferenceDataError, match=r"every prompt \(2\) have equal scores"):
         load([[1, 1, 1], [2, 2]], on_bad_rows="drop")
 
 
@@ -588,13 +609,31 @@ def test_rankings_with_ties():
     pairs = PreferencePairs.from_rankings(
         ["p", [user("q")]], [["best", ["mid 1", "mid 2"], "worst"], [[assistant("x")], [assistant("y")]]]
     )
-    assert {pair[1:] for pair in texts(pairs)[:5]} == {
+    assert {pair[1:] for pair in texts(pairs)[:6]} == {
         ("best", "mid 1"), ("best", "mid 2"), ("best", "worst"), ("mid 1", "worst"), ("mid 2", "worst"),
+        ("mid 2", "mid 1"),
     }  # fmt: skip
-    assert texts(pairs)[5:] == [("q", "x", "y")]
+    assert pairs.probability == [1.0 if margin else 0.5 for margin in pairs.extra["margin"]]
+    assert texts(pairs)[6:] == [("q", "x", "y")]
     assert pairs.candidates[0].scores == [2.0, 1.0, 1.0, 0.0]
-    with pytest.raises(PreferenceDataError, match="all 2 candidates have the score"):
+    with pytest.raises(PreferenceDataError, match="have equal scores"):
         PreferencePairs.from_rankings(["p"], [[["a", "b"]]])
+
+
+def test_b_of_binary_scores_is_the_exact_one():
+    """With one in ten good, a good output beats a draw with probability .95, a bad one with .45."""
+    rng = np.random.default_rng(0)
+    good = rng.random((600, 4)) < 0.1
+    candidates = [[f"{n} {k} {'good' if good[n, k] else 'bad'}" for k in range(4)] for n in range(600)]
+    pairs = PreferencePairs.from_scores([f"p{n}" for n in range(600)], candidates, good.astype(float))
+    is_good, won = {}, {}
+    for chosen, rejected, p in zip(pairs.chosen, pairs.rejected, pairs.probability or (), strict=True):
+        for text, share in ((chosen, p), (rejected, 1 - p)):
+            won.setdefault("good" in text, []).append(share)
+            is_good[text] = "good" in text
+    assert np.mean(won[True]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean(won[False]) == pytest.approx(0.45, abs=0.02)
+    assert np.mean(list(is_good.values())) == pytest.approx(good.mean(), abs=1e-9)
 
 
 VOTES = [
@@ -606,20 +645,20 @@ VOTES = [
 
 def test_votes_follow_the_formulas():
     pairs = PreferencePairs.from_votes(VOTES)
-    assert texts(pairs) == [("p", "two", "one"), ("p", "one", "three")]
-    assert pairs.probability == [(3 + 0.5) / 5, 1.0]
-    assert pairs.weight == [5.0, 4.0]
-    assert pairs.extra == {"topic": ["t", None]}
-    assert pairs.dropped == {"tie": 1}
-    assert PreferencePairs.from_votes(VOTES, weight="margin").weight == [2.0, 4.0]
-    assert PreferencePairs.from_votes(VOTES, weight="one").weight == [1.0, 1.0]
+    assert texts(pairs) == [("p", "two", "one"), ("p", "one", "three"), ("q", "five", "six")]
+    assert pairs.probability == [(3 + 0.5) / 5, 1.0, 0.5]
+    assert pairs.weight == [5.0, 4.0, 5.0]
+    assert pairs.extra == {"topic": ["t", None, None]}
+    assert not pairs.dropped
+    assert PreferencePairs.from_votes(VOTES, weight="margin").weight == [2.0, 4.0, 0.0]
+    assert PreferencePairs.from_votes(VOTES, weight="one").weight == [1.0, 1.0, 1.0]
     hard = PreferencePairs.from_votes(VOTES, soft=False)
     assert hard.probability is None
     assert hard.weight == [5.0, 4.0]
-    half = PreferencePairs.from_votes(VOTES, ties="half")
-    assert texts(half)[2] == ("q", "five", "six")
-    assert half.probability == [0.7, 1.0, 0.5]
-    assert not half.dropped
+    assert hard.dropped == {"tie": 1}
+    decided = PreferencePairs.from_votes(VOTES, ties="drop")
+    assert decided.probability == [0.7, 1.0]
+    assert decided.dropped == {"tie": 1}
 
 
 @pytest.mark.parametrize(
@@ -644,7 +683,7 @@ def test_bad_votes(change, message):
 
 def test_bad_vote_options():
     with pytest.raises(PreferenceDataError, match=r'all were dropped \(tie: 1\); ties="half" keeps ties'):
-        PreferencePairs.from_votes(VOTES[2:])
+        PreferencePairs.from_votes(VOTES[2:], ties="drop")
     with pytest.raises(ValueError, match=r'ties="half" needs soft=True'):
         PreferencePairs.from_votes(VOTES, soft=False, ties="half")
     with pytest.raises(ValueError, match="weight must be one of 'total', 'one', 'margin', 'effective', got 'sum'"):
@@ -890,7 +929,7 @@ def test_encode_without_contexts():
 def test_encode_hands_candidates_on():
     pairs = PreferencePairs.from_scores(["p", "q"], [["a", "b", "tie"], ["a", "c"]], [[2, 1, 1], [0, 5]], group=[1, 2])
     encoder = HashEncoder()
-    encoded = pairs.select([2, 0]).encode(encoder, progress=False)
+    encoded = pairs.select([len(pairs) - 1, 0]).encode(encoder, progress=False)
     assert encoded.candidates is not None
     by_prompt = dict(zip(["q", "p"], sorted(encoded.candidates, key=lambda entry: entry.context_index), strict=True))
     for prompt, entry in by_prompt.items():
@@ -945,3 +984,19 @@ def test_real_rows_in_the_conversations_format():
     encoded = pairs.encode(HashEncoder(), progress=False)
     assert len(encoded) == 300
     assert len(encoded.group.unique()) == summary.prompts
+
+
+def test_scores_of_two_labels_keep_the_shares_that_unpaired_rows_even_out():
+    """Members of liked-against-disliked pairs are half liked; with ties each answer stands in as many pairs."""
+    labels = [True] + [False] * 9
+    answers = [f"answer {n}" for n in range(10)]
+    rows = [{"prompt": "p", "completion": a, "label": liked} for a, liked in zip(answers, labels, strict=True)]
+    unpaired = PreferencePairs.from_rows(rows)
+    scored = PreferencePairs.from_scores(["p"], [answers], [[float(liked) for liked in labels]])
+
+    def liked_share(pairs: PreferencePairs) -> float:
+        members = pairs.chosen + pairs.rejected
+        return members.count("answer 0") / len(members)
+
+    assert liked_share(unpaired) == 0.5
+    assert liked_share(scored) == pytest.approx(0.1)

@@ -1,17 +1,22 @@
 """b, gate, guard, selection, targets and rounds of labels by a preference model, cyclic ones too."""
 
+import json
 import math
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pfm
+from benchmarks.studies.context_level import KINDS, mean_of_b
 from benchmarks.tasks.cycle import Cycle
 from benchmarks.tasks.mixture import Mixture
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.decoders import Select
 from pfm.opponents import candidate_wins, rescored
 from pfm.preferences import BradleyTerry, Embedded, GeneralPreference, MeanShift, PreferenceModel
+from pfm.preferences.context_mean import ContextMean
 from pfm.rounds import CyclingWarning, as_labeller, compare_rounds, labelled
 
 BEATS = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])  # 0 beats 1 beats 2 beats 0
@@ -91,6 +96,47 @@ def test_contexts_choose_the_opponents():
     assert float(flow.win_probability(at[:1] - 2, at[0])) < 0.2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_b_is_one_half_on_the_mean_of_every_context(kind):
+    means = mean_of_b(kind, BradleyTerry(1e-3), pairs=1500)
+    assert float((means - 0.5).square().mean().sqrt()) < 0.06
+    assert float((means - 0.5).abs().max()) < 0.2
+
+
+def test_context_means_shrink_to_the_line_and_rows_of_weight_zero_do_not_count():
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(50, 2, generator=generator).repeat(6, 1)
+    value = context @ torch.tensor([2.0, -1.0]) + 1
+    weight, group = torch.ones(300), torch.arange(300) % 50
+    mean = ContextMean(2)
+    torch.testing.assert_close(mean.fit(context, value, weight, group, generator), value, atol=0.02, rtol=0)
+    elsewhere = torch.tensor([[3.0, 3.0]])
+    assert float(mean(elsewhere)) == pytest.approx(4, abs=0.05)
+    weight[::2], spoilt = 0, value.clone()
+    spoilt[::2] += 100
+    mean.fit(context, spoilt, weight, group, generator)
+    assert float(mean(elsewhere)) == pytest.approx(4, abs=0.1)
+    noise = torch.randn(300, generator=generator)
+    assert float(mean.fit(context, noise, torch.ones(300), group, generator).abs().mean()) < 0.25
+
+
+def test_a_flow_saved_before_contexts_had_levels_still_loads(tmp_path):
+    context = torch.randn(60, 1)
+    pairs = EncodedPairs(context + torch.rand(60, 1), context - torch.rand(60, 1), context)
+    flow = PreferenceFlow.fit(pairs, CLOSED, preference=BradleyTerry(1e-3), progress=False)
+    flow.save_pretrained(tmp_path)
+    again = PreferenceFlow.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.win_probability(context, context), flow.win_probability(context, context))
+    described = json.loads((tmp_path / "config.json").read_text())
+    del described["metadata"]["preference"]["anchors"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name: value for name, value in tensors.items() if "level" not in name}
+    save_file(tensors | {"win.context_spread": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    old = PreferenceFlow.from_pretrained(tmp_path)
+    assert bool(torch.isfinite(old.win_probability(context, context)).all())
+
+
 def test_the_guard_is_set_by_pairs_and_shut_by_shuffled_ones(flow, model):
     assert flow.guard_margin < 0.5
     assert flow.metadata["win"]["accuracy"] > 0.75  # pairs of one kind are a coin: 0.81 at best
@@ -146,6 +192,19 @@ def test_selection_judges_candidates_by_each_other(flow):
         result = refiner.refine([[f"kind {original}", f"kind {other}"]], ["?"])[0]
         assert result.text == f"kind {wanted}"
         assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_guard_judges_one_pair_alike_among_few_candidates_and_many(flow, model):
+    y = torch.cat([CENTRES[[0]], CENTRES[[2]], draws(62, 3)[0]])
+    odds = float(model.score(y[[1]], y[[0]]))
+    assert odds > 0  # kind 2 beats kind 0
+    for count in (2, 3, 64):
+        b = flow.candidate_probabilities(y[:count], None, torch.zeros(count, dtype=torch.long)).double().numpy()
+        b[1] = 1.0  # whatever the others do, the second is chosen
+        texts = [f"text {n}" for n in range(count)]
+        for margin, changed in ((math.tanh(odds / 2) - 1e-4, True), (math.tanh(odds / 2) + 1e-4, False)):
+            chosen = Select("win_probability", margin).decode(flow, texts, y[:count], None, b, "key")
+            assert (chosen.index, chosen.changed) == (int(changed), changed)
 
 
 # -- best of m ----------------------------------------------------------------------------------------------------

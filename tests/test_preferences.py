@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.preferences import BradleyTerry, MeanShift
+from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
+from pfm.preferences.base import restored, unfitted
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+from pfm.win import WinHead
 
 
 def bradley_terry_pairs(count: int, weights: torch.Tensor, seed: int = 0) -> EncodedPairs:
@@ -129,3 +131,87 @@ def test_an_unfitted_model_says_so():
         BradleyTerry().reward(torch.zeros(1, 2))
     with pytest.raises(RuntimeError, match="not fitted"):
         MeanShift().reward(torch.zeros(1, 2))
+
+
+def with_outliers(pairs: EncodedPairs) -> EncodedPairs:
+    """Mix in pairs of weight 0 with outlying outputs and the labels turned round."""
+    count = len(pairs)
+    far = 1e4 * torch.randn(2, count, pairs.dimension)
+    order = torch.arange(2 * count).view(2, count).T.flatten()
+    chosen, rejected = torch.cat([pairs.chosen, far[0]])[order], torch.cat([pairs.rejected, far[1]])[order]
+    weight = torch.cat([torch.ones(count), torch.zeros(count)])[order]
+    return EncodedPairs(chosen, rejected, weight=weight, group=torch.cat([pairs.group, pairs.group])[order])
+
+
+@pytest.mark.parametrize(
+    "model", [BradleyTerry(), MeanShift(), GeneralPreference(hidden=0), PreferenceEnsemble([BradleyTerry()])],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+def test_weight_zero_is_removal_for_every_preference_model(model):
+    pairs, y = bradley_terry_pairs(120, WEIGHTS), torch.randn(20, 4)
+    kinds = [unfitted({"kind": type(model).__name__, "settings": model.settings()}) for _ in range(2)]
+    plain, mixed = (
+        kind.fit(part).score(y, -y) for kind, part in zip(kinds, (pairs, with_outliers(pairs)), strict=True)
+    )
+    assert float(plain.abs().max()) > 0.1
+    torch.testing.assert_close(mixed, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_weight_zero_is_removal_for_flow_and_win_head():
+    pairs, y = bradley_terry_pairs(120, WEIGHTS), torch.randn(20, 4)
+    config = FlowConfig(residual=False, validation_share=0.3)
+    flows = [PreferenceFlow.fit(part, config, progress=False) for part in (pairs, with_outliers(pairs))]
+    torch.testing.assert_close(*(flow.win_probability(y) for flow in flows))
+    torch.testing.assert_close(*(flow.transport(y) for flow in flows))
+    one = EncodedPairs(pairs.chosen, pairs.rejected, weight=(torch.arange(120) == 7).float())
+    assert bool(torch.isfinite(BradleyTerry().fit(one).score(y, -y)).all())
+    head = WinHead(4, 0)
+    assert head.fit(one, network=False).z < 1.645
+    assert bool(torch.isfinite(head(y, None)).all())
+
+
+def test_a_pair_of_weight_two_is_the_pair_twice():
+    pairs, y = bradley_terry_pairs(60, WEIGHTS), torch.randn(20, 4)
+    weight = torch.ones(60)
+    weight[::3] = 2
+    twice = pairs.select(torch.cat([torch.arange(60), torch.arange(0, 60, 3)]))
+    heavy = EncodedPairs(pairs.chosen, pairs.rejected, weight=weight)
+    torch.testing.assert_close(
+        *(BradleyTerry().fit(part).score(y, -y) for part in (twice, heavy)), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("saved", [False, True])
+def test_opponents_of_all_and_of_each_are_told_apart_by_the_shape_of_an_output(shape, saved, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected, y, opponents = torch.randn(4, 8, *shape, generator=generator)
+    model = BradleyTerry().fit(EncodedPairs(chosen + 0.5, rejected))
+    if saved:
+        model = load(model.save(tmp_path))
+    assert model.event_shape == shape
+    every = torch.sigmoid(torch.stack([model.score(y, other.expand_as(y)) for other in opponents], 1))
+    for count in (3, 8):  # as many opponents as outputs, too
+        shared = model.win_probability(y, opponents[:count])
+        torch.testing.assert_close(shared, every[:, :count].mean(1))
+        own = opponents[:count].expand(8, count, *shape)
+        torch.testing.assert_close(model.win_probability(y, own), shared)
+    each = model.win_probability(y, opponents[:, None])
+    torch.testing.assert_close(each, every.diagonal())
+
+
+def test_opponents_that_fit_both_readings_are_refused_and_older_saves_go_by_y():
+    chosen, rejected, y, opponents = torch.randn(4, 5, 1, 3)
+    model = BradleyTerry().fit(EncodedPairs(chosen, rejected))
+    shared = model.win_probability(y, opponents)
+    with pytest.raises(ValueError, match=r"opponents of shape \(5, 1, 3\) may be 5 for all of y or 1 for each"):
+        model.win_probability(y.flatten(1), opponents)
+    torch.testing.assert_close(model.win_probability(y.flatten(1), opponents.flatten(1)), shared)
+    described = model.describe()
+    described["layout"] = {name: value for name, value in described["layout"].items() if name != "event_shape"}
+    older = restored(described)
+    older.load_state_dict(model.state_dict())
+    assert older.event_shape is None
+    torch.testing.assert_close(older.win_probability(y, opponents), shared)
+    with pytest.raises(ValueError, match="opponents must have 3 values a row: got 6"):
+        model.win_probability(y, torch.randn(4, 2, 3))

@@ -354,3 +354,83 @@ def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
     assert ResponseCache().folder == tmp_path / "two" / "pfm" / "responses"
     assert json.loads(json.dumps(str(ResponseCache(tmp_path)))).startswith("ResponseCache(")
+
+
+# ------------------------------------------------------------------------------------------- damage, size, old files
+
+
+def harmed(path: Path, statement: str, *values: Any) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement, values)
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "value"),
+    [
+        ("value = ?", b'{"text": "forged"}'),
+        ("value = CAST(? AS TEXT)", b'{"text": "\xff\xfe"}'),
+        ("value = ?", b"not JSON"),
+        ("value = ?", 7),
+        ("value = ?", b"[" * 100_000),
+        ("checksum = ?", None),
+        ("checksum = ?", b"\0" * 32),
+        ("value = (SELECT value FROM responses WHERE key <> ? LIMIT 1)", b""),
+        ("(value, checksum) = (SELECT value, checksum FROM responses WHERE key <> ? LIMIT 1)", b""),
+    ],
+)
+def test_a_changed_row_is_never_served_and_costs_that_row_alone(change, value, tmp_path, caplog):
+    cache = ResponseCache(tmp_path)
+    stored = samples(range(50))
+    cache.put(stored)
+    cache.close()
+    bad = sorted(stored)[7]
+    harmed(tmp_path / "responses.sqlite", f"UPDATE responses SET {change} WHERE key = ?", value, bad)
+    found = cache.get(list(stored))
+    assert found == {key: sample for key, sample in stored.items() if key != bad}
+    assert [record.getMessage() for record in caplog.records if "holds damaged rows" in record.getMessage()]
+    cache.put({bad: stored[bad]})  # asked again, and kept
+    assert ResponseCache(tmp_path).get(list(stored)) == stored
+    assert len(caplog.records) == 1
+
+
+def test_a_damaged_part_of_the_file_costs_what_it_held(tmp_path, caplog):
+    cache = ResponseCache(tmp_path)
+    stored = {key: Sample("text " * 200, origin=f"{place}") for place, key in enumerate(samples(range(400)))}
+    cache.put(stored)
+    cache.close()
+    path = tmp_path / "responses.sqlite"
+    data = bytearray(path.read_bytes())
+    data[40 * 4096 : 41 * 4096] = os.urandom(4096)
+    path.write_bytes(data)
+    found = ResponseCache(tmp_path).get(list(stored))
+    assert 300 < len(found) < 400
+    assert all(stored[key] == sample for key, sample in found.items())
+    assert len(caplog.records) == 1
+
+
+def test_a_cache_of_before_checksums_is_taken_over(tmp_path):
+    stored = samples(range(20))
+    with sqlite3.connect(tmp_path / "responses.sqlite") as connection:
+        connection.execute("CREATE TABLE responses (key BLOB PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID")
+        rows = [(key, json.dumps(vars(sample))) for key, sample in stored.items()]
+        connection.executemany("INSERT INTO responses VALUES (?, ?)", rows)
+    connection.close()
+    cache = ResponseCache(tmp_path)
+    assert cache.get(list(stored)) == stored
+    cache.put(samples(range(20, 30)))
+    assert len(ResponseCache(tmp_path)) == 30
+
+
+def test_the_oldest_responses_make_room(tmp_path):
+    cache = ResponseCache(tmp_path, max_bytes=200_000)
+    keys = list(samples(range(600)))
+    for key in keys:
+        cache.put({key: Sample("x" * 1000)})
+    assert 0 < len(cache) < 300
+    assert cache.size_bytes < 6_000_000  # with the log of the last writes, which does not grow
+    found = cache.get(keys)
+    assert keys[-1] in found
+    assert keys[0] not in found
+    with pytest.raises(ValueError, match="max_bytes must be"):
+        ResponseCache(tmp_path, max_bytes=0)

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pfm.statistics
+from benchmarks.studies.coverage import calibration, covered, length_control, over_prompts, over_seeds
 from pfm.statistics import (
     Bootstrap,
     Estimate,
     binned,
+    interval,
     length_controlled,
     pairwise_agreement,
     reliability,
@@ -202,14 +204,75 @@ def test_length_control_weighs_rows_of_one_prompt():
 def test_length_control_in_degenerate_cases():
     bootstrap = Bootstrap(6, 100)
     win = np.array([1, 1, 0, 1, 0.5, 1])
-    assert length_controlled(win, np.zeros(6), bootstrap) == bootstrap.mean(win)
+    assert length_controlled(win, np.zeros(6), bootstrap) == bootstrap.mean(win, (0.0, 1.0))
     assert length_controlled(win, np.full(6, 40.0), bootstrap) is None
+    assert length_controlled(np.full(6, 0.5), np.zeros(6), bootstrap) == Estimate(0.5, 0.5, 0.5)
     always = length_controlled(np.ones(6), np.arange(6.0) - 2, bootstrap)
     assert always is not None
     assert 0.95 < always.value <= 1
 
 
+@pytest.mark.parametrize(("kept", "truth"), [(0.1, 0.77), (0.3, 0.71), (0.5, 0.65)])
+def test_unchanged_outputs_are_ties_and_do_not_pull_the_others_to_a_half(kept, truth):
+    rng = np.random.default_rng(0)
+    found = [length_control(300, kept, 0.8, rng)[0] for _ in range(30)]
+    assert np.mean([each.value for each in found]) == pytest.approx(truth, abs=0.015)
+    assert sum(each.low <= truth <= each.high for each in found) >= 25
+
+
+def test_length_alone_stays_at_one_half_with_unchanged_outputs_or_without():
+    rng = np.random.default_rng(1)
+    gap = rng.normal(100, 300, size=3000)
+    gap[::4] = 0
+    win = np.where(gap == 0, 0.5, gap > 0)
+    found = length_controlled(win, gap, Bootstrap(3000, 100))
+    assert found is not None
+    assert win.mean() > 0.58
+    assert found.value == pytest.approx(0.5, abs=0.04)
+
+
+def test_unchanged_rows_count_by_their_weight_whatever_their_recorded_win():
+    win, gap = drawn(200, 0.8, 1.0)
+    bootstrap = Bootstrap(200, 100)
+    alone = length_controlled(win, gap, bootstrap)
+    rows = np.r_[win, np.ones(200)], np.r_[gap, np.full(200, 7.0)]
+    found = length_controlled(
+        *rows, bootstrap, owner=np.tile(np.arange(200), 2), weight=np.repeat([0.25, 0.75], 200),
+        changed=np.repeat([True, False], 200),
+    )  # fmt: skip
+    assert alone is not None
+    assert found is not None
+    assert found.value == pytest.approx(0.25 * alone.value + 0.375, abs=5e-3)  # the ridge weighs more
+
+
+# ---- intervals of few
+
+
+@pytest.mark.parametrize("between", [0.0, 1.0])
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_intervals_over_few_seeds_hold_the_truth(seeds, between):
+    assert 0.90 <= covered(lambda rng: over_seeds(seeds, between, rng, prompts=8), 250)[0] <= 0.99
+
+
+def test_intervals_over_few_prompts_hold_the_truth_and_stay_in_bounds():
+    assert covered(lambda rng: over_prompts(10, "wins", rng), 250)[0] >= 0.9
+    found = Bootstrap(10, 500).mean([1.0] * 9 + [0.0], (0.0, 1.0))
+    assert found.low < 0.7
+    assert found.high == 1
+    stretched, plain = (interval(0.5, np.linspace(0, 1, 1001), units) for units in (3, None))
+    assert stretched is not None
+    assert plain is not None
+    assert (stretched.high - 0.5) / (plain.high - 0.5) == pytest.approx(4.3027 / 1.96 * math.sqrt(1.5), rel=1e-3)
+
+
 # ---- calibration
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_the_calibration_error_is_free_of_noise_and_its_interval_holds_the_truth(slope):
+    share, estimate, truth = covered(lambda rng: calibration(60, slope, rng), 60)
+    assert share >= 0.85
+    assert estimate == pytest.approx(truth, abs=0.035)
 
 
 def test_perfect_predictions_have_no_calibration_error():
@@ -227,9 +290,11 @@ def test_noise_floor_is_the_error_of_a_calibrated_predictor():
     p = rng.beta(4, 4, size=800)
     owner, bootstrap = np.arange(800) // 4, Bootstrap(200, 400)
     reports = [reliability(p, rng.random(800) < p, owner, bootstrap) for _ in range(40)]
-    shown = np.mean([r.ece.value for r in reports])
+    shown = np.mean([r.measured_ece or math.nan for r in reports])
     assert np.mean([r.noise_floor for r in reports]) == pytest.approx(shown, rel=0.15)
     assert np.mean([r.within_noise for r in reports]) > 0.8
+    assert np.mean([r.ece.value for r in reports]) < shown / 2
+    assert np.mean([r.ece.low == 0 for r in reports]) > 0.9
 
 
 def test_overconfidence_is_measured_and_above_the_noise():

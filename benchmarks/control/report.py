@@ -1,6 +1,6 @@
 """Tables of control: what refined policies earn beyond the same reference's deterministic mode.
 
-Figures are means over the test episodes of all seeds, with 95% intervals from 2000 resamples of seeds, and of episodes
+Figures are means over the test episodes of all seeds, with 95% intervals from 2000 resamples of seeds, or of episodes
 within them: they hold what other data would change as well as what other starts would. Differences are paired: all
 methods of a seed learn from the same pairs and play from the same starts.
 """
@@ -8,6 +8,7 @@ methods of a seed learn from the same pairs and play from the same starts.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.control.references import normalised_score
-from benchmarks.measures import NestedBootstrap
+from benchmarks.measures import SeedBootstrap
 from benchmarks.runs import Run, code_notes
 from benchmarks.tables import markdown_table
 from pfm.statistics import Estimate
@@ -36,7 +37,7 @@ class Reached:
     """What one method reached with one number of pairs, over all of its seeds.
 
     ``returns``, ``gain`` over the deterministic reference, ``lead``: how far the flow of equal data is ahead of it,
-    None where there is none. ``error`` of the gain: its standard error over seeds and episodes. ``d4rl``: the
+    None where there is none. ``error`` of the gain: its standard error over seeds. ``d4rl``: the
     normalised return. ``segment_gain``: of single segments, in reward, and ``myopic_gain`` without what follows them.
     """
 
@@ -225,18 +226,20 @@ def _ahead(ours: list[Run], theirs: list[Run]) -> Estimate | None:
     return _bootstrap(np.concatenate(seeds)).mean(np.concatenate(differences))
 
 
-def _bootstrap(seed: NDArray[np.int64]) -> NestedBootstrap:
-    """Resample seeds and episodes within them; equal layouts share their resamples."""
+def _bootstrap(seed: NDArray[np.int64]) -> SeedBootstrap:
+    """Resample seeds (the episodes of a single one); equal layouts share their resamples."""
     return _resampled(tuple(seed.tolist()))
 
 
 @lru_cache(maxsize=64)
-def _resampled(seed: tuple[int, ...]) -> NestedBootstrap:
-    return NestedBootstrap(np.array(seed))
+def _resampled(seed: tuple[int, ...]) -> SeedBootstrap:
+    return SeedBootstrap(np.array(seed))
 
 
-def _error(bootstrap: NestedBootstrap, values: Array) -> float:
-    return float((bootstrap.sums(values) / bootstrap.sums(np.ones(len(values)))).std())
+def _error(bootstrap: SeedBootstrap, values: Array) -> float:
+    ones = np.ones(len(values))
+    units = int(bootstrap.units(ones)[0])
+    return float((bootstrap.sums(values) / bootstrap.sums(ones)).std()) * math.sqrt(units / max(units - 1, 1))
 
 
 # -- what it looks like ---------------------------------------------------------------------------------------------

@@ -17,7 +17,10 @@ from pfm.cli.shell import (
     FlowFolder,
     NoProgress,
     OnBadRows,
+    Reasoning,
+    ReasoningOption,
     Traceback,
+    TrustEncoder,
     app,
     examples,
     guarded,
@@ -56,7 +59,9 @@ def evaluate(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    reasoning: ReasoningOption = Reasoning.aside,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     no_progress: NoProgress = False,
@@ -64,7 +69,7 @@ def evaluate(
 ) -> None:
     """Say how much better the flow's picks are, by scores that it has not seen, and against what."""
     with guarded(traceback) as session:
-        fitted, with_encoder = load_flow(flow, encoder)
+        fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.pairs import PreferencePairs
         from pfm.refiner import wrap
 
@@ -74,14 +79,14 @@ def evaluate(
         for path in (html, json_file):
             if path is not None:
                 make_folder(path.parent)
-        refiner = wrap(None, fitted, encoder=with_encoder)
+        refiner = wrap(None, fitted, encoder=with_encoder, reasoning=reasoning.value)
         records = refiner.refine(
             [row.candidates for row in scored], [row.prompt for row in scored], progress=not no_progress
         )
         encoded = None
         if training is not None:
             encoded = training.encode(with_encoder, context=context, progress=not no_progress)
-        report = _report(scored, records, encoded, with_encoder, seed, not no_progress)
+        report = _report(scored, records, encoded, with_encoder, reasoning.value, seed, not no_progress)
         report.settings["judge"] = f"column scores of {rows.name}"
         if training is not None:
             _warn_of_leaks(report, scored, training)
@@ -173,6 +178,7 @@ def _report(
     records: Sequence[Refinement],
     training: EncodedPairs | None,
     encoder: Encoder,
+    reasoning: str,
     seed: int,
     progress: bool,
 ) -> Report:
@@ -183,6 +189,7 @@ def _report(
         "training": training,
         "encoder": None if training is None else encoder,
         "groups": None if None in groups else groups,
+        "reasoning": reasoning,
         "seed": seed,
         "progress": progress,
     }

@@ -14,6 +14,7 @@ from pfm.cli.shell import (
     NoProgress,
     OnBadRows,
     Traceback,
+    TrustEncoder,
     app,
     examples,
     guarded,
@@ -48,6 +49,7 @@ def explain(
     ] = 2,
     max_outputs: Annotated[int, typer.Option(min=4, help="Look at so many outputs at most.")] = 10_000,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of what is looked at.")] = 0,
     no_progress: NoProgress = False,
@@ -62,7 +64,7 @@ def explain(
         for path in out or []:
             if path.suffix.lower() not in FORMS:
                 raise ValueError(f"--out {path} must end in {' or '.join(FORMS)}: got {path.suffix or 'no suffix'!r}")
-        fitted, with_encoder = load_flow(flow, encoder)
+        fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.composition import Composition
         from pfm.explain import explain as explain_flow
         from pfm.pairs import PreferencePairs

@@ -22,6 +22,8 @@ from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
     OnBadRows,
+    Reasoning,
+    ReasoningOption,
     Session,
     Traceback,
     app,
@@ -118,6 +120,7 @@ def label(
     max_calls: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many requests.", rich_help_panel=_PANEL)
     ] = None,
+    reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
@@ -163,6 +166,8 @@ def label(
                 temperature=0.0 if generator is not None else None,
                 name=model or local_model or generator,
             )
+        if reasoning is Reasoning.keep:
+            made.reasoning = "keep"
         pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed))
         if not pairs:
             raise ValueError(f"{rows}: no row has two different candidates")
@@ -215,13 +220,13 @@ def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: 
 
     reader, unit = find_reader(path)
     bad = BadRows(str(path), on_bad_rows)
-    origin = judge.describe()
+    origin = judge.describe() | ({"reasoning": "keep"} if judge.reasoning == "keep" else {})
     kept = 0
     for number, value in reader(path, bad):
         try:
             if not isinstance(value, Mapping):
                 raise PreferenceDataError(f"got {show(value)}; expected an object with columns")
-            found = list(candidate_pairs(value, limit, (seed, number)))
+            found = list(candidate_pairs(value, limit, (seed, number), judge.reasoning))
         except PreferenceDataError as error:
             bad.meet(error, f"{unit} {number}")
             continue

@@ -39,8 +39,11 @@ from pfm.cli.shell import (
     EncoderOfFlow,
     FlowFolder,
     NoProgress,
+    Reasoning,
+    ReasoningOption,
     Session,
     Traceback,
+    TrustEncoder,
     app,
     examples,
     fingerprint,
@@ -90,7 +93,9 @@ def refine(
     decoder: DecoderOption = DecoderName.select,
     exemplars: ExemplarsOption = None,
     settings: DecoderSettings = None,
+    reasoning: ReasoningOption = Reasoning.aside,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
 ) -> None:
@@ -103,7 +108,7 @@ def refine(
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
     with guarded(traceback) as session:
-        fitted, with_encoder = load_flow(flow, encoder)
+        fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.generators.base import first_samples
         from pfm.refiner import wrap
 
@@ -128,7 +133,9 @@ def refine(
         made, depends = make_decoder(
             decoder, settings or (), exemplars, with_encoder, drawn=drawn, progress=not no_progress
         )
-        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=n)
+        if reasoning is Reasoning.keep:
+            depends = [*depends, "reasoning kept"]
+        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=n, reasoning=reasoning.value)
         origin = [fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else []), *depends]
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):

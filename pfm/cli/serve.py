@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli.shell import EncoderOfFlow, Session, Traceback, app, examples, guarded, load_flow
+from pfm.cli.shell import EncoderOfFlow, Reasoning, Session, Traceback, TrustEncoder, app, examples, guarded, load_flow
 
 # Settings of pfm.wrap that a file of settings may hold too.
-CHOICE = ("n", "by", "margin", "strength", "seed")
+CHOICE = ("n", "by", "margin", "strength", "seed", "reasoning")
 
 
 @app.command(
@@ -72,7 +72,16 @@ def serve(
     timeout: Annotated[
         float | None, typer.Option(help="Seconds for a request to wait and be drawn.", show_default="120")
     ] = None,
+    reasoning: Annotated[
+        Reasoning | None,
+        typer.Option(
+            help="Judge of an answer with hidden reasoning (<think>...</think> and the like) what follows it, or keep "
+            "all of it.",
+            show_default="strip",
+        ),
+    ] = None,
     encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
     traceback: Traceback = False,
 ) -> None:
@@ -105,11 +114,12 @@ def serve(
             "queue": queue,
             "connections": connections,
             "timeout": timeout,
+            "reasoning": None if reasoning is None else reasoning.value,
             "encoder": encoder,
         }
         settings = _settings(config, given)
         choice = {name: settings.pop(name) for name in CHOICE if name in settings}
-        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None))
+        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder)
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
             served.secret(name)

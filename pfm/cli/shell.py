@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.text import Text
+from typer.core import TyperCommand
 
-from pfm.errors import PfmError
+from pfm.errors import PfmError, UntrustedEncoderError
 
 if TYPE_CHECKING:
     from pfm.composition import Composition
@@ -31,8 +32,11 @@ __all__ = [
     "FlowFolder",
     "NoProgress",
     "OnBadRows",
+    "Reasoning",
+    "ReasoningOption",
     "Session",
     "Traceback",
+    "TrustEncoder",
     "app",
     "examples",
     "fingerprint",
@@ -47,7 +51,27 @@ MISTAKES = (ValueError, TypeError, OSError, ImportError, PfmError)
 SOME_FAILED = 3
 INTERRUPTED = 130
 
-app = typer.Typer(
+
+class _Command(TyperCommand):
+    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Expand the paths, and run the command."""
+        for name, value in ctx.params.items():
+            if isinstance(value, list | tuple):
+                ctx.params[name] = [item.expanduser() if isinstance(item, Path) else item for item in value]
+            elif isinstance(value, Path):
+                ctx.params[name] = value.expanduser()
+        return super().invoke(ctx)
+
+
+class _App(typer.Typer):
+    def command(self, *arguments: Any, **settings: Any) -> Any:
+        """Add a command of this kind."""
+        return super().command(*arguments, **{"cls": _Command, **settings})
+
+
+app = _App(
     help="Refine the outputs of any frozen generator with a learned preference flow.",
     epilog="Start with [cyan]pfm quickstart[/cyan]: two minutes, no data needed.",
     no_args_is_help=True,
@@ -63,6 +87,13 @@ class OnBadRows(StrEnum):
 
     stop = "raise"
     drop = "drop"
+
+
+class Reasoning(StrEnum):
+    """What to do with hidden reasoning in an output."""
+
+    aside = "strip"
+    keep = "keep"
 
 
 def examples(*lines: str) -> str:
@@ -82,8 +113,23 @@ EncoderOfFlow = Annotated[
         show_default="the one that the flow names",
     ),
 ]
+TrustEncoder = Annotated[
+    bool,
+    typer.Option(
+        "--trust-encoder",
+        help="Contact the endpoint, or open the folder, of the encoder that the flow names; without it, what would be "
+        "contacted is shown.",
+    ),
+]
 BadRowsOption = Annotated[
     OnBadRows, typer.Option("--on-bad-rows", help="Stop at a bad row, or drop and count such rows.")
+]
+ReasoningOption = Annotated[
+    Reasoning,
+    typer.Option(
+        help="Judge of an output with hidden reasoning (<think>...</think> and the like) the answer after it, or keep "
+        "all of it."
+    ),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")]
 Traceback = Annotated[
@@ -196,12 +242,17 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Composition, Encoder]:
+def load_flow(
+    folder: Path, encoder: str | None, trust_encoder: bool = False
+) -> tuple[PreferenceFlow | Composition, Encoder]:
     """Load a flow, or a composition of several, and its encoder."""
+    from pfm.archive import finish_save
     from pfm.composition import DESCRIPTION, Composition
     from pfm.encoders import encoder_from_description, encoder_from_name
     from pfm.flow import PreferenceFlow
 
+    folder = folder.expanduser()
+    finish_save(folder)
     if (folder / DESCRIPTION).is_file():
         flow = Composition.load(folder)
     elif (folder / "config.json").is_file():
@@ -212,7 +263,11 @@ def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Compo
     if encoder is not None:
         return flow, encoder_from_name(encoder)
     try:
-        return flow, encoder_from_description(flow.metadata.get("encoder"))
+        return flow, encoder_from_description(flow.metadata.get("encoder"), trust_encoder=trust_encoder)
+    except UntrustedEncoderError as error:
+        raise ValueError(
+            str(error).replace("trust_encoder=True", "--trust-encoder").replace("by hand", "by --encoder")
+        ) from None
     except ValueError as error:
         raise ValueError(f"{error}; on the command line, --encoder NAME") from error
 
@@ -220,6 +275,7 @@ def load_flow(folder: Path, encoder: str | None) -> tuple[PreferenceFlow | Compo
 def fingerprint(folder: Path) -> str:
     """Give a checksum of a saved flow, or of a composition with all of its flows."""
     digest = hashlib.sha256()
+    folder = folder.expanduser()
     names = "config.json", "model.safetensors"
     if not (folder / names[0]).is_file():
         from pfm.composition import DESCRIPTION

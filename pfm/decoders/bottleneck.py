@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from pfm.decoders.latent import weights_identity
+from pfm.devices import best_device
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
-from pfm.encoders.source import ModelSource, check_folder, find_source
+from pfm.encoders.source import ModelSource, find_source
 from pfm.errors import EncodingError
+from pfm.hub import check_folder, loading_problem, location
 
 __all__ = ["BottleneckT5"]
 
@@ -64,7 +66,7 @@ class BottleneckT5(CachedEncoder):
         *,
         trust_remote_code: bool = False,
         revision: str | None = None,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         batch_size: int = 16,
         max_length: int = 512,
         generation: dict[str, Any] | None = None,
@@ -80,6 +82,7 @@ class BottleneckT5(CachedEncoder):
         self.generation = {"do_sample": False, "num_beams": 1, "use_cache": False} | (generation or {})
         self.revision = revision
         self.device = device
+        best_device(device)
         self.trust_remote_code = trust_remote_code
         self._by_name = isinstance(model, str | os.PathLike)
         self._model: Any = None
@@ -89,7 +92,7 @@ class BottleneckT5(CachedEncoder):
             if tokenizer is not None:
                 raise TypeError("tokenizer goes with a loaded model; one that is loaded by name brings its own")
             self.name = os.fspath(model)
-            check_folder(self.name)
+            check_folder(self.name, "checkpoint")
             if not trust_remote_code:
                 raise ValueError(
                     f"{self.name} runs code of its own: look at it, then pass trust_remote_code=True, with revision= "
@@ -225,21 +228,18 @@ class BottleneckT5(CachedEncoder):
     def _load(self) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder = Path(self.name).expanduser()
-        place = str(folder) if folder.is_dir() else self.name
-        options: dict[str, Any] = {} if folder.is_dir() else {"revision": self.revision}
+        place = location(self.name)
+        options: dict[str, Any] = {} if Path(place).is_dir() else {"revision": self.revision}
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
             model: Any = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True, **options)
         except Exception as error:
             raise ValueError(
-                f"cannot load {self.name} as a bottleneck-T5 model ({type(error).__name__}: {error}). Its code may "
-                "need another version of transformers: make it run, and pass the loaded model and its tokenizer"
+                f"cannot load {self.name} as a bottleneck-T5 model "
+                f"({loading_problem(self.name, error, trusted=True)}): its code may need another version of "
+                "transformers: make it run, and pass the loaded model and its tokenizer"
             ) from error
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._take(model.to(device), tokenizer)
+        self._take(model.to(best_device(self.device)), tokenizer)
 
     def _take(self, model: Any, tokenizer: Any) -> None:
         wanted = ("perturb_vector", "generate", "config")

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.archive import read_folder, save_folder
+from pfm.encoders.sentence import as_encoder
 from pfm.files import replace_file, require_files
+from pfm.reasoning import training_text
 
 if TYPE_CHECKING:
     from pfm.pairs import PreferencePairs
@@ -79,12 +82,14 @@ class ExemplarBank:
             progress: show a progress bar while encoding.
         """
         sure = pairs.probability or [1.0] * len(pairs)
-        texts = list(dict.fromkeys(text for text, p in zip(pairs.chosen, sure, strict=True) if p > 0.5))
+        shown = (training_text(text) for text, p in zip(pairs.chosen, sure, strict=True) if p > 0.5)
+        texts = list(dict.fromkeys(shown))  # what a model is to imitate is the answer, without hidden reasoning
         if limit is not None and limit < 1:
             raise ValueError(f"limit must be at least 1 or None, got {limit}")
         if limit is not None and limit < len(texts):
             drawn = np.random.default_rng(seed).choice(len(texts), size=limit, replace=False)
             texts = [texts[row] for row in sorted(drawn.tolist())]
+        encoder = as_encoder(encoder)
         described = encoder.describe() if hasattr(encoder, "describe") else None
         return cls(texts, encoder.encode(texts, progress=progress) if texts else torch.zeros(0, 1), described)
 
@@ -127,13 +132,12 @@ class ExemplarBank:
         """Write the bank to a folder: texts as JSON lines, vectors as safetensors."""
         from safetensors.torch import save_file
 
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps({"text": text}, ensure_ascii=True) + "\n" for text in self.texts)
         described = {"format": "pt", "encoder": json.dumps(self.encoder), "texts": _checksum(lines.encode())}
         table = {"vectors": self.vectors.contiguous()}
-        replace_file(target / VECTORS, lambda path: save_file(table, path, metadata=described))
-        replace_file(target / TEXTS, lambda path: path.write_text(lines, encoding="utf-8"))
+        with save_folder(Path(folder).expanduser()) as target:
+            replace_file(target / VECTORS, lambda path: save_file(table, path, metadata=described))
+            replace_file(target / TEXTS, lambda path: path.write_text(lines, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ExemplarBank:
@@ -143,9 +147,13 @@ class ExemplarBank:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or the two do not belong together.
         """
+        source = Path(folder).expanduser()
+        return read_folder(source, (TEXTS, VECTORS), lambda: cls._load(source))
+
+    @classmethod
+    def _load(cls, source: Path) -> ExemplarBank:
         from safetensors import SafetensorError, safe_open
 
-        source = Path(folder)
         require_files(source, (TEXTS, VECTORS), "ExemplarBank.save")
         try:
             lines = (source / TEXTS).read_bytes()

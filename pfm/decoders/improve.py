@@ -14,6 +14,7 @@ import torch
 
 from pfm.decoders.select import Judged, Select, Selection
 from pfm.generators.base import count, is_usable_text
+from pfm.reasoning import judged_text
 
 __all__ = ["Draft", "Improver", "Proposal"]
 
@@ -49,6 +50,10 @@ class Draft:
     def text(self) -> str:
         """The text to improve on."""
         return self.texts[self.current]
+
+    def judged(self, text: str) -> str:
+        """Return what of a text is judged and shown: its answer, where hidden reasoning is set aside."""
+        return judged_text(text, self.row.reasoning)
 
     @property
     def vector(self) -> torch.Tensor:
@@ -159,7 +164,7 @@ class Improver(ABC):
     def _judge(self, flow: Any, drafts: Sequence[Draft], proposals: Sequence[Proposal], number: int) -> None:
         """Encode and judge what is new among the proposals, and settle the round of each draft."""
         fresh = [self._fresh(draft, proposal) for draft, proposal in zip(drafts, proposals, strict=True)]
-        texts = [text for found in fresh for text in found]
+        texts = [draft.judged(text) for draft, found in zip(drafts, fresh, strict=True) for text in found]
         vectors = torch.zeros(0, len(drafts[0].vector))
         if texts:
             vectors = torch.as_tensor(self.encoder.encode(texts, progress=False)).detach().to("cpu", torch.float32)
@@ -178,11 +183,12 @@ class Improver(ABC):
 
     def _fresh(self, draft: Draft, proposal: Proposal) -> list[str]:
         """Return the usable proposals that this prompt has not seen yet."""
-        seen = {text.strip() for text in draft.texts}
+        seen = {draft.judged(text).strip() for text in draft.texts}
         fresh: list[str] = []
         for text in proposal.texts:
-            if is_usable_text(text) and text.strip() not in seen:
-                seen.add(text.strip())
+            answer = draft.judged(text).strip() if is_usable_text(text) else ""
+            if answer and answer not in seen:
+                seen.add(answer)
                 fresh.append(text)
         return fresh
 

@@ -137,7 +137,7 @@ class Rewrite(Improver):
             # A conversation is asked for as a conversation, so that a chat model stays one.
             request = prompt if isinstance(draft.row.prompt, str) else [{"role": "user", "content": prompt}]
             copies = {self.exemplars.texts[row].strip() for row in rows}
-            asked.setdefault(min(self.rewrites, left), []).append(_Request(proposals[-1], request, mark, copies))
+            asked.setdefault(min(self.rewrites, left), []).append(_Request(draft, proposals[-1], request, mark, copies))
         for n, requests in asked.items():
             draws = self.generator.draws([request.prompt for request in requests], n)
             for request, draw in zip(requests, draws, strict=True):
@@ -160,7 +160,7 @@ class Rewrite(Improver):
 
     def _prompt(self, draft: Draft, exemplars: list[str]) -> tuple[str, str]:
         """Return the text that asks for revisions, and the mark of its fences."""
-        request, text = draft.row.key, draft.text
+        request, text = draft.row.key, draft.judged(draft.text)
         mark = fence_mark([request, text, *exemplars])
         shown = "\n\n".join(fence(f"example {n}", exemplar, mark) for n, exemplar in enumerate(exemplars, 1))
         filled = self.template.fill(
@@ -173,6 +173,7 @@ class Rewrite(Improver):
 class _Request:
     """What is asked of the generator for one draft, and what its answer may not be."""
 
+    draft: Draft
     proposal: Proposal
     prompt: Prompt
     mark: str
@@ -182,7 +183,7 @@ class _Request:
         """Take over what was drawn, without lines of fences and without copies of the examples shown."""
         drawn = [_without_fences(text, self.mark) for text in draw.texts]
         proposal = self.proposal
-        proposal.texts = [text for text in drawn if text not in self.copies]
+        proposal.texts = [text for text in drawn if self.draft.judged(text).strip() not in self.copies]
         proposal.tags = dict(zip(drawn, draw.tags, strict=False))
         proposal.details["copies"] = len(drawn) - len(proposal.texts)
         proposal.calls, proposal.usage, proposal.error = draw.calls, dict(draw.usage), draw.error

@@ -58,6 +58,7 @@ class Judged:
         vectors: (n, D) their embeddings, finite.
         context: (C,) embedding of the prompt, or None when the flow takes no context.
         probabilities: (n,) float64, b(y|x) of each, in [0, 1].
+        reasoning: "strip" where vectors and b are those of the answers after hidden reasoning, else "keep".
     """
 
     prompt: Any
@@ -66,6 +67,7 @@ class Judged:
     vectors: torch.Tensor
     context: torch.Tensor | None
     probabilities: np.ndarray
+    reasoning: str = "strip"
 
 
 class Decoder(Protocol):
@@ -116,9 +118,10 @@ class Select:
 
     Args:
         by: one of the above.
-        margin: change the original only if b rises by at least this much. None takes ``flow.guard_margin``,
-            which is set on held-out pairs at the end of a fit; ``inf`` never changes; 0 lets alignment change
-            the output whenever b does not fall; -1 switches the guard off.
+        margin: change the original only if b rises by at least this much (with a preference model: P − P' of the
+            two outputs). None takes ``flow.guard_margin``, which is set on held-out pairs at the end of a fit;
+            ``inf`` never changes; 0 lets alignment change the output whenever b does not fall; -1 switches the
+            guard off.
         strength: exponent of b in ``sample``: 0 draws uniformly, 1 targets p₁, above 1 sharpens.
         seed: seed of ``sample``.
 
@@ -175,7 +178,7 @@ class Select:
         if best == 0:
             return Selection(0, False, scores.tolist(), f"kept the original: highest {self._score_name}")
         margin = flow.guard_margin if self.margin is None else self.margin
-        gain = float(probabilities[best] - probabilities[0])
+        gain = _gain(flow, vectors, context, probabilities, best)
         if gain >= margin:
             reason = f"changed: highest {self._score_name}, win probability {gain:+.3f}"
             return Selection(best, True, scores.tolist(), reason)
@@ -219,6 +222,20 @@ class Select:
             weights.tolist(),
             f"{verb}: drawn in proportion to win probability ({weights[drawn] / total:.3f})",
         )
+
+
+def _gain(
+    flow: Any, vectors: torch.Tensor, context: torch.Tensor | None, probabilities: np.ndarray, best: int
+) -> float:
+    """Return by how much the best candidate beats the original, in the unit of the guard margin.
+
+    With a preference model that is P - P' of these two. The difference of their mean chances against the other
+    candidates, of which the original is one, would depend on how many there are.
+    """
+    model = getattr(flow, "preference", None)
+    if model is None:
+        return float(probabilities[best] - probabilities[0])
+    return float(torch.tanh(model.score(vectors[best][None], vectors[0][None], context) / 2))
 
 
 def _standardised(values: np.ndarray) -> np.ndarray:

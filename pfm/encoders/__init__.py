@@ -5,7 +5,7 @@ from pfm.encoders.cache import EmbeddingCache
 from pfm.encoders.concat import ConcatEncoder
 from pfm.encoders.named import encoder_from_description, encoder_from_name
 from pfm.encoders.openai import OpenAIEncoder
-from pfm.encoders.sentence import SentenceEncoder
+from pfm.encoders.sentence import SentenceEncoder, as_encoder
 from pfm.encoders.surface import SurfaceEncoder
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "OpenAIEncoder",
     "SentenceEncoder",
     "SurfaceEncoder",
+    "as_encoder",
     "encoder_from_description",
     "encoder_from_name",
 ]

@@ -20,6 +20,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,10 @@ _HEADER = struct.Struct("<8sII")  # magic, dimension, checksum of the two
 _MAGIC = b"PFMEMB1\n"
 _ENTRY = np.dtype([("key", np.uint8, KEY_BYTES), ("checksum", "<u4")])
 _READ_AT_ONCE = 8192  # rows copied out of the maps before the next; bounds the memory beside the result
+MAX_BYTES = 20_000_000_000
+_SHARES = 8  # shards of a full cache: what is deleted at once is one of them
+_CHECK_BYTES = 64_000_000  # appended before the size is looked at again
+_MAX_DIMENSION = 2**20  # a header that says more is damaged
 _ROWS_PER_SHARD = 2**40  # places are shard * 2**40 + row
 _SPACE_NAME = re.compile(r"[0-9a-f]{24}")
 
@@ -64,9 +69,18 @@ class EmbeddingCache:
         folder: where to keep them; made when first written to. None: the folder named by the environment
             variable ``PFM_CACHE``, else ``pfm/embeddings`` in the user's cache folder
             (``XDG_CACHE_HOME``, ``~/.cache``).
+        max_bytes: size of the folder beyond which the embeddings written the longest ago are deleted, an eighth at
+            a time; None for no bound.
+
+    Raises:
+        ValueError: ``max_bytes`` is below 1.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = MAX_BYTES) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes must be a whole number of at least 1, or None, got {max_bytes!r}")
+        self.max_bytes = max_bytes
+        self._unchecked = _CHECK_BYTES  # so that the first addition looks
         self.folder = cache_folder("embeddings") if folder is None else Path(folder).expanduser()
         self._lock = threading.RLock()
         self._indices: dict[str, _Index] = {}
@@ -99,10 +113,15 @@ class EmbeddingCache:
         with self._lock:
             try:
                 writer = self._writers.get(space)
-                if writer is None or not writer.is_current(vectors.shape[1]):
+                full = self.max_bytes is not None and writer is not None and writer.size > self.max_bytes / _SHARES
+                if writer is None or full or not writer.is_current(vectors.shape[1]):
                     writer = _Writer(self._space_folder(space), vectors.shape[1])
                     self._writers[space] = writer
                 writer.append(np.ascontiguousarray(keys), np.ascontiguousarray(vectors, "<f4"))
+                self._unchecked += vectors.nbytes
+                if self.max_bytes is not None and self._unchecked >= min(_CHECK_BYTES, self.max_bytes / _SHARES):
+                    self._unchecked = 0
+                    self._delete_oldest(self.max_bytes)
             except OSError as error:
                 self._writable = False
                 logger.warning(
@@ -111,6 +130,26 @@ class EmbeddingCache:
                     self.folder,
                     error.strerror or error,
                 )
+
+    def _delete_oldest(self, max_bytes: int) -> None:
+        """Delete shards, those that were appended to the longest ago first, until the rest fits."""
+        found: list[tuple[float, int, Path]] = []
+        for folder in self._space_folders():
+            for keys in folder.glob("*.keys"):
+                try:
+                    parts = keys.stat(), keys.with_suffix(".vectors").stat()
+                except FileNotFoundError:  # another process has just deleted it
+                    continue
+                found.append((max(part.st_mtime for part in parts), sum(part.st_size for part in parts), keys))
+        own = {writer.keys for writer in self._writers.values()}
+        excess = sum(size for _, size, _ in found) - max_bytes
+        for _, size, keys in sorted(found, key=lambda shard: shard[0]):
+            if excess <= 0:
+                return
+            if keys not in own:
+                keys.unlink(missing_ok=True)  # first, as in clear()
+                keys.with_suffix(".vectors").unlink(missing_ok=True)
+                excess -= size
 
     def dimension(self, space: str) -> int | None:
         """Return the length of the vectors of a space, or None if it holds none."""
@@ -150,11 +189,11 @@ class EmbeddingCache:
     def __repr__(self) -> str:
         return f"EmbeddingCache({str(self.folder)!r}: {len(self):,} embeddings, {self.size_bytes / 1e6:,.1f} MB)"
 
-    def __getstate__(self) -> dict[str, Path]:
-        return {"folder": self.folder}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "max_bytes": self.max_bytes}
 
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(state["folder"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     def _space_folder(self, space: str) -> Path:
         return self.folder / hashlib.sha256(space.encode()).hexdigest()[:24]
@@ -188,6 +227,11 @@ class _Writer:
         stem = f"{self.process}-{secrets.token_hex(6)}"
         self.keys = folder / f"{stem}.keys"
         self.vectors = folder / f"{stem}.vectors"
+
+    @property
+    def size(self) -> int:
+        """The bytes of both files."""
+        return _HEADER.size + self.rows * (_ENTRY.itemsize + 4 * self.dimension)
 
     def is_current(self, dimension: int) -> bool:
         """Tell whether the next row would land where its key says.
@@ -320,7 +364,7 @@ class _Index:
         with path.open("rb") as file:
             header = file.read(_HEADER.size)
         dimension = int.from_bytes(header[8:12], "little")
-        if header != _header(dimension):
+        if header != _header(dimension) or not 0 < dimension <= _MAX_DIMENSION:
             logger.warning("%s is damaged and ignored; its texts are encoded again", path)
             return None
         if dimension != (self.dimension or dimension):

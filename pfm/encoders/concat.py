@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pfm.encoders.base import Encoder
+from pfm.encoders.sentence import as_encoder
 
 __all__ = ["ConcatEncoder"]
 
@@ -21,13 +22,13 @@ class ConcatEncoder(Encoder):
     is False, such as :class:`SurfaceEncoder`. If none does, all encode them.
 
     Args:
-        encoders: at least one encoder.
+        encoders: at least one encoder, or loaded ``SentenceTransformer``.
         weights: a positive factor for each encoder's vectors, or None for 1. Parts of unit length and weight
             w contribute w² each to squared distances.
     """
 
     def __init__(self, encoders: Sequence[Encoder], weights: Sequence[float] | None = None) -> None:
-        self.encoders = list(encoders)
+        self.encoders = [as_encoder(encoder) for encoder in encoders]
         if not self.encoders:
             raise ValueError("encoders must hold at least one encoder, got none")
         self.weights = [1.0] * len(self.encoders) if weights is None else [float(weight) for weight in weights]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import difflib
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from pfm.encoders.concat import ConcatEncoder
 from pfm.encoders.openai import OpenAIEncoder
 from pfm.encoders.sentence import SentenceEncoder
 from pfm.encoders.surface import SurfaceEncoder
+from pfm.endpoint import public_address
+from pfm.errors import UntrustedEncoderError
 
 __all__ = ["encoder_from_description", "encoder_from_name"]
 
 # Surface features are of the order of 1 each where a sentence embedding has length 1 in all: at this weight
 # neither drowns the other.
 SURFACE_WEIGHT = 0.3
+DEEPEST = 4  # encoders side by side within others
+_HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_SETTINGS = [name for name in inspect.signature(SentenceEncoder).parameters if name != "name_or_path"]
 
 
 def encoder_from_name(name: str, **options: Any) -> Encoder:
@@ -31,7 +37,12 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
 
     Raises:
         ValueError: a part is empty, named twice, or there is no such folder.
+        TypeError: SentenceEncoder has no such setting.
     """
+    if unknown := [key for key in options if key not in _SETTINGS]:
+        near = difflib.get_close_matches(unknown[0], _SETTINGS, 1)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
+        raise TypeError(f"{', '.join(unknown)}: no setting of an encoder: {meant}")
     whole = name.strip()
     parts = [whole] if Path(whole).is_dir() else [part.strip() for part in whole.split("+")]
     if not all(parts):
@@ -50,16 +61,53 @@ def _part(name: str, options: Mapping[str, Any]) -> Encoder:
     return SentenceEncoder(name, **options)
 
 
-def encoder_from_description(description: Mapping[str, Any] | None) -> Encoder:
+def encoder_from_description(description: Mapping[str, Any] | None, *, trust_encoder: bool = False) -> Encoder:
     """Rebuild an encoder from what its ``describe()`` said, as kept in ``flow.metadata["encoder"]``.
 
     Number type, cache and device are chosen for this machine; an endpoint's key comes from the environment.
 
+    Args:
+        description: JSON values, which may come from a stranger.
+        trust_encoder: contact the endpoints and open the folders that it names. An endpoint receives every prompt
+            and output, and may be sent the environment's key; a folder may hold code. Built-in encoders and models
+            of the hub, which run no code of theirs, need no trust.
+
     Raises:
+        UntrustedEncoderError: it names an endpoint or a folder; the message says which.
         ValueError: there is no description, or it is not of an encoder of this package.
     """
     if not description:
         raise ValueError("the flow does not say by which encoder it was fitted: make that encoder and pass it by hand")
+    named = list(_contacts(description))
+    if named and not trust_encoder:
+        raise UntrustedEncoderError(
+            f"the flow names {' and '.join(named)}: pass the encoder by hand, or trust_encoder=True if you know "
+            f"{'them' if len(named) > 1 else 'it'}"
+        )
+    return _rebuilt(description)
+
+
+def _contacts(description: Any, depth: int = 0) -> Iterator[str]:
+    """Yield, in words, what the encoder of a description would contact or open."""
+    if not isinstance(description, Mapping) or depth > DEEPEST:
+        raise ValueError("the description of the flow's encoder is damaged: pass the encoder by hand")
+    kind, name = description.get("type"), description.get("name")
+    if kind == "ConcatEncoder":
+        parts = description.get("encoders")
+        for part in parts if isinstance(parts, list) else ():
+            yield from _contacts(part, depth + 1)
+    elif kind == "OpenAIEncoder":
+        address = str(description.get("endpoint"))
+        yield f"an encoder at {public_address(address)}, which would receive all prompts and outputs"
+    elif kind == "SentenceEncoder":
+        if not isinstance(name, str):
+            raise ValueError("the description of the flow's encoder is damaged: pass the encoder by hand")
+        # By its form first: on some systems even a look at a path contacts another machine.
+        if name != "minilm" and (not _HUB_NAME.fullmatch(name) or Path(name).exists()):
+            yield f"a model in the folder {name[:200]!r}, which may hold code"
+
+
+def _rebuilt(description: Mapping[str, Any]) -> Encoder:
     kind = description.get("type")
     try:
         if kind == "SentenceEncoder":
@@ -73,28 +121,29 @@ def encoder_from_description(description: Mapping[str, Any] | None) -> Encoder:
         if kind == "OpenAIEncoder":
             return OpenAIEncoder(
                 description["name"],
-                base_url=_endpoint(description["endpoint"]),
+                base_url=description["endpoint"],
                 dimensions=description["dimensions"],
                 normalize=description["normalize"],
+                extra_query=description.get("query"),
             )
         if kind == "ConcatEncoder":
-            parts = [encoder_from_description(part) for part in description["encoders"]]
-            return ConcatEncoder(parts, description["weights"])
+            weights = description["weights"]
+            if not (isinstance(weights, list) and all(isinstance(weight, int | float) for weight in weights)):
+                raise TypeError(f"weights must be a list of numbers, got {weights!r:.100}")
+            return ConcatEncoder([_rebuilt(part) for part in description["encoders"]], weights)
     except KeyError as error:
         raise ValueError(f"the description of the flow's {kind} lacks {error}: pass the encoder by hand") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the description of the flow's {kind} is damaged ({error}): pass the encoder by hand"
+        ) from None
     raise ValueError(
         f"the flow was fitted with the encoder {description.get('name')!r} of type {kind!r}, which is not one of "
         "this package: make it and pass it by hand"
     )
 
 
-def _commit(identity: str | None) -> str | None:
+def _commit(identity: Any) -> str | None:
     """Return the commit in the identity of a model of the hub; a folder is identified by its contents."""
-    found = re.fullmatch(r".+@([0-9a-f]{40})", identity or "")
+    found = re.fullmatch(r".+@([0-9a-f]{40})", identity) if isinstance(identity, str) else None
     return found.group(1) if found else None
-
-
-def _endpoint(address: str) -> str | None:
-    # Named by the environment, it may have the environment's key; any other address never gets one.
-    named = os.environ.get("OPENAI_BASE_URL", "").rstrip("/")
-    return None if address == named else address

@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
-from pfm.endpoint import NO_KEY, Endpoint, public_address
+from pfm.endpoint import Endpoint, check_extra_query, public_address, redacted
 from pfm.errors import EncodingError
 
 __all__ = ["OpenAIEncoder"]
@@ -39,6 +39,8 @@ class OpenAIEncoder(CachedEncoder):
         api_key: None: ``OPENAI_API_KEY``, which is sent to OpenAI and to ``OPENAI_BASE_URL`` only; another
             `base_url` gets a placeholder. A pickled encoder has forgotten a key that was passed to it, and
             looks in the environment.
+        extra_query: what the endpoint wants in the query of each request, such as ``{"api-version": "2024-10-21"}``;
+            no key.
         dimensions: ask for vectors of this length, where the model can shorten them.
         batch_size: texts in one request; fewer where texts are long.
         max_concurrency: requests under way at once.
@@ -62,6 +64,7 @@ class OpenAIEncoder(CachedEncoder):
         client: Any = None,
         base_url: str | None = None,
         api_key: str | None = None,
+        extra_query: Mapping[str, str] | None = None,
         dimensions: int | None = None,
         batch_size: int = 128,
         max_concurrency: int = 8,
@@ -85,10 +88,14 @@ class OpenAIEncoder(CachedEncoder):
                 raise TypeError(f"client must be an openai.OpenAI (not async), got {type(client).__name__}")
             if (base_url, api_key, timeout, max_retries) != (None,) * 4:
                 raise ValueError("pass a client, or base_url, api_key, timeout and max_retries, not both")
+        check_extra_query(extra_query)
+        self.extra_query = dict(extra_query or {})
         self.model = model
         self._endpoint = (
             Endpoint(base_url, api_key, timeout=timeout, max_retries=max_retries) if client is None else None
         )
+        if self._endpoint is not None:
+            self._endpoint.check_proxy()  # a proxy that cannot be used is said before any work begins
         self.base_url = str(getattr(client, "base_url", "")) if self._endpoint is None else self._endpoint.base_url
         self.dimensions = dimensions
         self.batch_size = batch_size
@@ -104,6 +111,7 @@ class OpenAIEncoder(CachedEncoder):
             "model": self.model,
             "dimensions": self.dimensions,
             "normalize": self.normalize,
+            **({"query": self.extra_query} if self.extra_query else {}),
         }
         return json.dumps(settings, sort_keys=True)
 
@@ -117,6 +125,7 @@ class OpenAIEncoder(CachedEncoder):
             "dimension": self.dimension,
             "dimensions": self.dimensions,
             "normalize": self.normalize,
+            **({"query": self.extra_query} if self.extra_query else {}),
         }
 
     def blocks(self, texts: list[str], kind: Kind) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -148,7 +157,7 @@ class OpenAIEncoder(CachedEncoder):
             executor.shutdown(wait=False, cancel_futures=True)
         if failures:
             # Raised outside of any handler: the client's error, which may quote the key, is not chained to it.
-            address = public_address(self.base_url)
+            address = public_address(self.base_url) + ("" if self._endpoint is None else self._endpoint.route)
             raise EncodingError(
                 f"embeddings from {address} failed: {failures[0]} ({finished} of {len(texts)} texts"
                 f" were encoded{' and are in the cache' if self.cache is not None else ''})"
@@ -167,7 +176,9 @@ class OpenAIEncoder(CachedEncoder):
         return batches
 
     def _request(self, texts: list[str]) -> Tensor:
-        options = {} if self.dimensions is None else {"dimensions": self.dimensions}
+        options: dict[str, Any] = {} if self.dimensions is None else {"dimensions": self.dimensions}
+        if self.extra_query:
+            options["extra_query"] = self.extra_query
         response = self._connected().embeddings.create(model=self.model, input=texts, **options)
         rows = {item.index: item.embedding for item in response.data}
         if len(response.data) != len(texts) or rows.keys() != set(range(len(texts))):
@@ -189,11 +200,8 @@ class OpenAIEncoder(CachedEncoder):
             return self._client
 
     def _without_key(self, text: str) -> str:
-        kept = [] if self._endpoint is None else self._endpoint.secrets()
-        for secret in (*kept, getattr(self._client, "api_key", None), urlsplit(self.base_url).query):
-            if secret and secret != NO_KEY:
-                text = text.replace(secret, "***")
-        return text if len(text) <= 500 else f"{text[:500]}..."
+        endpoint = self._endpoint or Endpoint.of_client(self._client)
+        return redacted(text, [*endpoint.secrets(), urlsplit(self.base_url).query])
 
     def __repr__(self) -> str:
         return f"OpenAIEncoder({self.model!r}, {public_address(self.base_url)!r})"

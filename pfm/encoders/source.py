@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pfm.errors import EncodingError
+from pfm.hub import check_folder, hub_problem, near_folder
 
-__all__ = ["MINILM_SHA256", "ModelSource", "check_folder", "find_source", "verify_bundled"]
+__all__ = ["MINILM_SHA256", "ModelSource", "find_source", "verify_bundled"]
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MINILM_ON_HUB = "sentence-transformers/all-MiniLM-L6-v2"
@@ -26,18 +27,6 @@ class ModelSource:
     identity: str
     commit: str | None = None
     bundled: bool = False
-
-
-def _looks_like_path(name: str) -> bool:
-    return os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
-
-
-def check_folder(name: str) -> None:
-    """Refuse at once what can only be a folder and is none."""
-    if _looks_like_path(name) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"name_or_path: there is no folder {name!r}; pass a model's folder or its name on the hub")
-    if not name:
-        raise ValueError("name_or_path must name a model or a folder, got an empty string")
 
 
 def find_source(name: str, revision: str | None) -> ModelSource:
@@ -59,7 +48,7 @@ def find_source(name: str, revision: str | None) -> ModelSource:
         if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
             raise ValueError(f"{name!r} holds no model: neither modules.json nor config.json is in it")
         return ModelSource(str(folder), f"sha256:{_hash_folder(folder)}")
-    check_folder(name)
+    check_folder(name, "name_or_path")
     return _find_on_hub(name, revision)
 
 
@@ -114,8 +103,8 @@ def _find_on_hub(name: str, revision: str | None) -> ModelSource:
         except Exception as error:  # offline, unknown, private: one answer to all, with the reason
             reason = reason or error
     raise ValueError(
-        f"there is no folder {name!r} here, and no such model was found on this machine or on the hub"
-        f"{f' at revision {revision!r}' if revision else ''}: {reason}"
+        f"there is no folder {name!r} here{near_folder(name)}, and no such model was found on this machine or on the "
+        f"hub{f' at revision {revision!r}' if revision else ''}: {hub_problem(reason or ValueError('no answer'))}"
     ) from reason
 
 

@@ -47,6 +47,7 @@ class Draw:
         finish_reasons: for each text why it ended ("stop", "length"), or None; empty where that is not known.
         usage: tokens that the calls took (``prompt_tokens``, ``completion_tokens``, ``total_tokens``); empty
             where that is not known.
+        reasoning: for each text how many characters of hidden reasoning came beside it; empty where none did.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -57,6 +58,7 @@ class Draw:
     tags: list[str] = field(default_factory=list)
     finish_reasons: list[str | None] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
+    reasoning: list[int] = field(default_factory=list)
 
     def add(self, outputs: Iterable[object], n: int) -> None:
         """Keep the usable outputs until there are ``n`` texts, and count the unusable ones."""
@@ -90,6 +92,7 @@ class Sample:
         finish_reason, tag: as in :class:`Draw`.
         origin: the same for all samples that came of the same calls.
         calls, usage: what these calls took, for all samples of that origin together.
+        reasoning: how many characters of hidden reasoning came beside the text.
     """
 
     text: str
@@ -98,6 +101,7 @@ class Sample:
     origin: str = ""
     calls: int = 0
     usage: dict[str, int] = field(default_factory=dict)
+    reasoning: int = 0
 
 
 def draw_of(samples: Sequence[Sample]) -> Draw:
@@ -107,6 +111,8 @@ def draw_of(samples: Sequence[Sample]) -> Draw:
         draw.tags = [sample.tag or "" for sample in samples]
     if any(sample.finish_reason is not None for sample in samples):
         draw.finish_reasons = [sample.finish_reason for sample in samples]
+    if any(sample.reasoning for sample in samples):
+        draw.reasoning = [sample.reasoning for sample in samples]
     for sample in {sample.origin: sample for sample in samples}.values():
         draw.calls += sample.calls
         add_usage(draw.usage, sample.usage)

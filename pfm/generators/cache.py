@@ -2,7 +2,8 @@
 
 One SQLite file holds the responses of all generators. A response is in it once its transaction is committed, so
 that a process that is killed leaves whole responses or none, and several processes can read and write at once.
-Its keys are digests: prompts are not stored, and what a generator says of itself goes in without a key.
+Its keys are digests: prompts are not stored, and what a generator says of itself goes in without a key. A row
+carries a checksum over its key and value, so that what a bad disk or another program changed is never handed out.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ __all__ = ["ResponseCache", "sample_key"]
 
 logger = logging.getLogger(__name__)
 
+MAX_BYTES = 4_000_000_000
+
 _BUSY_SECONDS = 30.0
 _AT_ONCE = 500  # keys in one query; SQLite bounds them
+_LAYOUT = 1  # of the table, in the file's user_version; 0 had no checksums
+_SIZES = ("page_size", "page_count", "freelist_count")
+_COLUMNS = ("key", "value", "checksum", "stored")
 
 
 def sample_key(origin: Mapping[str, Any], prompt: Prompt, number: int) -> bytes:
@@ -46,51 +52,110 @@ class ResponseCache:
     """Keeps responses on disk, so that the same call is made once.
 
     Safe for several threads and processes at once. A file that cannot be written (read-only, full) or read costs
-    one warning: what can be read still is, and the run goes on. It holds the responses' texts: treat it like them.
+    one warning: what can be read still is, and the run goes on. A damaged row counts as not stored. It holds the
+    responses' texts: treat it like them.
 
     Args:
         folder: where to keep ``responses.sqlite``; made when first written to. None: the folder named by the
             environment variable ``PFM_CACHE``, else ``pfm/responses`` in the user's cache folder
             (``XDG_CACHE_HOME``, ``~/.cache``).
+        max_bytes: size of the responses beyond which the oldest quarter is deleted; None for no bound.
+
+    Raises:
+        ValueError: ``max_bytes`` is below 1.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = MAX_BYTES) -> None:
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes must be a whole number of at least 1, or None, got {max_bytes!r}")
         self.folder = cache_folder("responses") if folder is None else Path(folder).expanduser()
         self.path = self.folder / "responses.sqlite"
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._process = os.getpid()
+        self.max_bytes = max_bytes
         self._readable = self._writable = True
+        self._warned = False
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, Sample]:
         """Look up samples; those that are not stored are not in the result."""
         found: dict[bytes, Sample] = {}
+        damaged: list[bytes] = []
         with self._lock:
             if not self._readable or not self.path.exists():
                 return found
             try:
                 for start in range(0, len(keys), _AT_ONCE):
-                    part = keys[start : start + _AT_ONCE]
-                    query = f"SELECT key, value FROM responses WHERE key IN ({','.join('?' * len(part))})"
-                    for key, value in self._connected().execute(query, part):
-                        found[key] = Sample(**json.loads(value))
-            except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+                    for key, value, checksum in self._rows(keys[start : start + _AT_ONCE], damaged):
+                        sample = _sample(key, value, checksum)
+                        if sample is None:
+                            damaged.append(key)
+                        else:
+                            found[key] = sample
+            except (sqlite3.Error, OSError) as error:
                 self._give_up(error, "read")
                 self._readable = False
+            if damaged:
+                self._drop(damaged)
         return found
+
+    def _rows(self, keys: Sequence[bytes], damaged: list[bytes]) -> list[tuple[Any, Any, Any]]:
+        """Read the rows of keys; those in damaged parts of the file are noted, and cost no other row."""
+        query = f"SELECT key, value, checksum FROM responses WHERE key IN ({','.join('?' * len(keys))})"
+        try:
+            return self._connected().execute(query, list(keys)).fetchall()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) or "malformed" not in str(error):
+                raise
+            if len(keys) > 1:
+                middle = len(keys) // 2
+                return self._rows(keys[:middle], damaged) + self._rows(keys[middle:], damaged)
+            damaged.extend(keys)
+            return []
+
+    def _drop(self, keys: Sequence[bytes]) -> None:
+        """Delete damaged rows, so that new responses can take their places."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "the response cache %s holds damaged rows; there the run goes on without it, and calls are repeated",
+                self.path,
+            )
+        for key in keys if self._writable else ():
+            try:
+                with self._connected() as connection:
+                    connection.execute("DELETE FROM responses WHERE key = ?", (key,))
+            except (sqlite3.Error, OSError):  # it stays, and is ignored again
+                continue
 
     def put(self, samples: Mapping[bytes, Sample]) -> None:
         """Store samples; the first response stored for a key stays."""
-        rows = [(key, json.dumps(asdict(sample))) for key, sample in samples.items()]
+        now = time.time()
+        rows = []
+        for key, sample in samples.items():
+            value = json.dumps(asdict(sample)).encode()
+            rows.append((key, value, _checksum(key, value), now))
         with self._lock:
             if not (self._readable and self._writable and rows):
                 return
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with self._connected() as connection:
-                    connection.executemany("INSERT OR IGNORE INTO responses VALUES (?, ?)", rows)
+                    connection.executemany("INSERT OR IGNORE INTO responses VALUES (?, ?, ?, ?)", rows)
+                    self._bound(connection)
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error, "written")
+
+    def _bound(self, connection: sqlite3.Connection) -> None:
+        """Delete the oldest quarter of the responses if they take more than they may."""
+        if self.max_bytes is None:
+            return
+        size, pages, free = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _SIZES)
+        if size * (pages - free) > self.max_bytes:
+            connection.execute(
+                "DELETE FROM responses WHERE key IN (SELECT key FROM responses ORDER BY stored "
+                "LIMIT (SELECT COUNT(*) / 4 + 1 FROM responses))"
+            )
 
     def clear(self) -> None:
         """Delete every response."""
@@ -110,6 +175,7 @@ class ResponseCache:
                 for path in self._files():
                     path.unlink(missing_ok=True)
             self._readable = self._writable = True
+            self._warned = False
 
     def close(self) -> None:
         """Close the file; the next look-up opens it again."""
@@ -137,11 +203,11 @@ class ResponseCache:
     def __repr__(self) -> str:
         return f"ResponseCache({str(self.folder)!r}: {len(self):,} responses, {self.size_bytes / 1e6:,.1f} MB)"
 
-    def __getstate__(self) -> dict[str, Path]:
-        return {"folder": self.folder}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "max_bytes": self.max_bytes}
 
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(state["folder"])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
 
     def _files(self) -> list[Path]:
         return [self.path.with_name(self.path.name + suffix) for suffix in ("", "-wal", "-shm")]
@@ -154,6 +220,9 @@ class ResponseCache:
 
     def _give_up(self, error: Exception, verb: str) -> None:
         self._writable = False
+        if self._warned:
+            return
+        self._warned = True
         logger.warning(
             "the response cache %s cannot be %s (%s); the run goes on without it, and calls may be repeated",
             self.path,
@@ -162,23 +231,64 @@ class ResponseCache:
         )
 
 
+def _checksum(key: bytes, value: bytes) -> bytes:
+    return hashlib.sha256(len(key).to_bytes(8, "big") + key + value).digest()
+
+
+def _sample(key: Any, value: Any, checksum: Any) -> Sample | None:
+    """Return the sample of a row, or None if the row is not as it was stored."""
+    if not (isinstance(key, bytes) and isinstance(value, bytes)) or _checksum(key, value) != checksum:
+        return None
+    try:
+        return Sample(**json.loads(value))
+    except (ValueError, TypeError):  # of another version
+        return None
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Make the table, or give one without checksums the columns that it lacks."""
+    if connection.execute("PRAGMA user_version").fetchone()[0] >= _LAYOUT:
+        return
+    connection.execute("BEGIN IMMEDIATE")  # of several processes one does it, the others wait
+    with connection:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS responses "
+            "(key BLOB PRIMARY KEY, value BLOB NOT NULL, checksum BLOB, stored REAL) WITHOUT ROWID"
+        )
+        columns = [row[1].decode() for row in connection.execute("PRAGMA table_info(responses)")]
+        if columns == list(_COLUMNS[:2]):
+            connection.execute("ALTER TABLE responses ADD COLUMN checksum BLOB")
+            connection.execute("ALTER TABLE responses ADD COLUMN stored REAL")
+            for (key,) in connection.execute("SELECT key FROM responses").fetchall():
+                (value,) = connection.execute("SELECT value FROM responses WHERE key = ?", (key,)).fetchone()
+                row = (_checksum(key, value), key)
+                connection.execute("UPDATE responses SET checksum = ?, stored = 0 WHERE key = ?", row)
+        elif columns != list(_COLUMNS):
+            raise sqlite3.DatabaseError("it holds a table of another program")
+        connection.execute(f"PRAGMA user_version = {_LAYOUT}")
+
+
+def _connect(place: str | Path, **options: Any) -> sqlite3.Connection:
+    connection = sqlite3.connect(place, timeout=_BUSY_SECONDS, check_same_thread=False, **options)
+    connection.text_factory = bytes  # a text with a bad byte would otherwise fail the whole query
+    return connection
+
+
 def _open(path: Path) -> sqlite3.Connection:
     deadline = time.monotonic() + _BUSY_SECONDS
     while True:
-        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, check_same_thread=False)
+        connection = _connect(path)
         try:
             # Readers and a writer do not wait for each other; a folder that cannot do it keeps the older way.
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS responses (key BLOB PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID"
-            )
+            _prepare(connection)
             return connection
         except sqlite3.OperationalError as error:
             connection.close()
             if not os.access(path.parent, os.W_OK) and path.exists():
                 # No journal can be made beside the file, so it is read as it stands.
-                return sqlite3.connect(f"{path.resolve().as_uri()}?immutable=1", uri=True, check_same_thread=False)
+                return _connect(f"{path.resolve().as_uri()}?immutable=1", uri=True)
             # The change of the journal's mode does not wait for other processes by itself.
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise

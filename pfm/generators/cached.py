@@ -113,6 +113,7 @@ def _samples(draw: Draw) -> list[Sample]:
             origin=origin,
             calls=draw.calls,
             usage=draw.usage,
+            reasoning=draw.reasoning[place] if draw.reasoning else 0,
         )
         for place, text in enumerate(draw.texts)
     ]

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pfm.endpoint import public_address, redacted
 from pfm.errors import (
     BadAnswerError,
     ContentFilterError,
@@ -23,7 +24,7 @@ from pfm.errors import (
     UnknownModelError,
 )
 
-__all__ = ["named_failure", "without_secrets"]
+__all__ = ["named_failure"]
 
 _TOO_LONG = re.compile(
     r"context.?(length|window|size)|maximum (model|sequence|input|prompt) length|"
@@ -39,45 +40,55 @@ _NO_MODEL = re.compile(
 _SHOWN = 300
 
 
-def named_failure(error: BaseException, model: str, address: str, secrets: Iterable[str]) -> GenerationError:
+def named_failure(
+    error: BaseException, model: str, address: str, secrets: Iterable[str], route: str = ""
+) -> GenerationError:
     """Return the error that says by its name what ``error`` of the openai client means.
 
     Args:
         error: what the client raised.
         model, address: what was asked.
         secrets: texts that must not be shown; servers quote keys in their errors.
+        route: says through which proxy it was asked; empty for none.
     """
     import openai
+
+    secrets = list(secrets)
 
     if isinstance(error, GenerationError):
         return error
     if isinstance(error, openai.APIStatusError):
-        kind, message = _named_status(error.status_code, error.body, model, address)
+        location = error.response.headers.get("location", "") if 300 <= error.status_code < 400 else ""
+        kind, message = _named_status(error.status_code, error.body, model, address, secrets, location)
     elif isinstance(error, openai.APITimeoutError):
-        kind, message = ServerError, f"no answer from {address} in time{_cause(error)}"
+        kind, message = ServerError, f"no answer from {address}{route} in time{_cause(error)}"
     elif isinstance(error, openai.APIConnectionError):
         if "Connect" in type(error.__cause__).__name__ or "UnsupportedProtocol" in type(error.__cause__).__name__:
-            kind, message = EndpointError, f"nothing answers at {address}: is the server running and base_url right?"
+            asked = "is the server running and base_url right?"
+            if route:
+                asked = "is the proxy running, and meant for this address? no_proxy lists addresses without one"
+            kind, message = EndpointError, f"nothing answers at {address}{route}: {asked}"
         else:
-            kind, message = ServerError, f"the connection to {address} broke"
+            kind, message = ServerError, f"the connection to {address}{route} broke"
         message += _cause(error)
     elif isinstance(error, ValueError) and not isinstance(error, openai.OpenAIError):
         kind, message = BadAnswerError, f"the answer of {address} is not JSON: {error}"
     else:
         kind, message = GenerationError, f"{type(error).__name__}: {error}"
-    return kind(without_secrets(message, secrets))
+    return kind(redacted(message, secrets))
 
 
-def without_secrets(text: str, secrets: Iterable[str]) -> str:
-    """Return text in one line of bounded length, with the secrets blotted out."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    text = " ".join(text.split())
-    return text if len(text) <= 2 * _SHOWN else f"{text[: 2 * _SHOWN]}..."
-
-
-def _named_status(status: int, body: Any, model: str, address: str) -> tuple[type[GenerationError], str]:
+def _named_status(
+    status: int, body: Any, model: str, address: str, secrets: Iterable[str], location: str
+) -> tuple[type[GenerationError], str]:
     detail, code = _told(body)
+    detail = redacted(detail, secrets, _SHOWN)
+    if 300 <= status < 400:
+        there = f" to {public_address(location)}" if location else ""
+        return EndpointError, (
+            f"{address} answered {status}, a redirect{there}: it was not followed, since prompts and keys would go "
+            "there; if that is right, give it as base_url"
+        )
     said = f"{address} answered {status}: {detail or 'no reason given'}"
     if status == 401 or code == "invalid_api_key":
         return KeyRefusedError, f"the key was refused; {said}"
@@ -103,10 +114,10 @@ def _told(body: Any) -> tuple[str, str]:
         inner = body.get("error", body)
         if isinstance(inner, Mapping):
             message = inner.get("message") or inner.get("detail") or inner
-            return str(message)[:_SHOWN], str(inner.get("code") or inner.get("type") or "")
-        return str(inner)[:_SHOWN], ""
+            return str(message), str(inner.get("code") or inner.get("type") or "")
+        return str(inner), ""
     text = "" if body is None else str(body)
-    return ("a web page" if text.lstrip().startswith("<") else text[:_SHOWN]), ""
+    return ("a web page" if text.lstrip().startswith("<") else text), ""
 
 
 def _cause(error: BaseException) -> str:

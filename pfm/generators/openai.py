@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import functools
 import heapq
 import inspect
 import os
-import re
 import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from operator import attrgetter
 from typing import Any, Literal
 
-from pfm.endpoint import OPENAI, Endpoint
-from pfm.errors import GenerationError
+from pfm.endpoint import Endpoint, check_extra_query, is_secret_name
+from pfm.errors import GenerationError, MissingKeyError
 from pfm.generators.base import Draw, GeneratesTexts, Prompt, Sample, as_messages, canonical, first_samples
 from pfm.generators.budget import Budget
 from pfm.generators.cache import ResponseCache, sample_key
@@ -35,7 +35,9 @@ _SET_ELSEWHERE = {
     "messages": "they are the prompts",
     "input": "it is the prompt",
 }
-_SECRET_NAME = re.compile(r"api.?key|secret|password|authorization|(access|auth|bearer).?token", re.IGNORECASE)
+_EXTRA = ("extra_headers", "extra_query", "extra_body")
+_SHORT = 8  # characters up to which a value without a secret's name is none: hiding it would spoil messages
+_NOT_NAMES = ("self", "parameters")
 _NOT_SAMPLING = ("extra_headers", "timeout")
 
 
@@ -47,7 +49,8 @@ class OpenAIGenerator(GeneratesTexts):
     An error concerns its prompt alone and is recorded in its :class:`Draw`, by the names of :mod:`pfm.errors`.
 
     The key is kept in memory only: it is no part of `describe`, `repr`, pickles, the cache or an error. A
-    pickled generator has forgotten its clients and a key that was passed to it, and looks in the environment.
+    pickled generator has forgotten its clients and a key that was passed to it, and looks in the environment; one
+    that had texts in ``extra_headers``, ``extra_query`` or ``extra_body`` has forgotten those and refuses to draw.
 
     Args:
         model: the model's name at the endpoint.
@@ -74,7 +77,8 @@ class OpenAIGenerator(GeneratesTexts):
 
     Raises:
         MissingKeyError: OpenAI is to be asked, and there is no key.
-        ValueError, TypeError: an argument is out of range, or a client is none.
+        ValueError, TypeError: an argument is out of range, a client is none, or the environment names a proxy that
+            cannot be used.
     """
 
     def __init__(
@@ -107,13 +111,14 @@ class OpenAIGenerator(GeneratesTexts):
             _check_clients(client, async_client, api)
             if (base_url, api_key, timeout, max_retries) != (None,) * 4:
                 raise ValueError("pass a client, or base_url, api_key, timeout and max_retries, not both")
-            key = getattr(given, "api_key", None)  # of some clients a function that fetches it
-            address = str(getattr(given, "base_url", None) or OPENAI)
-            self._endpoint = Endpoint(address, key if isinstance(key, str) and key else "none")
+            self._endpoint = Endpoint.of_client(given)
         else:
             self._endpoint = Endpoint(base_url, api_key, timeout=timeout, max_retries=max_retries)
             self._endpoint.key()  # a missing key is the caller's mistake: said before any work begins
+            self._endpoint.check_proxy()  # and so is a proxy that cannot be used
         _check_parameters(parameters, api)
+        self._endpoint.hidden += tuple(_hidden_values(parameters))
+        self._forgotten: list[str] = []  # what a pickle has left out
         self.model = model
         self.api = api
         self.concurrency = concurrency
@@ -202,10 +207,13 @@ class OpenAIGenerator(GeneratesTexts):
 
     async def _aask(self, task: _Task, places: tuple[int, ...]) -> None:
         async with self._loop_slots.here():
+            client = self._made(self._of_this_loop)
+            if isinstance(client, Outcome):
+                task.sampling.take(places, client)
+                return
+            create = self._create_of(client)
             try:
-                client = self._of_this_loop()
                 self._budget.reserve()
-                create = self._create_of(client)
                 arguments = task.arguments(places)
                 if client is self._client:  # the only one given: it blocks
                     loop = asyncio.get_running_loop()
@@ -223,11 +231,26 @@ class OpenAIGenerator(GeneratesTexts):
     def ask(self, task: _Task, places: tuple[int, ...]) -> Outcome:
         """Send one request and return what came of it; never raises for what the other side does."""
         with self._slots:
+            client = self._made(self._sync_client)
+            if isinstance(client, Outcome):
+                return client
+            create = self._create_of(client)
             try:
                 self._budget.reserve()
-                return self._outcome(task, self._create_of(self._sync_client())(**task.arguments(places)))
+                return self._outcome(task, create(**task.arguments(places)))
             except Exception as error:
                 return self._failure(error)
+
+    def _made(self, make: Callable[[], Any]) -> Any:
+        """Return the client, or the outcome of a request for which there is none.
+
+        What is wrong with the environment, such as its proxy, is the caller's to mend and no answer of a server: it
+        is raised.
+        """
+        try:
+            return make()
+        except GenerationError as error:
+            return Outcome(error=error)
 
     def _outcome(self, task: _Task, answer: Any) -> Outcome:
         usage = answer_usage(answer)
@@ -241,9 +264,15 @@ class OpenAIGenerator(GeneratesTexts):
 
     def _failure(self, error: Exception) -> Outcome:
         # A new error without the old one chained to it: the client's may quote the key, and holds the request.
-        return Outcome(error=named_failure(error, self.model, self._endpoint.address, self._endpoint.secrets()))
+        endpoint = self._endpoint
+        return Outcome(error=named_failure(error, self.model, endpoint.address, endpoint.secrets(), endpoint.route))
 
     def _tasks(self, prompts: Sequence[Prompt], n: int, start: Sequence[int] | None) -> list[_Task]:
+        if self._forgotten:
+            raise MissingKeyError(
+                f"this generator was pickled without the texts in {', '.join(self._forgotten)}, which may be secret: "
+                "make it anew in this process"
+            )
         first = first_samples(prompts, n, start)
         return [_Task(self, as_messages(prompt), n, at) for prompt, at in zip(prompts, first, strict=True)]
 
@@ -295,7 +324,10 @@ class OpenAIGenerator(GeneratesTexts):
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_client", "_async_client", "_protocol", "_given_client")
         locks = ("_lock", "_slots", "_loop_slots", "_by_loop", "_executor")
-        return {name: value for name, value in self.__dict__.items() if name not in (*dropped, *locks)}
+        state = {name: value for name, value in self.__dict__.items() if name not in (*dropped, *locks)}
+        forgotten = [name for name in _EXTRA if any(_texts(self.parameters.get(name)))]
+        kept = {name: value for name, value in self.parameters.items() if name not in forgotten}
+        return {**state, "parameters": kept, "_forgotten": sorted({*self._forgotten, *forgotten})}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _client=None, _async_client=None, _protocol=PROTOCOLS[state["api"]])
@@ -435,11 +467,11 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
     for name, why in _SET_ELSEWHERE.items():
         if name in parameters:
             raise ValueError(f"{name} cannot be set as a parameter: {why}")
-    shown = [name for name in parameters.get("extra_query") or {} if name == "key" or _SECRET_NAME.search(name)]
-    if shown:
-        raise ValueError(
-            f"extra_query must not hold {', '.join(shown)}: addresses show in logs; pass api_key or extra_headers"
-        )
+    for name in _EXTRA:
+        value = parameters.get(name)
+        if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+            raise TypeError(f"{name} must be a dict with names as its keys, got {type(value).__name__}")
+    check_extra_query(parameters.get("extra_query"))
     seed = parameters.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
@@ -450,10 +482,37 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
     known = inspect.signature(Resource.create).parameters
     unknown = [name for name in parameters if name not in known or name == "self"]
     if unknown:
+        own = [name for name in inspect.signature(OpenAIGenerator.__init__).parameters if name not in _NOT_NAMES]
+        near = difflib.get_close_matches(unknown[0], {*own, *known} - {"self"}, 1)
+        meant = f"did you mean {near[0]}? W" if near else "w"
         raise TypeError(
-            f"{', '.join(unknown)}: no parameter of {PROTOCOLS[api].method}; what a server of your own takes goes "
-            f"into extra_body, as in extra_body={{{unknown[0]!r}: ...}}"
+            f"{', '.join(unknown)}: no parameter of {PROTOCOLS[api].method}; {meant}hat a server of your own takes "
+            f"goes into extra_body, as in extra_body={{{unknown[0]!r}: ...}}"
         )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts among JSON values, at any depth."""
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _hidden_values(parameters: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts in headers, query and body that must not be shown."""
+    for extra in _EXTRA:
+        for name, value in (parameters.get(extra) or {}).items():
+            for text in _texts(value):
+                if len(text) > _SHORT or is_secret_name(name):
+                    yield text
+                    yield from (word for word in text.split() if len(word) > _SHORT)  # "Bearer" and what follows it
 
 
 def _as_cache(cache: Any) -> ResponseCache | None:
@@ -468,7 +527,7 @@ def _without_keys(value: Any) -> Any:
     """Return JSON values with what is named like a key blotted out, at any depth."""
     if isinstance(value, Mapping):
         return {
-            str(name): "***" if isinstance(item, str) and _SECRET_NAME.search(str(name)) else _without_keys(item)
+            str(name): "***" if isinstance(item, str) and is_secret_name(str(name)) else _without_keys(item)
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):

@@ -155,6 +155,7 @@ def _joined(parts: Mapping[str, Draw], names: Sequence[str]) -> Draw:
     whole = Draw()
     places = dict.fromkeys(parts, 0)
     known = any(part.finish_reasons for part in parts.values())
+    reasoned = any(part.reasoning for part in parts.values())
     for name in names:
         part, place = parts[name], places[name]
         places[name] += 1
@@ -163,6 +164,8 @@ def _joined(parts: Mapping[str, Draw], names: Sequence[str]) -> Draw:
             whole.tags.append(name)
             if known:
                 whole.finish_reasons.append(part.finish_reasons[place] if part.finish_reasons else None)
+            if reasoned:
+                whole.reasoning.append(part.reasoning[place] if part.reasoning else 0)
     for part in parts.values():
         whole.calls += part.calls
         whole.dropped += part.dropped

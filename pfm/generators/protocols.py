@@ -16,17 +16,22 @@ from pfm.errors import (
 )
 from pfm.generators.base import is_usable_text
 from pfm.nesting import parse_json
+from pfm.reasoning import field_reasoning, read_content
 
 __all__ = ["PROTOCOLS", "Choice", "Protocol", "answer_usage"]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One output of a server: a usable text, or what is wrong with it."""
+    """One output of a server: a usable text, or what is wrong with it.
+
+    ``reasoning`` counts the characters of hidden reasoning that came beside the text.
+    """
 
     text: str = ""
     finish_reason: str | None = None
     error: GenerationError | None = None
+    reasoning: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def _parsed(answer: Any) -> Any:
         raise BadAnswerError(f"the server sent {found} in place of an answer: is base_url right?") from None
 
 
-def _checked(content: Any, finish_reason: Any, *, refusal: Any, called: bool) -> Choice:
+def _checked(content: Any, finish_reason: Any, *, refusal: Any, called: bool, reasoning: int = 0) -> Choice:
     reason = finish_reason if isinstance(finish_reason, str) else None
     if called:
         return Choice(error=ToolCallError("the model asked for a tool, which nothing here can run"))
@@ -75,10 +80,12 @@ def _checked(content: Any, finish_reason: Any, *, refusal: Any, called: bool) ->
         return Choice(error=NotTextError(f"the content is no text but {type(content).__name__}"))
     if not content or not content.strip():
         told = f" (finish_reason {reason!r})" if reason not in (None, "stop") else ""
+        if reasoning:
+            told += f" after {reasoning:,} characters of hidden reasoning: let the model write more tokens"
         return Choice(error=EmptyAnswerError(f"the answer is empty or only white space{told}"))
     if not is_usable_text(content):
         return Choice(error=NotTextError("the answer holds half a surrogate pair, which is no text"))
-    return Choice(content, reason)
+    return Choice(content, reason, reasoning=reasoning)
 
 
 def _chat_choices(answer: Any) -> list[Choice]:
@@ -89,12 +96,16 @@ def _chat_choices(answer: Any) -> list[Choice]:
     found = []
     for choice in choices:
         message = _part(choice, "message")
+        content, reasoning = _part(message, "content"), field_reasoning(message)
+        if (parts := read_content(content)) is not None:
+            content, reasoning = parts.text, reasoning + parts.reasoning
         found.append(
             _checked(
-                _part(message, "content"),
+                content,
                 _part(choice, "finish_reason"),
                 refusal=_part(message, "refusal"),
                 called=bool(_part(message, "tool_calls") or _part(message, "function_call")),
+                reasoning=len(reasoning),
             )
         )
     return found
@@ -118,7 +129,9 @@ def _response_choices(answer: Any) -> list[Choice]:
     cut = _part(_part(answer, "incomplete_details"), "reason")
     reason = {"max_output_tokens": "length", None: "stop"}.get(cut, cut)
     called = any(_part(item, "type") in _OWN_TOOLS for item in items)
-    return [_checked(whole, reason, refusal=next(iter(refusals), None), called=called)]
+    thoughts = read_content([item for item in items if _part(item, "type") == "reasoning"])
+    hidden = 0 if thoughts is None else len(thoughts.reasoning)
+    return [_checked(whole, reason, refusal=next(iter(refusals), None), called=called, reasoning=hidden)]
 
 
 # Calls that the asker has to answer; searches and the like the server runs itself.

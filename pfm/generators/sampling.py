@@ -33,12 +33,47 @@ class Outcome:
 class Several:
     """Knows whether a server gives several choices in one request, as far as has been seen.
 
+    A refusal may be of the moment. So a server that seems not to give several is tried again, after as many prompts
+    as a count says that doubles with each failure: one at first, or many where the server's words name the reason.
+
     Args:
         most: most choices to ask for in one request; None for no bound.
     """
 
+    NAMED, LONGEST = 64, 1024  # prompts until the next try
+
     def __init__(self, most: int | None = None) -> None:
         self.most = most
+        self.round = 0  # grows with all that is learned
+        self._pause = 0
+        self._left = 0
+
+    def bound(self) -> int | None:
+        """Return the most choices to ask for in one request of the next prompt, None for no bound."""
+        if not self._pause:
+            return self.most
+        if self._left:
+            self._left -= 1
+            return 1
+        self._left = self._pause  # one prompt tries, those beside it do not
+        return self.most
+
+    def fail(self, seen: int, *, named: bool) -> None:
+        """Note that several were not to be had.
+
+        Args:
+            seen: the ``round`` when it was asked; what was asked at the same time tells the same only once.
+            named: whether it is sure that the number was the reason.
+        """
+        if seen == self.round:
+            self.round += 1
+            self._pause = self._left = min(max(2 * self._pause, self.NAMED if named else 1), self.LONGEST)
+
+    def succeed(self) -> None:
+        """Note that several came."""
+        if self._pause:
+            self.round += 1
+            self._pause = self._left = 0
 
 
 class Sampling:
@@ -65,6 +100,10 @@ class Sampling:
         self._dropped = 0
         self._wasted: dict[str, int] = {}
         self._refused_n = False
+        self._sure = False  # that n was what the server refused
+        self._named = False  # by its own words
+        self._most: int | None = None
+        self._round = -1
         self._problem: GenerationError | None = None
         self._error: GenerationError | None = None
         self._started = time.perf_counter()
@@ -75,12 +114,17 @@ class Sampling:
             return []
         missing = [place for place in range(self.n) if place not in self.samples and place not in self._open]
         room = 2 * self.n + self._refused_n - self._calls
-        size = self._several.most or len(missing)
-        if self._refused_n:
-            # One request at a time until it is sure that n was what the server refused.
-            size, room = 1, (room if self._several.most == 1 else min(room, 1 - self._under_way))
         if not missing or room <= 0:
             return []
+        if self._round < 0:
+            self._round = self._several.round
+            self._most = self._several.bound() if len(missing) > 1 else None
+        size = self._most or len(missing)
+        if self._refused_n:
+            # One request at a time until it is sure that n was what the server refused.
+            size, room = 1, (room if self._sure else min(room, 1 - self._under_way))
+            if room <= 0:
+                return []
         found = [tuple(missing[at : at + size]) for at in range(0, len(missing), size)][:room]
         for places in found:
             self._open.update(places)
@@ -96,11 +140,18 @@ class Sampling:
             self._calls -= isinstance(outcome.error, BudgetError)  # it was never sent
             if len(places) > 1 and _may_be_about_n(outcome.error):
                 self._refused_n = True
+                self._named = self._named or bool(_SPEAKS_OF_N.search(str(outcome.error)))
             else:
                 self._error = self._error or outcome.error
             return {}
-        if (self._refused_n and len(places) == 1) or len(outcome.choices) == 1 < len(places):
-            self._several.most = 1
+        if self._refused_n and len(places) == 1 and not self._sure:
+            self._sure = True
+            self._several.fail(self._round, named=self._named)
+        elif len(outcome.choices) == 1 < len(places):
+            self._most = 1
+            self._several.fail(self._round, named=True)
+        elif len(outcome.choices) > 1:
+            self._several.succeed()
         origin = uuid.uuid4().hex
         free = iter(places)
         new: dict[int, Sample] = {}
@@ -109,7 +160,7 @@ class Sampling:
                 self._problem = choice.error
                 self._dropped += 1
             elif (place := next(free, None)) is not None:
-                new[place] = Sample(choice.text, choice.finish_reason, None, origin, 1, outcome.usage)
+                new[place] = Sample(choice.text, choice.finish_reason, None, origin, 1, outcome.usage, choice.reasoning)
         if new:
             self._fruitful += 1
         else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.devices import best_device
 from pfm.errors import ContextTooLongError, EmptyAnswerError, GenerationError
 from pfm.generators.base import (
     Draw,
@@ -25,6 +28,8 @@ from pfm.generators.base import (
     first_samples,
     is_usable_text,
 )
+from pfm.hub import check_folder, loading_problem, location
+from pfm.reasoning import closes_reasoning, is_marker, opening_at_end
 from pfm.special_tokens import SpecialTokens
 
 __all__ = ["TransformersGenerator"]
@@ -61,8 +66,8 @@ class TransformersGenerator(GeneratesTexts):
     Args:
         model: a loaded model, a folder, or a name at the hub.
         tokenizer: a loaded tokenizer, a folder or a name. None: the model's own.
-        device: where to run, such as "cuda"; "auto" takes an accelerator if there is one. A loaded model stays
-            where it is.
+        device: where to run, such as "cuda:1", 1 or a ``torch.device``; "auto" takes an accelerator if there is one. A
+            loaded model stays where it is.
         dtype: number type of the weights, such as "bfloat16"; "auto" takes that in which they were saved.
         device_map: how to spread the model over devices, as ``from_pretrained`` takes it; needs accelerate.
         revision: of the model at the hub.
@@ -87,7 +92,7 @@ class TransformersGenerator(GeneratesTexts):
         model: Any,
         tokenizer: Any = None,
         *,
-        device: str | torch.device = "auto",
+        device: str | int | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         device_map: Any = None,
         revision: str | None = None,
@@ -107,6 +112,7 @@ class TransformersGenerator(GeneratesTexts):
         if temperature is not None and not temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {temperature!r}")
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        _check_names(parameters, None)  # what is misspelt need not wait for the model
         if isinstance(model, str) or hasattr(model, "__fspath__"):
             self.model = _loaded(str(model), device, dtype, device_map, options)
             tokenizer = str(model) if tokenizer is None else tokenizer
@@ -116,14 +122,21 @@ class TransformersGenerator(GeneratesTexts):
             if tokenizer is None:
                 raise ValueError("a loaded model needs its tokenizer: pass tokenizer=")
             self.model = model
+        _check_names(parameters, self.model)
         if isinstance(tokenizer, str) or hasattr(tokenizer, "__fspath__"):
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), **options)
+            name = str(tokenizer)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(location(name), **options)
+            except (OSError, ValueError) as error:
+                raise _named(name, error, trust_remote_code) from error
         self.tokenizer: Any = tokenizer
         own = getattr(tokenizer, "chat_template", None)
         self.chat_template = (own if chat_template is None else chat_template) or None
         self._special = SpecialTokens(tokenizer)
+        special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=False)
+        self._markers = {number for number, token in special if is_marker(token)}
         self.batch_size = batch_size
         self.seed = seed
         self.parameters = dict(parameters)
@@ -172,6 +185,8 @@ class TransformersGenerator(GeneratesTexts):
         for roll in rolls:
             try:
                 roll.ids = self._encoded(roll.prompt)
+                if self.chat_template is not None:
+                    roll.opening = opening_at_end(self.tokenizer.decode(roll.ids[-16:]))
             except Exception as error:
                 roll.draw.fail(error)
                 roll.open = 0
@@ -294,7 +309,14 @@ class TransformersGenerator(GeneratesTexts):
         while kept and kept[-1] == pad and end is None:  # after a stop string
             kept = kept[:-1]
         ended = end is not None or len(kept) < self.max_new_tokens
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        special: set[int] = set()
+        if not self._markers.isdisjoint(kept):  # without its markers reasoning could not be told from the answer
+            special = set(self.tokenizer.all_special_ids) - self._markers
+        text = self.tokenizer.decode(
+            [token for token in kept if token not in special],
+            skip_special_tokens=not special,
+            clean_up_tokenization_spaces=False,
+        )
         return text, "stop" if ended else "length", len(kept) + (end is not None)
 
     def _warpers(self) -> list[Any]:
@@ -339,6 +361,7 @@ class _Roll:
         self.attempts = attempts
         self.open = n
         self.ids: list[int] = []
+        self.opening = ""  # of reasoning, by the chat template
         self.texts: dict[int, tuple[str, str]] = {}
         self.draw = Draw()
         self.tokens = 0
@@ -375,6 +398,8 @@ class _Row:
         self.roll.draw.seconds += seconds
         self.roll.tokens += tokens
         if is_usable_text(text):
+            if reason == "length" or closes_reasoning(text):
+                text = self.roll.opening + text
             self.roll.texts[self.place] = text, reason
             self.roll.open -= 1
             return
@@ -419,10 +444,52 @@ def _uniforms(seed: int, row: _Row, number: int) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest[:16], "big")).random(number)
 
 
-def _loaded(name: str, device: str | torch.device, dtype: Any, device_map: Any, options: dict[str, Any]) -> Any:
+def _check_names(parameters: Mapping[str, Any], model: Any) -> None:
+    """Refuse a parameter that neither this class nor generation nor the model knows.
+
+    Args:
+        parameters: by name.
+        model: None before it is loaded: only what is near a known name is refused then.
+
+    Raises:
+        TypeError: by the name that is meant, if it is near one.
+    """
+    from transformers import GenerationConfig, GenerationMixin
+
+    own = inspect.signature(TransformersGenerator.__init__).parameters
+    generate = getattr(GenerationMixin, "generate")  # noqa: B009 - it is one of those that are found at run time
+    known = {*vars(GenerationConfig()), *inspect.signature(generate).parameters}
+    unknown = [name for name in parameters if name not in known or name in ("self", "kwargs")]
+    forward = inspect.signature(model.forward).parameters if hasattr(model, "forward") else {}
+    names = sorted({*own, *known} - {"self", "kwargs", "parameters"})
+    for name in unknown:
+        near = difflib.get_close_matches(name, names, 1)
+        if name not in forward and (near or model is not None):
+            meant = (
+                f": did you mean {near[0]}?" if near else "; generate takes what GenerationConfig of transformers has"
+            )
+            raise TypeError(f"{name}: no setting of TransformersGenerator or of generation{meant}")
+
+
+def _named(name: str, error: Exception, trusted: bool) -> Exception:
+    """Return the error of loading a model that says in one sentence what is wrong."""
+    kind = OSError if isinstance(error, OSError) else ValueError
+    return kind(f"cannot load {name!r}: {loading_problem(name, error, trusted=trusted)}")
+
+
+def _loaded(name: str, device: str | int | torch.device, dtype: Any, device_map: Any, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = AutoConfig.from_pretrained(name, **options)
+    where = None if device_map is not None else best_device(device)
+    try:
+        check_folder(name, "model")
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from None
+    given, name = name, location(name)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise _named(given, error, options["trust_remote_code"]) from error
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     spread = {}
     if device_map is not None:
@@ -432,12 +499,11 @@ def _loaded(name: str, device: str | torch.device, dtype: Any, device_map: Any, 
             raise ImportError("device_map needs accelerate: pip install accelerate") from error
         spread = {"device_map": device_map}
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    model = kind.from_pretrained(name, dtype=dtype, **spread, **options)
-    if device_map is not None:
-        return model
-    if device == "auto":
-        device = (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or "cpu"
-    return model.to(device)  # pyright: ignore[reportArgumentType]
+    try:
+        model = kind.from_pretrained(name, dtype=dtype, **spread, **options)
+    except (OSError, ValueError) as error:
+        raise _named(given, error, options["trust_remote_code"]) from error
+    return model if where is None else model.to(where)  # pyright: ignore[reportArgumentType]
 
 
 def _weights_digest(model: Any) -> str:

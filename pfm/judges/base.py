@@ -14,6 +14,7 @@ import numpy as np
 
 from pfm.errors import GenerationError
 from pfm.generators.base import Prompt
+from pfm.reasoning import judged_text
 from pfm.rows import (
     PreferenceDataError,
     checked_prompt,
@@ -67,11 +68,14 @@ class Judge(ABC):
 
     Attributes:
         name: what reports call it.
+        reasoning: "strip" judges of an output with hidden reasoning the answer after it (see :mod:`pfm.reasoning`),
+            "keep" the whole text. May be set.
         against: whom a response meets when responses are scored: ``"all"`` others, or the ``"first"`` alone, which
             takes n - 1 comparisons where all take n (n - 1) / 2.
     """
 
     name: str = ""
+    reasoning: str = "strip"
     against: str = "all"
 
     @abstractmethod
@@ -138,7 +142,7 @@ class Judge(ABC):
         """
         asked: list[tuple[Mapping[str, Any], Comparison]] = []
         for number, row in enumerate(rows):
-            for _, comparison in candidate_pairs(row, max_pairs_per_prompt, (seed, number)):
+            for _, comparison in candidate_pairs(row, max_pairs_per_prompt, (seed, number), self.reasoning):
                 asked.append((row, comparison))
         verdicts = self.compare([comparison for _, comparison in asked])
         labelled = [
@@ -187,7 +191,8 @@ class ScoringJudge(Judge):
         return self._checked([prompt] * len(responses), list(responses))
 
     def _checked(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        found = [float(score) for score in self.scores(prompts, texts)] if texts else []
+        shown = [judged_text(text, self.reasoning) for text in texts]
+        found = [float(score) for score in self.scores(prompts, shown)] if texts else []
         if len(found) != len(texts):
             raise ValueError(f"{self.name} must give one number a response: got {len(found)} for {len(texts)}")
         for score, text in zip(found, texts, strict=True):
@@ -206,9 +211,9 @@ class ScoringJudge(Judge):
 
 
 def candidate_pairs(
-    row: Mapping[str, Any], limit: int | None, seed: tuple[int, int]
+    row: Mapping[str, Any], limit: int | None, seed: tuple[int, int], reasoning: str = "strip"
 ) -> Iterator[tuple[tuple[int, int], Comparison]]:
-    """Yield the pairs of different candidates of a row, with their places among the candidates.
+    """Yield the pairs of candidates of a row whose answers differ, with their places among the candidates.
 
     Raises:
         PreferenceDataError: the row lacks a column, or a text is blank.
@@ -218,7 +223,7 @@ def candidate_pairs(
     if not isinstance(given, list | tuple):
         raise PreferenceDataError(f"got {show(given)}; expected a list of texts", column="candidates")
     texts = [conversation_text(checked_response(text, "candidates")) for text in given]
-    first = {text.strip(): place for place, text in reversed(list(enumerate(texts)))}
+    first = {judged_text(text, reasoning).strip(): place for place, text in reversed(list(enumerate(texts)))}
     pairs = list(combinations(sorted(first.values()), 2))
     kept = choose_pairs(len(pairs), limit, seed, "a row")
     for i, j in pairs if kept is None else [pairs[place] for place in kept.tolist()]:

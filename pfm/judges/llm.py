@@ -14,6 +14,7 @@ from typing import Any
 
 from pfm.generators import Prompt, as_generator
 from pfm.judges.base import Comparison, Judge, Verdict
+from pfm.reasoning import answer_of, judged_text
 from pfm.rows import conversation_text
 from pfm.templates import Template, fence, fence_mark
 
@@ -166,7 +167,7 @@ class LLMJudge(Judge):
 
     def _count(self, text: str, turned: bool, votes: dict[str, int]) -> float | None:
         """Read an answer and count it; give what it is worth to the first output, or None if it was not read."""
-        letter = read_verdict(text)
+        letter = read_verdict(answer_of(text))
         if letter is None:
             self.tally.unread += 1
             votes["unread"] += 1
@@ -185,7 +186,7 @@ class LLMJudge(Judge):
 
     def _prompt(self, comparison: Comparison, turned: bool) -> Prompt:
         request = conversation_text(comparison.prompt)
-        one, two = (comparison.first, comparison.second)
+        one, two = (judged_text(text, self.reasoning) for text in (comparison.first, comparison.second))
         if turned:
             one, two = two, one
         mark = fence_mark([request, one, two])

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from pfm.devices import best_device
 from pfm.generators.base import Prompt
+from pfm.hub import check_folder, loading_problem, location
 from pfm.judges.base import ScoringJudge
 from pfm.rows import conversation_text
 from pfm.special_tokens import SpecialTokens
@@ -28,6 +30,7 @@ class RewardModelJudge(ScoringJudge):
         model: a name on the hub, a folder, or a loaded model.
         tokenizer: the tokenizer of a loaded model.
         revision: commit, branch or tag on the hub.
+        trust_remote_code: run code that comes with the model.
         device: of a model to be loaded, or "auto" for the best there is; a loaded model stays where it is.
         batch_size: outputs scored at once; only those of equally many tokens share a batch, so that no padding moves
             a score.
@@ -48,7 +51,8 @@ class RewardModelJudge(ScoringJudge):
         tokenizer: Any = None,
         *,
         revision: str | None = None,
-        device: str = "auto",
+        trust_remote_code: bool = False,
+        device: str | int | torch.device = "auto",
         batch_size: int = 16,
         max_length: int | None = None,
         logit: int | None = None,
@@ -65,7 +69,7 @@ class RewardModelJudge(ScoringJudge):
             if tokenizer is not None:
                 raise TypeError("tokenizer goes with a loaded model; one that is loaded by name brings its own")
             shown = os.fspath(model)
-            model, tokenizer = _loaded(shown, revision, device)
+            model, tokenizer = _loaded(shown, revision, device, trust_remote_code)
         else:
             if tokenizer is None:
                 raise TypeError("a loaded model needs its tokenizer: RewardModelJudge(model, tokenizer)")
@@ -136,19 +140,19 @@ class RewardModelJudge(ScoringJudge):
         return {name: list(values) for name, values in found.items()}
 
 
-def _loaded(name: str, revision: str | None, device: str) -> tuple[Any, Any]:
+def _loaded(name: str, revision: str | None, device: Any, trusted: bool) -> tuple[Any, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    folder = Path(name).expanduser()
-    place = str(folder) if folder.is_dir() else name
-    options: dict[str, Any] = {} if folder.is_dir() else {"revision": revision}
+    where = best_device(device)
+    check_folder(name, "model")
+    place = location(name)
+    options: dict[str, Any] = {} if Path(place).is_dir() else {"revision": revision}
+    options["trust_remote_code"] = trusted
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
         model: Any = AutoModelForSequenceClassification.from_pretrained(place, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise ValueError(
-            f"cannot load {name} as a sequence-classification model ({type(error).__name__}: {error})"
+            f"cannot load {name} as a sequence-classification model: {loading_problem(name, error, trusted=trusted)}"
         ) from error
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), tokenizer
+    return model.to(where), tokenizer

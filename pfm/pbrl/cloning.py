@@ -12,6 +12,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
+from pfm.archive import load_module
 from pfm.pbrl.networks import load_network, perceptron, save_network
 
 __all__ = ["ClonedPolicy"]
@@ -202,11 +203,14 @@ class ClonedPolicy(nn.Module):
         Raises:
             FileNotFoundError: there is no such file. ValueError: it holds something else.
         """
-        config, tensors = load_network(path, KIND)
-        low, high = (np.array(config.pop(bound), np.float32) for bound in ("low", "high"))
-        policy = cls(config.pop("observation_size"), config.pop("horizon"), Box(low, high, dtype=np.float32), **config)
-        policy.load_state_dict(tensors)
-        return policy
+        config, _ = load_network(path, KIND, ("observation_size", "horizon", "hidden", "layers"))
+
+        def build() -> ClonedPolicy:
+            low, high = (np.array(config[bound], np.float32) for bound in ("low", "high"))
+            rest = {name: value for name, value in config.items() if name not in ("low", "high")}
+            return cls(action_space=Box(low, high, dtype=np.float32), **rest)
+
+        return load_module(build, Path(path), "configuration")
 
     def _normalised(self, observation: Tensor) -> Tensor:
         return (observation - self.mean) / self.scale

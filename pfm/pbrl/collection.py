@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import gymnasium
 import numpy as np
 
 from pfm.files import claim_folder
 from pfm.pbrl.finite import all_finite
+from pfm.pbrl.policies import check_policy
 from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
@@ -108,7 +110,8 @@ def collect(
     """Collect labelled comparisons of action segments from the same exact state.
 
     Args:
-        environment: a gymnasium id, a batch environment, or a callable that makes one (sent to the workers).
+        environment: a gymnasium id, a batch environment, or a callable that makes one (sent to the workers), or that
+            makes a gymnasium environment, with or without wrappers such as RescaleAction.
         policy: the frozen reference: an object with stable-baselines3's ``predict``.
         pairs: comparisons to ask the teacher for. With two members that is the number of states; with more, as many
             states as give that number of comparisons, rounded up.
@@ -152,7 +155,7 @@ def collect(
     )  # fmt: skip
     per_state = len(all_comparisons(1, members)) if design == "all" else members - 1
     states = math.ceil(pairs / per_state)
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else Path(folder).expanduser()
     if place is not None:
         claim_folder(place, MANIFEST, asdict(settings), "a collection")
     work = _Work(environment, policy, value, settings, place)
@@ -589,15 +592,26 @@ def check_observation(observation: np.ndarray, alive: np.ndarray, where: str) ->
 
 
 def open_environment(environment: Any) -> tuple[Any, str]:
-    """Give a batch environment and its name, from a gymnasium id, a batch environment or what makes one."""
-    if isinstance(environment, str):
-        from pfm.pbrl.rollouts import VectorEnv
+    """Give a batch environment and its name, from a gymnasium id, a batch environment or what makes one.
 
+    What is made may be a gymnasium environment too, with wrappers that keep no state of their own.
+    """
+    from pfm.pbrl.rollouts import VectorEnv
+
+    if isinstance(environment, str):
         return VectorEnv(environment), environment
+    if isinstance(environment, gymnasium.Env):
+        raise TypeError(
+            f"environment must be made here, as several copies are stepped together: got {environment}; give the "
+            "function that makes it, lambda: ..."
+        )
     if hasattr(environment, "restore_states") and not isinstance(environment, type):
         return environment, getattr(environment, "name", type(environment).__name__)
     if callable(environment):
         made = environment()
+        if isinstance(made, gymnasium.Env):
+            vector = VectorEnv(_Once(made, cast(Callable[[], gymnasium.Env], environment)))
+            return vector, vector.name
         if hasattr(made, "restore_states"):
             return made, getattr(made, "name", type(made).__name__)
     raise TypeError(
@@ -606,12 +620,25 @@ def open_environment(environment: Any) -> tuple[Any, str]:
     )
 
 
+class _Once:
+    """Makes environments by a function, of which the first is there already."""
+
+    def __init__(self, first: gymnasium.Env, make: Callable[[], gymnasium.Env]) -> None:
+        self.first: gymnasium.Env | None = first
+        self.make = make
+
+    def __call__(self) -> gymnasium.Env:
+        first, self.first = self.first, None
+        return self.make() if first is None else first
+
+
 def fingerprint(env: Any, policy: Any) -> str:
     """Give a short name of what a policy does at a few observations of a batch environment.
 
     Raises:
-        ValueError: the policy's actions are not those of the environment.
+        ValueError: the policy's spaces, or its actions, are not those of the environment.
     """
+    check_policy(policy, env)
     action, _ = policy.predict(env.reset(8, 0), None, np.ones(8, dtype=bool), True)
     _check_actions(action, env, 8)
     return _digest(np.asarray(action, dtype=np.float64))

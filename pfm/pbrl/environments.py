@@ -44,10 +44,14 @@ State = Mapping[str, np.ndarray]
 
 STATELESS = (
     wrappers.ClipAction,
+    wrappers.ClipReward,
+    wrappers.DtypeObservation,
     wrappers.FlattenObservation,
     wrappers.OrderEnforcing,
     wrappers.PassiveEnvChecker,
     wrappers.RescaleAction,
+    wrappers.RescaleObservation,
+    wrappers.ReshapeObservation,
     wrappers.TimeLimit,  # its counter is saved
 )
 
@@ -87,8 +91,9 @@ def make_env(name: str, **settings: Any) -> StatefulEnv:
 class StatefulEnv(gymnasium.Wrapper):
     """Wraps a gymnasium environment so that its exact state can be saved and restored.
 
-    Wrappers that keep a state of their own go outside of this one. Actions of replayed (Box2D) environments are cast
-    to the type of the action space first, so that a replay does the very same arithmetic.
+    Wrappers that keep a state of their own go outside of this one; those that map actions or observations alone, such
+    as RescaleAction, may be within. Actions that reach the simulator of a replayed (Box2D) environment are cast to the
+    type of its action space first, so that a replay does the very same arithmetic.
 
     Attributes:
         can_restore: whether the state can be saved.
@@ -110,15 +115,20 @@ class StatefulEnv(gymnasium.Wrapper):
         # what a time limit that is the only other wrapper limits: it is stepped without that wrapper, and counted here
         self._limited = env.env if type(env) is wrappers.TimeLimit else None
         layer = env
+        self._observers: list[Any] = []
         while isinstance(layer, gymnasium.Wrapper):
-            if not isinstance(layer, STATELESS):
+            if not isinstance(layer, (*STATELESS, StatefulEnv)):
+                name = type(layer).__name__
+                within = ", ".join(kind.__name__ for kind in STATELESS)
                 self.reason = (
-                    f"{type(layer).__name__} may keep a state of its own, which is not saved: "
-                    f"put it outside, {type(layer).__name__}(StatefulEnv(env))"
+                    f"{name} may keep a state of its own, which is not saved: put it outside, "
+                    f"{name}(StatefulEnv(env)), or leave it out; within may be {within}"
                 )
                 return
             if isinstance(layer, wrappers.TimeLimit):
                 self._limit = layer
+            if isinstance(layer, gymnasium.ObservationWrapper):
+                self._observers.insert(0, layer)
             layer = layer.env
         simulator = _simulator_of(layer)
         if simulator is None:
@@ -153,14 +163,14 @@ class StatefulEnv(gymnasium.Wrapper):
             self._recorder.before_reset(seed, options)
             seed = None
         self._observation, info = self.env.reset(seed=seed, options=options)
+        if self._recorder is not None:
+            self._recorder.resetting = False
         self.done = self.terminated = False
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         if self._observation is None:
             raise gymnasium.error.ResetNeeded("call reset() before the first step")
-        if self._recorder is not None:
-            action = self._recorder.record(action)
         if self._limited is None:
             self._observation, reward, self.terminated, truncated, info = self.env.step(action)
         else:
@@ -218,6 +228,9 @@ class StatefulEnv(gymnasium.Wrapper):
         simulator.restore(state, self._observation)
         if isinstance(simulator, _Box2d):
             replayed = simulator.observation
+            if simulator.replayed:
+                for layer in self._observers:
+                    replayed = layer.observation(replayed)
             for key, saved in _saved_observation(state).items():
                 if not np.array_equal(saved, _observed(replayed)[key], equal_nan=True):
                     raise StateMismatchError(
@@ -347,6 +360,11 @@ class _Box2d:
         self.generator = np.zeros(0, np.uint64)
         self.actions: list[np.ndarray] = []
         self.observation: Any = None
+        self.replayed = False
+        # What is recorded is what reaches the simulator, behind all wrappers of actions; but a reset steps by itself.
+        self.resetting = False
+        self._earlier = vars(env).get("step")  # of another StatefulEnv around the same simulator
+        env.step = lambda action: self._step(action if self.resetting else self.record(action))
 
     def before_reset(self, seed: int | None, options: Any) -> None:
         if options:
@@ -356,6 +374,10 @@ class _Box2d:
         self.generator = _pack(self.env.np_random)
         self._clear()
         self.actions = []
+        self.resetting = True
+
+    def _step(self, action: Any) -> Any:
+        return type(self.env).step(self.env, action) if self._earlier is None else self._earlier(action)
 
     def record(self, action: Any) -> np.ndarray:
         action = np.array(action, self.type)
@@ -387,10 +409,13 @@ class _Box2d:
             self.generator = np.array(generator)
             self._clear()
             self.actions = []
+            self.resetting = True
             self.observation, _ = self.env.reset()
-        missing, step = list(np.array(actions[len(self.actions) :], self.type)), self.env.step
+            self.resetting = False
+        missing, step = list(np.array(actions[len(self.actions) :], self.type)), self._step
         for action in missing:
             self.observation = step(action)[0]
+        self.replayed = bool(missing) or not same
         self.actions += missing
 
     def _clear(self) -> None:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import Confirmation, confirmed
 from pfm.flow import PreferenceFlow
 from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
+from pfm.pbrl.environments import STATELESS
 from pfm.pbrl.fast import FastTransport
 from pfm.pbrl.segments import FORMS, SegmentPairs, pick_states
 
@@ -165,7 +167,8 @@ class FlowPolicy:
                                   or not np.allclose(space.high, self._high)):  # fmt: skip
             raise ValueError(
                 f"the reference acts in {space} and the flow was fitted on actions {self._low.shape} from "
-                f"{self._low.tolist()} to {self._high.tolist()}: take the policy that the segments were collected with"
+                f"{self._low.tolist()} to {self._high.tolist()}: take the policy that the segments were "
+                "collected with, in the same environment: a wrapper such as RescaleAction changes the bounds"
             )
         self.proposal = proposal
         self.mode, self.rounds, self.strength, self.steps = mode, rounds, float(strength), steps
@@ -393,11 +396,15 @@ def _copy_of(env: Any) -> Any:
     from pfm.pbrl.rollouts import VectorEnv
 
     if isinstance(env, VectorEnv):
-        return VectorEnv(env.name, **env.settings)
+        return VectorEnv(env.source, **env.settings)
     if hasattr(env, "save_states"):
         return type(env)()
     one = env.envs[0] if hasattr(env, "envs") else env
     spec = one.spec
+    kept = {kind.__name__ for kind in STATELESS}
+    if outer := [wrapper for wrapper in spec.additional_wrappers if wrapper.name in kept]:
+        whole = replace(spec, additional_wrappers=tuple(outer))
+        return VectorEnv(lambda: gymnasium.make(whole, render_mode=None))
     settings = {name: value for name, value in spec.kwargs.items() if name != "render_mode"}
     return VectorEnv(spec.id, **settings)
 
@@ -486,18 +493,21 @@ def choose_rounds(
 
     plain = judge(start)
     table: list[dict[str, Any]] = []
+    confirmations: list[Confirmation] = []
     for count in rounds:
         for strength in strengths:
             twin = copy.copy(policy)
             twin.mode, twin.rounds, twin.strength, twin.counts = "reapply", count, strength, PolicyCounts()
             gain = judge(twin.refine(start, observation)) - plain
-            z = standard_errors(torch.from_numpy(gain), group)
+            # The largest of several gains is tested as the best of as many tests.
+            found = confirmed(torch.from_numpy(gain), group, tests=len(rounds) * len(strengths))
             table.append(
-                {"rounds": count, "strength": strength, "gain": float(gain.mean()), "z": z,
+                {"rounds": count, "strength": strength, "gain": float(gain.mean()), "z": found.z,
                  "off_support": twin.counts.off_support / len(start)}
             )  # fmt: skip
-    best = max(table, key=lambda row: row["gain"])
-    if best["z"] <= CONFIRMED:
+            confirmations.append(found)
+    best, found = max(zip(table, confirmations, strict=True), key=lambda row: row[0]["gain"])
+    if not found:
         return RoundsChoice(0, 1.0, 0.0, best["z"], by, taken, table)
     return RoundsChoice(best["rounds"], best["strength"], best["gain"], best["z"], by, taken, table)
 

@@ -86,7 +86,7 @@ class HumanSegments:
         Raises:
             FileNotFoundError: there is no such file. ValueError: it holds something else.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}: give the file of recorded segments and human labels")
         try:

@@ -7,6 +7,7 @@ a long one wherever labels are easy to learn from.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -134,8 +135,9 @@ def improve(
         raise ValueError(
             "noise=None draws the policy's own actions, and a refined policy draws none: give a number, as 0.3"
         )
+    inspect.signature(collect).bind(environment, policy, pairs, **collecting)  # a misspelt setting is named now
     settings = config if isinstance(config, FlowConfig) else FlowConfig.from_dict(dict(config or {}))
-    place = None if folder is None else Path(folder)
+    place = None if folder is None else Path(folder).expanduser()
     played, name = open_environment(environment)
     if place is not None:
         claim_folder(place, SETTINGS, {
@@ -193,7 +195,7 @@ def load_improvement(folder: str | Path, policy: Policy) -> Improvement:
     Raises:
         FileNotFoundError: there is no finished round.
     """
-    place, rounds, standing = Path(folder), [], policy
+    place, rounds, standing = Path(folder).expanduser(), [], policy
     while (home := place / f"round-{len(rounds) + 1}").joinpath(CHOSEN).is_file():
         standing, found = _read(home, standing)
         rounds.append(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,22 @@ def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: d
     """Write tensors, with what else is needed to make the network again as the file's metadata."""
     meta = {"kind": kind, "config": json.dumps(config)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(Path(path), lambda partial: save_file(whole, partial, meta))
+    replace_file(Path(path).expanduser(), lambda partial: save_file(whole, partial, meta))
 
 
-def load_network(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_network(path: str | Path, kind: str, sizes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what :func:`save_network` wrote: the configuration and the tensors.
+
+    Args:
+        path: the file.
+        kind: what it must hold.
+        sizes: names of the whole numbers in the configuration, of which ``layers`` is one.
 
     Raises:
         FileNotFoundError: there is no such file. ValueError: it holds something else.
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give one that {kind}.save wrote")
     try:
         with safe_open(path, "pt") as file:
@@ -55,4 +62,12 @@ def load_network(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str,
         raise ValueError(f"{path} is no safetensors file: {error}") from error
     if meta.get("kind") != kind:
         raise ValueError(f"{path} holds {meta.get('kind', 'no named kind')}, expected {kind}")
-    return json.loads(meta["config"]), tensors
+    try:
+        config = json.loads(meta["config"])
+        wrong = [name for name in sizes if type(config[name]) is not int or config[name] < 0]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: its configuration is damaged ({error!r}): save it again") from error
+    if wrong or config["layers"] > len(tensors):
+        name = (wrong or ["layers"])[0]
+        raise ValueError(f"{path}: its configuration does not fit its tensors at {name}={config[name]!r}")
+    return config, tensors

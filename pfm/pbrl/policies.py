@@ -6,6 +6,7 @@ A policy is whatever has stable-baselines3's ``predict``; nothing here trains on
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,8 +17,24 @@ from gymnasium.spaces import Box
 from pfm.pbrl.cloning import ClonedPolicy
 from pfm.pbrl.environments import make_env
 from pfm.pbrl.finite import all_finite
+from pfm.pbrl.normalization import (
+    NormalizedPolicy,
+    ObservationStatistics,
+    beside_checkpoint,
+    trained_normalized,
+)
 
-__all__ = ["ActorPolicy", "ClonedPolicy", "NoisyPolicy", "Policy", "check_policy", "load_policy", "seed_policy"]
+__all__ = [
+    "ActorPolicy",
+    "ClonedPolicy",
+    "NoisyPolicy",
+    "NormalizedPolicy",
+    "ObservationStatistics",
+    "Policy",
+    "check_policy",
+    "load_policy",
+    "seed_policy",
+]
 
 EXPLORATION = 1e-6  # what generalised state-dependent exploration adds to its variance
 
@@ -36,7 +53,7 @@ class Policy(Protocol):
     ) -> tuple[np.ndarray, Any]: ...
 
 
-def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int = 0) -> Policy:
+def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int = 0, normalize: Any = None) -> Policy:
     """Load a frozen policy.
 
     Args:
@@ -44,18 +61,32 @@ def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int 
             is unpickled, so it must come from where you trust code; ``.safetensors``: a :class:`ClonedPolicy`.
         action_space: of an actor; None for that of the environment it was trained in.
         seed: of an actor's stochastic actions.
+        normalize: the statistics of the observations that a checkpoint was trained on under ``VecNormalize``: its
+            ``vec_normalize.pkl``, of which no code is run, the wrapper itself, or mean and variance, see
+            :meth:`ObservationStatistics.of`. False: it reads observations as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file holds no policy.
+        ValueError: the file holds no policy, or the statistics are of other observations.
+
+    Warns:
+        UserWarning: a checkpoint shows that it was trained on normalised observations, and no statistics are given.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"there is no policy at {path}")
+    policy = _loaded(path, action_space, seed, warn=normalize is None)
+    if normalize is None or normalize is False:
+        return policy
+    statistics = ObservationStatistics.of(normalize)
+    return policy if statistics is None else NormalizedPolicy(policy, statistics)
+
+
+def _loaded(path: Path, action_space: Box | None, seed: int, *, warn: bool) -> Policy:
     if path.suffix == ".npz":
         return ActorPolicy.load(path, action_space=action_space, seed=seed)
     if path.suffix == ".zip":
-        return _load_checkpoint(path)
+        return _load_checkpoint(path, warn=warn)
     if path.suffix == ".safetensors":
         policy = ClonedPolicy.load(path)
         policy.seed(seed)
@@ -86,7 +117,19 @@ def check_policy(policy: Any, env: Any) -> None:
             and np.allclose(theirs.high, ours.high)
         )
         if not same:
-            raise ValueError(f"the policy acts in {theirs} and the environment takes {ours}: take one made for it")
+            way = "take one made for it"
+            if isinstance(theirs, Box) and theirs.shape == ours.shape:
+                way = (
+                    "if it was trained behind a wrapper such as RescaleAction, give the environment with it, as a "
+                    "callable that makes it: lambda: RescaleAction(gymnasium.make(...), -1, 1)"
+                )
+            raise ValueError(f"the policy acts in {theirs} and the environment takes {ours}: {way}")
+    if not isinstance(policy, NormalizedPolicy) and trained_normalized(policy):
+        warnings.warn(
+            f"this {type(policy).__name__} was trained under VecNormalize, and acts wrongly on observations as they "
+            "are: give NormalizedPolicy(policy, statistics), as load_policy(..., normalize=...) does",
+            stacklevel=3,
+        )
     theirs, ours = getattr(policy, "observation_space", None), env.observation_space
     if theirs is not None and theirs.shape != ours.shape:
         raise ValueError(f"the policy reads {theirs.shape} numbers and the environment shows {ours.shape}")
@@ -148,7 +191,7 @@ class ActorPolicy:
     def load(cls, path: str | Path, *, action_space: Box | None = None, seed: int = 0) -> ActorPolicy:
         """Read an actor; see :func:`load_policy`."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(Path(path).expanduser(), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             meta = json.loads(str(arrays.pop("meta")))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -278,7 +321,7 @@ def _relu(array: np.ndarray, out: np.ndarray) -> np.ndarray:
     return np.maximum(array, 0, out=out)
 
 
-def _load_checkpoint(path: Path) -> Policy:
+def _load_checkpoint(path: Path, *, warn: bool) -> Policy:
     """Find the algorithm of a checkpoint by the settings that only it has, and load it for prediction."""
     try:
         import stable_baselines3
@@ -299,7 +342,23 @@ def _load_checkpoint(path: Path) -> Policy:
         )
     unneeded = {"learning_rate": 0.0, "lr_schedule": _constant, "clip_range": _constant, "buffer_size": 1}
     kept = {name: value for name, value in unneeded.items() if name in settings}
-    return getattr(stable_baselines3, algorithm).load(path, device="cpu", custom_objects=kept)
+    policy = getattr(stable_baselines3, algorithm).load(path, device="cpu", custom_objects=kept)
+    if warn:
+        _warn_of_normalization(path, policy)
+    return policy
+
+
+def _warn_of_normalization(path: Path, policy: Any) -> None:
+    shows = trained_normalized(policy)
+    found = None if shows is False else beside_checkpoint(path)
+    if found is None and shows:
+        found = "its last observations of the training are normalised"
+    if found:
+        warnings.warn(
+            f"{path.name} was trained under VecNormalize ({found}), and acts wrongly on observations as they are: pass "
+            "its statistics, load_policy(..., normalize='vec_normalize.pkl'), or normalize=False if it needs none",
+            stacklevel=4,
+        )
 
 
 def _constant(_: float) -> float:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 
-from pfm.pbrl.environments import StatefulEnv, make_env
+from pfm.pbrl.environments import StatefulEnv, UnsupportedEnvironmentError, make_env
 from pfm.pbrl.finite import all_finite
 from pfm.pbrl.policies import Policy, check_policy
 
@@ -61,26 +62,35 @@ class VectorEnv:
     """Copies of one gymnasium environment, stepped together in this process; follows :class:`BatchEnv`.
 
     Args:
-        name: the gymnasium id.
+        name: the gymnasium id, or a function that makes an environment, with or without wrappers such as
+            RescaleAction that keep no state of their own.
         count: how many copies to make at once; ``reset`` and ``restore_states`` make more when they need them.
-        settings: for :func:`~pfm.pbrl.environments.make_env`.
+        settings: for :func:`~pfm.pbrl.environments.make_env`, with an id.
 
     Attributes:
+        name: the gymnasium id, with the wrappers of a function's environment.
         envs: the copies in use.
+
+    Raises:
+        UnsupportedEnvironmentError: the state cannot be restored exactly, by the name of the wrapper or simulator.
+        TypeError: the name is neither, or actions or observations are no boxes.
     """
 
-    def __init__(self, name: str, count: int = 1, **settings: Any) -> None:
+    def __init__(self, name: str | Callable[[], gymnasium.Env], count: int = 1, **settings: Any) -> None:
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        self.name = name
+        if not isinstance(name, str) and settings:
+            raise TypeError(f"settings go with a gymnasium id: got {', '.join(settings)} and a function")
+        self.source = name
         self.settings = settings
         self._made: list[StatefulEnv] = []
         self._make(count)
         self.envs: list[StatefulEnv] = self._made[:count]
         first = self._made[0]
+        self.name = name if isinstance(name, str) else _described(first)
         if not isinstance(first.action_space, Box) or not isinstance(first.observation_space, Box):
             raise TypeError(
-                f"{name} has actions {first.action_space} and observations {first.observation_space}: "
+                f"{self.name} has actions {first.action_space} and observations {first.observation_space}: "
                 "both must be boxes"
             )
         self.action_space: Box = first.action_space
@@ -179,8 +189,11 @@ class VectorEnv:
 
     def _make(self, count: int) -> None:
         while len(self._made) < count:
-            self._made.append(make_env(self.name, **self.settings))
-            _share_model(self._made[-1], self._made[0])
+            if isinstance(self.source, str):
+                self._made.append(make_env(self.source, **self.settings))
+                _share_model(self._made[-1], self._made[0])
+            else:
+                self._made.append(stateful(self.source()))
 
     def _join(self, observations: list[Any]) -> np.ndarray:
         """Put observations into one array, (E, O); joining costs a third of filling row by row."""
@@ -188,6 +201,37 @@ class VectorEnv:
         joined = np.empty((len(observations), *shape), self.observation_space.dtype)
         np.concatenate(observations, out=joined.reshape(-1, *shape[1:]), casting="unsafe")
         return joined
+
+
+def stateful(env: Any) -> StatefulEnv:
+    """Give an environment that a user has made its exact state.
+
+    Raises:
+        TypeError: it is no gymnasium environment.
+        UnsupportedEnvironmentError: it has no exact state; the message names what keeps one of its own.
+    """
+    if not isinstance(env, gymnasium.Env):
+        raise TypeError(f"a function that makes an environment must give a gymnasium.Env, got {type(env).__name__}")
+    found = env if isinstance(env, StatefulEnv) else StatefulEnv(env)
+    if not found.can_restore:
+        raise UnsupportedEnvironmentError(found.reason)
+    return found
+
+
+def _described(env: StatefulEnv) -> str:
+    """Name an environment by its id and by the wrappers that change what a policy sees or does."""
+    names, layer = [], env.env
+    while isinstance(layer, gymnasium.Wrapper):
+        if isinstance(layer, gymnasium.ActionWrapper | gymnasium.ObservationWrapper | gymnasium.RewardWrapper):
+            names.append(type(layer).__name__)
+        layer = layer.env
+    spec = layer.spec
+    name = type(layer).__name__ if spec is None else spec.id
+    if not names:
+        return name
+    space = env.action_space
+    bounds = f" {space.low.tolist()} to {space.high.tolist()}" if isinstance(space, Box) else ""
+    return f"{name} behind {', '.join(names)}, actions{bounds}"
 
 
 def _share_model(env: StatefulEnv, first: StatefulEnv) -> None:
@@ -302,7 +346,7 @@ def play(env: BatchEnv, actions: np.ndarray, *, observations: np.ndarray) -> Rol
 
 
 def episode_returns(
-    env: BatchEnv | str,
+    env: BatchEnv | str | Callable[[], gymnasium.Env],
     policy: Policy,
     episodes: int,
     seed: int | Sequence[int],
@@ -313,7 +357,7 @@ def episode_returns(
     """Measure the undiscounted returns of whole episodes.
 
     Args:
-        env: a batch environment or a gymnasium id.
+        env: a batch environment, a gymnasium id, or a function that makes a gymnasium environment.
         policy: the policy; the same ``seed`` gives every policy the same starts.
         episodes: E.
         seed: of the starts; or of a gymnasium environment one for each episode, (E,).
@@ -328,7 +372,8 @@ def episode_returns(
     """
     if episodes < 1:
         raise ValueError(f"episodes must be at least 1, got {episodes}")
-    made = VectorEnv(env, min(batch, episodes)) if isinstance(env, str) else None
+    own_env = isinstance(env, str) or not hasattr(env, "restore_states")
+    made = VectorEnv(env, min(batch, episodes)) if own_env else None  # type: ignore[arg-type]
     vector: BatchEnv = made if made is not None else env  # type: ignore[assignment]
     if isinstance(seed, int | np.integer):
         seeds = episode_seeds(int(seed), episodes)

@@ -450,7 +450,7 @@ class SegmentPairs:
 
     def save(self, path: str | Path) -> Path:
         """Write everything to one .npz file, whole or not at all; no pickles."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {
             entry.name: getattr(self, entry.name)
@@ -478,7 +478,7 @@ class SegmentPairs:
         Raises:
             FileNotFoundError: there is no such file. ValueError: it is damaged, or holds something else.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}: give a file that SegmentPairs.save wrote")
         try:

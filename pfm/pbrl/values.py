@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.archive import load_module
 from pfm.pbrl.collection import (
     SHARD,
     check_observation,
@@ -128,7 +129,7 @@ class FittedValue:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: weights, and what was measured as its metadata."""
-        path = Path(path)
+        path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.shape | {
             "discount": self.discount, "r2": self.r2, "rows": self.rows, "simulated": self.simulated,
@@ -145,12 +146,20 @@ class FittedValue:
         Raises:
             FileNotFoundError: there is no such file. ValueError: it holds something else.
         """
-        config, tensors = load_network(path, KIND)
-        value = cls(config["size"], config["discount"], hidden=config["hidden"], layers=config["layers"])
-        value.r2, value.rows, value.simulated = config["r2"], config["rows"], config["simulated"]
-        value.mean, value.scale = tensors.pop("mean"), tensors.pop("scale")
-        value.centre, value.unit = tensors.pop("centre"), tensors.pop("unit")
-        value.network.load_state_dict({name.removeprefix("network."): each for name, each in tensors.items()})
+        sizes = {"hidden": "hidden", "layers": "layers", "inputs": "size"}
+        config, tensors = load_network(path, KIND, list(sizes.values()))
+        shape = {name: config[key] for name, key in sizes.items()}
+        network = load_module(
+            lambda: perceptron(outputs=1, seed=0, **shape), Path(path), "configuration", prefix="network."
+        )
+        try:
+            value = cls(config["size"], config["discount"], hidden=config["hidden"], layers=config["layers"])
+            value.r2, value.rows, value.simulated = config["r2"], config["rows"], config["simulated"]
+            value.mean, value.scale = tensors["mean"], tensors["scale"]
+            value.centre, value.unit = tensors["centre"], tensors["unit"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: its configuration is damaged ({error!r}): save it again") from error
+        value.network.load_state_dict(network.state_dict())
         return value
 
     def _estimate(self, rows: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ that P + P' = 1; n outputs cost n embeddings, and all n^2 comparisons are produc
 from __future__ import annotations
 
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +21,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from pfm.archive import load_module, read_description, read_folder, save_folder, save_tensors
 from pfm.devices import with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_file, replace_json, require_files
+from pfm.files import replace_json, require_files
 from pfm.preferences.logistic import fit_temperature
 
 __all__ = ["Embedded", "PreferenceModel", "check_pairs", "check_table", "load", "restored", "unfitted"]
@@ -81,7 +81,7 @@ class PreferenceModel(nn.Module, ABC):
         context_dimension: number of values in a context; 0 if the model takes none, and then any context given is
             left out of account.
         found: what the fit found (JSON values).
-        layout: arguments of :meth:`_build`, or None before the fit.
+        layout: arguments of :meth:`_build` and the ``event_shape`` of the outputs, or None before the fit.
     """
 
     _kinds: ClassVar[dict[str, type[PreferenceModel]]] = {}
@@ -90,7 +90,7 @@ class PreferenceModel(nn.Module, ABC):
         super().__init_subclass__(**options)
         with_standard_defaults(cls)
         if "fit" in vars(cls):
-            cls.fit = _on_cpu(cls.fit)
+            cls.fit = _prepared(cls.fit)
         if not cls.__name__.startswith("_"):
             PreferenceModel._kinds[cls.__name__] = cls
 
@@ -179,20 +179,26 @@ class PreferenceModel(nn.Module, ABC):
         return every.against_all(every).to(home)
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, D).
+        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, \\*D).
 
         Args:
             y: the outputs.
-            opponents: (M, \\*D) for all of y, or (B, M, D) for each its own.
+            opponents: (M, \\*D) for all of y, or (B, M, \\*D) for each its own. The shape \\*D of one output, by which
+                the two are told apart, is that of the training pairs or of ``y``.
             context: (B, C), or (C,) for one of all rows.
+
+        Raises:
+            ValueError: the shapes fit neither reading, or both.
         """
         home = _home(y)
+        given = as_float_tensor("y", y).shape[1:]
         y, context = self._checked("y", y, context)
         opponents = as_float_tensor("opponents", opponents).to(y.device, torch.float32)
-        own = opponents.ndim == 3 and opponents.shape[0] == len(y) and opponents.shape[2] == self.dimension
+        own = self._own_opponents(opponents.shape, {given, self.event_shape or given}, len(y))
         if not own:
             opponents, _ = self._checked("opponents", opponents, None, needs_context=False)
         else:
+            opponents = opponents.flatten(2)
             check_finite("opponents", opponents.flatten(0, 1))
         count = opponents.shape[1] if own else len(opponents)
         if count == 0:
@@ -212,6 +218,24 @@ class PreferenceModel(nn.Module, ABC):
             theirs = Embedded(*(part.unflatten(0, (-1, count)) for part in (theirs.reward, theirs.planes)))
             pieces.append(torch.sigmoid(self.embed(y[some], contexts)[:, None].against_all(theirs)[:, 0]).mean(1))
         return torch.cat(pieces).to(home)
+
+    @property
+    def event_shape(self) -> torch.Size | None:
+        """Give the shape \\*D of one output; None before the fit, and of models that were saved without it."""
+        shape = (self.layout or {}).get("event_shape")
+        return None if shape is None else torch.Size(shape)
+
+    @staticmethod
+    def _own_opponents(shape: torch.Size, outputs: set[torch.Size], count: int) -> bool:
+        """Tell whether opponents of a shape are one set for each of ``count`` outputs, which have one of the shapes."""
+        shared, own = shape[1:] in outputs, len(shape) > 2 and shape[0] == count and shape[2:] in outputs
+        if shared and own:
+            raise ValueError(
+                f"opponents of shape {tuple(shape)} may be {shape[0]} for all of y or {shape[1]} for each of its "
+                f"{count} outputs: give y and opponents in the shape of the training outputs, (B, *D) beside (M, *D) "
+                "or (B, M, *D)"
+            )
+        return own
 
     def _checked(self, name: str, y: Any, context: Any, *, needs_context: bool = True) -> tuple[Tensor, Tensor | None]:
         if self.layout is None:
@@ -267,33 +291,41 @@ class PreferenceModel(nn.Module, ABC):
         Raises:
             RuntimeError: the model is not fitted.
         """
-        from safetensors.torch import save_file
-
         if self.layout is None:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(pairs) first")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        replace_file(folder / TENSORS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        replace_json(folder / DESCRIPTION, self.describe())
+        folder = Path(folder).expanduser()
+        with save_folder(folder) as staging:
+            save_tensors(staging / TENSORS, self.state_dict())
+            replace_json(staging / DESCRIPTION, self.describe())
         return folder
 
-    def _ready(self, **layout: Any) -> None:
+    def _ready(self, *, event_shape: list[int] | None = None, **layout: Any) -> None:
         """Make tensors and networks anew, not to be trained further, and note their sizes."""
         self._build(**layout)
-        self.layout = layout
+        self.layout = layout if event_shape is None else layout | {"event_shape": event_shape}
         self.requires_grad_(False)
         self.eval()
 
 
-def _on_cpu(fit: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fit)
-    def on_cpu(self: PreferenceModel, pairs: EncodedPairs, validation: EncodedPairs | None = None, **options: Any):
-        device = pairs.device if isinstance(pairs, EncodedPairs) else torch.device("cpu")
-        parts = (part.to("cpu") if isinstance(part, EncodedPairs) else part for part in (pairs, validation))
-        return fit(self.cpu(), *parts, **options).to(device)
+def _prepared(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a subclass's fit see pairs of positive weight only, on the CPU; then note the shape of one output.
 
-    return on_cpu
+    The fitted model is moved to where the pairs are.
+    """
+
+    @functools.wraps(fit)
+    def prepared(
+        self: PreferenceModel, pairs: EncodedPairs, validation: EncodedPairs | None = None, **options: Any
+    ) -> Any:
+        check_pairs(pairs, validation)
+        if validation is not None:
+            options["validation"] = validation.counted().to("cpu")
+        fitted = fit(self.cpu(), pairs.counted().to("cpu"), **options)
+        if self.layout is not None:
+            self.layout["event_shape"] = list(pairs.event_shape)
+        return fitted.to(pairs.device)
+
+    return prepared
 
 
 def _home(y: Any) -> torch.device:
@@ -338,18 +370,17 @@ def load(folder: str | Path) -> PreferenceModel:
         FileNotFoundError: the folder or one of its files is not there.
         ValueError: a file is damaged, or the two do not belong together.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    folder = Path(folder).expanduser()
+    return read_folder(folder, (DESCRIPTION, TENSORS), lambda: _load(folder))
 
-    folder = Path(folder)
+
+def _load(folder: Path) -> PreferenceModel:
     require_files(folder, (DESCRIPTION, TENSORS), "PreferenceModel.save")
     try:
-        model = restored(json.loads((folder / DESCRIPTION).read_text(encoding="utf-8")))
-        tensors = load_file(folder / TENSORS)
-        model.load_state_dict(tensors)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, RuntimeError) as error:
+        described = read_description(folder / DESCRIPTION)
+        return load_module(lambda: restored(described), folder / TENSORS, DESCRIPTION)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} holds a damaged preference model ({error}): save or fit it again") from error
-    return model
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pfm.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
+from pfm.preferences.coordinates import weighted_mean
 from pfm.preferences.correction import Correction, component_axes, fit_correction
 from pfm.preferences.crossvalidation import deal_folds
 from pfm.preferences.logistic import PairwiseLogistic, fit_temperature
@@ -67,8 +68,9 @@ class BradleyTerry(PreferenceModel):
         check_pairs(pairs, validation)
         batch = pairs.gather(torch.arange(len(pairs)))
         self._ready(dimension=pairs.dimension, contexts=pairs.context_dimension, network=None)
-        self.mean.copy_((batch.chosen.mean(0) + batch.rejected.mean(0)) / 2)
-        scale = (batch.chosen - self.mean).square().sum(1).mean().sqrt().clamp_min(1e-12)
+        weight = None if pairs.weight is None else batch.weight
+        self.mean.copy_((weighted_mean(batch.chosen, weight) + weighted_mean(batch.rejected, weight)) / 2)
+        scale = weighted_mean((batch.chosen - self.mean).square(), weight).sum().sqrt().clamp_min(1e-12)
         difference = (batch.chosen - batch.rejected) / scale
         soft = None if pairs.probability is None else batch.probability
         self.weights.copy_(PairwiseLogistic(difference, batch.weight, soft).fit(self.l2, iterations=100) / scale)
@@ -100,7 +102,8 @@ class BradleyTerry(PreferenceModel):
         slope = fit_temperature(score, batch.probability, batch.weight)
         one, other = batch.chosen - self.mean, batch.rejected - self.mean
         axes = component_axes(torch.cat([one, other]), NETWORK_INPUTS)
-        fitted = fit_correction(one, other, axes, batch, slope * score, held_out, group, generator, **self._shape())
+        tries = [(axes, batch, {})]
+        fitted = fit_correction(one, other, tries, slope * score, held_out, group, generator, **self._shape())
         self.weights *= slope
         self.network = fitted.network
         self.found = {"network": fitted.network is not None, "network_gain": fitted.gain}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["COMPONENTS", "Coordinates"]
+__all__ = ["COMPONENTS", "Coordinates", "weighted_mean"]
 
 COMPONENTS = 8
 
@@ -34,18 +34,20 @@ class Coordinates(nn.Module):
         }.items():
             self.register_buffer(name, value)
 
-    def fit(self, both: Tensor) -> None:
-        """Fit on outputs (N, D)."""
-        self.mean.copy_(both.mean(0))
+    def fit(self, both: Tensor, weight: Tensor | None = None) -> None:
+        """Fit on outputs (N, D) with weights (N,) >= 0, or None for 1."""
+        self.mean.copy_(weighted_mean(both, weight))
         centred = both - self.mean
-        self.scale.copy_(centred.square().sum(1).mean().sqrt().clamp_min(1e-12))
-        self.spread.copy_(centred.square().mean(0).sqrt().clamp_min(1e-6 * float(self.scale)))
+        squares = weighted_mean(centred.square(), weight)
+        self.scale.copy_(squares.sum().sqrt().clamp_min(1e-12))
+        self.spread.copy_(squares.sqrt().clamp_min(1e-6 * float(self.scale)))
         centred = centred / self.scale
-        values, vectors = torch.linalg.eigh((centred.T @ centred).double() / len(centred))
+        weighed = centred if weight is None else centred * (weight * len(weight) / weight.sum())[:, None]
+        values, vectors = torch.linalg.eigh((centred.T @ weighed).double() / len(centred))
         leading = values.flip(0)[: self.axes.shape[1]].clamp_min(1e-12)
         self.axes.copy_(vectors.flip(1)[:, : self.axes.shape[1]] / leading.sqrt())
         self.product_mean.zero_()
-        self.product_mean.copy_(self(both)[1].mean(0))
+        self.product_mean.copy_(weighted_mean(self(both)[1], weight))
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Give linear coordinates and products of outputs y (..., D)."""
@@ -58,3 +60,8 @@ class Coordinates(nn.Module):
     def standardised(self, y: Tensor) -> Tensor:
         """Give outputs y (..., D) with every value of unit variance: a network's input."""
         return (y - self.mean) / self.spread
+
+
+def weighted_mean(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean (D,) of rows (N, D) with weights (N,), or None for 1."""
+    return rows.mean(0) if weight is None else weight @ rows / weight.sum()

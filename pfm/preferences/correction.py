@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import choose_crosswise, confirmable, confirmed, halves
 from pfm.encoded import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.logistic import drawn_in
-from pfm.preferences.networks import Perceptron, train_network
+from pfm.preferences.networks import GAINS, Perceptron, train_network
 
 __all__ = ["Correction", "FittedCorrection", "component_axes", "fit_correction", "label_loss"]
 
 CONTEXT_INPUTS = 32  # components of a context that it reads
-GAINS = (0.25, 0.5, 0.75, 1.0)
 
 
 class Correction(nn.Module):
@@ -105,6 +105,8 @@ class Correction(nn.Module):
 class FittedCorrection:
     """Holds a fitted network, or None if it was not confirmed; the corrections (N,) of all pairs' scores; and the gain
     in log loss of the held-out pairs, nats a pair.
+
+    A held-out pair's correction, and the gain, come of what was chosen on the other half of the held-out prompts.
     """
 
     network: Correction | None
@@ -115,30 +117,57 @@ class FittedCorrection:
 def fit_correction(
     one: Tensor,
     other: Tensor,
-    axes: Tensor,
-    batch: PairBatch,
+    tries: Sequence[tuple[Tensor, PairBatch, dict[str, Any]]],
     score: Tensor,
     held_out: Tensor,
     group: Tensor,
     generator: torch.Generator,
-    *,
-    updates: int = 1500,
-    learning_rate: float = 2e-3,
     **shape: Any,
 ) -> FittedCorrection:
-    """Fit a network to what calibrated scores leave; keep as much of it as the held-out pairs confirm, or nothing.
+    """Fit networks to what calibrated scores leave; keep as much of the best as the held-out pairs confirm, or nothing.
 
     Args:
         one, other: (N, F) features of chosen and rejected outputs.
-        axes: (F, n) what it is to read of them.
-        batch: the pairs' contexts, labels and weights.
+        tries: for each network, axes (F, n) that it is to read of them; the pairs' contexts, labels and weights; and
+            further arguments of :func:`pfm.preferences.networks.train_network`.
         score: (N,) calibrated log-odds, each by a model that did not see the pair's prompt.
         held_out: (N,) which pairs judge. group: (N,) the pairs' prompts.
         generator: draws weights and batches.
-        updates: at most; learning_rate: at the start.
         shape: further arguments of :class:`Correction`.
     """
-    context, label = batch.context, drawn_in(batch.probability)
+    if not confirmable(group[held_out]):
+        return FittedCorrection(None, torch.zeros_like(score), 0.0)
+    weight, label = tries[0][1].weight, drawn_in(tries[0][1].probability)
+    multiples = torch.tensor(GAINS)
+    fits: list[tuple[float, float, Correction, Tensor]] = []
+    corrections: list[Tensor] = []
+    rows = torch.zeros(0, dtype=torch.long)
+    for axes, batch, training in tries:
+        network, rows, looks, more = _train(
+            one, other, axes, batch, score, label, held_out, generator, training, **shape
+        )
+        corrections.append((looks[:, None] * multiples[:, None]).flatten(0, 1))
+        fuller = label_loss(score[rows] + multiples[:, None] * more[rows], label[rows]) @ weight[rows]
+        fits.append((float(fuller.min()), float(multiples[fuller.argmin()]), network, more))
+    candidates = torch.cat(corrections)
+    losses = label_loss(score[rows] + candidates, label[rows])
+    chosen = choose_crosswise(losses, weight[rows], halves(group[rows])), torch.arange(len(rows))
+    better = label_loss(score[rows], label[rows]) - losses[chosen]
+    if not confirmed(better, group[rows], weight[rows]):
+        return FittedCorrection(None, torch.zeros_like(score), 0.0)
+    _, gain, network, more = min(fits, key=lambda fit: fit[0])
+    network.gain.fill_(gain)
+    scores = gain * more
+    scores[rows] = candidates[chosen]
+    return FittedCorrection(network, scores, float((better * weight[rows]).sum() / weight[rows].sum()))
+
+
+def _train(
+    one: Tensor, other: Tensor, axes: Tensor, batch: PairBatch, score: Tensor, label: Tensor, held_out: Tensor,
+    generator: torch.Generator, training: dict[str, Any], **shape: Any,
+) -> tuple[Correction, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Train one network; give it, what train_network returns, and its corrections (N,) of all pairs' scores."""
+    context = batch.context
     context_axes = torch.zeros(0, 0) if context is None else component_axes(context, CONTEXT_INPUTS)
     network = Correction(one.shape[1], len(context_axes), axes.shape[1], context_axes.shape[1], **shape)
     network.input_axes.copy_(axes)
@@ -152,23 +181,16 @@ def fit_correction(
         both = network.of_axes(torch.cat([inputs[index], others[index]]), some)
         return both[: len(index)].against(both[len(index) :])
 
-    def loss(index: Tensor) -> Tensor:
-        return label_loss(score[index] + correction(index), label[index])
+    def loss(index: Tensor, more: Tensor) -> Tensor:
+        return label_loss(score[index] + more, label[index])
 
-    train_network(
-        network, network.restart, loss, batch.weight, held_out, generator, updates=updates, learning_rate=learning_rate
-    )
+    rows, looks = train_network(
+        network, network.restart, correction, loss, batch.weight, held_out, generator,
+        **({"updates": 1500, "learning_rate": 2e-3} | training),
+    )  # fmt: skip
     with torch.no_grad():
         more = torch.cat([correction(part) for part in torch.arange(len(score)).split(4096)])
-    weight = batch.weight[held_out]
-    plain = label_loss(score, label)[held_out]
-    fuller = {gain: label_loss(score + gain * more, label)[held_out] for gain in GAINS}
-    gain = min(GAINS, key=lambda gain: float((fuller[gain] * weight).sum()))
-    better = (plain - fuller[gain]) * weight
-    if standard_errors(better, group[held_out]) <= CONFIRMED:
-        return FittedCorrection(None, torch.zeros_like(score), 0.0)
-    network.gain.fill_(gain)
-    return FittedCorrection(network, gain * more, float(better.sum() / weight.sum()))
+    return network, rows, looks, more
 
 
 def label_loss(score: Tensor, label: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm.confirmation import confirmed
 from pfm.encoded import EncodedPairs, PairBatch
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates
@@ -168,7 +168,7 @@ class GeneralPreference(PreferenceModel):
 
     def _fit_closed(self, batch: PairBatch, group: Tensor, fold: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Fit reward and planes; give each pair's score by fits that did not see its prompt, and what was decided."""
-        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]))
+        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))
         chosen, rejected = self.coordinates(batch.chosen), self.coordinates(batch.rejected)
         one, other = _plane_features(*chosen), _plane_features(*rejected)
         moments = SkewMoments(one, other, batch.weight, batch.probability)
@@ -199,7 +199,7 @@ class GeneralPreference(PreferenceModel):
         turning = search.best(_turns)
         losses = [_losses(search.left_out(settings), batch) for settings in (scalar, turning)]
         gain = losses[0] - losses[1]
-        settings = scalar if standard_errors(gain * batch.weight, group) <= CONFIRMED else turning
+        settings = turning if confirmed(gain, group, batch.weight, cross_fitted=True) else scalar
         weights, product_weights, *skew = search.refit(settings)
         self.weights.copy_(weights)
         self.product_weights.copy_(product_weights)
@@ -227,20 +227,19 @@ class GeneralPreference(PreferenceModel):
         # The axes are found without the pairs that judge the network.
         moments = SkewMoments(one, other, batch.weight, batch.probability)
         width = min(2 * self.blocks, one.shape[1])
-        # A network that reads much finds the training pairs in it. Of several, those that read a few features and no
-        # context first, the one that held-out pairs gain most by.
+        # A network that reads much finds the training pairs in it, so several are tried, those that read a few features
+        # and no context first.
         few, without = moments.features(~held_out, width), replace(batch, context=None)
         turning = moments.axes(~held_out, NETWORK_RIDGE, width)
         components = component_axes(torch.cat([one, other]), NETWORK_INPUTS)
-        read = [(few, without, FEW_INPUTS), (torch.cat([components, turning], dim=1), batch, {})]
+        tries: list[tuple[Tensor, PairBatch, dict[str, Any]]] = [
+            (few, without, FEW_INPUTS),
+            (torch.cat([components, turning], dim=1), batch, {}),
+        ]
         if self._scalar:
             more = torch.cat([few, moments.features(~held_out, width, reward=True)], dim=1)
-            read.insert(1, (more, without, FEW_INPUTS))
-        tried = [
-            fit_correction(one, other, axes, part, score, held_out, group, generator, **training, **self._shape())
-            for axes, part, training in read
-        ]
-        fitted = max(tried, key=lambda each: each.gain)
+            tries.insert(1, (more, without, FEW_INPUTS))
+        fitted = fit_correction(one, other, tries, score, held_out, group, generator, **self._shape())
         self.weights *= slope
         self.product_weights *= slope
         self.planes *= math.sqrt(slope)

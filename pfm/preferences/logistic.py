@@ -39,7 +39,12 @@ class PairwiseLogistic:
         self._at = self._rows.new_zeros(self._rows.shape[1])
 
     def fit(self, l2: float, iterations: int = 30) -> Tensor:
-        """Give the weights (F,) at penalty ``l2`` > 0; starts from the last penalty's solution."""
+        """Give the weights (F,) at penalty ``l2`` > 0; starts from the last penalty's solution.
+
+        Without rows, or where all differences are zero, they are zero.
+        """
+        if len(self._at) == 0:
+            return self._basis.new_zeros(len(self._basis))
         scale = (self._curvature + 2 * l2).rsqrt()
         free = (self._at / scale).requires_grad_(True)
         solver = torch.optim.LBFGS(

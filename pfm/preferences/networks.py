@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Perceptron", "train_network"]
+__all__ = ["GAINS", "Perceptron", "train_network"]
 
-CHECKED = 4096
+CHECKED = 8192
 CHECK_EVERY = 50
 PATIENCE = 10
 WEIGHT_DECAY = 1e-2
+GAINS = (0.25, 0.5, 0.75, 1.0)  # multiples of a network's output among which one is chosen
 
 
 class Perceptron(nn.Sequential):
@@ -43,7 +44,8 @@ class Perceptron(nn.Sequential):
 def train_network(
     network: nn.Module,
     restart: Callable[[], None],
-    loss: Callable[[Tensor], Tensor],
+    correct: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
     weight: Tensor,
     held_out: Tensor,
     generator: torch.Generator,
@@ -51,18 +53,26 @@ def train_network(
     updates: int = 1500,
     rows: int = 256,
     learning_rate: float = 4e-3,
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Train by AdamW on a cosine schedule, and keep the weights that do best on the held-out pairs, in place.
 
     Args:
         network: what is trained, all parameters of it.
         restart: sets its starting weights; called under a seed drawn from ``generator``.
-        loss: gives the losses (B,) of the pairs at an index (B,).
+        correct: gives what the network adds to the scores, (..., B), of the pairs at an index (B,).
+        loss: gives the losses (B,) of the pairs at an index (B,) with such an addition.
         weight: (N,) weights of the pairs.
         held_out: (N,) which pairs decide when to stop; the others are trained on.
         generator: draws the batches, on the CPU.
         updates, rows: number of updates at most, and of pairs in one.
         learning_rate: of AdamW, at the start.
+
+    Returns:
+        the held-out pairs that were looked at (M,), at most 8192, and what the network added to their scores at each
+        of K looks, (K, ..., M).
+
+    Raises:
+        ValueError: there is no pair to train or to judge on.
     """
     seed = int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -70,16 +80,19 @@ def train_network(
         restart()
         held_out = held_out.cpu()
         train = (~held_out).nonzero().flatten()
-        if len(train) == 0 or not bool(held_out.any()):
-            return
-        check = held_out.nonzero().flatten()[:CHECKED].to(weight.device)
+        check = held_out.nonzero().flatten()[:CHECKED]
+        if len(train) == 0 or len(check) == 0:
+            raise ValueError(f"held_out must leave pairs on either side: got {len(check)} of {len(held_out)} held out")
+        check = check.to(weight.device)
+        looks: list[Tensor] = []
         network.requires_grad_(True)
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
         best, kept, patience = math.inf, {}, 0
         for update in range(updates):
             if update % CHECK_EVERY == 0:
                 with torch.no_grad():
-                    found = float((loss(check) * weight[check]).mean())
+                    looks.append(correct(check))
+                    found = float((loss(check, looks[-1]) * weight[check]).mean())
                 if found < best:
                     best, patience = found, 0
                     kept = {name: value.detach().clone() for name, value in network.state_dict().items()}
@@ -92,7 +105,8 @@ def train_network(
             some = train[torch.randint(len(train), (rows,), generator=generator, device="cpu")]
             some = some.to(weight.device, non_blocking=True)
             optimizer.zero_grad()
-            (loss(some) * weight[some]).mean().backward()
+            (loss(some, correct(some)) * weight[some]).mean().backward()
             optimizer.step()
         network.load_state_dict(kept)
         network.requires_grad_(False)
+        return check, torch.stack(looks)

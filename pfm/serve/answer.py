@@ -50,9 +50,12 @@ def events(whole: Mapping[str, Any], evidence: Mapping[str, Any], *, include_usa
         return _event({**head, "choices": [part], **more})
 
     said = {name: value for name, value in message.items() if value is not None}
-    yield chunk({"role": "assistant", **said, "content": "" if content is not None else None})
-    for piece in _PIECE.findall(content or ""):
-        yield chunk({"content": piece})
+    yield chunk({"role": "assistant", **said, "content": "" if isinstance(content, str) else None})
+    if isinstance(content, list):  # of parts, which a client of such a server knows how to read
+        yield chunk({"content": content})
+    else:
+        for piece in _PIECE.findall(content or ""):
+            yield chunk({"content": piece})
     yield chunk({}, choice.get("finish_reason") or "stop", pfm=evidence)
     if include_usage:
         yield _event({**head, "choices": [], "usage": whole.get("usage")})

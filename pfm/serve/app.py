@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from itertools import zip_longest
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from pfm.proxies import proxy_of
 from pfm.refiner import Refiner
 from pfm.serve.answer import envelope, events
 from pfm.serve.asked import EXTENSION, HEADER, Asked, read
@@ -50,7 +52,8 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
         config: the settings.
 
     Raises:
-        ValueError: a variable that the settings name is not set.
+        ValueError: a variable that the settings name is not set, or the environment names a proxy for the upstream
+            that cannot be used.
     """
     proxy = _Proxy(refiner, config)
 
@@ -131,6 +134,7 @@ class _Proxy:
         self.instance = secrets.token_hex(8)
         self._token = config.secret("token_env")
         self._key = config.secret("upstream_key_env")
+        proxy_of(config.upstream)  # one that cannot be used shows before the proxy listens
         self._usual_seconds = 1.0  # of a request, a running mean
 
     async def open(self) -> None:
@@ -282,8 +286,11 @@ class _Proxy:
             "errors": dict(drawn.errors),
         }
         text, usage = None, drawn.usage()
+        hidden = [choice.reasoning for choice in drawn.choices]
         if judged is not None:
             refinement = judged.refinement
+            in_text = refinement.reasoning or [0] * len(hidden)
+            hidden = [inside + beside for inside, beside in zip_longest(in_text, hidden, fillvalue=0)]
             index = refinement.index if 0 <= refinement.index < len(drawn.choices) else 0
             chosen = drawn.choices[index]
             data, choice, reply = chosen.reply.data or {}, chosen.choice, chosen.reply
@@ -310,6 +317,8 @@ class _Proxy:
             reply = drawn.replies[0] if first is None else first.reply
             data = reply.data or {}
             choice = data["choices"][0] if first is None else first.choice
+        if any(hidden):  # characters of each candidate that were set aside: what follows them was judged
+            evidence["reasoning"] = hidden
         note.outcome = "unjudged" if judged is None else "changed" if evidence["changed"] else "kept"
         note.encoder = 0.0 if judged is None else judged.encoder_seconds
         evidence["seconds"] = {

@@ -13,6 +13,7 @@ from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text
 from pfm.nesting import parse_json
+from pfm.reasoning import read_content
 from pfm.refiner import Refiner
 from pfm.rows import conversation_text
 from pfm.serve.config import ServeConfig
@@ -156,7 +157,9 @@ def _prompt(messages: Any) -> list[dict[str, str]] | None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             return None
         content = message.get("content")
-        if isinstance(content, list):
+        if message["role"] == "assistant" and (parts := read_content(content)) is not None:
+            content = parts.text
+        elif isinstance(content, list):
             parts = [
                 part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
             ]

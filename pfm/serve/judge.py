@@ -178,7 +178,7 @@ class Judge:
     def _refined(self, jobs: list[_Job], rule: Rule | None) -> list[Judged]:
         own = self.refiner
         decoder = own.decoder if rule is None else rule.decoder()
-        refiner = Refiner(own.generator, own.flow, self.encoder, decoder, own.n)
+        refiner = Refiner(own.generator, own.flow, self.encoder, decoder, own.n, own.reasoning)
         encoded, started = self.encoder.seconds, time.perf_counter()
         refinements = refiner.refine([job.candidates for job in jobs], [job.prompt for job in jobs])
         seconds, encoder = time.perf_counter() - started, self.encoder.seconds - encoded

@@ -15,6 +15,8 @@ import httpx2
 
 from pfm.generators.base import is_usable_text
 from pfm.nesting import parse_json
+from pfm.proxies import proxied_client, proxy_of
+from pfm.reasoning import field_reasoning, read_content
 from pfm.serve.asked import HEADER
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
@@ -63,11 +65,15 @@ class Reply:
 
 @dataclass
 class Choice:
-    """Is one usable candidate: its text, the choice that holds it, and the completion that holds that."""
+    """Is one usable candidate: its text, the choice that holds it, and the completion that holds that.
+
+    ``reasoning`` counts the characters of hidden reasoning beside the text, in a field or a part of its own.
+    """
 
     text: str
     choice: dict[str, Any]
     reply: Reply
+    reasoning: int = 0
 
 
 @dataclass
@@ -117,10 +123,13 @@ class Drawn:
             problem = _beyond_text(choice)
             if problem is not None and not self.choices and len(self.replies) == 1:
                 self.plain = self.plain or problem
-            text = choice["message"].get("content")
+            message = choice["message"]
+            text, reasoning = message.get("content"), field_reasoning(message)
+            if (parts := read_content(text)) is not None:
+                text, reasoning = parts.text, reasoning + parts.reasoning
             if problem is None and is_usable_text(text):
                 if len(self.choices) < n:
-                    self.choices.append(Choice(text, choice, result))
+                    self.choices.append(Choice(text, choice, result, len(reasoning)))
             else:
                 self.dropped += 1
 
@@ -146,7 +155,11 @@ class Upstream:
         self._key = key
         self._strip = strip or key is not None
         self._one_a_call: OrderedDict[str, None] = OrderedDict()  # models for which the upstream does not heed n
-        self._client = httpx2.AsyncClient(
+        self._proxy = proxy_of(config.upstream)
+        self._client = proxied_client(
+            httpx2.AsyncClient,
+            httpx2.AsyncHTTPTransport,
+            config.upstream,
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=config.connections, max_keepalive_connections=config.connections),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
@@ -317,6 +330,7 @@ class Upstream:
         # A local protocol error may quote the headers, and with them a key.
         quotable = str(error) and not isinstance(error, httpx2.LocalProtocolError)
         detail = str(error) if quotable else type(error).__name__
+        what += "" if self._proxy is None else f" through {self._proxy}"
         return Refused(502, f"the upstream {what}: {detail}", outcome="upstream_failed")
 
 
@@ -392,7 +406,8 @@ def _beyond_text(choice: Mapping[str, Any]) -> str | None:
             return f"the answer has {name}"
     if choice.get("finish_reason") == "content_filter":
         return "the answer was cut by a content filter"
-    if not isinstance(choice["message"].get("content"), str | None):
+    content = choice["message"].get("content")
+    if not isinstance(content, str | None) and read_content(content) is None:
         return "the answer is not text"
     return None
 

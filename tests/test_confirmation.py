@@ -1,0 +1,138 @@
+"""The one test by which parts are kept or dropped: closed forms, and how often nothing is confirmed as something."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_prompts
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.confirmation import CONFIRMED, choose_crosswise, confirmable, confirmed, halves, standard_errors
+from pfm.preferences.correction import fit_correction
+from pfm.rounds import _beyond
+from pfm.win import WinHead
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_equal_groups_are_tested_by_students_t():
+    means = normal(30) + 0.4
+    found = confirmed(means.repeat_interleave(3), torch.arange(30).repeat_interleave(3))
+    statistic = means.mean() / (means.std() / math.sqrt(30))
+    assert found.p_value == pytest.approx(float(stats.t.sf(statistic, 29)))
+    assert found.z == pytest.approx(-stats.norm.ppf(found.p_value))
+    assert (found.groups, found.degrees) == (30, pytest.approx(29))
+
+
+@pytest.mark.parametrize("groups", range(1, 8))
+def test_equal_gains_are_worth_the_sign_flip_test(groups):
+    found = confirmed(torch.ones(groups), torch.arange(groups))
+    assert found.p_value == pytest.approx(1.0 if groups == 1 else 2.0**-groups)
+    assert bool(found) == confirmable(torch.arange(groups)) == (groups >= 5)
+
+
+def test_scale_row_order_and_rows_of_weight_zero_do_not_matter():
+    value, group, weight = normal(60) + 0.3, torch.arange(60) % 9, torch.rand(60)
+    found = confirmed(value, group, weight)
+    order = torch.randperm(60)
+    for other in (
+        confirmed(1e-9 * value, group, weight),
+        confirmed(value, group, 1e6 * weight),
+        confirmed(value[order], group[order], weight[order]),
+        confirmed(torch.cat([value, -value]), torch.cat([group, group + 9]), torch.cat([weight, 0 * weight])),
+    ):
+        assert (other.z, other.groups) == (pytest.approx(found.z), 9)
+
+
+def test_rows_of_one_prompt_count_by_their_units():
+    pairs = normal(7) + 1
+    rows = pairs.repeat(500) + 0.01 * normal(3500, seed=1)
+    unit = torch.arange(7).repeat(500)
+    found = confirmed(rows, torch.zeros(3500, dtype=torch.long), unit=unit)
+    assert found.groups == 7
+    assert found.z == pytest.approx(confirmed(pairs, torch.arange(7)).z, abs=0.05)
+    assert not bool((halves(torch.zeros(3500), unit).view(500, 7) != halves(torch.zeros(7))).any())
+
+
+def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
+    ones, groups = torch.ones(3000), torch.arange(3000)
+    assert 30 < standard_errors(ones, groups) < 40
+    assert confirmed(-ones, groups).z < -5
+    assert confirmed(0 * ones, groups).z == pytest.approx(0, abs=1e-9)
+    value = normal(40)
+    value = (value - value.mean()) / value.std() + 0.32
+    found = confirmed(value, torch.arange(40))
+    assert found
+    assert found.z > CONFIRMED
+    assert not confirmed(value, torch.arange(40), tests=20)
+    assert confirmed(value, torch.arange(40), cross_fitted=True).z == pytest.approx(found.z / math.sqrt(2), rel=0.05)
+    assert not confirmed(torch.zeros(0), torch.zeros(0))
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("groups", [2, 3, 5, 10, 50])
+def test_symmetric_values_of_mean_zero_are_confirmed_in_one_of_twenty(groups, sizes):
+    assert max(mean_rate(groups, sizes, law, repeats=250) for law in ("normal", "signs")) <= 0.08
+
+
+def test_a_real_gain_is_confirmed():
+    assert mean_rate(10, "equal", "normal", mean=1.0, repeats=100) > 0.8
+    assert mean_rate(50, "1 to G", "normal", mean=0.5, repeats=100) > 0.8
+    assert set(LAWS) == {"normal", "signs", "right-skewed", "left-skewed"}
+
+
+def test_the_best_of_many_candidates_is_judged_on_other_rows():
+    generator = torch.Generator().manual_seed(0)
+    half, groups, weight = halves(torch.arange(40)), torch.arange(40), torch.ones(40)
+    crosswise = naive = 0
+    for _ in range(200):
+        loss = torch.randn(30, 40, generator=generator)
+        chosen = choose_crosswise(loss, weight, half)
+        assert int(chosen[half].unique()) == int(loss[:, ~half].sum(1).argmin())
+        crosswise += bool(confirmed(-loss[chosen, groups], groups))
+        naive += bool(confirmed(-loss[loss.sum(1).argmin()], groups))
+    assert naive > 150
+    assert crosswise <= 18
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_few_held_out_pairs_confirm_no_residual(count):
+    pairs = pairs_of_prompts(count, count, 2, seed=1)
+    flow = PreferenceFlow.fit(pairs, FlowConfig(epochs=20), progress=False)
+    assert not flow.metadata["residual_kept"]
+    assert flow.metadata["training"]["z"] < CONFIRMED
+
+
+def test_coin_labels_keep_no_network_of_few_prompts_and_little_of_many():
+    kept = 0
+    for seed in range(6):
+        pairs = pairs_of_prompts(200, 40, 4, seed)
+        batch, generator = pairs.gather(torch.arange(200)), torch.Generator().manual_seed(seed)
+        for group in (pairs.group, pairs.group % 4):
+            fitted = fit_correction(
+                batch.chosen, batch.rejected, [(torch.eye(4), batch, {"updates": 150})], torch.zeros(200),
+                pairs.group % 5 == 0, group, generator, hidden=16, blocks=2, reward=True,
+            )  # fmt: skip
+            assert group is pairs.group or fitted.network is None
+            kept += fitted.network is not None
+    assert kept <= 1
+
+
+def test_the_guard_opens_on_an_order_and_not_on_few_prompts():
+    told = pairs_of_prompts(120, 40, 3, seed=0, signal=4.0)
+    few = EncodedPairs(told.chosen, told.rejected, group=told.group % 4)
+    heads = [WinHead(3, 0), WinHead(3, 0)]
+    fits = [head.fit(pairs, network=False) for head, pairs in zip(heads, (told, few), strict=True)]
+    assert fits[0].z > CONFIRMED
+    assert [bool(torch.isfinite(head.margin)) for head in heads] == [True, False]
+
+
+def test_rounds_are_compared_as_the_best_of_many_tests():
+    values = normal(40)
+    values = (values - values.mean()) / values.std() + 0.32
+    assert _beyond(values, 1)
+    assert not _beyond(values, 20)
+    assert not _beyond(torch.ones(2), 1)
