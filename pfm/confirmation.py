@@ -105,7 +105,7 @@ def confirmable(group: Tensor, unit: Tensor | None = None) -> bool:
 
 def halves(group: Tensor, unit: Tensor | None = None) -> Tensor:
     """Return which rows (N,) form one half of the prompts; of the units (see :func:`confirmed`) of a single prompt."""
-    _, member = torch.unique(_members(group, unit), return_inverse=True)
+    _, member = torch.unique(_members(group.detach().cpu(), unit), return_inverse=True)
     return member % 2 == 0
 
 

@@ -380,6 +380,18 @@ def test_bad_rows_are_recorded_in_their_place_and_can_be_corrected(work, tmp_pat
     assert [rows[0], rows[5], rows[7]] == done  # what was done is not done again: the seconds agree too
 
 
+def assert_alike(one: Any, other: Any) -> None:
+    """Compare JSON values; b is rounded to six digits, of which the last may depend on how many rows went together."""
+    if isinstance(one, float):
+        assert one == pytest.approx(other, abs=2e-6)
+    elif isinstance(one, dict | list):
+        assert len(one) == len(other)
+        for key in one if isinstance(one, dict) else range(len(one)):
+            assert_alike(one[key], other[key])
+    else:
+        assert one == other
+
+
 def rows_error(line: str) -> bool:
     return line != "" and not any(f'"id": {number}}}' in line for number in (1, 6, 8))
 
@@ -392,7 +404,7 @@ def test_a_file_cut_short_anywhere_is_completed(cut, work, outputs, tmp_path):
     left = out.read_bytes().count(b"\n")
     result = run("refine", outputs, "--flow", work / "flow", "--out", out, "--no-progress")
     assert ("from an earlier run" in result.stdout) == (left > 0)
-    assert read_rows(out, without=("seconds",)) == read_rows(whole, without=("seconds",))
+    assert_alike(read_rows(out, without=("seconds",)), read_rows(whole, without=("seconds",)))
 
 
 def test_more_rows_can_be_added_and_nothing_is_mixed(work, outputs, tmp_path):

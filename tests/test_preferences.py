@@ -64,8 +64,10 @@ def test_mean_shift_mirrors_swapped_labels_and_is_the_first_step_of_bradley_terr
 
 
 def test_the_solver_is_at_the_penalised_optimum_along_its_path():
-    difference = torch.randn(800, 6, generator=torch.Generator().manual_seed(0))
-    weight, probability = torch.rand(800) + 0.1, torch.rand(800)
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.randn(800, 6, generator=generator)
+    weight, probability = torch.rand(2, 800, generator=generator)
+    weight = weight + 0.1
     solver = PairwiseLogistic(difference, weight, probability)
     share = weight / weight.sum()
     for l2 in (1.0, 1e-2, 1e-4):

@@ -40,7 +40,7 @@ def write_report(results: list[dict[str, Any]], out: Path) -> str:
 
 
 def estimate(sums: Sums, less: Sums | None = None) -> Estimate:
-    """Give the mean over splits of the ratio of sums, with an interval over splits and over the clusters of each.
+    """Give the mean over splits of the ratio of sums, with an interval over splits; of one split, over its clusters.
 
     ``less`` is taken off, in the same resamples.
     """
@@ -53,8 +53,11 @@ def estimate(sums: Sums, less: Sums | None = None) -> Estimate:
                 over, under = (np.asarray(each, dtype=np.float64) for each in part[split])
                 values[split] += sign * over.sum() / under.sum()
                 drawn[:, split] += sign * (counts @ over) / (counts @ under)
-    chosen = random.integers(len(sums), size=drawn.shape)
-    found = interval(float(values.mean()), np.take_along_axis(drawn, chosen, axis=1).mean(1))
+    # What a split owes to its own clusters is part of its difference from the others.
+    samples, units = drawn[:, 0], len(sums[0][0])
+    if len(sums) > 1:
+        samples, units = values[random.integers(len(sums), size=drawn.shape)].mean(1), len(sums)
+    found = interval(float(values.mean()), samples, units)
     assert found is not None
     return found
 

@@ -89,13 +89,13 @@ def order_figures(both: list[tuple[str, float, float]]) -> dict[str, Estimate | 
     pairs, share = totals(np.ones(len(ahead))), totals(ahead + behind)
     with np.errstate(divide="ignore", invalid="ignore"):
         drawn = 0.5 * np.log(bootstrap.sums(first) / bootstrap.sums(second))[:, 0]
-        odds = interval(float(0.5 * np.log(first.sum() / second.sum())), drawn)
+        odds = interval(float(0.5 * np.log(first.sum() / second.sum())), drawn, bootstrap.n)
     drawn_share = _logit(bootstrap.sums(share) / bootstrap.sums(2 * pairs))[:, 0]
     return {
         "first_wins": bootstrap.ratio(wins, wins + losses),
         "flips": bootstrap.ratio(first + second, pairs),
         "order_odds": odds,
-        "order_marginal": interval(_logit(share.sum() / (2 * pairs.sum())), drawn_share),
+        "order_marginal": interval(_logit(share.sum() / (2 * pairs.sum())), drawn_share, bootstrap.n),
         "tied": bootstrap.ratio(2 * pairs - wins - losses, 2 * pairs),
     }
 

@@ -36,6 +36,8 @@ class Coordinates(nn.Module):
 
     def fit(self, both: Tensor, weight: Tensor | None = None) -> None:
         """Fit on outputs (N, D) with weights (N,) >= 0, or None for 1."""
+        if weight is not None and bool((weight == weight[0]).all()):
+            weight = None
         self.mean.copy_(weighted_mean(both, weight))
         centred = both - self.mean
         squares = weighted_mean(centred.square(), weight)
@@ -63,5 +65,7 @@ class Coordinates(nn.Module):
 
 
 def weighted_mean(rows: Tensor, weight: Tensor | None) -> Tensor:
-    """Return the mean (D,) of rows (N, D) with weights (N,), or None for 1."""
-    return rows.mean(0) if weight is None else weight @ rows / weight.sum()
+    """Return the mean (D,) of rows (N, D) with weights (N,), or None for 1; of equal weights to the last bit alike."""
+    if weight is None or bool((weight == weight[0]).all()):
+        return rows.mean(0)
+    return weight @ rows / weight.sum()
