@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pfm.cli.generator import imported, make_generator
 from pfm.cli.lines import LineFile
-from pfm.cli.rows import find_reader
+from pfm.cli.rows import PromptKey, find_reader, numbered_rows
 from pfm.cli.shell import (
     SOME_FAILED,
     BadRowsOption,
@@ -60,6 +60,7 @@ def label(
             show_default="the language model below",
         ),
     ] = None,
+    prompt_key: PromptKey = "prompt",
     max_pairs: Annotated[
         int | None, typer.Option(min=1, help="Draw at most so many pairs of the candidates of one row.")
     ] = None,
@@ -163,7 +164,7 @@ def label(
                 temperature=0.0 if generator is not None else None,
                 name=model or local_model or generator,
             )
-        pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed))
+        pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed, prompt_key))
         if not pairs:
             raise ValueError(f"{rows}: no row has two different candidates")
         if out.exists() and out.samefile(rows):
@@ -208,16 +209,18 @@ class _Pair:
         return (self.row, *self.places)
 
 
-def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: int) -> Iterator[_Pair]:
+def _pairs(
+    path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: int, prompt_key: str
+) -> Iterator[_Pair]:
     """Read the rows, and yield their pairs in order."""
     from pfm.judges.base import candidate_pairs
     from pfm.rows import BadRows, PreferenceDataError, show
 
-    reader, unit = find_reader(path)
+    unit = find_reader(path)[1]
     bad = BadRows(str(path), on_bad_rows)
     origin = judge.describe()
     kept = 0
-    for number, value in reader(path, bad):
+    for number, value in numbered_rows(path, bad, prompt_key):
         try:
             if not isinstance(value, Mapping):
                 raise PreferenceDataError(f"got {show(value)}; expected an object with columns")
