@@ -91,7 +91,7 @@ def find_prompt(row: Mapping[str, Any]) -> Prompt | None:
     if len({_plain(row[name]) for name in given}) > 1:
         raise PreferenceDataError(
             f"the columns {' and '.join(map(repr, given))} may both hold the prompt, and they differ; name the one "
-            f"that does with prompt_key={given[0]!r} (--prompt-key {given[0]})",
+            f"that does with prompt_key={given[0]!r}",
             reason="ambiguous prompt",
         )
     main = given[0]

@@ -54,6 +54,8 @@ __all__ = ["CandidateGroup", "PairsSummary", "PreferenceDataError", "PreferenceP
 
 logger = logging.getLogger(__name__)
 
+#: What is encoded for an empty prompt beside others: encoders take no empty text, and all parts of a split must agree.
+EMPTY_PROMPT = "(no prompt)"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -96,9 +98,9 @@ class PreferencePairs:
 
     A row is bad when a column is missing (the prompt too, if any row has one), a text is blank, or both responses
     are the same text. The empty string as a prompt says that there is none; such rows count as one prompt, or as
-    one prompt a group, and ``notes`` names them where other rows have a prompt. Prompts that differ only in white
-    space, case or Unicode form are one prompt (:mod:`pfm.identity`), of which no split separates rows. A group that
-    is null, NaN or blank is no group.
+    one prompt a group. Where other rows have a prompt, ``notes`` names them, and they are encoded as "(no prompt)".
+    Prompts that differ only in white space, case or Unicode form are one prompt (:mod:`pfm.identity`), of which no
+    split separates rows. A group that is null, NaN or blank is no group.
 
     Attributes:
         prompts, chosen, rejected: list of N str, as encoders read them (see :func:`conversation_text`).
@@ -558,7 +560,7 @@ class PreferencePairs:
             Pairs whose ``group`` numbers the prompts in order of appearance; texts that are one prompt
             (:mod:`pfm.identity`) share a number, and have contexts of their own. Candidate sets, where there are any,
             name their context, or without contexts their prompt's number. Without prompts (``has_prompts``) there are
-            no contexts.
+            no contexts; beside rows with a prompt, an empty one is encoded as "(no prompt)".
 
         Raises:
             ValueError: the encoder returns another number of vectors than it was given texts.
@@ -587,7 +589,7 @@ class PreferencePairs:
         contexts = None
         if with_context:
             encode_prompts = getattr(encoder, "encode_prompts", encoder.encode)
-            contexts = _encode(encode_prompts, list(texts), progress)
+            contexts = _encode(encode_prompts, [text or EMPTY_PROMPT for text in texts], progress)
         return EncodedPairs.from_table(
             _encode(encoder.encode, list(outputs), progress),
             torch.tensor(chosen),

@@ -401,7 +401,7 @@ class ParsedRows:
         shown = ", ".join(map(str, self.empty[:5])) + more
         self.notes.append(
             f"{len(self.empty)} of {len(self.empty) + len(self.filled)} rows have an empty prompt ({unit} {shown}): "
-            "they are fitted with the empty text as their prompt, and count as one prompt, or as one a group"
+            'they are encoded as "(no prompt)", and count as one prompt, or as one a group'
         )
 
 
@@ -523,8 +523,7 @@ class RowParser:
             columns = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
             raise PreferenceDataError(
                 f"there is no column 'prompt', and {named} may hold the prompts; columns found: {columns}; name the "
-                f"one that does with prompt_key={others[0]!r} (--prompt-key {others[0]}), or say that none does with "
-                "prompt_key=None (--prompt-key '')",
+                f"one that does, as in prompt_key={others[0]!r}, or say that none does with prompt_key=None",
                 reason="no prompt column",
                 source=source,
             )
@@ -744,9 +743,7 @@ def require(row: Mapping[str, Any], column: str, option: str | None = None) -> A
     value = row.get(column)
     if value is None:
         found = ", ".join(repr(name) for name in row) or "none"
-        rename = ""
-        if option:
-            rename = f"; if another column holds it, name that one with {option}= (--{option.replace('_', '-')})"
+        rename = f"; if another column holds it, name that one with {option}=" if option else ""
         state = "the value is null" if column in row else "the column is missing"
         raise PreferenceDataError(f"{state}; columns found: {found}{rename}", reason="missing column", column=column)
     return value
