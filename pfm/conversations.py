@@ -14,7 +14,17 @@ from typing import Any, TypeAlias
 
 from pfm.row_errors import PreferenceDataError, show
 
-__all__ = ["Message", "Text", "as_text", "conversation_text", "is_blank", "is_unicode", "message_texts", "shared_turns"]
+__all__ = [
+    "Message",
+    "Text",
+    "as_text",
+    "conversation_text",
+    "is_blank",
+    "is_unicode",
+    "joined_text",
+    "message_texts",
+    "shared_turns",
+]
 
 Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
@@ -34,7 +44,11 @@ def conversation_text(messages: str | Sequence[Mapping[str, Any]]) -> str:
     Raises:
         PreferenceDataError: ``messages`` is neither a string nor a list of messages.
     """
-    text = as_text(messages, None)
+    return joined_text(as_text(messages, None))
+
+
+def joined_text(text: Text) -> str:
+    """Return the one text of what :func:`as_text` has returned."""
     if isinstance(text, str):
         return text
     if len(text) == 1 and text[0]["role"] in ("user", "assistant"):
@@ -75,7 +89,10 @@ def _of_columns(table: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 def _as_message(message: Any, turn: int, column: str | None) -> Message:
     if isinstance(message, Mapping):
-        given = {name: value for name, value in message.items() if value is not None}
+        role, content = message.get("role"), message.get("content")
+        if len(message) == 2 and isinstance(role, str) and isinstance(content, str):  # the usual case, and the fastest
+            return {"role": role, "content": content}
+        given = {name: _without_nulls(value) for name, value in message.items() if value is not None}
         role, content = given.get("role"), given.get("content")
         if isinstance(content, list | tuple):
             content = _joined_parts(content, turn, column)
@@ -91,6 +108,15 @@ def _as_message(message: Any, turn: int, column: str | None) -> Message:
         reason="wrong type",
         column=column,
     )
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value of a message as lists and dictionaries without the nulls that tables fill them with."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _joined_parts(parts: Sequence[Any], turn: int, column: str | None) -> str:
@@ -111,13 +137,15 @@ def _joined_parts(parts: Sequence[Any], turn: int, column: str | None) -> str:
 
 def _message_text(message: Message) -> str:
     """Return a message's content and its tool calls: two answers may differ in nothing but what they call."""
+    if "tool_calls" not in message and "function_call" not in message:
+        return message["content"]
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
     lines = [message["content"]] if message["content"] or not calls else []
     for call in calls if isinstance(calls, list | tuple) else [calls]:
         # The id of a call is drawn at random and says nothing.
         called = call.get("function", call) if isinstance(call, Mapping) else call
         if isinstance(called, Mapping):
-            called = {name: value for name, value in called.items() if value is not None and name not in ("id", "type")}
+            called = {name: value for name, value in called.items() if name not in ("id", "type")}
         lines.append(json.dumps(called, ensure_ascii=False, default=str))
     return "\n".join(lines)
 
@@ -129,6 +157,8 @@ def message_texts(text: Text) -> list[str]:
 
 def is_blank(text: Text) -> bool:
     """Tell whether a text holds nothing but white space."""
+    if isinstance(text, str):
+        return not text or text.isspace()
     return all(not part or part.isspace() for part in message_texts(text))
 
 

@@ -184,7 +184,7 @@ def prompt_candidates(rows: Iterable[Mapping[str, Any]], used: Iterable[str]) ->
 def _is_prose(value: Any) -> bool:
     """Tell words from names, numbers, dates and addresses; messages are words."""
     if isinstance(value, str):
-        words = [word for word in value.split() if any(character.isalpha() for character in word)]
+        words = [word for word in value[:200].split() if any(character.isalpha() for character in word)]
         # Some scripts put no space between words.
         return len(words) > 1 or sum(ord(character) >= 0x3000 for character in value[:100]) > 3
     first = value[0] if isinstance(value, list | tuple) and value else value

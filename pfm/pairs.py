@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.conversations import joined_text
 from pfm.identity import PromptIdentity, given_group, prompt_identity
 from pfm.rows import (
     BadRows,
@@ -125,9 +126,9 @@ class PreferencePairs:
         has_prompts: bool | None = None,
     ):
         self._prompt, self._chosen, self._rejected = columns.prompt, columns.chosen, columns.rejected
-        self.prompts: list[str] = [conversation_text(text) for text in columns.prompt]
-        self.chosen: list[str] = [conversation_text(text) for text in columns.chosen]
-        self.rejected: list[str] = [conversation_text(text) for text in columns.rejected]
+        self.prompts: list[str] = [joined_text(text) for text in columns.prompt]
+        self.chosen: list[str] = [joined_text(text) for text in columns.chosen]
+        self.rejected: list[str] = [joined_text(text) for text in columns.rejected]
         self.weight = _numbers(columns.weight)
         self.probability = _numbers(columns.probability)
         self.group = columns.group if any(group is not None for group in columns.group) else None
@@ -319,6 +320,7 @@ class PreferencePairs:
         weight: str = "total",
         ties: str = "drop",
         prior: float | None = 0.0,
+        prompt_key: str | None = "prompt",
         group_key: str = "group",
         on_bad_rows: str = "raise",
     ) -> PreferencePairs:
@@ -336,7 +338,8 @@ class PreferencePairs:
                 with probability ½ (needs ``soft``).
             prior: votes for either side that are added to every pair, so that one vote makes nothing certain; None
                 finds how many (:func:`pfm.preferences.fit_prior`).
-            group_key: column of what belongs together beyond the prompt.
+            prompt_key, group_key: columns of the prompt, and of what belongs together beyond it, as for rows
+                (:class:`pfm.rows.RowOptions`).
             on_bad_rows: "raise" or "drop".
 
         Raises:
@@ -357,7 +360,7 @@ class PreferencePairs:
         def pairs(bad: BadRows) -> NumberedRows:
             return vote_rows(_numbered(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
 
-        options: RowOptions = {"group_key": group_key, "on_bad_rows": on_bad_rows}
+        options: RowOptions = {"prompt_key": prompt_key, "group_key": group_key, "on_bad_rows": on_bad_rows}
         way_out = '; ties="half" keeps ties' if ties == "drop" else ""
         return cls._from_numbered(pairs, "votes", place, options, way_out)
 
@@ -668,6 +671,8 @@ class PairsSummary:
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
+    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
+        raise TypeError("rows must be a list of dictionaries, got a DataFrame; pass frame.to_dict('records')")
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise TypeError(f"rows must be a list of dictionaries, got {show(rows)}; for a path use from_file")
     return enumerate(rows, 1)

@@ -42,6 +42,7 @@ from pfm.conversations import (
     conversation_text,
     is_blank,
     is_unicode,
+    joined_text,
     message_texts,
     shared_turns,
 )
@@ -386,9 +387,9 @@ class ParsedRows:
     def note_other_columns(self, rows: Sequence[Mapping[str, Any]], prompts: Iterable[Any], used: set[str]) -> None:
         """Note which columns of text are not part of the prompt, where a reader could think that they are."""
         used = used.union(*(found.columns for found in prompts if isinstance(found, Prompt)))
+        if self.filled and set(self.layouts.values()) <= {STANDARD_LAYOUT, REPEATED_LAYOUT}:
+            rows = [{name: row[name] for name in SYSTEM_COLUMNS if name in row} for row in rows]
         others = prompt_candidates(rows, used)
-        if set(self.layouts.values()) <= {STANDARD_LAYOUT, REPEATED_LAYOUT}:
-            others = [name for name in others if name in SYSTEM_COLUMNS]
         if others:
             self.notes.append(f"columns of text that are not part of the prompt: {', '.join(map(repr, others))}")
 
@@ -561,9 +562,9 @@ class RowParser:
             rejected = checked_response(rejected, self.rejected_key)
             parsed.layouts.setdefault(number, implicit.layout)
             (parsed.filled if prompt else parsed.empty).append(number)
-        if conversation_text(chosen).strip() == conversation_text(rejected).strip():
+        if joined_text(chosen).strip() == joined_text(rejected).strip():
             raise PreferenceDataError(
-                f"chosen and rejected are the same text, {reprlib.repr(conversation_text(chosen))}; "
+                f"chosen and rejected are the same text, {reprlib.repr(joined_text(chosen))}; "
                 "expected two different responses",
                 reason="identical pair",
             )
@@ -616,7 +617,7 @@ class RowParser:
         liked = read_label(require(row, "label"))
         prompt = self._checked_prompt(row, found, number, parsed)
         group = self._group(row)
-        identity = prompt_identity(conversation_text(prompt), group)
+        identity = prompt_identity(joined_text(prompt), group)
         rated = unpaired.setdefault(identity, _Rated(prompt, group, number))
         (rated.liked if liked else rated.disliked).append((completion, self._weight(row)))
 
@@ -635,7 +636,7 @@ class RowParser:
         kept = choose_pairs(total, self.max_pairs_per_prompt, (self.seed, position), where)
         pairs = list(product(liked, disliked)) if kept is None else _nth_products(liked, disliked, kept)
         for (chosen, chosen_weight), (rejected, rejected_weight) in pairs:
-            if conversation_text(chosen).strip() == conversation_text(rejected).strip():
+            if joined_text(chosen).strip() == joined_text(rejected).strip():
                 error = PreferenceDataError(
                     f"a completion of this prompt is labelled both true and false: {show(chosen)}",
                     reason="identical pair",
@@ -685,12 +686,14 @@ def separate(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Te
             return prompt, chosen, rejected
         return chosen[: cut[0]], checked_response(chosen[cut[0] :], None), checked_response(rejected[cut[1] :], None)
     if isinstance(chosen, list) and isinstance(rejected, list):
-        if isinstance(prompt, str):
-            whole = chosen[0]["role"] in ("system", "user") and shared_turns(chosen, rejected) > 0
-            return split_prompt(chosen, rejected) if whole else (prompt, chosen, rejected)
         turns = len(prompt)
         if len(chosen) > turns < len(rejected) and chosen[:turns] == rejected[:turns] == prompt:
             return prompt, chosen[turns:], rejected[turns:]
+        if chosen[0]["role"] in ("system", "user") and shared_turns(chosen, rejected) > 0:
+            shared, *responses = split_prompt(chosen, rejected)
+            if isinstance(prompt, list) and shared[-turns:] != prompt:
+                shared = [*prompt, *shared]  # such as a system message that stands apart
+            return shared, responses[0], responses[1]
     return prompt, chosen, rejected
 
 

@@ -44,7 +44,7 @@ def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | 
     separator = declared[1] if declared else _likeliest_separator(text)
     usual_limit = csv.field_size_limit(2**31 - 1)
     try:
-        spaced = all(name.startswith(" ") for name in _first_cells(text, separator)[1:])
+        spaced = all(name.startswith(" ") for name in _first_rows(text, separator)[0][1:]) if text.strip() else False
         # strict: otherwise a quote that is never closed swallows the rest of the file without a word
         options: dict[str, Any] = {"delimiter": separator, "skipinitialspace": spaced, "strict": True}
         yield from _rows(csv.reader(io.StringIO(text, newline=""), **options), separator, bad)
@@ -80,17 +80,28 @@ def _decoded(raw: bytes, bad: BadRows) -> str:
         return raw.decode("utf-8-sig", errors="surrogateescape")  # the rows concerned are dropped one by one
 
 
-def _first_cells(text: str, separator: str) -> list[str]:
+def _first_rows(text: str, separator: str) -> list[list[str]]:
+    """Return the header and the first row, as far as they can be read."""
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    return next((cells for cells in rows if any(cells)), [])
+    found: list[list[str]] = []
+    try:
+        for cells in rows:
+            found += [cells] if any(cells) else []
+            if len(found) == 2:
+                break
+    except csv.Error:
+        pass
+    return found
 
 
 def _likeliest_separator(text: str) -> str:
-    """Return the separator that cuts the header into the most cells; names seldom hold any of them."""
-    try:
-        return max(_SEPARATORS, key=lambda separator: len(_first_cells(text, separator)))
-    except csv.Error:
-        return ","
+    """Return the separator that cuts the header into the most cells, the first row into as many if any does."""
+
+    def fit(separator: str) -> tuple[bool, int]:
+        counts = [len(cells) for cells in _first_rows(text, separator)]
+        return len(set(counts)) == 1 and counts[0] > 1, counts[0] if counts else 0
+
+    return max(_SEPARATORS, key=fit)
 
 
 def _rows(reader: Any, separator: str, bad: BadRows) -> Iterator[tuple[int, dict[str, str | None]]]:

@@ -106,9 +106,12 @@ def parse_columns(
     """
     parsed: dict[int, dict[str, Any]] = {}
     refused: dict[int, PreferenceDataError] = {}
+    named = {name for _, row in rows for name in row}
     for column in columns:
+        if column not in named:
+            continue
         cells = [(place, row.get(column)) for place, (_, row) in enumerate(rows)]
-        texts = [(place, cell) for place, cell in cells if isinstance(cell, str) and cell.strip()]
+        texts = [(place, cell) for place, cell in cells if isinstance(cell, str) and cell and not cell.isspace()]
         found: dict[int, list[Message]] = {}
         for place, cell in texts:
             try:

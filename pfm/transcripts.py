@@ -16,9 +16,8 @@ _TURN = re.compile(r"(?:\A|\n)[^\S\n]*(Human|Assistant):")
 
 def is_transcript(text: str) -> bool:
     """Tell whether a string is a dialogue in the form of Anthropic's HH: ``Human: …`` and then ``Assistant: …``."""
-    turns = _TURN.finditer(text.strip())
-    first = next(turns, None)
-    return first is not None and first.start() == 0 and first[1] == "Human" and any(t[1] == "Assistant" for t in turns)
+    begun = text.lstrip()
+    return begun.startswith("Human:") and any(turn[1] == "Assistant" for turn in _TURN.finditer(begun))
 
 
 def split_transcript(chosen: str, rejected: str) -> tuple[int, int] | None:

@@ -373,6 +373,67 @@ def test_rows_of_pandas_have_arrays_and_nan():
     assert pairs.group is None
 
 
+def test_tool_calls_read_the_same_from_a_table():
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    filled = {
+        "id": None,
+        "function": {"name": "weather", "arguments": {"city": "Rome", "unit": None}},
+        "type": "function",
+    }
+    given = [
+        [{"role": "assistant", "tool_calls": [call, call]}],
+        [{"role": "assistant", "content": None, "tool_calls": np.array([filled, filled], dtype=object), "name": None}],
+    ]
+    texts = [PreferencePairs.from_rows([{"prompt": "p", "chosen": c, "rejected": "no"}]).chosen[0] for c in given]
+    line = '{"name": "weather", "arguments": {"city": "Rome"}}'
+    assert texts == [f"{line}\n{line}"] * 2
+
+
+@pytest.mark.parametrize("prompt", ["Name a tree.", [{"role": "system", "content": "Be brief."}]])
+def test_whole_conversations_beside_a_prompt_of_another_form(prompt):
+    start = [] if isinstance(prompt, list) else [{"role": "system", "content": "Be brief."}]
+    start += message("user", "Name a tree.")
+    row = {
+        "prompt": prompt,
+        "chosen": start + message("assistant", "Oak"),
+        "rejected": start + message("assistant", "No"),
+    }
+    pairs = PreferencePairs.from_rows([row])
+    assert pairs.prompts == ["system: Be brief.\nuser: Name a tree."]
+    assert (pairs.chosen, pairs.rejected) == (["Oak"], ["No"])
+
+
+def test_a_table_of_pandas_is_refused_with_the_way_out():
+    pandas = pytest.importorskip("pandas")
+    with pytest.raises(TypeError, match=r"got a DataFrame; pass frame\.to_dict\('records'\)"):
+        PreferencePairs.from_rows(pandas.DataFrame([{"prompt": "p", "chosen": "x", "rejected": "y"}]))
+
+
+def test_votes_name_the_column_of_their_prompts():
+    rows = [{"ask": q, "a": c, "b": r, "votes_a": 3, "votes_b": 1} for q, c, r in THREE]
+    with pytest.raises(PreferenceDataError, match=r"'ask' may hold the prompts.*prompt_key='ask'"):
+        PreferencePairs.from_votes(rows)
+    assert PreferencePairs.from_votes(rows, prompt_key="ask").prompts == [q for q, _, _ in THREE]
+
+
+def test_label_finds_prompts_and_candidates_in_a_table(tmp_path):
+    rows = [("question", "candidates"), ("Name a tree.", '["Oak", "Table"]'), ("Name a fish.", "['Pike', 'Oak']")]
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    for source, options in (("question", []), ("ask", ["--prompt-key", "ask"])):
+        path = tmp_path / f"{source}.csv"
+        path.write_text((tmp_path / "rows.csv").read_text().replace("question", source))
+        out = tmp_path / f"{source}.jsonl"
+        command = ["label", str(path), "--out", str(out), "--judge", "pattern:Oak", "--no-progress", *options]
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+        pairs = PreferencePairs.from_file(out)
+        assert list(zip(pairs.prompts, pairs.chosen, pairs.rejected, strict=True)) == [
+            ("Name a tree.", "Oak", "Table"),
+            ("Name a fish.", "Oak", "Pike"),
+        ]
+
+
 def test_text_beside_a_recognised_prompt_is_noted(caplog):
     rows = [{"question": q, "context": f"Facts on {q}", "chosen": c, "rejected": r} for q, c, r in THREE]
     pairs = PreferencePairs.from_rows(rows)
