@@ -15,6 +15,7 @@ a row of which holds several responses with scores.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -163,12 +164,15 @@ def _history(value: Any) -> list[Message]:
 
 
 def prompt_candidates(rows: Iterable[Mapping[str, Any]], used: Iterable[str]) -> list[str]:
-    """Name the other columns that could hold the prompt: those whose cells are mostly several words, or messages.
+    """Name the other columns that could hold the prompt, by their cells.
 
-    Names that begin with ``chosen`` or ``rejected`` belong to the responses.
+    Most of these are several words or messages, or they are single words of which most differ: a name that comes back
+    in many rows, an identifier, a number, a date or an address is none. Names that begin with ``chosen`` or
+    ``rejected`` belong to the responses.
     """
-    filled: dict[str, int] = {}
-    texts: dict[str, int] = {}
+    filled: Counter[str] = Counter()
+    prose: Counter[str] = Counter()
+    words: dict[str, set[str]] = {}
     skipped = {*used, "rater", "votes"}
     for row in rows:
         for name, value in row.items():
@@ -176,13 +180,16 @@ def prompt_candidates(rows: Iterable[Mapping[str, Any]], used: Iterable[str]) ->
                 continue
             if isinstance(value, str) and not value.strip():
                 continue
-            filled[name] = filled.get(name, 0) + 1
-            texts[name] = texts.get(name, 0) + _is_prose(value)
-    return [name for name, count in filled.items() if 2 * texts[name] >= count]
+            filled[name] += 1
+            prose[name] += _is_prose(value)
+            if isinstance(value, str) and value.strip().rstrip("?!.").isalpha():
+                words.setdefault(name, set()).add(value)
+    differing = {name: len(values) for name, values in words.items() if len(values) > 1}
+    return [name for name, count in filled.items() if 2 * (prose[name] + differing.get(name, 0)) >= count]
 
 
 def _is_prose(value: Any) -> bool:
-    """Tell words from names, numbers, dates and addresses; messages are words."""
+    """Tell several words, or messages, from anything else."""
     if isinstance(value, str):
         words = [word for word in value[:200].split() if any(character.isalpha() for character in word)]
         # Some scripts put no space between words.

@@ -52,7 +52,18 @@ def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | 
         csv.field_size_limit(usual_limit)
 
 
+#: How files of other kinds begin that are given a name of CSV, and what to do with them.
+_OTHER_KINDS = {
+    b"PK\x03\x04": "the file is an Excel or OpenDocument workbook; save the sheet as CSV in UTF-8",
+    b"\x1f\x8b": "the file is compressed by gzip; let its name end in .csv.gz",
+    b"PAR1": "the file is Parquet; let its name end in .parquet",
+}
+
+
 def _decoded(raw: bytes, bad: BadRows) -> str:
+    for start, problem in _OTHER_KINDS.items():
+        if raw.startswith(start):
+            raise PreferenceDataError(problem, reason="not CSV", source=bad.source)
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), None)
     if encoding is not None:
         try:

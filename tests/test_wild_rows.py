@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import math
@@ -303,6 +304,10 @@ def test_datasets_parquet_and_dictionaries_give_the_same(name, tmp_path):
                 read()
 
 
+def message_of(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
 # --- what a file cannot show --------------------------------------------------------------------------------------
 
 
@@ -432,6 +437,55 @@ def test_label_finds_prompts_and_candidates_in_a_table(tmp_path):
             ("Name a tree.", "Oak", "Table"),
             ("Name a fish.", "Oak", "Pike"),
         ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04\x14\x00", "an Excel or OpenDocument workbook; save the sheet as CSV in UTF-8"),
+        (gzip.compress(b"prompt,chosen,rejected\na,b,c\n"), r"compressed by gzip; let its name end in \.csv\.gz"),
+        (b"PAR1\x15\x04", r"Parquet; let its name end in \.parquet"),
+        ("prompt,chosen,rejected\na,b,c\n".encode("utf-16")[:-1], "not valid UTF-16, which its byte order mark says"),
+        (b"prompt;chosen;rejected;a,b,c,d,e\nx;y;z;\n;;;\n", None),
+        (b"\n,,\nprompt,chosen,rejected\nx,y,z\n", None),
+        (b"prompt,chosen,rejected\rx,y,z\r", None),
+        (b'"sep=,"\r\n"prompt","chosen","rejected"\r\nx,y,z\r\n', None),
+    ],
+)
+def test_other_files_named_csv_are_read_or_named(content, message, tmp_path):
+    (tmp_path / "rows.csv").write_bytes(content)
+    if message is None:
+        pairs = PreferencePairs.from_file(tmp_path / "rows.csv")
+        assert (pairs.prompts, pairs.chosen, pairs.rejected) == (["x"], ["y"], ["z"])
+        return
+    with pytest.raises(PreferenceDataError, match=message):
+        PreferencePairs.from_file(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("cells", "stops"),
+    [
+        (["Why is it so?", "And how?", "Who?"], True),
+        (["dogs", "cats", "birds"], True),
+        (["なぜ空は青いの", "なぜ海は青いの", "なぜ草は緑なの"], True),
+        ([message_of("Hi"), message_of("Ho"), message_of("Ha")], True),
+        ([None, "What else is there?", None], True),
+        (["reddit", "reddit", "reddit"], False),
+        (["a1", "b2", "c3"], False),
+        (["gpt-4", "gpt-5", "m_2"], False),
+        (["2024-05-01 10:00", "2024-05-02 11:00", "2024-05-02 12:00"], False),
+        (["https://x.org/a", "https://x.org/b", "https://x.org/c"], False),
+        ([1, 2.5, 3], False),
+        ([None, "", " "], False),
+    ],
+)
+def test_only_a_column_that_could_hold_prompts_stops_reading(cells, stops):
+    rows = [{"other": cell, "chosen": f"good {n}", "rejected": f"bad {n}"} for n, cell in enumerate(cells)]
+    if stops:
+        with pytest.raises(PreferenceDataError, match="'other' may hold the prompts"):
+            PreferencePairs.from_rows(rows)
+    else:
+        assert PreferencePairs.from_rows(rows).prompts == [""] * 3
 
 
 def test_text_beside_a_recognised_prompt_is_noted(caplog):
