@@ -24,7 +24,6 @@ __all__ = ["parse_columns", "parse_literal", "parse_text"]
 _BEGINNING = re.compile(r"""\s*(?:array\(\s*)?(?:"\s*(?=[\[{]))?(?:[\[(]\s*)?\{\s*\\?["']\w+\\?["']\s*:""")
 #: The keys of messages; what begins alike without them is some other JSON.
 _MESSAGE_KEY = re.compile(r"""["'](?:role|from)\\?["']\s*:""")
-_NUMPY_ARRAY = re.compile(r"\s*array\((.*?)(?:,\s*dtype=\w+)?\s*\)\s*", re.DOTALL)
 _PYTHON_STRING = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _MISSING_COMMA = re.compile(rf"({_PYTHON_STRING})|(\}})\s+(?=\{{)", re.DOTALL)
 
@@ -66,15 +65,16 @@ def parse_literal(text: str) -> Any:
         return parse_json(text)
     except ValueError as error:
         problem = error
-    array = _NUMPY_ARRAY.fullmatch(text)
-    text = text if array is None else array[1]
+    text = text.strip()
+    if text.startswith("array(") and text.endswith(")"):
+        text = text[len("array(") : text.rfind("]") + 1]  # without its dtype
     for form in (text, _MISSING_COMMA.sub(lambda found: found[1] or "}, ", text)):
         if _depth(form) > MAX_NESTING:
             break
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)  # "\d" in a string written by hand
-                return ast.literal_eval(form.strip())
+                return ast.literal_eval(form)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
     raise ValueError(f"neither JSON ({problem}) nor a Python literal")
