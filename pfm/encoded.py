@@ -75,8 +75,9 @@ class EncodedPairs:
         weight: (N,) weights >= 0 of the pairs, or None for 1.
         probability: (N,) probability in [0, 1] that the chosen output is the preferred one (a soft label),
             or None for 1.
-        group: (N,) integer identity of the prompt; splits never cut a group. None: pairs with the same
-            context row form a group; without contexts each pair is its own group.
+        group: (N,) identity of the prompt; splits never cut a group. Integers are kept; other numbers and strings
+            are numbered in ascending order. None: pairs with the same context row form a group; without contexts
+            each pair is its own group.
         encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
 
     Raises:
@@ -310,9 +311,10 @@ class EncodedPairs:
         self._group: Tensor | None = None
         self._grouped = group is not None
         if group is not None:
-            self._group = torch.as_tensor(group).long().cpu()
-            if self._group.shape != (count,):
-                raise ValueError(f"group must be ({count},): got {tuple(self._group.shape)}")
+            numbers = _group_numbers(group)
+            if numbers.shape != (count,):
+                raise ValueError(f"group must be ({count},): got {tuple(numbers.shape)}")
+            self._group = numbers
         self.encoder: dict[str, Any] | None = dict(encoder) if encoder else None
 
     def __len__(self) -> int:
@@ -640,6 +642,32 @@ def _index(name: str, value: Any, table: Tensor) -> Tensor:
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
         raise ValueError(f"{name} must lie in 0..{rows - 1}: got values from {int(index.min())} to {int(index.max())}")
     return index
+
+
+def _group_numbers(group: Any) -> Tensor:
+    """Return groups as int64: integers as they are, anything else by its rank among the distinct values.
+
+    Raises:
+        ValueError: a group is NaN or None, which names none.
+    """
+    if isinstance(group, Tensor):
+        group = group.detach().cpu()
+        if not group.is_floating_point():
+            return group.long()
+    values = np.asarray(group)
+    if values.dtype.kind in "iub":
+        return torch.as_tensor(values.astype(np.int64))
+    missing = [place for place, value in enumerate(values.ravel().tolist()) if value is None or value != value]
+    if missing:
+        raise ValueError(
+            f"group must name the group of every pair: row {missing[0]} of {len(missing)} such rows has "
+            f"{values.ravel()[missing[0]]}; give pairs without a group an identity of their own"
+        )
+    if values.dtype.kind == "f" and (values == np.floor(values)).all() and (np.abs(values) < 2**53).all():
+        return torch.as_tensor(values.astype(np.int64))
+    if values.dtype.kind == "O":  # values of several types have no order
+        values = np.array([f"{type(value).__name__} {value}" for value in values.ravel()]).reshape(values.shape)
+    return torch.as_tensor(np.unique(values, return_inverse=True)[1].reshape(values.shape))
 
 
 def _column(name: str, value: Any, count: int, low: float, high: float, device: torch.device) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import operator
 import os
@@ -18,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm.conversations import joined_text
+from pfm.identity import PromptIdentity, given_group, prompt_identity
+from pfm.reasoning import checked_reasoning, training_text
 from pfm.rows import (
     BadRows,
     Columns,
     NumberedRows,
     PreferenceDataError,
-    PromptIdentity,
     RowOptions,
     RowParser,
     Text,
@@ -32,7 +35,6 @@ from pfm.rows import (
     checked_response,
     choose_pairs,
     conversation_text,
-    prompt_identity,
     read_csv,
     read_dataset,
     read_json,
@@ -52,6 +54,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CandidateGroup", "PairsSummary", "PreferenceDataError", "PreferencePairs", "conversation_text"]
 
+logger = logging.getLogger(__name__)
+
+#: What is encoded for an empty prompt beside others: encoders take no empty text, and all parts of a split must agree.
+EMPTY_PROMPT = "(no prompt)"
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -76,9 +82,14 @@ class PreferencePairs:
     Every text is a string or a list of ``{"role", "content"}`` messages. Row formats:
 
     - ``prompt, chosen, rejected``;
-    - ``chosen, rejected`` that share a beginning: whole turns of a conversation, whole words of a string;
-    - ``prompt, completion, label``: each liked completion against each disliked one of the same prompt;
-    - ``conversations, chosen, rejected`` with ``{"from", "value"}`` messages.
+    - ``chosen, rejected`` that share a beginning: whole turns of a conversation, whole words of a string, all up to
+      the last ``Assistant:`` of a transcript;
+    - ``prompt, completion, label``: each liked completion against each disliked one of the same prompt; a label is
+      true or false, or a word for one of them such as "liked" or "bad";
+    - layouts of public data, whose prompt is under another name or whose responses are (:mod:`pfm.layouts`).
+
+    The module :mod:`pfm.rows` says how the prompt is found. Where a column that is not known could hold it, reading
+    stops: ``prompt_key`` names the column. ``layout`` says which layout was recognised.
 
     Optional columns are ``weight`` (≥ 0, 1 where null), ``probability`` (in [0, 1]: that chosen is the better
     one, 1 where null) and ``group``. All others, ``margin`` among them, are kept in ``extra``; only unpaired rows
@@ -87,9 +98,11 @@ class PreferencePairs:
     the row has none, a tie half, and the weight likewise; ``rater`` names who made the row's judgement, and
     :func:`pfm.preferences.reconcile` joins the rows of one pair by how reliable their raters are.
 
-    A row is bad when a column is missing (the prompt too, once a row has one), a text is blank, or both responses
+    A row is bad when a column is missing (the prompt too, if any row has one), a text is blank, or both responses
     are the same text. The empty string as a prompt says that there is none; such rows count as one prompt, or as
-    one prompt a group.
+    one prompt a group. Where other rows have a prompt, ``notes`` names them, and they are encoded as "(no prompt)".
+    Prompts that differ only in white space, case or Unicode form are one prompt (:mod:`pfm.identity`), of which no
+    split separates rows. A group that is null, NaN or blank is no group.
 
     Attributes:
         prompts, chosen, rejected: list of N str, as encoders read them (see :func:`conversation_text`).
@@ -98,6 +111,9 @@ class PreferencePairs:
         extra: other columns by name, each a list of N values.
         candidates: scored candidates by prompt, empty unless made from scores or rankings.
         dropped: how many rows loading has dropped, by reason.
+        layout: how the rows were laid out, or "".
+        notes: sentences on what loading has found that may surprise.
+        has_prompts: whether the rows have prompts; parts of a split inherit it, so that all have contexts or none.
     """
 
     def __init__(
@@ -106,11 +122,14 @@ class PreferencePairs:
         *,
         candidates: Sequence[CandidateGroup] = (),
         dropped: Mapping[str, int] | None = None,
+        layout: str = "",
+        notes: Sequence[str] = (),
+        has_prompts: bool | None = None,
     ):
         self._prompt, self._chosen, self._rejected = columns.prompt, columns.chosen, columns.rejected
-        self.prompts: list[str] = [conversation_text(text) for text in columns.prompt]
-        self.chosen: list[str] = [conversation_text(text) for text in columns.chosen]
-        self.rejected: list[str] = [conversation_text(text) for text in columns.rejected]
+        self.prompts: list[str] = [joined_text(text) for text in columns.prompt]
+        self.chosen: list[str] = [joined_text(text) for text in columns.chosen]
+        self.rejected: list[str] = [joined_text(text) for text in columns.rejected]
         self.weight = _numbers(columns.weight)
         self.probability = _numbers(columns.probability)
         self.group = columns.group if any(group is not None for group in columns.group) else None
@@ -118,12 +137,15 @@ class PreferencePairs:
         self.extra: dict[str, list[Any]] = {name: [e.get(name) for e in columns.extra] for name in names}
         self.candidates = list(candidates)
         self.dropped: Counter[str] = Counter(dropped or {})
+        self.layout = layout
+        self.notes = list(notes)
+        self.has_prompts = any(self.prompts) if has_prompts is None else has_prompts
 
     # --- loading ---------------------------------------------------------------------------------------------
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load .jsonl (.ndjson), .json, .csv or .parquet; ``.gz`` or ``.xz`` may follow the suffix.
+        """Load .jsonl (.ndjson), .json, .csv, .tsv or .parquet; ``.gz`` or ``.xz`` may follow the suffix.
 
         Raises:
             PreferenceDataError: the file or, unless ``on_bad_rows="drop"``, a row is bad.
@@ -143,7 +165,7 @@ class PreferencePairs:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load a comma-separated file with a header; a cell may hold a conversation as JSON."""
+        """Load a table of text with a header, as spreadsheets and pandas write it (:mod:`pfm.spreadsheets`)."""
         return cls._from_file(read_csv, path, options)
 
     @classmethod
@@ -183,9 +205,23 @@ class PreferencePairs:
         rest: dict[str, Any] = dict(options)
         bad = BadRows(source, rest.pop("on_bad_rows", "raise"))
         parser = RowParser(**rest)
-        columns = parser.parse(rows(bad) if callable(rows) else rows, bad, place)
+        parsed = parser.parse(rows(bad) if callable(rows) else rows, bad, place)
+        columns, groups = parsed.columns, []
+        for entry in parsed.scored:
+            where = place.format(n=entry.number, i=entry.number - 1)
+            limit, seed = parser.max_pairs_per_prompt, (parser.seed, entry.number)
+            try:
+                texts, numbers = _scored(entry.responses, entry.scores, where, "completions[{j}]", bad)
+                better, worse = _ordered_pairs(texts, numbers, limit, seed, where)
+            except PreferenceDataError as error:
+                bad.meet(error, where)
+                continue
+            groups.append(_add_scored(columns, entry.prompt, texts, numbers, (better, worse), entry.group, entry.extra))
         bad.finish(len(columns.prompt), way_out)
-        return cls(columns, dropped=bad.dropped)
+        logger.info("%s: read as %s", source, parsed.layout)
+        for note in parsed.notes:
+            logger.warning("%s: %s", source, note)
+        return cls(columns, candidates=groups, dropped=bad.dropped, layout=parsed.layout, notes=parsed.notes)
 
     # --- from scores, rankings and votes ---------------------------------------------------------------------
 
@@ -231,20 +267,20 @@ class PreferencePairs:
         groups: list[CandidateGroup] = []
         for i, prompt in enumerate(prompts):
             where = f"prompt {i + 1} (prompts[{i}])"
-            of_prompt = None if group is None else group[i]
+            of_prompt = None if group is None else given_group(group[i])
             try:
                 prompt = checked_prompt(prompt, None)
-                texts, numbers = _scored(candidates[i], scores[i], i, bad)
+                if isinstance(candidates[i], str) or len(candidates[i]) != len(scores[i]):
+                    raise ValueError(
+                        f"candidates[{i}] and scores[{i}] must be lists of equal length: got {show(candidates[i])} and "
+                        f"{len(scores[i])} scores"
+                    )
+                texts, numbers = _scored(candidates[i], scores[i], f"prompt {i + 1}", f"candidates[{i}][{{j}}]", bad)
                 better, worse = _ordered_pairs(texts, numbers, max_pairs_per_prompt, (seed, i), where, ties)
             except PreferenceDataError as error:
                 bad.meet(error, where)
                 continue
-            for j, k in zip(better.tolist(), worse.tolist(), strict=True):
-                margin = float(numbers[j] - numbers[k])
-                tie = None if margin else 0.5
-                columns.add(prompt, texts[j], texts[k], probability=tie, group=of_prompt, extra={"margin": margin})
-            views = [conversation_text(text) for text in texts]
-            groups.append(CandidateGroup(conversation_text(prompt), views, numbers.tolist(), of_prompt))
+            groups.append(_add_scored(columns, prompt, texts, numbers, (better, worse), of_prompt, {}))
         if groups and all(len(set(entry.scores)) == 1 for entry in groups):
             raise PreferenceDataError(
                 f"scores: the candidates of every prompt ({len(groups)}) have equal scores, so that none is known to "
@@ -297,6 +333,7 @@ class PreferencePairs:
         weight: str = "total",
         ties: str | None = None,
         prior: float | None = 0.0,
+        prompt_key: str | None = "prompt",
         group_key: str = "group",
         on_bad_rows: str = "raise",
     ) -> PreferencePairs:
@@ -314,7 +351,8 @@ class PreferencePairs:
                 counts it as ``dropped["tie"]``. None: "half" if ``soft``, else "drop".
             prior: votes for either side that are added to every pair, so that one vote makes nothing certain; None
                 finds how many (:func:`pfm.preferences.fit_prior`).
-            group_key: column of what belongs together beyond the prompt.
+            prompt_key, group_key: columns of the prompt, and of what belongs together beyond it, as for rows
+                (:class:`pfm.rows.RowOptions`).
             on_bad_rows: "raise" or "drop".
 
         Raises:
@@ -336,7 +374,7 @@ class PreferencePairs:
         def pairs(bad: BadRows) -> NumberedRows:
             return vote_rows(_numbered(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
 
-        options: RowOptions = {"group_key": group_key, "on_bad_rows": on_bad_rows}
+        options: RowOptions = {"prompt_key": prompt_key, "group_key": group_key, "on_bad_rows": on_bad_rows}
         way_out = '; ties="half" keeps ties' if ties == "drop" else ""
         return cls._from_numbered(pairs, "votes", place, options, way_out)
 
@@ -382,7 +420,7 @@ class PreferencePairs:
     def select(self, indices: Iterable[int] | np.ndarray) -> PreferencePairs:
         """Take rows by number, in that order, or by a mask of N booleans.
 
-        Candidate sets stay with the prompts that remain; ``dropped`` tells of loading and starts empty.
+        Candidate sets stay with the prompts that remain; ``dropped`` and ``notes`` tell of loading and start empty.
 
         Raises:
             IndexError: a number lies outside of the rows.
@@ -392,13 +430,14 @@ class PreferencePairs:
         taken = _row_numbers(indices, len(self))
         remaining = {self._identities[i] for i in taken}
         candidates = [c for c in self.candidates if prompt_identity(c.prompt, c.group) in remaining]
-        return PreferencePairs(self._columns(taken), candidates=candidates)
+        return PreferencePairs(
+            self._columns(taken), candidates=candidates, layout=self.layout, has_prompts=self.has_prompts
+        )
 
     def swap(self) -> PreferencePairs:
         """Exchange chosen and rejected, and negate scores: the control that must turn every gain round."""
         candidates = [replace(c, scores=[-score for score in c.scores]) for c in self.candidates]
-        columns = self._columns(range(len(self)), flip=[True] * len(self))
-        return PreferencePairs(columns, candidates=candidates, dropped=self.dropped)
+        return self._flipped([True] * len(self), candidates)
 
     def shuffle_labels(self, seed: int = 0) -> PreferencePairs:
         """Exchange chosen and rejected by a coin toss a row, and permute scores within each prompt.
@@ -408,7 +447,17 @@ class PreferencePairs:
         generator = np.random.default_rng(seed)
         flip = (generator.random(len(self)) < 0.5).tolist()
         candidates = [replace(c, scores=generator.permutation(c.scores).tolist()) for c in self.candidates]
-        return PreferencePairs(self._columns(range(len(self)), flip=flip), candidates=candidates, dropped=self.dropped)
+        return self._flipped(flip, candidates)
+
+    def _flipped(self, flip: Sequence[bool], candidates: Sequence[CandidateGroup]) -> PreferencePairs:
+        return PreferencePairs(
+            self._columns(range(len(self)), flip=flip),
+            candidates=candidates,
+            dropped=self.dropped,
+            layout=self.layout,
+            notes=self.notes,
+            has_prompts=self.has_prompts,
+        )
 
     def _columns(self, taken: Sequence[int], flip: Sequence[bool] | None = None) -> Columns:
         first, second = self._chosen, self._rejected
@@ -466,10 +515,13 @@ class PreferencePairs:
 
     def _split_keys(self, seed: int, by: str) -> list[str]:
         """Return for each row the random key of its unit: its prompt, or all prompts that groups join to it."""
-        prompt_keys = {
-            identity: hashlib.blake2b(f"{seed}\0{identity}".encode(), digest_size=16).hexdigest()
-            for identity in dict.fromkeys(self._identities)
-        }
+        prompt_keys: dict[PromptIdentity, str] = {}
+        groups = self.group or [None] * len(self)
+        for identity, (prompt, group) in zip(self._identities, zip(self.prompts, groups, strict=True), strict=True):
+            # Of texts that are one prompt the smallest key counts: neither their order nor the normal form matters.
+            exact = (prompt, None if identity[0] else group)
+            key = hashlib.blake2b(f"{seed}\0{exact}".encode(), digest_size=16).hexdigest()
+            prompt_keys[identity] = min(prompt_keys.get(identity, key), key)
         if self.group is None or by == "prompt":
             return [prompt_keys[identity] for identity in self._identities]
         # union-find over prompt keys; the smallest key of a unit stands for it, so row order does not matter
@@ -491,7 +543,7 @@ class PreferencePairs:
     def describe(self) -> PairsSummary:
         """Count and measure the rows; print the result, or show it with rich."""
         texts = dict.fromkeys(self.chosen) | dict.fromkeys(self.rejected)
-        words = {text: len(text.split()) for text in texts}
+        words = {text: len(training_text(text).split()) for text in texts}
         chosen = np.array([words[text] for text in self.chosen])
         rejected = np.array([words[text] for text in self.rejected])
         return PairsSummary(
@@ -508,52 +560,68 @@ class PreferencePairs:
             candidates=_quantiles(np.array([len(entry.texts) for entry in self.candidates])),
             extra=list(self.extra),
             dropped=dict(self.dropped),
+            layout=self.layout,
+            notes=tuple(self.notes),
         )
 
-    def encode(self, encoder: Any, *, context: bool = True, progress: bool = True) -> EncodedPairs:
+    def encode(
+        self, encoder: Any, *, context: bool = True, reasoning: str = "strip", progress: bool = True
+    ) -> EncodedPairs:
         """Encode every distinct text once.
 
         Args:
             encoder: has ``encode(texts, *, progress) -> (M, *D)`` and, optionally, ``encode_prompts`` of the
-                same form for prompts and ``describe() -> dict``, which is kept as provenance.
+                same form for prompts and ``describe() -> dict``, which is kept as provenance; or a loaded
+                ``SentenceTransformer``.
             context: False leaves the prompts out: pairs without contexts.
+            reasoning: "strip" encodes the answer after hidden reasoning alone (:mod:`pfm.reasoning`), "keep" the whole.
             progress: show a progress bar.
 
         Returns:
-            Pairs whose ``group`` numbers the prompts in order of appearance. Candidate sets, where there are
-            any, name their prompt by the same number. Rows that all lack a prompt get no context.
+            Pairs whose ``group`` numbers the prompts in order of appearance; texts that are one prompt
+            (:mod:`pfm.identity`) share a number, and have contexts of their own. Candidate sets, where there are any,
+            name their context, or without contexts their prompt's number. Without prompts (``has_prompts``) there are
+            no contexts; beside rows with a prompt, an empty one is encoded as "(no prompt)".
 
         Raises:
             ValueError: the encoder returns another number of vectors than it was given texts.
         """
         from pfm.encoded import EncodedPairs
+        from pfm.encoders import as_encoder
 
+        encoder, reasoning = as_encoder(encoder), checked_reasoning(reasoning)
         outputs: dict[str, int] = {}
         chosen = [outputs.setdefault(text, len(outputs)) for text in self.chosen]
         rejected = [outputs.setdefault(text, len(outputs)) for text in self.rejected]
         identities: dict[PromptIdentity, int] = {}
-        prompt_index = [identities.setdefault(identity, len(identities)) for identity in self._identities]
+        groups = [identities.setdefault(identity, len(identities)) for identity in self._identities]
+        with_context = context and self.has_prompts
+        # Without contexts a candidate set is found by its prompt's number, with them by its text's.
+        texts: dict[Any, int] = {}
+        text_index = [texts.setdefault(prompt, len(texts)) for prompt in self.prompts]
         candidates = [
             (
-                identities[prompt_identity(entry.prompt, entry.group)],
+                texts.setdefault(entry.prompt, len(texts))
+                if with_context
+                else identities[prompt_identity(entry.prompt, entry.group)],
                 torch.tensor([outputs.setdefault(text, len(outputs)) for text in entry.texts]),
                 torch.tensor(entry.scores, dtype=torch.float32),
             )
             for entry in self.candidates
         ]
         contexts = None
-        if context and any(self.prompts):
+        if with_context:
             encode_prompts = getattr(encoder, "encode_prompts", encoder.encode)
-            contexts = _encode(encode_prompts, [prompt for prompt, _ in identities], progress)
+            contexts = _encode(encode_prompts, [text or EMPTY_PROMPT for text in texts], progress)
         return EncodedPairs.from_table(
-            _encode(encoder.encode, list(outputs), progress),
+            _encode(encoder.encode, [training_text(text, reasoning) for text in outputs], progress),
             torch.tensor(chosen),
             torch.tensor(rejected),
             contexts=contexts,
-            context_index=None if contexts is None else torch.tensor(prompt_index),
+            context_index=None if contexts is None else torch.tensor(text_index),
             weight=self.weight,
             probability=self.probability,
-            group=torch.tensor(prompt_index),
+            group=torch.tensor(groups),
             encoder=encoder.describe() if hasattr(encoder, "describe") else None,
             candidates=candidates or None,
         )
@@ -581,10 +649,13 @@ class PairsSummary:
     candidates: dict[str, float]
     extra: list[str]
     dropped: dict[str, int]
+    layout: str = ""
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[tuple[str, str]]:
         """Return (label, value) of everything worth showing."""
         optional = {
+            "layout": self.layout,
             "rows without a prompt": self.without_prompt and f"{self.without_prompt:,}",
             "weight": self.weight and _spread(self.weight),
             "probability": self.probability and _spread(self.probability),
@@ -592,6 +663,7 @@ class PairsSummary:
             "candidates a prompt": self.candidates and _spread(self.candidates),
             "other columns": ", ".join(self.extra),
             "dropped": ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items()),
+            "note": "; ".join(self.notes),
         }
         return [
             ("rows", f"{self.rows:,}"),
@@ -619,6 +691,8 @@ class PairsSummary:
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
+    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
+        raise TypeError("rows must be a list of dictionaries, got a DataFrame; pass frame.to_dict('records')")
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise TypeError(f"rows must be a list of dictionaries, got {show(rows)}; for a path use from_file")
     return enumerate(rows, 1)
@@ -664,24 +738,37 @@ def _is_tie(rank: Any) -> bool:
     return isinstance(rank, list | tuple) and not (rank and isinstance(rank[0], Mapping))
 
 
-def _scored(texts: Sequence[Any], scores: Any, i: int, bad: BadRows) -> tuple[list[Text], np.ndarray]:
-    """Check the candidates of prompt i; return those that are sound, at least two of them."""
-    if isinstance(texts, str) or len(texts) != len(scores):
-        raise ValueError(
-            f"candidates[{i}] and scores[{i}] must be lists of equal length: got {show(texts)} and {len(scores)} scores"
-        )
+def _scored(texts: Sequence[Any], scores: Any, where: str, name: str, bad: BadRows) -> tuple[list[Text], np.ndarray]:
+    """Check the candidates of one prompt; return those that are sound, at least two of them."""
     kept: list[tuple[Text, float]] = []
     for j, (value, score) in enumerate(zip(texts, scores, strict=True)):
-        where = f"prompt {i + 1}, candidate {j + 1} (candidates[{i}][{j}])"
         try:
             kept.append((checked_response(value, None), _checked_score(score)))
         except PreferenceDataError as error:
-            bad.meet(error, where)
+            bad.meet(error, f"{where}, candidate {j + 1} ({name.format(j=j)})")
     if len(kept) < 2:
         raise PreferenceDataError(
             f"got {len(kept)} usable candidates; expected at least two", reason="fewer than two candidates"
         )
     return [text for text, _ in kept], np.array([score for _, score in kept])
+
+
+def _add_scored(
+    columns: Columns,
+    prompt: Text,
+    texts: list[Text],
+    scores: np.ndarray,
+    pairs: tuple[np.ndarray, np.ndarray],
+    group: Any,
+    extra: Mapping[str, Any],
+) -> CandidateGroup:
+    """Add the pairs of one prompt's candidates, numbered (better, worse), to the columns; return the candidates."""
+    for j, k in zip(*(numbers.tolist() for numbers in pairs), strict=True):
+        margin = float(scores[j] - scores[k])
+        tie = None if margin else 0.5
+        columns.add(prompt, texts[j], texts[k], probability=tie, group=group, extra={**extra, "margin": margin})
+    views = [conversation_text(text) for text in texts]
+    return CandidateGroup(conversation_text(prompt), views, scores.tolist(), group)
 
 
 def _checked_score(score: Any) -> float:

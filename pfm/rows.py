@@ -1,14 +1,23 @@
 """Read preference rows from files and bring every common row format to one: prompt, chosen, rejected.
 
-A *text* is a string or a conversation, that is a list of ``{"role", "content"}`` messages; ``{"from", "value"}``
-messages are accepted and renamed. A null value counts as an absent column everywhere.
+A *text* is a string or a conversation (:mod:`pfm.conversations`). A null value counts as an absent column everywhere,
+and so does NaN in columns of text, groups and labels.
+
+How the prompt of rows with ``chosen`` and ``rejected`` is found, decided once for all rows of a source:
+
+1. ``prompt_key`` names its column, or a column has a name that is known (:mod:`pfm.layouts`); rows without it are bad.
+2. Else the responses hold it, if most of them do: transcripts of ``Human:`` and ``Assistant:``
+   (:mod:`pfm.transcripts`), or conversations whose first turns are the same.
+3. Else, if another column of text could hold it, reading stops and names the columns.
+4. Else it is the opening that chosen and rejected share, if more than half of the rows share one of at least three
+   words (of a single row, any whole words); rows that share less have no prompt.
+5. Else there are no prompts.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
+import json
 import logging
 import lzma
 import math
@@ -18,22 +27,83 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from itertools import product
-from numbers import Real
+from numbers import Number, Real
 from pathlib import Path
 from typing import IO, Any, TypeAlias, TypedDict, cast
 
 import numpy as np
 
-from pfm.errors import PfmError
+from pfm.conversations import (
+    Message,
+    Text,
+    as_text,
+    conversation_text,
+    is_blank,
+    is_unicode,
+    joined_text,
+    message_texts,
+    shared_turns,
+)
+from pfm.identity import PromptIdentity, given_group, is_missing, prompt_identity
+from pfm.implicit import ImplicitPrompt, conversational_prompt, opening_prompt, split_prompt
+from pfm.labels import class_name, class_names, read_label
+from pfm.layouts import (
+    REPEATED_LAYOUT,
+    SCORED_LAYOUT,
+    STANDARD_LAYOUT,
+    SYSTEM_COLUMNS,
+    TEXT_COLUMNS,
+    Prompt,
+    find_prompt,
+    prompt_candidates,
+    scored_row,
+    standard_row,
+)
 from pfm.nesting import parse_json
+from pfm.row_errors import BadRows, PreferenceDataError, not_utf8, show
+from pfm.spreadsheets import table_rows
+from pfm.stringified import parse_columns
+from pfm.transcripts import is_transcript, split_transcript
+
+__all__ = [
+    "BadRows",
+    "Columns",
+    "Message",
+    "NumberedRows",
+    "PreferenceDataError",
+    "PromptIdentity",
+    "RowOptions",
+    "RowParser",
+    "Text",
+    "check_pair_limit",
+    "checked_prompt",
+    "checked_response",
+    "choose_pairs",
+    "conversation_text",
+    "is_blank",
+    "optional_number",
+    "prompt_identity",
+    "read_csv",
+    "read_dataset",
+    "read_json",
+    "read_jsonl",
+    "read_parquet",
+    "reader_for",
+    "require",
+    "response",
+    "separate",
+    "show",
+    "split_prompt",
+    "vote_counts",
+    "vote_rows",
+    "write_lines",
+]
 
 logger = logging.getLogger(__name__)
 
-Message: TypeAlias = dict[str, Any]
-Text: TypeAlias = str | list[Message]
 NumberedRows: TypeAlias = Iterable[tuple[int, Any]]
-PromptIdentity: TypeAlias = tuple[str, Any]
 
 #: Names that rows have on the way out; no extra column may take one of them.
 STANDARD_COLUMNS = ("prompt", "chosen", "rejected", "weight", "probability", "group")
@@ -41,186 +111,7 @@ STANDARD_COLUMNS = ("prompt", "chosen", "rejected", "weight", "probability", "gr
 #: Pairs that one prompt may give before a limit is asked for: beyond it the lists no longer fit in memory.
 MOST_PAIRS_PER_PROMPT = 2_000_000
 
-_ROLES = {"human": "user", "gpt": "assistant"}
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-_LABELS = {"true": True, "1": True, "false": False, "0": False}
-
-
-class PreferenceDataError(PfmError, ValueError):
-    """Say what is wrong with preference data: where, what was found, what was expected, the way out.
-
-    Attributes: ``problem`` (a sentence), ``reason`` (a short name, the key in ``PreferencePairs.dropped``),
-    ``source`` (file or argument), ``row`` (such as ``"line 3"``), ``column``; the last three may be None.
-    """
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        reason: str = "bad data",
-        column: str | None = None,
-        row: str | None = None,
-        source: str | None = None,
-    ):
-        super().__init__(problem)
-        self.problem = problem
-        self.reason = reason
-        self.column = column
-        self.row = row
-        self.source = source
-        self.way_out = ""
-
-    def __str__(self) -> str:
-        column = None if self.column is None else f"column {self.column!r}"
-        place = ", ".join(part for part in (self.source, self.row, column) if part)
-        return (f"{place}: " if place else "") + self.problem + self.way_out
-
-
-class BadRows:
-    """Deal with bad rows as asked: raise at the first one, or count them by reason."""
-
-    def __init__(self, source: str, on_bad_rows: str):
-        if on_bad_rows not in ("raise", "drop"):
-            raise ValueError(f'on_bad_rows must be "raise" or "drop", got {on_bad_rows!r}')
-        self.source = source
-        self.raises = on_bad_rows == "raise"
-        self.dropped: Counter[str] = Counter()
-        self.first: PreferenceDataError | None = None
-
-    def meet(self, error: PreferenceDataError, row: str, count: int = 1) -> None:
-        """Raise ``error`` with its place filled in (an inner place stays), or count it ``count`` times."""
-        error.source, error.row = self.source, error.row or row
-        if self.raises:
-            error.way_out = '. Correct it, or pass on_bad_rows="drop" to skip and count such rows.'
-            raise error
-        self.dropped[error.reason] += count
-        self.first = self.first or error
-
-    def finish(self, kept: int, way_out: str = "") -> None:
-        """Warn once about what was dropped; raise, adding ``way_out``, if no pair is left."""
-        counts = ", ".join(f"{reason}: {count}" for reason, count in self.dropped.most_common())
-        first = f". The first: {self.first}" if self.first else ""
-        if not kept:
-            problem = (
-                f"nothing is left of the rows, all were dropped ({counts}){first}"
-                if counts
-                else "there are no rows; expected at least one"
-            )
-            raise PreferenceDataError(problem + way_out, reason="nothing left", source=self.source)
-        if self.dropped:
-            total = sum(self.dropped.values())
-            logger.warning("%s: dropped %d (%s)%s", self.source, total, counts, first)
-
-
-# --- texts ---------------------------------------------------------------------------------------------------
-
-
-def conversation_text(messages: str | Sequence[Mapping[str, Any]]) -> str:
-    """Turn a conversation into the one text that encoders read; a string is returned as it is.
-
-    A single turn of the user or the assistant is just its content; anything longer, and a lone turn of another
-    role, becomes one ``role: content`` line a turn.
-
-    Raises:
-        PreferenceDataError: ``messages`` is neither a string nor a list of messages.
-    """
-    text = as_text(messages, None)
-    if isinstance(text, str):
-        return text
-    if len(text) == 1 and text[0]["role"] in ("user", "assistant"):
-        return text[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in text)
-
-
-def as_text(value: Any, column: str | None) -> Text:
-    """Return a string as it is, and one message or a list of messages as a list of role/content messages."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, list | tuple):
-        raise PreferenceDataError(
-            f"got {show(value)}; expected a string or a list of role/content messages",
-            reason="wrong type",
-            column=column,
-        )
-    return [_as_message(message, turn, column) for turn, message in enumerate(value, 1)]
-
-
-def _as_message(message: Any, turn: int, column: str | None) -> Message:
-    if isinstance(message, Mapping):
-        if isinstance(message.get("role"), str) and isinstance(message.get("content"), str):
-            return dict(message)
-        role, content = message.get("from"), message.get("value")
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": _ROLES.get(role, role), "content": content}
-    raise PreferenceDataError(
-        f"turn {turn} is {show(message)}; expected {{'role': str, 'content': str}}",
-        reason="wrong type",
-        column=column,
-    )
-
-
-def is_blank(text: Text) -> bool:
-    """Tell whether a text holds nothing but white space."""
-    if isinstance(text, str):
-        return not text or text.isspace()
-    return all(is_blank(message["content"]) for message in text)
-
-
-def split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
-    """Split the beginning that two texts share off as their prompt: (prompt, chosen, rejected).
-
-    Conversations share whole turns. Strings share characters, cut back to white space in both, so that no word
-    is split; the white space stays with the responses and ``prompt + chosen`` is the text that came in. Both
-    responses keep at least one turn or one word; the prompt may come out empty.
-    """
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        cut = _shared_words(chosen, rejected)
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        cut = _shared_turns(chosen, rejected)
-    else:
-        raise PreferenceDataError(
-            f"chosen is {show(chosen)} and rejected is {show(rejected)}; without a prompt "
-            "expected two strings or two conversations that share a beginning",
-            reason="wrong type",
-        )
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def _shared_turns(chosen: list[Message], rejected: list[Message]) -> int:
-    limit = min(len(chosen), len(rejected)) - 1
-    shared = 0
-    while shared < limit and chosen[shared] == rejected[shared]:
-        shared += 1
-    return shared
-
-
-def _shared_words(chosen: str, rejected: str) -> int:
-    limit = min(len(chosen.rstrip()), len(rejected.rstrip()))
-    low, high = 0, limit
-    while low < high:  # bisection over slices: a loop over characters is slow on long prompts
-        middle = (low + high + 1) // 2
-        if chosen[low:middle] == rejected[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    head = chosen[:low]
-    ends_a_word = low < limit and chosen[low].isspace() and rejected[low].isspace()
-    if ends_a_word or head[-1:].isspace():
-        return len(head.rstrip())
-    whole_words = head.rsplit(None, 1)[:-1]
-    return len(whole_words[0]) if whole_words else 0
-
-
-def prompt_identity(prompt: str, group: Any) -> PromptIdentity:
-    """Return what tells prompts apart: their text, or the group where there is no prompt."""
-    return (prompt, None if prompt else group)
-
-
-def show(value: Any) -> str:
-    """Describe a value shortly for an error message: its type and its beginning."""
-    return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 # --- files ---------------------------------------------------------------------------------------------------
@@ -258,7 +149,7 @@ def _parse_line(line: bytes, number: int, offset: int) -> Any:
     try:
         return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        raise _not_utf8(error, offset) from None
+        raise not_utf8(error, offset) from None
     except ValueError as error:
         if line.endswith(b"\n"):
             raise PreferenceDataError(
@@ -276,7 +167,7 @@ def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     try:
         rows = parse_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise _not_utf8(error, source=bad.source) from None
+        raise not_utf8(error, source=bad.source) from None
     except ValueError as error:
         hint = (
             "; the file holds one object a line: rename it to .jsonl or use from_jsonl"
@@ -292,67 +183,11 @@ def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
 
 
 def read_csv(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1 after the header, dict) of a comma-separated file with a header.
+    """Yield (row number from 1 after the header, dict) of a table of text with a header (:mod:`pfm.spreadsheets`).
 
-    Empty cells are null, and a cell that is a JSON list of messages becomes a conversation.
+    Empty cells are null.
     """
-    raw = _read_all(path, bad)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if bad.raises:
-            line = raw.count(b"\n", 0, error.start) + 1
-            raise _not_utf8(error, row=f"line {line}", source=bad.source) from None
-        text = raw.decode("utf-8-sig", errors="surrogateescape")  # the rows concerned are dropped one by one
-    usual_limit = csv.field_size_limit(2**31 - 1)
-    try:
-        # strict: otherwise a quote that is never closed swallows the rest of the file without a word
-        yield from _csv_rows(csv.reader(io.StringIO(text, newline=""), strict=True), bad)
-    finally:
-        csv.field_size_limit(usual_limit)
-
-
-def _csv_rows(reader: Any, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    header = next(reader, [])
-    if len(set(header)) != len(header):
-        twice = ", ".join(repr(name) for name, count in Counter(header).items() if count > 1)
-        raise PreferenceDataError(
-            f"the header names {twice} twice; expected distinct names",
-            reason="bad header",
-            source=bad.source,
-        )
-    number = 0
-    while True:
-        try:
-            cells = next(reader, None)
-            if cells is None:
-                return
-            if not cells:
-                continue
-            number += 1
-            if len(cells) != len(header):
-                raise PreferenceDataError(
-                    f"got {len(cells)} cells; expected {len(header)} as in the header, quotes around commas",
-                    reason="wrong number of columns",
-                )
-            if not is_unicode("".join(cells)):
-                raise PreferenceDataError("not valid UTF-8", reason="invalid UTF-8")
-            yield number, {name: _csv_cell(cell) for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:
-            number += 1
-            problem = f"not valid CSV ({error}), found at line {reader.line_num}"
-            bad.meet(PreferenceDataError(problem, reason="invalid CSV"), f"row {number}")
-        except PreferenceDataError as error:
-            bad.meet(error, f"row {number}")
-
-
-def _csv_cell(cell: str) -> Text | None:
-    if cell.startswith(("[", "{")):
-        try:
-            return as_text(parse_json(cell), None)
-        except ValueError:
-            return cell
-    return cell or None
+    yield from table_rows(_read_all(path, bad), bad)
 
 
 def read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
@@ -365,19 +200,33 @@ def read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with path.open("rb") as file:
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=4096):
+            table = pyarrow.parquet.ParquetFile(file)
+            classes = class_names(_features(table.schema_arrow.metadata))
+            for batch in table.iter_batches(batch_size=4096):
                 for row in _arrow_rows(batch):
                     number += 1
                     if isinstance(row, PreferenceDataError):
                         bad.meet(row, f"row {number}")
                     else:
-                        yield number, row
+                        yield number, _with_class_names(row, classes)
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
             raise
         raise PreferenceDataError(
             f"not a readable Parquet file ({error})", reason="damaged file", source=bad.source
         ) from None
+
+
+def _features(metadata: Mapping[bytes, bytes] | None) -> Any:
+    """Return what ``datasets`` writes beside a table about its columns."""
+    try:
+        return json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _with_class_names(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return row | {column: class_name(names, row.get(column)) for column, names in classes.items() if column in row}
 
 
 def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | PreferenceDataError]:
@@ -388,7 +237,7 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | PreferenceDataError]:
             try:
                 yield from batch.slice(position, 1).to_pylist()
             except UnicodeDecodeError as error:
-                yield _not_utf8(error)
+                yield not_utf8(error)
 
 
 def read_dataset(dataset: Any) -> Iterator[tuple[int, Any]]:
@@ -403,10 +252,11 @@ def read_dataset(dataset: Any) -> Iterator[tuple[int, Any]]:
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "iter"):
         raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}; use from_rows for a list")
     number = 0
+    classes = class_names(getattr(dataset, "features", None))
     for batch in dataset.with_format(None).iter(batch_size=1000):
         for values in zip(*batch.values(), strict=True):
             number += 1
-            yield number, dict(zip(batch, values, strict=True))
+            yield number, _with_class_names(dict(zip(batch, values, strict=True)), classes)
 
 
 FILE_READERS: dict[str, Callable[[Path, BadRows], Iterator[tuple[int, Any]]]] = {
@@ -414,6 +264,7 @@ FILE_READERS: dict[str, Callable[[Path, BadRows], Iterator[tuple[int, Any]]]] = 
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": read_parquet,
 }
 
@@ -450,26 +301,6 @@ def _damaged(error: Exception) -> PreferenceDataError:
     )
 
 
-def _not_utf8(error: UnicodeDecodeError, offset: int = 0, **place: Any) -> PreferenceDataError:
-    byte = error.object[error.start]
-    return PreferenceDataError(
-        f"not valid UTF-8: byte 0x{byte:02x} at byte offset {offset + error.start}; save the text as UTF-8",
-        reason="invalid UTF-8",
-        **place,
-    )
-
-
-def is_unicode(text: str) -> bool:
-    """Tell whether a string can be written as UTF-8 (it holds no half of a surrogate pair)."""
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 # --- rows ----------------------------------------------------------------------------------------------------
 
 
@@ -499,14 +330,15 @@ class Columns:
 class RowOptions(TypedDict, total=False):
     """Options of everything that reads rows.
 
-    ``prompt_key`` ("prompt"), ``chosen_key`` ("chosen"), ``rejected_key`` ("rejected"): names of the columns.
+    ``prompt_key`` ("prompt"), ``chosen_key`` ("chosen"), ``rejected_key`` ("rejected"): names of the columns. Another
+    ``prompt_key`` takes that column alone; None says that no column holds the prompt.
     ``weight_key`` (None): column of the pair's weight, a finite number ≥ 0; None takes "weight" where present.
     ``group_key`` ("group"): column, optional unless renamed, of what belongs together beyond the prompt.
     ``max_pairs_per_prompt`` (None) and ``seed`` (0): how many pairs unpaired rows may make of one prompt.
     ``on_bad_rows`` ("raise"): "drop" counts bad rows by reason instead, and warns once.
     """
 
-    prompt_key: str
+    prompt_key: str | None
     chosen_key: str
     rejected_key: str
     weight_key: str | None
@@ -517,10 +349,68 @@ class RowOptions(TypedDict, total=False):
 
 
 @dataclass
-class RowParser:
-    """Parse the rows of one source, in any format, into ``Columns``; the fields are those of ``RowOptions``."""
+class ScoredCandidates:
+    """Hold the responses to one prompt with their scores, as a row gave them; ``number`` is the row's."""
 
-    prompt_key: str = "prompt"
+    number: int
+    prompt: Text
+    responses: list[Any]
+    scores: list[float]
+    group: Any
+    extra: dict[str, Any]
+
+
+@dataclass
+class ParsedRows:
+    """Hold what came of the rows of one source.
+
+    Attributes:
+        columns: the pairs.
+        scored: rows of several responses with scores, of which pairs are yet to be made.
+        layouts: how each row was laid out, by its number.
+        filled, empty: numbers of the rows with and without a prompt.
+        notes: sentences on what a user should know of the rows.
+    """
+
+    columns: Columns = field(default_factory=Columns)
+    scored: list[ScoredCandidates] = field(default_factory=list)
+    layouts: dict[int, str] = field(default_factory=dict)
+    filled: list[int] = field(default_factory=list)
+    empty: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def layout(self) -> str:
+        """Name the layouts, the most frequent first."""
+        return "; ".join(name for name, _ in Counter(self.layouts.values()).most_common())
+
+    def note_other_columns(self, rows: Sequence[Mapping[str, Any]], prompts: Iterable[Any], used: set[str]) -> None:
+        """Note which columns of text are not part of the prompt, where a reader could think that they are."""
+        used = used.union(*(found.columns for found in prompts if isinstance(found, Prompt)))
+        if self.filled and set(self.layouts.values()) <= {STANDARD_LAYOUT, REPEATED_LAYOUT}:
+            rows = [{name: row[name] for name in SYSTEM_COLUMNS if name in row} for row in rows]
+        others = prompt_candidates(rows, used)
+        if others:
+            self.notes.append(f"columns of text that are not part of the prompt: {', '.join(map(repr, others))}")
+
+    def note_empty_prompts(self, place: str) -> None:
+        """Note which rows have no prompt, where others have one."""
+        if not (self.empty and self.filled):
+            return
+        unit = place.partition(" ")[0]
+        more = f" and {len(self.empty) - 5} more" if len(self.empty) > 5 else ""
+        shown = ", ".join(map(str, self.empty[:5])) + more
+        self.notes.append(
+            f"{len(self.empty)} of {len(self.empty) + len(self.filled)} rows have an empty prompt ({unit} {shown}): "
+            'they are encoded as "(no prompt)", and count as one prompt, or as one a group'
+        )
+
+
+@dataclass
+class RowParser:
+    """Parse the rows of one source, in any format; the fields are those of ``RowOptions``."""
+
+    prompt_key: str | None = "prompt"
     chosen_key: str = "chosen"
     rejected_key: str = "rejected"
     weight_key: str | None = None
@@ -530,63 +420,165 @@ class RowParser:
 
     def __post_init__(self):
         check_pair_limit(self.max_pairs_per_prompt)
-        used = {self.prompt_key, self.chosen_key, self.rejected_key, self.group_key}
-        used |= {self.weight_key or "weight", "probability", "conversations"}
+        keys = [key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None]
+        self._texts = tuple(dict.fromkeys((*keys, *TEXT_COLUMNS)))
+        self._emptied = {*self._texts, *SYSTEM_COLUMNS, "input", "history", "label", self.group_key}
+        used = {*keys, self.group_key, self.weight_key or "weight", "probability", "conversations"}
         self._used = used | set(STANDARD_COLUMNS)
-        self._prompts_given = False
+        self._has_groups = False
 
-    def parse(self, rows: NumberedRows, bad: BadRows, place: str) -> Columns:
-        """Parse numbered rows. ``place`` names a row in messages: a template of n (from 1) and i (from 0)."""
-        columns = Columns()
+    def parse(self, rows: NumberedRows, bad: BadRows, place: str) -> ParsedRows:
+        """Parse numbered rows. ``place`` names a row in messages: a template of n (from 1) and i (from 0).
+
+        Raises:
+            PreferenceDataError: another column of text could hold the prompt; or a row is bad, and those are raised.
+        """
+
+        def refuse(number: int, error: PreferenceDataError) -> None:
+            bad.meet(error, place.format(n=number, i=number - 1))
+
+        parsed = ParsedRows()
+        sound = parse_columns(self._standard(rows, parsed.layouts, refuse), self._texts, refuse)
+        self._has_groups = any(self.group_key in row for _, row in sound)
+        prompts = [self._find_prompt(row) for _, row in sound]
+        implicit = None
+        if not any(isinstance(found, Prompt) for found in prompts) and self.prompt_key in (None, "prompt"):
+            implicit = self._choose_implicit([row for _, row in sound if self._is_pair(row)], bad.source)
         unpaired: dict[PromptIdentity, _Rated] = {}
+        for (number, row), found in zip(sound, prompts, strict=True):
+            try:
+                if isinstance(found, PreferenceDataError):
+                    raise found
+                if self._is_pair(row):
+                    self._add_pair(row, found, implicit, number, parsed)
+                elif self._is_scored(row):
+                    self._add_scored(row, found, number, parsed)
+                else:
+                    self._add_rated(row, found, number, unpaired, parsed)
+            except PreferenceDataError as error:
+                refuse(number, error)
+        for position, rated in enumerate(unpaired.values()):
+            self._add_product(rated, position, parsed.columns, bad, place)
+        parsed.note_empty_prompts(place)
+        parsed.note_other_columns([row for _, row in sound], prompts, self._used)
+        return parsed
+
+    def _standard(
+        self, rows: NumberedRows, layouts: dict[int, str], refuse: Callable[[int, PreferenceDataError], None]
+    ) -> list[tuple[int, Mapping[str, Any]]]:
+        """Return the rows that are objects, with standard names where their layout is known, and nulls for NaN."""
+        sound: list[tuple[int, Mapping[str, Any]]] = []
         for number, row in rows:
             try:
                 if not isinstance(row, Mapping):
                     raise PreferenceDataError(f"got {show(row)}; expected an object with columns", reason="wrong type")
-                if self._is_unpaired(row):
-                    self._add_rated(row, number, unpaired)
-                else:
-                    self._add_pair(row, columns)
+                if row.get(self.chosen_key) is None and row.get(self.rejected_key) is None:
+                    row, layout = standard_row(row)
+                    if layout is not None:
+                        layouts[number] = layout
+                missing = [name for name in self._emptied if row.get(name) is not None and is_missing(row[name])]
+                sound.append((number, {**row, **dict.fromkeys(missing)} if missing else row))
             except PreferenceDataError as error:
-                bad.meet(error, place.format(n=number, i=number - 1))
-        for position, rated in enumerate(unpaired.values()):
-            self._add_product(rated, position, columns, bad, place)
-        return columns
+                refuse(number, error)
+        return sound
+
+    def _is_pair(self, row: Mapping[str, Any]) -> bool:
+        return not self._is_scored(row) and not self._is_unpaired(row)
 
     def _is_unpaired(self, row: Mapping[str, Any]) -> bool:
         if row.get(self.chosen_key) is not None or row.get(self.rejected_key) is not None:
             return False
         return row.get("completion") is not None or row.get("label") is not None
 
-    def _add_pair(self, row: Mapping[str, Any], columns: Columns) -> None:
+    def _is_scored(self, row: Mapping[str, Any]) -> bool:
+        if row.get(self.chosen_key) is not None or row.get(self.rejected_key) is not None:
+            return False
+        return row.get("completion") is None and row.get("completions") is not None
+
+    def _find_prompt(self, row: Mapping[str, Any]) -> Prompt | PreferenceDataError | None:
+        if self.prompt_key == "prompt":
+            try:
+                return find_prompt(row)
+            except PreferenceDataError as error:  # raised where the row is read, with its place
+                return error
+        if self.prompt_key is None or row.get(self.prompt_key) is None:
+            return None
+        return Prompt(row[self.prompt_key], (self.prompt_key,))
+
+    def _choose_implicit(self, rows: Sequence[Mapping[str, Any]], source: str) -> ImplicitPrompt:
+        """Choose how the responses of all rows hold their prompts.
+
+        Raises:
+            PreferenceDataError: another column could hold them.
+        """
+        pairs: list[tuple[Text, Text]] = []
+        for row in rows:
+            try:
+                pairs.append((response(row, self.chosen_key), response(row, self.rejected_key)))
+            except PreferenceDataError:  # raised where the row is read
+                continue
+        found = conversational_prompt(pairs)
+        others = [] if found or self.prompt_key is None or not pairs else prompt_candidates(rows, self._used)
+        if others:
+            named = " and ".join(map(repr, others))
+            columns = ", ".join(map(repr, dict.fromkeys(name for row in rows for name in row)))
+            raise PreferenceDataError(
+                f"there is no column 'prompt', and {named} may hold the prompts; columns found: {columns}; name the "
+                f"one that does, as in prompt_key={others[0]!r}, or say that none does with prompt_key=None",
+                reason="no prompt column",
+                source=source,
+            )
+        return found or opening_prompt(pairs)
+
+    def _checked_prompt(self, row: Mapping[str, Any], found: Prompt | None, number: int, parsed: ParsedRows) -> Text:
+        """Return the prompt of a row that must have one by its columns."""
+        if found is None:
+            value = require(row, self.prompt_key or "prompt", "prompt_key")
+            found = Prompt(value, (self.prompt_key or "prompt",))
+        prompt = checked_prompt(found.text, found.columns[-1])
+        parsed.layouts.setdefault(number, found.layout)
+        (parsed.filled if prompt else parsed.empty).append(number)
+        return prompt
+
+    def _add_pair(
+        self,
+        row: Mapping[str, Any],
+        found: Prompt | None,
+        implicit: ImplicitPrompt | None,
+        number: int,
+        parsed: ParsedRows,
+    ) -> None:
         chosen = response(row, self.chosen_key, "chosen_key")
         rejected = response(row, self.rejected_key, "rejected_key")
-        prompt, chosen, rejected = separate(self._prompt(row), chosen, rejected)
-        if conversation_text(chosen).strip() == conversation_text(rejected).strip():
+        if implicit is None:
+            prompt = self._checked_prompt(row, found, number, parsed)
+            prompt, own, rejected = separate(prompt, chosen, rejected)
+            if len(own) < len(chosen) and parsed.layouts[number] == STANDARD_LAYOUT:
+                parsed.layouts[number] = REPEATED_LAYOUT
+            chosen = own
+        else:
+            prompt, chosen, rejected = implicit.split(chosen, rejected)
+            chosen = checked_response(chosen, self.chosen_key)
+            rejected = checked_response(rejected, self.rejected_key)
+            parsed.layouts.setdefault(number, implicit.layout)
+            (parsed.filled if prompt else parsed.empty).append(number)
+        if joined_text(chosen).strip() == joined_text(rejected).strip():
             raise PreferenceDataError(
-                f"chosen and rejected are the same text, {reprlib.repr(conversation_text(chosen))}; "
+                f"chosen and rejected are the same text, {reprlib.repr(joined_text(chosen))}; "
                 "expected two different responses",
                 reason="identical pair",
             )
-        extra = {name: value for name, value in row.items() if name not in self._used}
+        extra = self._extra(row, found)
         probability, weight = optional_number(row, "probability", highest=1.0), self._weight(row)
         votes = extra.get("votes")
         if probability is None and isinstance(votes, Mapping) and {"chosen", "rejected"} <= votes.keys():
             probability, total = _voted(votes)
             weight = total if weight is None else weight
-        columns.add(prompt, chosen, rejected, weight, probability, self._group(row), extra)
+        parsed.columns.add(prompt, chosen, rejected, weight, probability, self._group(row), extra)
 
-    def _prompt(self, row: Mapping[str, Any]) -> Text | None:
-        column = self.prompt_key
-        if column not in row and column == "prompt" and row.get("conversations") is not None:
-            column = "conversations"
-        if row.get(column) is not None:
-            self._prompts_given = True
-            return checked_prompt(row[column], column)
-        # A hole in a column of prompts is a mistake; only where there is no such column do responses hold them.
-        if self._prompts_given or column in row or column != "prompt":
-            require(row, column, "prompt_key")
-        return None
+    def _extra(self, row: Mapping[str, Any], found: Prompt | None) -> dict[str, Any]:
+        used = self._used if found is None else self._used.union(found.columns)
+        return {name: value for name, value in row.items() if name not in used}
 
     def _weight(self, row: Mapping[str, Any]) -> float | None:
         if self.weight_key is not None:
@@ -594,10 +586,10 @@ class RowParser:
         return optional_number(row, self.weight_key or "weight")
 
     def _group(self, row: Mapping[str, Any]) -> Any:
-        if self.group_key != "group":
+        if self.group_key != "group" and not self._has_groups:
             require(row, self.group_key, "group_key")
-        group = row.get(self.group_key)
-        if group is not None and not isinstance(group, str | Real):
+        group = given_group(row.get(self.group_key))
+        if group is not None and not isinstance(group, str | Number):
             raise PreferenceDataError(
                 f"got {show(group)}; expected a string or a number",
                 reason="wrong type",
@@ -605,17 +597,27 @@ class RowParser:
             )
         return group
 
-    def _add_rated(self, row: Mapping[str, Any], number: int, unpaired: dict[PromptIdentity, _Rated]) -> None:
+    def _add_scored(self, row: Mapping[str, Any], found: Prompt | None, number: int, parsed: ParsedRows) -> None:
+        scored = scored_row(row)
+        parsed.layouts.setdefault(number, SCORED_LAYOUT)
+        prompt = self._checked_prompt(row, found, number, parsed)
+        extra = self._extra(row, found)
+        extra.pop("completions")
+        parsed.scored.append(ScoredCandidates(number, prompt, scored.responses, scored.scores, self._group(row), extra))
+
+    def _add_rated(
+        self,
+        row: Mapping[str, Any],
+        found: Prompt | None,
+        number: int,
+        unpaired: dict[PromptIdentity, _Rated],
+        parsed: ParsedRows,
+    ) -> None:
         completion = response(row, "completion")
-        label = require(row, "label")
-        liked = label if isinstance(label, bool) else _LABELS.get(str(label).strip().lower())
-        if liked is None:
-            raise PreferenceDataError(f"got {show(label)}; expected true or false", reason="wrong type", column="label")
-        prompt = self._prompt(row)
-        if prompt is None:
-            prompt = require(row, self.prompt_key, "prompt_key")
+        liked = read_label(require(row, "label"))
+        prompt = self._checked_prompt(row, found, number, parsed)
         group = self._group(row)
-        identity = prompt_identity(conversation_text(prompt), group)
+        identity = prompt_identity(joined_text(prompt), group)
         rated = unpaired.setdefault(identity, _Rated(prompt, group, number))
         (rated.liked if liked else rated.disliked).append((completion, self._weight(row)))
 
@@ -634,7 +636,7 @@ class RowParser:
         kept = choose_pairs(total, self.max_pairs_per_prompt, (self.seed, position), where)
         pairs = list(product(liked, disliked)) if kept is None else _nth_products(liked, disliked, kept)
         for (chosen, chosen_weight), (rejected, rejected_weight) in pairs:
-            if conversation_text(chosen).strip() == conversation_text(rejected).strip():
+            if joined_text(chosen).strip() == joined_text(rejected).strip():
                 error = PreferenceDataError(
                     f"a completion of this prompt is labelled both true and false: {show(chosen)}",
                     reason="identical pair",
@@ -670,21 +672,28 @@ def _nth_products(first: list, second: list, positions: np.ndarray) -> list[tupl
     return [(first[n // len(second)], second[n % len(second)]) for n in positions.tolist()]
 
 
-def separate(prompt: Text | None, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+def separate(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     """Bring a pair to (prompt, chosen, rejected) where the responses do not repeat the prompt.
 
-    Without a prompt it is what both share. Conversations that repeat the prompt's turns lose them, and a prompt
-    given as a string beside two whole conversations gives way to the turns that these share.
+    Conversations that repeat the prompt's turns lose them, and a prompt
+    given as a string beside two whole conversations gives way to the turns that these share; likewise beside two
+    transcripts of the form ``Human: … Assistant: …``.
     """
-    if prompt is None:
-        return split_prompt(chosen, rejected)
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        both = is_transcript(chosen) and is_transcript(rejected)
+        cut = split_transcript(chosen, rejected) if both else None
+        if cut is None:
+            return prompt, chosen, rejected
+        return chosen[: cut[0]], checked_response(chosen[cut[0] :], None), checked_response(rejected[cut[1] :], None)
     if isinstance(chosen, list) and isinstance(rejected, list):
-        if isinstance(prompt, str):
-            whole = chosen[0]["role"] in ("system", "user") and _shared_turns(chosen, rejected) > 0
-            return split_prompt(chosen, rejected) if whole else (prompt, chosen, rejected)
         turns = len(prompt)
         if len(chosen) > turns < len(rejected) and chosen[:turns] == rejected[:turns] == prompt:
             return prompt, chosen[turns:], rejected[turns:]
+        if chosen[0]["role"] in ("system", "user") and shared_turns(chosen, rejected) > 0:
+            shared, *responses = split_prompt(chosen, rejected)
+            if isinstance(prompt, list) and shared[-turns:] != prompt:
+                shared = [*prompt, *shared]  # such as a system message that stands apart
+            return shared, responses[0], responses[1]
     return prompt, chosen, rejected
 
 
@@ -776,8 +785,7 @@ def checked_prompt(value: Any, column: str | None) -> Text:
 
 def check_unicode(text: Text, column: str | None) -> None:
     """Refuse half surrogate pairs: they can be written in JSON escapes but are no text."""
-    parts = [text] if isinstance(text, str) else [message["content"] for message in text]
-    if not all(map(is_unicode, parts)):
+    if not all(map(is_unicode, message_texts(text))):
         raise PreferenceDataError(
             "the text holds half of a surrogate pair (a character cut in two); expected valid Unicode",
             reason="invalid Unicode",
@@ -788,14 +796,15 @@ def check_unicode(text: Text, column: str | None) -> None:
 def optional_number(row: Mapping[str, Any], column: str, highest: float = math.inf) -> float | None:
     """Return a number from 0 to ``highest``, or None when the row has none; text such as "0.5" is read."""
     value = row.get(column)
-    if value is None:
+    if value is None or (isinstance(value, str) and not value.strip()) or type(value).__name__ == "NAType":
         return None
     try:
-        number = float(value) if isinstance(value, Real | str) and not isinstance(value, bool) else math.nan
+        number = float(value) if isinstance(value, Real | Decimal | str) and not isinstance(value, bool) else math.nan
     except ValueError:
         number = math.nan
     if not (math.isfinite(number) and 0 <= number <= highest):
         expected = "a finite number ≥ 0" if highest == math.inf else f"a number from 0 to {highest:g}"
+        expected += " with a decimal point" * (isinstance(value, str) and "," in value)
         raise PreferenceDataError(f"got {show(value)}; expected {expected}", reason="bad number", column=column)
     return number
 

@@ -460,11 +460,7 @@ def test_numbers_name_cuda_devices():
     ("device", "error", "message"),
     [
         ("gpu", ValueError, "device must be one of auto, cpu, cuda, cuda:1, mps, ...: got 'gpu'"),
-        (
-            True,
-            TypeError,
-            "device must be a device such as 'auto', 'cpu', 'cuda:1', 1 or torch.device('cuda'): got bool",
-        ),
+        (True, TypeError, "device must be a device such as .*: got bool"),
         (None, TypeError, "got NoneType"),
         ("cuda:99", ValueError, "device='cuda:99' is not on this machine, which has cpu"),
         ("meta", ValueError, "is not on this machine, which has cpu"),

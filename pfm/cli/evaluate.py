@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli.rows import checked_row, find_reader
+from pfm.cli.rows import PromptKey, checked_row, find_reader, numbered_rows
 from pfm.cli.shell import (
     BadRowsOption,
     EncoderOfFlow,
@@ -60,6 +60,7 @@ def evaluate(
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
     reasoning: ReasoningOption = Reasoning.aside,
+    prompt_key: PromptKey = "prompt",
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
@@ -74,8 +75,10 @@ def evaluate(
         from pfm.refiner import wrap
 
         context = bool(fitted.metadata.get("context_dimension"))
-        scored = _read_scored(rows, on_bad_rows.value, prompted=context)
-        training = None if pairs is None else PreferencePairs.from_file(pairs, on_bad_rows=on_bad_rows.value)
+        scored = _read_scored(rows, on_bad_rows.value, prompted=context, prompt_key=prompt_key)
+        training = None
+        if pairs is not None:
+            training = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
         for path in (html, json_file):
             if path is not None:
                 make_folder(path.parent)
@@ -109,13 +112,13 @@ class _ScoredRow:
     independent: float | None
 
 
-def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool) -> list[_ScoredRow]:
+def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: str) -> list[_ScoredRow]:
     from pfm.rows import BadRows, PreferenceDataError
 
-    reader, unit = find_reader(path)
+    unit = find_reader(path)[1]
     bad = BadRows(str(path), on_bad_rows)
     found: list[_ScoredRow] = []
-    for number, value in reader(path, bad):
+    for number, value in numbered_rows(path, bad, prompt_key):
         try:
             found.append(_scored_row(value, prompted))
         except PreferenceDataError as error:
@@ -125,6 +128,7 @@ def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool) -> list[_Score
 
 
 def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
+    from pfm.identity import given_group
     from pfm.rows import PreferenceDataError, checked_response, conversation_text, require
 
     prompt, candidates = checked_row(value, False, prompted)
@@ -138,7 +142,7 @@ def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
         prompt,
         texts,
         [_score(score, "scores") for score in scores],
-        value.get("group"),
+        given_group(value.get("group")),
         None if further is None else _score(further, "independent_score"),
     )
 
@@ -200,10 +204,11 @@ def _report(
 
 
 def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: PreferencePairs) -> None:
+    from pfm.identity import normal_form
     from pfm.rows import conversation_text
 
-    seen = set(training.prompts)
-    leaked = sum(conversation_text(row.prompt) in seen for row in rows)
+    seen = set(map(normal_form, training.prompts))
+    leaked = sum(normal_form(conversation_text(row.prompt)) in seen for row in rows)
     if leaked:
         report.verdict.warnings.append(
             f"{leaked} of {len(rows)} prompts are among the training pairs too: figures on prompts that were trained "

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from pfm.cli.rows import PromptKey
 from pfm.cli.shell import (
     BadRowsOption,
     EncoderOfFlow,
@@ -48,6 +49,7 @@ def explain(
         int, typer.Option(min=0, help="Principal directions beside the mean displacement and the win probability.")
     ] = 2,
     max_outputs: Annotated[int, typer.Option(min=4, help="Look at so many outputs at most.")] = 10_000,
+    prompt_key: PromptKey = "prompt",
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
@@ -72,7 +74,7 @@ def explain(
         if isinstance(fitted, Composition):
             raise ValueError(f"{flow} is a composition: explain its flows one by one, as in {flow / 'flow-0'}")
 
-        rows = PreferencePairs.from_file(pairs, on_bad_rows=on_bad_rows.value)
+        rows = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
         for path in out or []:
             make_folder(path.parent)
         found = explain_flow(

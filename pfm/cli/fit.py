@@ -12,6 +12,7 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
+from pfm.cli.rows import PromptKey
 from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
@@ -44,7 +45,7 @@ def fit(
     pairs: Annotated[
         Path,
         typer.Argument(
-            help="Rows with prompt, chosen, rejected: .jsonl, .json, .csv or .parquet.",
+            help="Rows with prompt, chosen, rejected: .jsonl, .json, .csv, .tsv or .parquet.",
             show_default=False,
         ),
     ],
@@ -60,7 +61,7 @@ def fit(
     held_out: Annotated[
         float, typer.Option(help="Share of the prompts to measure the flow on, not to fit it; 0 for none.")
     ] = 0.1,
-    prompt_key: Annotated[str, typer.Option(help="Column of the prompt.")] = "prompt",
+    prompt_key: PromptKey = "prompt",
     chosen_key: Annotated[str, typer.Option(help="Column of the better response.")] = "chosen",
     rejected_key: Annotated[str, typer.Option(help="Column of the other response.")] = "rejected",
     weight_key: Annotated[
@@ -87,7 +88,7 @@ def fit(
 
         loaded = PreferencePairs.from_file(
             pairs,
-            prompt_key=prompt_key,
+            prompt_key=prompt_key or None,
             chosen_key=chosen_key,
             rejected_key=rejected_key,
             weight_key=weight_key,

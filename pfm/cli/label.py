@@ -16,7 +16,7 @@ from rich.text import Text
 
 from pfm.cli.generator import imported, make_generator
 from pfm.cli.lines import LineFile
-from pfm.cli.rows import find_reader
+from pfm.cli.rows import PromptKey, find_reader, numbered_rows
 from pfm.cli.shell import (
     SOME_FAILED,
     BadRowsOption,
@@ -62,6 +62,7 @@ def label(
             show_default="the language model below",
         ),
     ] = None,
+    prompt_key: PromptKey = "prompt",
     max_pairs: Annotated[
         int | None, typer.Option(min=1, help="Draw at most so many pairs of the candidates of one row.")
     ] = None,
@@ -168,7 +169,7 @@ def label(
             )
         if reasoning is Reasoning.keep:
             made.reasoning = "keep"
-        pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed))
+        pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed, prompt_key))
         if not pairs:
             raise ValueError(f"{rows}: no row has two different candidates")
         if out.exists() and out.samefile(rows):
@@ -213,16 +214,18 @@ class _Pair:
         return (self.row, *self.places)
 
 
-def _pairs(path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: int) -> Iterator[_Pair]:
+def _pairs(
+    path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: int, prompt_key: str
+) -> Iterator[_Pair]:
     """Read the rows, and yield their pairs in order."""
     from pfm.judges.base import candidate_pairs
     from pfm.rows import BadRows, PreferenceDataError, show
 
-    reader, unit = find_reader(path)
+    unit = find_reader(path)[1]
     bad = BadRows(str(path), on_bad_rows)
     origin = judge.describe() | ({"reasoning": "keep"} if judge.reasoning == "keep" else {})
     kept = 0
-    for number, value in reader(path, bad):
+    for number, value in numbered_rows(path, bad, prompt_key):
         try:
             if not isinstance(value, Mapping):
                 raise PreferenceDataError(f"got {show(value)}; expected an object with columns")

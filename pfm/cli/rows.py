@@ -7,12 +7,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from pfm.rows import BadRows
 
-__all__ = ["Row", "checked_row", "find_reader", "read_rows"]
+__all__ = ["PromptKey", "Row", "checked_row", "find_reader", "numbered_rows", "read_rows"]
+
+#: An option of every command that reads prompts.
+PromptKey = Annotated[
+    str, typer.Option(help="Column of the prompt; '' where none holds it. Known layouts of public data need none.")
+]
 
 
 @dataclass(frozen=True)
@@ -35,11 +42,60 @@ def find_reader(path: Path) -> tuple[Callable[[Path, BadRows], Iterator[tuple[in
     return reader, "line" if reader is read_jsonl else "row"
 
 
+def numbered_rows(path: Path, bad: BadRows, prompt_key: str = "prompt") -> Iterator[tuple[int, Any]]:
+    """Yield (number, row) of a file, with the row's prompt in the column "prompt" wherever it stands.
+
+    Conversations, and lists of candidates and scores, may be written as text. What is no object is left as it is.
+    """
+    from pfm.layouts import TEXT_COLUMNS, find_prompt
+    from pfm.row_errors import PreferenceDataError
+    from pfm.stringified import parse_columns
+
+    reader, unit = find_reader(path)
+
+    def refuse(number: int, error: PreferenceDataError) -> None:
+        bad.meet(error, f"{unit} {number}")
+
+    rows = [
+        (number, _with_lists(value) if isinstance(value, Mapping) else value) for number, value in reader(path, bad)
+    ]
+    objects = [(number, value) for number, value in rows if isinstance(value, Mapping)]
+    parsed = dict(parse_columns(objects, dict.fromkeys((prompt_key, *TEXT_COLUMNS, "output")), refuse))
+    for number, value in rows:
+        if not isinstance(value, Mapping):
+            yield number, value
+        elif number in parsed:
+            row = parsed[number]
+            try:
+                named = row.get(prompt_key)
+                found = find_prompt(row) if named is None else None
+            except PreferenceDataError as error:
+                refuse(number, error)
+                continue
+            prompt = named if found is None else found.text
+            yield number, row if prompt is None else {**row, "prompt": prompt}
+
+
+def _with_lists(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row with the lists that a table of text writes as text."""
+    from pfm.stringified import parse_literal
+
+    lists: dict[str, Any] = {}
+    for column in ("candidates", "scores"):
+        cell = row.get(column)
+        if isinstance(cell, str) and cell.lstrip().startswith("["):
+            try:
+                lists[column] = parse_literal(cell)
+            except ValueError:
+                continue  # refused where the column is read
+    return {**row, **lists} if lists else row
+
+
 def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool) -> list[Row]:
     """Read the rows to refine, bad ones with their error, in the order of the file."""
     from pfm.rows import BadRows, PreferenceDataError
 
-    reader, unit = find_reader(path)
+    unit = find_reader(path)[1]
     found: list[Row] = []
 
     def add(number: int, value: Any, error: PreferenceDataError | None, place: str) -> None:
@@ -60,11 +116,11 @@ def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool)
         def meet(self, error: PreferenceDataError, row: str, count: int = 1) -> None:
             add(int(row.split()[-1]), None, error, row)
 
-    for number, value in reader(path, Recorded(str(path), "drop")):
+    for number, value in numbered_rows(path, Recorded(str(path), "drop")):
         add(number, value, None, f"{unit} {number}")
     if not found:
         raise ValueError(f"{path}: there are no rows; expected at least one")
-    return found
+    return sorted(found, key=lambda row: row.number)  # what cannot be parsed was found first
 
 
 def checked_row(value: Any, drawn: bool, prompted: bool) -> tuple[Any, list[Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -209,7 +210,13 @@ def _in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     text = text.replace('on_bad_rows="drop"', "--on-bad-rows drop").replace("max_pairs_per_prompt=", "--max-pairs")
-    return _one_line(re.sub(r"\b(prompt|chosen|rejected|weight|group)_key=", r"--\1-key", text))
+    return _one_line(re.sub(r"\b(prompt|chosen|rejected|weight|group)_key=(None\b|'[^']*'|)", _key_option, text))
+
+
+def _key_option(found: re.Match[str]) -> str:
+    """Write ``prompt_key='question'`` as ``--prompt-key question``, and None as an empty name."""
+    value = {"None": "''", "": ""}.get(found[2], shlex.quote(found[2][1:-1]))
+    return f"--{found[1]}-key {value}".rstrip()
 
 
 def _one_line(text: str) -> str:
