@@ -100,10 +100,10 @@ def serve(
         int | None, typer.Option(help="Bodies in memory, of all requests; beyond it 503.", show_default="256 MiB")
     ] = None,
     text_characters: Annotated[
-        int | None, typer.Option(help="Longest text to encode; beyond it no judgement.", show_default="65536")
+        int | None, typer.Option(help="Longest text to encode; beyond it no judgement.", show_default="32768")
     ] = None,
     judged_characters: Annotated[
-        int | None, typer.Option(help="The same for all texts of one request.", show_default="262144")
+        int | None, typer.Option(help="The same for all texts of one request.", show_default="131072")
     ] = None,
     allowed_host: Annotated[
         list[str] | None,

@@ -89,8 +89,8 @@ class ServeConfig:
     request_bytes: int = 8 * 2**20
     reply_bytes: int = 16 * 2**20
     held_bytes: int = 256 * 2**20
-    text_characters: int = 65_536
-    judged_characters: int = 262_144
+    text_characters: int = 32_768
+    judged_characters: int = 131_072
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
 

@@ -294,7 +294,10 @@ class Upstream:
             Refused: the request cannot travel on (400), the upstream cannot be reached (502), or does not begin
                 to answer before the deadline (504).
         """
-        url, sent = self.url(path, query), self.headers(headers)
+        received = list(headers)
+        url, sent = self.url(path, query), self.headers(received)
+        if not isinstance(content, bytes):  # else it would travel in chunks, which not every server takes
+            sent += [(name, value) for name, value in received if name == b"content-length"]
         if self.redactor:  # what is compressed could not be searched for the key
             sent = [(name, value) for name, value in sent if name != b"accept-encoding"]
         if all(name != b"accept-encoding" for name, _ in sent):
