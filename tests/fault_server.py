@@ -101,7 +101,8 @@ class FaultServer(ThreadingHTTPServer):
         requests: (path, Authorization header, body) of each POST, in the order of arrival.
         outcomes: how many POST requests met which fault; those that met none are counted as "ok".
         chains: for each different body the faults that its requests met, in turn, "ok" for none.
-        most_at_once: the largest number of POST requests that were under way at one time.
+        under_way: POST requests that have arrived and are not done.
+        most_at_once: the largest number of them at one time.
     """
 
     daemon_threads = True
@@ -148,7 +149,7 @@ class FaultServer(ThreadingHTTPServer):
         self.most_at_once = 0
         self.lock = threading.Lock()
         self.released = threading.Event()
-        self._under_way = 0
+        self.under_way = 0
         self.chains: dict[str, list[str]] = {}
         self._served: Counter[str] = Counter()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
@@ -171,8 +172,8 @@ class FaultServer(ThreadingHTTPServer):
         text = json.dumps(body, sort_keys=True)
         with self.lock:
             self.requests.append((path, authorization, body))
-            self._under_way += 1
-            self.most_at_once = max(self.most_at_once, self._under_way)
+            self.under_way += 1
+            self.most_at_once = max(self.most_at_once, self.under_way)
             chain = self.chains.setdefault(text, [])
             uniform = random.Random(f"{self.seed}\n{text}\n{len(chain)}").random()
             fault = ""
@@ -188,7 +189,7 @@ class FaultServer(ThreadingHTTPServer):
     def leave(self) -> None:
         """Note that a request is done."""
         with self.lock:
-            self._under_way -= 1
+            self.under_way -= 1
 
     def texts(self, messages: list[dict[str, Any]], body: Mapping[str, Any], n: int) -> list[str]:
         """Write the replies of one request."""
