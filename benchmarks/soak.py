@@ -30,7 +30,7 @@ import httpx2
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
-from fault_server import default_reply, mixed_faults  # noqa: E402
+from fault_server import default_reply, mixed_faults  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 KINDS = {"ask": 0.62, "stream": 0.12, "pass": 0.1, "leave": 0.1, "stall": 0.06}
 REQUEST_SECONDS = 120.0  # in which a client must have its answer, restarts of the proxy included
