@@ -771,6 +771,27 @@ def test_a_streamed_answer_of_parts_arrives(refiner):
     assert chunks[-1].pfm["reason"] == whole["pfm"]["reason"] == "the answer is not text"
 
 
+def test_a_long_streamed_answer_leaves_the_event_loop_to_others():
+    order = []
+
+    async def send(message: Any) -> None:
+        order.append(message["type"])
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def both() -> None:
+        response = serve_app._streamed(iter([b"piece"] * 1000), [])
+        sending = asyncio.create_task(response({"type": "http"}, receive, send))
+        while not sending.done():
+            await asyncio.sleep(0)
+            order.append("another request")
+
+    asyncio.run(both())
+    last = len(order) - order[::-1].index("http.response.body")
+    assert order[:last].count("another request") > 10
+
+
 NUMBER = "9" * 400
 
 

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 PIECE_BYTES = 64 * 2**10  # of an answer, which a client takes within the deadline on sending
+PIECES_AT_ONCE = 32  # of a streamed answer, before other requests have their turn
 LOG_SECONDS = 60.0  # between two lines about one and the same lasting trouble
 T = TypeVar("T")
 
@@ -560,8 +561,10 @@ def _response(content: bytes, status: int, headers: list[Header]) -> Response:
 
 def _streamed(pieces: Iterator[bytes], headers: list[Header]) -> Response:
     async def each() -> AsyncIterator[bytes]:
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             yield piece
+            if number % PIECES_AT_ONCE == PIECES_AT_ONCE - 1:  # a client that reads fast never makes it wait
+                await asyncio.sleep(0)
 
     response = StreamingResponse(each(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
     response.raw_headers += [(name, value) for name, value in headers if name != b"cache-control"]

@@ -45,7 +45,8 @@ class ServeConfig:
             then never sees the clients' ``Authorization``. None: no token, and theirs is passed on.
         upstream_key_env: name of the environment variable that holds the key of the upstream.
         concurrency: requests worked on at once.
-        queue: requests that may wait beyond those; further ones are refused with status 429.
+        queue: requests that may wait beyond those, or whose bodies are still arriving; further ones are refused with
+            status 429.
         connections: calls of the upstream at once, over all requests.
         timeout: seconds for a request to wait its turn and to have its candidates drawn. Then the candidates
             that are there are judged; without any the status is 504.
