@@ -286,6 +286,30 @@ def test_a_request_with_much_to_encode_does_not_hold_up_the_others(flow):
     assert results[0].refinement.probabilities == pytest.approx(own.probabilities, abs=1e-5)
 
 
+def test_short_texts_wait_for_one_long_text_at_most(flow):
+    encoder = SlowEncoder()
+    judge = judging(flow, encoder)
+    ended: list[str] = []
+
+    async def refined(name: str, texts: list[str]) -> None:
+        await judge.refine(texts, MESSAGES, RULE)
+        ended.append(name)
+
+    async def all_of_them() -> None:
+        jobs = [asyncio.create_task(refined(f"long {k}", [f"{k} " + "word " * 6000])) for k in range(5)]
+        while not encoder.batches:
+            await asyncio.sleep(0.001)
+        jobs += [asyncio.create_task(refined(f"short {k}", [f"Yes {k}.", f"no {k} lol"])) for k in range(3)]
+        await asyncio.sleep(0)
+        encoder.may_encode.release(100)
+        await asyncio.gather(*jobs)
+
+    asyncio.run(all_of_them())
+    judge.close()
+    assert ended == ["long 0", "short 0", "short 1", "short 2", "long 1", "long 2", "long 3", "long 4"]
+    assert [len(batch) for batch in encoder.batches] == [1, 6, 1, 1, 1, 1]
+
+
 def test_what_a_gone_client_left_to_encode_is_dropped_between_slices(flow):
     encoder = SlowEncoder()
     judge = judging(flow, encoder)

@@ -23,7 +23,7 @@ __all__ = ["Judge", "Judged", "RememberingEncoder"]
 
 logger = logging.getLogger(__name__)
 
-# What is encoded before the waiting requests are looked at again: about a second of work on one core.
+# What is encoded before the waiting requests are looked at again: a few seconds of work on one core at most.
 SLICE_TEXTS = 64
 SLICE_CHARACTERS = 32_768
 # What one request contributes to a slice before it is another's turn.
@@ -140,6 +140,11 @@ class _Job:
     alone: bool = False
     result: Judged | BaseException | None = None
 
+    @property
+    def next_size(self) -> int:
+        """Characters of the text that is to be encoded next."""
+        return len(self.key) if self.prompt_waits else len(self.waiting[0]) if self.waiting else 0
+
 
 @dataclass
 class _Turn:
@@ -179,6 +184,7 @@ class Judge:
         self.encoder = RememberingEncoder(refiner.encoder)
         self._reads_prompts = bool(refiner.flow.metadata.get("context_dimension"))
         self._jobs: list[_Job] = []
+        self._long_is_next = False
         self._worker: asyncio.Task[None] | None = None
         self._thread = _Thread("pfm-judge")
 
@@ -227,7 +233,12 @@ class Judge:
         """Take texts of the waiting jobs in turn, at least one text; drop cancelled jobs."""
         self._jobs = [job for job in self._jobs if not job.future.done()]
         turns: dict[_Job, _Turn] = {}
-        waiting = deque(self._jobs)
+        # A long text has a slice to itself; every other slice is for short ones, so that they wait for one at most.
+        short = [job for job in self._jobs if job.next_size <= TURN_CHARACTERS]
+        long = [job for job in self._jobs if job.next_size > TURN_CHARACTERS]
+        waiting = deque(short if short and not (long and self._long_is_next) else long[:1])
+        if short and long:
+            self._long_is_next = not self._long_is_next
         characters = 0
         while waiting and (not turns or characters < SLICE_CHARACTERS):
             job = waiting.popleft()
@@ -235,7 +246,7 @@ class Judge:
             characters += turn.add(min(TURN_CHARACTERS, SLICE_CHARACTERS - characters))
             if sum(len(turn.texts) for turn in turns.values()) >= SLICE_TEXTS:
                 characters = SLICE_CHARACTERS
-            if job.waiting:
+            if job.waiting and job.next_size <= TURN_CHARACTERS:
                 waiting.append(job)
         # Those that were not served go first next time.
         unserved = [job for job in self._jobs if job not in turns]
