@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import resource
 import time
 from typing import Any, cast
 
@@ -37,6 +36,10 @@ def limited_protocol(config: ServeConfig) -> type[asyncio.Protocol]:
 
 def _affordable(config: ServeConfig) -> int:
     """Return the number of clients for which there are file descriptors, beside those of calls of the upstream."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return config.clients
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         return config.clients
