@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit slow peers gpu far clean
+.PHONY: quickstart test lint unit slow soak peers gpu far clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -61,6 +61,9 @@ far: $(VENV)/.installed
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
+
+soak: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.soak
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist *.egg-info quickstart runs multirun outputs

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -271,7 +271,7 @@ def _upgraded(module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor
     for name, part in module.named_modules():
         upgrade: Any = getattr(part, "upgraded", None)
         if callable(upgrade):
-            tensors = upgrade(tensors, f"{name}." if name else "")
+            tensors = cast(dict[str, Tensor], upgrade(tensors, f"{name}." if name else ""))
     return tensors
 
 

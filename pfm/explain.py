@@ -453,7 +453,7 @@ def _trait_changes(
             np.repeat(label_weight[:, None], len(names), axis=1),
         )
     ]
-    labelled = bootstrap.ratios(*sums)
+    labelled = bootstrap.ratios(sums[0], sums[1])
     correlation = _correlations(traits, above, outputs, bootstrap)
     equal: list[Estimate | None] = [None] * len(names)
     if "words" in names:

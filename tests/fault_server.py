@@ -39,7 +39,24 @@ FAULTS = {
     "content_filter": "a choice that a filter has emptied",
     "refused_content": "a request that a filter has refused",
 }
+# Answers that can be used, with something in them that must not harm whoever passes them on.
+ODDITIES = {
+    "utf8_header": "a header whose value is UTF-8",
+    "spoofed": "headers of the connection, of the proxy itself and of browsers' rules, and one that comes twice",
+    "bad_usage": "numbers of tokens that are NaN, infinite, negative or of 400 digits",
+    "deep": "JSON of 100,000 nested lists",
+    "many": "JSON of 600,000 small lists",
+    "quotes_key": "status 401, and a body that quotes the key, whole and cut",
+    "stale": "an answer after which the connection is kept open until the next request comes on it, and then closed",
+}
 MIXED = ("429", "500", "reset", "cut", "invalid_json", "empty_choices", "content_type", "hang", "trickle", "huge")
+SPOOFED = {
+    "connection": "x-hop, keep-alive",
+    "x-hop": "1",
+    "x-pfm-refined": "spoofed",
+    "x-pfm-reason": "spoofed",
+    "access-control-allow-origin": "*",
+}
 WORDS = ("stone", "river", "lamp", "garden", "wind", "paper", "bridge", "cloud")
 
 Reply = Callable[[list[dict[str, Any]], int], str]
@@ -84,7 +101,8 @@ class FaultServer(ThreadingHTTPServer):
         requests: (path, Authorization header, body) of each POST, in the order of arrival.
         outcomes: how many POST requests met which fault; those that met none are counted as "ok".
         chains: for each different body the faults that its requests met, in turn, "ok" for none.
-        most_at_once: the largest number of POST requests that were under way at one time.
+        under_way: POST requests that have arrived and are not done.
+        most_at_once: the largest number of them at one time.
     """
 
     daemon_threads = True
@@ -110,8 +128,9 @@ class FaultServer(ThreadingHTTPServer):
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.faults = dict(faults or {})
-        if unknown := self.faults.keys() - FAULTS.keys():
-            raise ValueError(f"unknown faults {sorted(unknown)}; known are {', '.join(FAULTS)}")
+        known = FAULTS | ODDITIES
+        if unknown := self.faults.keys() - known.keys():
+            raise ValueError(f"unknown faults {sorted(unknown)}; known are {', '.join(known)}")
         self.seed = seed
         self.delay = delay
         self.n = n
@@ -130,7 +149,7 @@ class FaultServer(ThreadingHTTPServer):
         self.most_at_once = 0
         self.lock = threading.Lock()
         self.released = threading.Event()
-        self._under_way = 0
+        self.under_way = 0
         self.chains: dict[str, list[str]] = {}
         self._served: Counter[str] = Counter()
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
@@ -153,8 +172,8 @@ class FaultServer(ThreadingHTTPServer):
         text = json.dumps(body, sort_keys=True)
         with self.lock:
             self.requests.append((path, authorization, body))
-            self._under_way += 1
-            self.most_at_once = max(self.most_at_once, self._under_way)
+            self.under_way += 1
+            self.most_at_once = max(self.most_at_once, self.under_way)
             chain = self.chains.setdefault(text, [])
             uniform = random.Random(f"{self.seed}\n{text}\n{len(chain)}").random()
             fault = ""
@@ -170,7 +189,7 @@ class FaultServer(ThreadingHTTPServer):
     def leave(self) -> None:
         """Note that a request is done."""
         with self.lock:
-            self._under_way -= 1
+            self.under_way -= 1
 
     def texts(self, messages: list[dict[str, Any]], body: Mapping[str, Any], n: int) -> list[str]:
         """Write the replies of one request."""
@@ -187,6 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: FaultServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
+    stale = False
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -204,6 +224,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         server = self.server
+        if self.stale:
+            self.close_connection = True
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fault = server.arrive(self.path, self.headers.get("Authorization"), body)
         try:
@@ -263,6 +286,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "content_type":
             self._send_bytes(200, b"<!DOCTYPE html><title>Welcome</title>", "text/html")
+        elif fault == "deep":
+            self._send_bytes(200, b'{"choices": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "application/json")
+        elif fault == "many":
+            self._send_bytes(200, b'{"choices": [' + b"[]," * 600_000 + b"1]}", "application/json")
+        elif fault == "quotes_key":
+            key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            message = f"Incorrect API key provided: {key}; that is {key[: len(key) // 2]}... or ...{key[-10:]}"
+            self._fail(401, message, "invalid_api_key", {"x-key": key})
         elif fault == "invalid_json":
             self._send_bytes(200, b'{"choices": [{"message": {"content": "half', "application/json")
         else:
@@ -272,6 +303,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _deliver(self, value: dict[str, Any], fault: str) -> None:
         server = self.server
         data = json.dumps(value).encode()
+        if fault == "bad_usage":
+            usage = (
+                f'"prompt_tokens": NaN, "completion_tokens": -5, "total_tokens": 1e400, "more": {{"d": {"9" * 400}}}'
+            )
+            data = json.dumps({**value, "usage": {}}).replace('"usage": {}', f'"usage": {{{usage}}}').encode()
+        self.stale = fault == "stale"
         if fault == "cut":
             self._head(200, "application/json", len(data))
             self.wfile.write(data[: len(data) // 2])
@@ -287,6 +324,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             for _ in range(server.huge_bytes // 1_000_000):
                 self.wfile.write(b" " * 1_000_000)
+            self.wfile.write(data)
+        elif fault == "utf8_header":
+            # http.server writes Latin-1
+            self._send_bytes(200, data, "application/json", {"x-model-name": "模型".encode().decode("latin-1")})
+        elif fault == "spoofed":
+            self._head(200, "application/json", len(data), {**SPOOFED, "x-twice": "1\r\nx-twice: 2"})
             self.wfile.write(data)
         else:
             self._send_bytes(200, data, "application/json")
@@ -386,7 +429,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--n", choices=("obey", "ignore", "refuse"), default="obey")
-    parser.add_argument("--fault", action="append", default=[], metavar="NAME=PROBABILITY", help=", ".join(FAULTS))
+    parser.add_argument(
+        "--fault", action="append", default=[], metavar="NAME=PROBABILITY", help=", ".join(FAULTS | ODDITIES)
+    )
     arguments = parser.parse_args()
     faults = {name: float(value) for name, _, value in (fault.partition("=") for fault in arguments.fault)}
     options = {"seed": arguments.seed, "delay": arguments.delay, "n": arguments.n, "port": arguments.port}

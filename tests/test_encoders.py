@@ -751,7 +751,7 @@ class Endpoint(BaseHTTPRequestHandler):
             key = self.headers.get("Authorization")
             return self.answer(401, {"error": {"message": f"wrong key: {key}"}})
         if server.behaviour == "hang":
-            server.released.wait(10)
+            server.released.wait(60)
         if server.behaviour == "slow first" and number == 1:
             time.sleep(0.3)
         dimension = body.get("dimensions", 8)
@@ -870,11 +870,9 @@ def test_the_clients_own_retries_are_used(endpoint):
 
 def test_a_hanging_server_is_given_up(endpoint):
     endpoint.behaviour = "hang"
-    started = time.monotonic()
     encoder = OpenAIEncoder("tiny", base_url=endpoint.url, cache=False, max_retries=0, timeout=0.3)
     with pytest.raises(EncodingError, match="Timeout"):
         encoder.encode(["a"])
-    assert time.monotonic() - started < 5
 
 
 def test_a_server_that_is_not_there_is_an_error():
@@ -1015,9 +1013,9 @@ def test_surface_features_are_bounded_and_belong_to_their_text(texts):
 
 @pytest.mark.parametrize("piece", [".", "“", "`", "(", "\n ", "a-"])
 def test_surface_features_take_hostile_text_in_their_stride(piece):
-    started = time.monotonic()
+    started = time.thread_time()  # work, not waiting for a core
     SurfaceEncoder().encode([piece * 200_000 + "x"])
-    assert time.monotonic() - started < 3
+    assert time.thread_time() - started < 3  # a quadratic one takes minutes
 
 
 def test_surface_describes_itself():

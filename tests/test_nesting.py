@@ -1,6 +1,7 @@
 """JSON from outside: what `json.loads` reads is read alike, and depth is refused before the parser meets it."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -37,3 +38,30 @@ def test_depth_is_refused_before_parsing(content):
 def test_what_is_no_json_stays_a_value_error(content):
     with pytest.raises(ValueError):
         parse_json(content)
+
+
+@pytest.mark.parametrize(
+    ("opening", "repeats", "offset"),
+    [("[", 199, 0), ('{"é\\\\": [', 99, 8), ('["\\\\\\"[", ', 199, 0)],  # of the third, one bracket is in a string
+)
+def test_the_place_of_too_much_depth_is_named_across_blocks(opening, repeats, offset):
+    padding = '["' + "é" * 300_000 + '", '
+    place = len(padding) + repeats * len(opening) + offset
+    with pytest.raises(ValueError, match=f"at character {place}$"):
+        parse_json(padding + opening * (MAX_NESTING + 1))
+
+
+def test_values_are_counted_outside_of_strings_only():
+    assert parse_json('["a,b:[{", {"c": 1}]', max_values=6) == ["a,b:[{", {"c": 1}]
+    with pytest.raises(ValueError, match="more than 4 values"):
+        parse_json("[1,2,3,4,5,6]", max_values=4)
+
+
+def test_counting_takes_memory_of_the_texts_own_order():
+    content = "[" + "[]," * 1_000_000 + "1" + "]" * 300
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="more than 1000 values"):
+        parse_json(content, max_values=1000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * len(content)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -79,13 +80,18 @@ def test_one_that_fails_leaves_the_texts_of_the_others():
 
 
 def test_the_generators_work_at_the_same_time():
-    def slow(prompt: str) -> str:
-        time.sleep(0.05)
-        return prompt
+    begun = {name: threading.Event() for name in ("one", "two", "three")}
 
-    started = time.monotonic()
-    assert len(list(GeneratorPool({"one": slow, "two": slow, "three": slow}).draws(PROMPTS[:4], 6))) == 4
-    assert time.monotonic() - started < 0.9  # one after the other they take 1.2 s
+    def named(name: str) -> Callable[[str], str]:
+        def reply(prompt: str) -> str:
+            begun[name].set()
+            assert all(other.wait(60) for other in begun.values())
+            return prompt
+
+        return reply
+
+    draws = list(GeneratorPool({name: named(name) for name in begun}).draws(PROMPTS[:4], 6))
+    assert [draw.error for draw in draws] == [None] * 4
 
 
 def test_a_pool_of_servers_counts_all_calls_and_tokens():

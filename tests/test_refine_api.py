@@ -185,21 +185,20 @@ def test_runs_through_faults_end_in_the_file_of_a_run_without(flow, tmp_path):
 
 def test_ctrl_c_ends_at_once_though_the_server_hangs_and_repeats_no_finished_call(flow, tmp_path):
     out, prompts = tmp_path / "refined.jsonl", prompts_file(tmp_path)
-    with FaultServer(delay=0.1) as server:
+    with FaultServer(delay=0.1, hang=600) as server:
         given = arguments(prompts, flow, out, server.url, "--concurrency", 2)
-        hung = 0.0
 
         def ready() -> bool:
-            nonlocal hung
             if not out.exists() or not out.stat().st_size:
                 return False
             server.faults = {"hang": 1.0}
-            time.sleep(0.5)  # by now it waits for answers that do not come
-            hung = time.monotonic()
+            if server.outcomes["hang"] < 2:
+                return False
+            time.sleep(0.5)  # it waits for answers that do not come, and has time to take in those that came before
             return True
 
         stopped = interrupt(given, tmp_path, ready)
-        assert time.monotonic() - hung < 10  # and not the client's ten minutes
+        assert server.under_way == 2  # they still do not
         assert stopped.returncode == 130
         assert "Traceback" not in stopped.stderr
         kept = len(read_rows(out))

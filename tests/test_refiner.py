@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import re
+import threading
 import time
 import warnings
 from typing import Any
@@ -753,19 +754,25 @@ def test_progress_bar_can_be_silenced(capsys, monkeypatch):
 
 
 def test_abatch_leaves_the_event_loop_free():
-    refiner = wrap(lambda prompt: time.sleep(0.05) or prompt, LinearFlow(), encoder=LetterEncoder(), n=1)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def reply(prompt):
+        asked.set()
+        assert go_on.wait(60)
+        return prompt
+
+    refiner = wrap(reply, LinearFlow(), encoder=LetterEncoder(), n=1)
 
     async def work():
-        ticks = 0
         task = asyncio.create_task(refiner.abatch(["b", "c"], progress=False))
-        while not task.done():
-            await asyncio.sleep(0.005)
-            ticks += 1
-        return await task, ticks
+        while not asked.is_set():
+            await asyncio.sleep(0.001)
+        go_on.set()  # which a loop that is held up could not
+        return await task
 
-    results, ticks = asyncio.run(work())
+    results = asyncio.run(work())
     assert [result.text for result in results] == ["b", "c"]
-    assert ticks > 3
+    assert [result.error for result in results] == [None, None]
 
 
 def test_refinement_to_json_and_back():

@@ -158,10 +158,10 @@ def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:
 
     rows = held.gather(torch.arange(len(held)))
     gap = flow.win_probability(held.chosen, rows.context) - flow.win_probability(held.rejected, rows.context)
-    right = 0.5 + 0.5 * (2 * rows.probability - 1) * gap.cpu().sign()
+    right = 0.5 + 0.5 * (2 * rows.probability - 1) * gap.sign()
     names, member = held.group.unique(return_inverse=True)
     totals = [torch.zeros(len(names)).index_add_(0, member, part) for part in (right * rows.weight, rows.weight)]
-    estimate = Bootstrap(len(names)).ratio(*totals)
+    estimate = Bootstrap(len(names)).ratio(totals[0], totals[1])
     if estimate is None:
         raise ValueError("the held-out pairs have weight 0 in all: choose another --seed or --held-out")
     return estimate

@@ -80,6 +80,47 @@ def serve(
             show_default="strip",
         ),
     ] = None,
+    judge_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for a request to be judged; then the original is the answer.", show_default="60"),
+    ] = None,
+    grace: Annotated[
+        float | None, typer.Option(help="Seconds that a shutdown waits for requests under way.", show_default="30")
+    ] = None,
+    read_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for a request's headers, and for its body, to arrive.", show_default="30"),
+    ] = None,
+    send_timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds for a client to take the next 64 KiB of its answer.", show_default="30"),
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option(help="Connections of clients; further ones are closed.", show_default="1024")
+    ] = None,
+    request_bytes: Annotated[
+        int | None, typer.Option(help="Largest chat request; beyond it status 413.", show_default="8 MiB")
+    ] = None,
+    reply_bytes: Annotated[
+        int | None, typer.Option(help="Largest answer of the upstream to choose among.", show_default="16 MiB")
+    ] = None,
+    held_bytes: Annotated[
+        int | None, typer.Option(help="Bodies in memory, of all requests; beyond it 503.", show_default="256 MiB")
+    ] = None,
+    text_characters: Annotated[
+        int | None, typer.Option(help="Longest text to encode; beyond it no judgement.", show_default="32768")
+    ] = None,
+    judged_characters: Annotated[
+        int | None, typer.Option(help="The same for all texts of one request.", show_default="131072")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Host name of this proxy, beside loopback's; may be repeated."),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ORIGIN", help="Web pages that may use it (https://chat.example); may be repeated."),
+    ] = None,
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
@@ -115,6 +156,18 @@ def serve(
             "connections": connections,
             "timeout": timeout,
             "reasoning": None if reasoning is None else reasoning.value,
+            "judge_timeout": judge_timeout,
+            "grace": grace,
+            "read_timeout": read_timeout,
+            "send_timeout": send_timeout,
+            "clients": clients,
+            "request_bytes": request_bytes,
+            "reply_bytes": reply_bytes,
+            "held_bytes": held_bytes,
+            "text_characters": text_characters,
+            "judged_characters": judged_characters,
+            "allowed_hosts": allowed_host or None,
+            "allowed_origins": allowed_origin or None,
             "encoder": encoder,
         }
         settings = _settings(config, given)

@@ -6,6 +6,7 @@ It needs the extra ``serve``: ``pip install "preference-flow[serve]"``.
 try:
     import fastapi  # noqa: F401
     import httpx2  # noqa: F401
+    import prometheus_client  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:
     raise ImportError(f'pfm serve lacks {error.name}: pip install "preference-flow[serve]"', name=error.name) from error

@@ -23,6 +23,7 @@ __all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read"]
 
 EXTENSION = "pfm"
 HEADER = "x-pfm-"
+MAX_VALUES = 500_000  # of a body; one with more is passed through unread
 _OPTIONS = ("refine", "n", "by", "margin", "strength")
 # Fields whose answers have a shape or a meaning that choosing among texts would break.
 _NOT_TEXT = ("tools", "functions", "tool_choice", "function_call", "logprobs", "top_logprobs", "audio", "prediction")
@@ -55,6 +56,7 @@ class Asked:
         stream: whether the answer is to be streamed.
         include_usage: whether the stream is to end with the usage.
         plain: why the answer is not refined but passed through; None if it is refined.
+        unjudged: why one answer is drawn and not judged, where its prompt is too long to encode.
     """
 
     body: dict[str, Any] | None
@@ -65,6 +67,7 @@ class Asked:
     stream: bool = False
     include_usage: bool = False
     plain: str | None = None
+    unjudged: str | None = None
 
     @property
     def key(self) -> str:
@@ -85,7 +88,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
         Refused: the extension asks for what there is not; status 400.
     """
     try:
-        body = parse_json(content)
+        body = parse_json(content, max_values=MAX_VALUES)
     except ValueError:
         body = None
     if not isinstance(body, dict):
@@ -116,8 +119,12 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
     if prompt is None:
         return dataclasses.replace(asked, plain="a message is not text")
     asked = dataclasses.replace(asked, prompt=prompt)
-    if not is_usable_text(asked.key):
+    key = asked.key
+    if not is_usable_text(key):
         return dataclasses.replace(asked, plain="the prompt is empty or not valid text")
+    if len(key) > config.text_characters and refiner.flow.metadata.get("context_dimension"):
+        reason = f"the prompt is longer than {config.text_characters} characters"
+        return dataclasses.replace(asked, n=1, unjudged=reason)
     return asked
 
 
@@ -190,7 +197,7 @@ def _options(extension: Any, headers: Mapping[str, str]) -> dict[str, Any]:
         raise _bad("", f"must be an object or a boolean, got {type(extension).__name__}")
     unknown = [name for name in extension if name not in _OPTIONS]
     if unknown:
-        raise _bad(unknown[0], f"is unknown; known are {', '.join(_OPTIONS)}")
+        raise _bad(_shown(unknown[0])[1:-1], f"is unknown; known are {', '.join(_OPTIONS)}")
     return found | extension
 
 
@@ -199,18 +206,18 @@ def _from_header(name: str, text: str) -> Any:
         return text
     if name == "refine":
         if text.lower() not in _TRUE + _FALSE:
-            raise _bad(name, f"must be true or false, got {text!r}")
+            raise _bad(name, f"must be true or false, got {_shown(text)}")
         return text.lower() in _TRUE
     try:
         return int(text) if name == "n" else float(text)
     except ValueError:
-        raise _bad(name, f"must be a number, got {text!r}") from None
+        raise _bad(name, f"must be a number, got {_shown(text)}") from None
 
 
 def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -> tuple[int, Rule | None]:
     n, most, decoder = options.get("n", refiner.n), max(config.max_n, refiner.n), refiner.decoder
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-        raise _bad("n", f"must be an integer from 1 to {most}, got {n!r}")
+        raise _bad("n", f"must be an integer from 1 to {most}, got {_shown(n)}")
     asked = {name: options[name] for name in ("by", "margin", "strength") if name in options}
     if not isinstance(decoder, Select):
         if asked:
@@ -219,20 +226,31 @@ def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -
     by = asked.get("by", decoder.by)
     if "strength" in asked and "by" not in asked:
         by = "sample"  # the one rule that strength has a meaning for
-    if by not in RULES:
-        raise _bad("by", f"must be one of {', '.join(RULES)}, got {by!r}")
+    if not isinstance(by, str) or by not in RULES:
+        raise _bad("by", f"must be one of {', '.join(RULES)}, got {_shown(by)}")
     margin, strength = asked.get("margin", decoder.margin), asked.get("strength", decoder.strength)
     if margin is not None and not _is_number(margin):
-        raise _bad("margin", f"must be a number, or null for the flow's own, got {margin!r}")
+        raise _bad("margin", f"must be a number, or null for the flow's own, got {_shown(margin)}")
     if not (_is_number(strength) and 0 <= strength < math.inf):
-        raise _bad("strength", f"must be a finite number of at least 0, got {strength!r}")
+        raise _bad("strength", f"must be a finite number of at least 0, got {_shown(strength)}")
     if "strength" in asked and strength != 1 and by != "sample":
         raise _bad("strength", f"has no effect with by={by}: the highest score stays the highest; use by=sample")
     return n, Rule(by, margin, float(strength) if by == "sample" else 1.0, decoder.seed)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return not math.isnan(value)
+    except OverflowError:  # an integer beyond what a float holds
+        return False
+
+
+def _shown(value: Any) -> str:
+    """Write a value of a request for a message: in ASCII, since it may hold half a character, and not at any length."""
+    text = ascii(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _bad(name: str, problem: str) -> Refused:

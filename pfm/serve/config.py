@@ -7,12 +7,28 @@ import json
 import math
 import os
 import tomllib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 __all__ = ["ServeConfig", "is_loopback", "read_settings"]
+
+# Settings that are whole numbers, and the least they may be.
+_LEAST = {
+    "max_n": 1,
+    "concurrency": 1,
+    "queue": 0,
+    "connections": 1,
+    "port": 0,
+    "clients": 1,
+    "request_bytes": 1,
+    "reply_bytes": 1,
+    "held_bytes": 1,
+    "text_characters": 1,
+    "judged_characters": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +45,27 @@ class ServeConfig:
             then never sees the clients' ``Authorization``. None: no token, and theirs is passed on.
         upstream_key_env: name of the environment variable that holds the key of the upstream.
         concurrency: requests worked on at once.
-        queue: requests that may wait beyond those; further ones are refused with status 429.
+        queue: requests that may wait beyond those, or whose bodies are still arriving; further ones are refused with
+            status 429.
         connections: calls of the upstream at once, over all requests.
         timeout: seconds for a request to wait its turn and to have its candidates drawn. Then the candidates
             that are there are judged; without any the status is 504.
         judge_timeout: seconds for encoding and judging; then the original is the answer.
         grace: seconds that a shutdown waits for requests under way.
+        read_timeout: seconds in which the headers of a request must arrive, and then the whole body of a chat
+            request; of other requests the next piece of the body.
+        send_timeout: seconds in which a client must take the next 64 KiB of its answer.
+        clients: connections of clients at once; further ones are closed.
+        request_bytes: the largest body of a chat request; beyond it the status is 413.
+        reply_bytes: the largest answer of the upstream that is read as a candidate.
+        held_bytes: bodies of all requests and answers held in memory at one time; beyond it the status is 503.
+        text_characters: the longest prompt and the longest candidate that are encoded; beyond it the original is
+            the answer.
+        judged_characters: the same for all texts of one request together.
+        allowed_hosts: names, beside those of this machine, under which a proxy that listens on loopback is asked
+            (the ``Host`` header); ``"*"`` allows all. Given any, they hold wherever it listens.
+        allowed_origins: web pages that may use the proxy from a browser, as ``https://chat.example``, beside those
+            of this machine; ``"*"`` allows all.
 
     Raises:
         TypeError, ValueError: a setting is of another type or out of range, with its name.
@@ -53,16 +84,26 @@ class ServeConfig:
     timeout: float = 120.0
     judge_timeout: float = 60.0
     grace: float = 30.0
+    read_timeout: float = 30.0
+    send_timeout: float = 30.0
+    clients: int = 1024
+    request_bytes: int = 8 * 2**20
+    reply_bytes: int = 16 * 2**20
+    held_bytes: int = 256 * 2**20
+    text_characters: int = 32_768
+    judged_characters: int = 131_072
+    allowed_hosts: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "upstream", _checked_upstream(self.upstream))
-        for name, least in (("max_n", 1), ("concurrency", 1), ("queue", 0), ("connections", 1), ("port", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("timeout", "judge_timeout", "grace"):
+        for name in ("timeout", "judge_timeout", "grace", "read_timeout", "send_timeout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number of seconds, got {value!r}")
@@ -70,6 +111,11 @@ class ServeConfig:
                 raise ValueError(f"{name} must be a positive number of seconds, got {value}")
         if self.port > 65535:
             raise ValueError(f"port must be at most 65535, got {self.port}")
+        for name in ("request_bytes", "reply_bytes"):
+            if getattr(self, name) > self.held_bytes:
+                raise ValueError(f"{name} must be at most held_bytes={self.held_bytes}, got {getattr(self, name)}")
+        object.__setattr__(self, "allowed_hosts", _checked_names("allowed_hosts", self.allowed_hosts, _is_host))
+        object.__setattr__(self, "allowed_origins", _checked_names("allowed_origins", self.allowed_origins, _is_origin))
         if self.upstream_key_env and not self.token_env and not is_loopback(self.host):
             raise ValueError(
                 f"upstream_key_env without token_env on {self.host}: whoever reaches it could use the upstream's key; "
@@ -117,6 +163,31 @@ def is_loopback(host: str) -> bool:
         return True
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _checked_names(name: str, values: Any, valid: Callable[[str], bool]) -> tuple[str, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"{name} must be a list of texts, got {values!r}")
+    shown = "host names, as proxy.example" if name == "allowed_hosts" else "origins, as https://chat.example"
+    for value in values:
+        if value != "*" and not valid(value):
+            raise ValueError(f'{name} must hold {shown}, or "*"; got {value!r}')
+    return tuple(values)
+
+
+def _is_host(value: str) -> bool:
+    try:
+        return urlsplit(f"//{value}").hostname == value.lower()
+    except ValueError:
+        return False
+
+
+def _is_origin(value: str) -> bool:
+    scheme, separator, place = value.partition("://")
+    try:
+        return bool(scheme and separator and urlsplit(value).hostname and place == urlsplit(value).netloc)
     except ValueError:
         return False
 

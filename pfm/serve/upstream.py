@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import hashlib
+import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -17,31 +18,40 @@ from pfm.generators.base import is_usable_text
 from pfm.nesting import parse_json
 from pfm.proxies import proxied_client, proxy_of
 from pfm.reasoning import field_reasoning, read_content
-from pfm.serve.asked import HEADER
+from pfm.serve.access import INSTANCE
+from pfm.serve.answer import to_json
+from pfm.serve.asked import HEADER, MAX_VALUES
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 from pfm.serve.metrics import Metrics
+from pfm.serve.places import HeldBytes
+from pfm.serve.redaction import Redactor
 
-__all__ = ["Choice", "Drawn", "Reply", "Upstream", "returned_headers", "summed"]
+__all__ = ["Choice", "Drawn", "Header", "Reply", "Upstream", "in_background", "summed"]
 
 CONNECT_SECONDS = 10.0
 MODELS_KEPT = 1024
-REPLY_BYTES = 64 * 2**20
+BACKGROUND_BYTES = 64 * 2**10  # larger bodies are read and written in a thread
+# Of a number of tokens; beyond it JSON's readers lose digits.
+MOST_TOKENS = 2**53
+# Headers are bytes: what they mean beyond ASCII is a matter of those who wrote and read them.
+Header = tuple[bytes, bytes]
 # They belong to one connection, not to the message (RFC 9110, section 7.6.1).
 _OF_CONNECTION = frozenset(
     (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
     )
 )
-_OF_BODY = frozenset(("content-length", "content-encoding", "content-type"))
+_OF_BODY = frozenset((b"content-length", b"content-encoding", b"content-type"))
+_OF_SERVER = frozenset((b"date", b"server"))
 
 
 @dataclass
@@ -51,14 +61,14 @@ class Reply:
     Attributes:
         status: HTTP status.
         headers: those that travel back, without what describes the body.
-        kind: the content type.
+        kind: the content type, empty if there is none.
         content: the body, decoded.
         data: the body where it is a chat completion.
     """
 
     status: int
-    headers: list[tuple[str, str]]
-    kind: str
+    headers: list[Header]
+    kind: bytes
     content: bytes
     data: dict[str, Any] | None
 
@@ -152,9 +162,10 @@ class Upstream:
         self.config = config
         self.metrics = metrics
         self.instance = instance
+        self.redactor = Redactor(key)
         self._key = key
         self._strip = strip or key is not None
-        self._one_a_call: OrderedDict[str, None] = OrderedDict()  # models for which the upstream does not heed n
+        self._one_a_call: OrderedDict[bytes, None] = OrderedDict()  # models for which the upstream does not heed n
         self._proxy = proxy_of(config.upstream)
         self._client = proxied_client(
             httpx2.AsyncClient,
@@ -173,7 +184,13 @@ class Upstream:
     # -- draws ---------------------------------------------------------------------------------------------
 
     async def draw(
-        self, body: Mapping[str, Any], headers: Iterable[tuple[str, str]], query: str, n: int, deadline: float
+        self,
+        body: Mapping[str, Any],
+        headers: Iterable[Header],
+        query: bytes,
+        n: int,
+        deadline: float,
+        held: HeldBytes,
     ) -> Drawn:
         """Draw up to n candidates: with one call, topped up by parallel ones where that gives fewer.
 
@@ -185,10 +202,15 @@ class Upstream:
             query: the query of the client's URL.
             n: candidates.
             deadline: time of the event loop at which drawing ends; what is there then is returned.
+            held: where the bytes of the answers are counted.
+
+        Raises:
+            Refused: the query cannot travel on.
         """
-        ask = _Ask(self, dict(body), self.headers(headers), self.url("chat/completions", query), deadline)
+        url = self.url("chat/completions", query)
+        ask = _Ask(self, dict(body), self.headers(headers), url, deadline, held)
         drawn = Drawn()
-        model = str(body.get("model"))
+        model = hashlib.blake2b(to_json(body.get("model")), digest_size=16).digest()
         if n > 1 and model not in self._one_a_call:
             first = await ask.once(n=n)
             if isinstance(first, Reply) and first.status in (400, 422):
@@ -211,43 +233,56 @@ class Upstream:
                 drawn.add(result, n)
         return drawn
 
-    def _note_one_a_call(self, model: str) -> None:
+    def _note_one_a_call(self, model: bytes) -> None:
         self._one_a_call[model] = None
         while len(self._one_a_call) > MODELS_KEPT:
             self._one_a_call.popitem(last=False)
 
-    async def call(self, content: bytes, headers: dict[str, str], url: str, deadline: float) -> Reply | Refused:
+    async def call(
+        self, content: bytes, headers: list[Header], url: httpx2.URL, deadline: float, held: HeldBytes
+    ) -> Reply | Refused:
         """Send one chat request and read the whole answer; what fails is returned, not raised."""
-        result = await self._called(content, headers, url, deadline)
-        self.metrics.upstream_calls.add(
-            status=str(result.status) if isinstance(result, Reply) else f"proxy_{result.outcome}"
-        )
+        result = await self._called(content, headers, url, deadline, held)
+        self.metrics.upstream_calls.labels(
+            str(result.status) if isinstance(result, Reply) else f"proxy_{result.outcome}"
+        ).inc()
         return result
 
-    async def _called(self, content: bytes, headers: dict[str, str], url: str, deadline: float) -> Reply | Refused:
+    async def _called(
+        self, content: bytes, headers: list[Header], url: httpx2.URL, deadline: float, held: HeldBytes
+    ) -> Reply | Refused:
+        def build() -> httpx2.Request:
+            return self._client.build_request("POST", url, content=content, headers=headers)
+
+        pieces, size = [], 0
         try:
-            async with (
-                asyncio.timeout_at(deadline),
-                self._client.stream("POST", url, content=content, headers=_raw(headers)) as response,
-            ):
-                pieces, size = [], 0
-                async for piece in response.aiter_bytes():
-                    size += len(piece)
-                    if size > REPLY_BYTES:
-                        return Refused(
-                            502,
-                            f"the upstream's answer is larger than {REPLY_BYTES >> 20} MiB",
-                            outcome="upstream_failed",
-                        )
-                    pieces.append(piece)
+            async with asyncio.timeout_at(deadline):
+                response = await self._sent(build, repeatable=True)
+                try:
+                    _check_status(response.status_code)
+                    async for piece in response.aiter_bytes():
+                        size += len(piece)
+                        if size > self.config.reply_bytes:
+                            return Refused(
+                                502,
+                                f"the upstream's answer is larger than {self.config.reply_bytes} bytes",
+                                outcome="upstream_failed",
+                            )
+                        held.add(len(piece))
+                        pieces.append(piece)
+                finally:
+                    await response.aclose()
         except TimeoutError:
             return self.timed_out()
         except (httpx2.RequestError, httpx2.StreamError) as error:
             return self.failed(error)
-        whole = b"".join(pieces)
-        data = _completion(whole) if response.status_code == 200 else None
-        kind = response.headers.get("content-type", "")
-        return Reply(response.status_code, returned_headers(response.headers), kind, whole, data)
+        except Refused as error:
+            return error
+        status = response.status_code
+        whole = self.redactor.whole(b"".join(pieces), error=status >= 400)
+        data = await in_background(_completion, whole, size) if status == 200 else None
+        kind = b"".join(value for name, value in response.headers.raw if name.lower() == b"content-type")
+        return Reply(status, self.returned(response, body=False), kind, whole, data)
 
     # -- passing through -----------------------------------------------------------------------------------
 
@@ -255,41 +290,89 @@ class Upstream:
         self,
         method: str,
         path: str,
-        query: str,
-        headers: Iterable[tuple[str, str]],
+        query: bytes,
+        headers: Iterable[Header],
         content: bytes | AsyncIterator[bytes],
         deadline: float,
+        own: Callable[[Callable[[], Coroutine[Any, Any, None]]], object],
     ) -> httpx2.Response:
-        """Send a request as it is; the answer's body is still to be read, raw, and to be closed.
+        """Send a request as it is; the answer's body is still to be read, raw.
+
+        Args:
+            method, path, query, headers, content: of the client's request.
+            deadline: time of the event loop at which the answer must have begun.
+            own: called with what closes the answer as soon as there is one, so that it is closed whatever happens.
 
         Raises:
-            Refused: the upstream cannot be reached (502), or does not begin to answer before the deadline (504).
+            Refused: the request cannot travel on (400), the upstream cannot be reached (502), or does not begin
+                to answer before the deadline (504).
         """
-        sent = self.headers(headers)
-        # Without the client's own word for it the answer must come as it can read it: plain.
-        sent.setdefault("accept-encoding", "identity")
-        request = self._client.build_request(method, self.url(path, query), headers=_raw(sent), content=content)
-        if isinstance(content, bytes) and not content and method in ("GET", "HEAD", "DELETE"):
-            request.headers.pop("content-length", None)
+        received = list(headers)
+        url, sent = self.url(path, query), self.headers(received)
+        if not isinstance(content, bytes):  # else it would travel in chunks, which not every server takes
+            sent += [(name, value) for name, value in received if name == b"content-length"]
+        if self.redactor:  # what is compressed could not be searched for the key
+            sent = [(name, value) for name, value in sent if name != b"accept-encoding"]
+        if all(name != b"accept-encoding" for name, _ in sent):
+            # Without the client's own word for it the answer must come as it can read it: plain.
+            sent.append((b"accept-encoding", b"identity"))
+
+        def build() -> httpx2.Request:
+            request = self._client.build_request(method, url, headers=sent, content=content)
+            if isinstance(content, bytes) and not content and method in ("GET", "HEAD", "DELETE"):
+                request.headers.pop("content-length", None)
+            return request
+
         try:
             async with asyncio.timeout_at(deadline):
-                response = await self._client.send(request, stream=True)
+                response = await self._sent(build, repeatable=isinstance(content, bytes))
+                own(response.aclose)
+            _check_status(response.status_code)
         except TimeoutError:
             error = self.timed_out()
         except httpx2.RequestError as problem:
             error = self.failed(problem)
+        except Refused as problem:
+            error = problem
         else:
-            self.metrics.upstream_calls.add(status=str(response.status_code))
+            self.metrics.upstream_calls.labels(str(response.status_code)).inc()
             return response
-        self.metrics.upstream_calls.add(status=f"proxy_{error.outcome}")
+        self.metrics.upstream_calls.labels(f"proxy_{error.outcome}").inc()
         raise error
+
+    def body(self, response: httpx2.Response) -> AsyncIterator[bytes]:
+        """Return the pieces of an answer as they come, without the proxy's own key."""
+        if not self.redactor:
+            return response.aiter_raw()
+        return self.redactor.pieces(response.aiter_bytes(), error=response.status_code >= 400)
+
+    async def _sent(self, build: Callable[[], httpx2.Request], *, repeatable: bool) -> httpx2.Response:
+        """Send a request; once more where a connection that was kept open turns out to be closed.
+
+        A server may close an idle connection at the moment at which a request is sent on it. Each repetition uses
+        that connection up, and a failure on a fresh connection is final.
+        """
+        while True:
+            fresh = False
+
+            async def trace(event: str, _: Any) -> None:
+                nonlocal fresh
+                fresh = fresh or event == "connection.connect_tcp.started"
+
+            request = build()
+            request.extensions = {**request.extensions, "trace": trace}
+            try:
+                return await self._client.send(request, stream=True)
+            except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError) as error:
+                answered = isinstance(error, httpx2.RemoteProtocolError) and "without sending" not in str(error)
+                if fresh or answered or not repeatable:
+                    raise
 
     async def probe(self, seconds: float = 3.0) -> str | None:
         """Ask for the list of models, and say in one line what looks wrong; None if nothing does."""
-        headers = {"authorization": f"Bearer {self._key}"} if self._key else {}
         try:
             async with asyncio.timeout(seconds):
-                response = await self._client.get(self.url("models", ""), headers=headers)
+                response = await self._client.get(self.url("models", b""), headers=self.headers([]))
         except (TimeoutError, httpx2.RequestError) as error:
             problem = "does not answer" if isinstance(error, TimeoutError) else self.failed(error).message
             return f"{problem}; is {self.config.upstream} the right address? Requests get status 502 until it answers"
@@ -303,35 +386,68 @@ class Upstream:
 
     # -- addresses and headers -----------------------------------------------------------------------------
 
-    def url(self, path: str, query: str) -> str:
-        """Return the upstream's address of a path, which must already be encoded."""
-        return f"{self.config.upstream}/{path}" + (f"?{query}" if query else "")
+    def url(self, path: str, query: bytes) -> httpx2.URL:
+        """Return the upstream's address of a path, which must already be encoded.
 
-    def headers(self, received: Iterable[tuple[str, str]]) -> dict[str, str]:
+        Raises:
+            Refused: there can be no such address; status 400.
+        """
+        try:
+            return httpx2.URL(f"{self.config.upstream}/{path}" + (f"?{query.decode('ascii')}" if query else ""))
+        except (httpx2.InvalidURL, ValueError):
+            raise Refused(
+                400, "path and query are too long, or hold what no address may", outcome="bad_request"
+            ) from None
+
+    def headers(self, received: Iterable[Header]) -> list[Header]:
         """Return what travels on of a client's headers, with the upstream's key where the proxy has one."""
         received = list(received)
-        named = {part.strip().lower() for name, value in received if name == "connection" for part in value.split(",")}
-        dropped = _OF_CONNECTION | named | {"host", "content-length", "expect"}
+        dropped = _OF_CONNECTION | _named_by_connection(received) | {b"host", b"content-length", b"expect"}
         if self._strip:
-            dropped |= {"authorization"}
-        sent = {name: value for name, value in received if name not in dropped and not name.startswith(HEADER)}
+            dropped |= {b"authorization"}
+        own = HEADER.encode()
+        sent = [(name, value) for name, value in received if name not in dropped and not name.startswith(own)]
         if self._key:
-            sent["authorization"] = f"Bearer {self._key}"
-        sent[f"{HEADER}instance"] = self.instance
+            sent.append((b"authorization", f"Bearer {self._key}".encode()))
+        passed = [value for name, value in received if name == INSTANCE.encode()]
+        sent.append((INSTANCE.encode(), b", ".join([*passed, self.instance.encode()])))
         return sent
+
+    def returned(self, response: httpx2.Response, *, body: bool) -> list[Header]:
+        """Return the headers of an answer that travel back; those that describe the body only with ``body``.
+
+        Those that only this proxy may write are left out: its own, and who may read answers in a browser.
+        """
+        received = [(name.lower(), value) for name, value in response.headers.raw]
+        dropped = _OF_CONNECTION | _OF_SERVER | _named_by_connection(received)
+        if not body:
+            dropped |= _OF_BODY
+        elif self.redactor and any(name == b"content-encoding" for name, _ in received):  # it is decoded
+            dropped |= {b"content-encoding", b"content-length"}
+        own = (HEADER.encode(), b"access-control-")
+        error = response.status_code >= 400
+        return [
+            (name, self.redactor.whole(value, error=error))
+            for name, value in received
+            if name not in dropped and not name.startswith(own)
+        ]
 
     def timed_out(self) -> Refused:
         """Return the error of an upstream that is too slow."""
         return Refused(504, f"the upstream did not answer in {self.config.timeout:g} seconds", outcome="timeout")
 
     def failed(self, error: Exception) -> Refused:
-        """Return the error of an upstream that cannot be reached or breaks off."""
-        what = "cannot be reached" if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout) else "broke off"
-        # A local protocol error may quote the headers, and with them a key.
-        quotable = str(error) and not isinstance(error, httpx2.LocalProtocolError)
-        detail = str(error) if quotable else type(error).__name__
-        what += "" if self._proxy is None else f" through {self._proxy}"
-        return Refused(502, f"the upstream {what}: {detail}", outcome="upstream_failed")
+        """Return the error of an upstream that cannot be reached or breaks off.
+
+        The client library's own message may quote headers, and with them a key, or what another client was sent on
+        the same connection. It is quoted only where no connection came about.
+        """
+        through = "" if self._proxy is None else f" through {self._proxy}"
+        if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout):
+            message = f"the upstream cannot be reached{through}: {error or type(error).__name__}"
+        else:
+            message = f"the upstream broke off{through} ({type(error).__name__})"
+        return Refused(502, message, outcome="upstream_failed")
 
 
 @dataclass
@@ -340,28 +456,40 @@ class _Ask:
 
     upstream: Upstream
     body: dict[str, Any]
-    headers: dict[str, str]
-    url: str
+    headers: list[Header]
+    url: httpx2.URL
     deadline: float
+    held: HeldBytes
 
     def __post_init__(self) -> None:
         # The candidates are read whole; the answer is streamed once one of them is chosen.
         for name in ("stream", "stream_options", "n"):
             self.body.pop(name, None)
-        # What it says of the body holds for the client's; and the client library decodes what it asks for.
-        for name in ("accept-encoding", "content-encoding"):
-            self.headers.pop(name, None)
-        self.headers["content-type"] = "application/json"
-        self.headers["accept"] = "application/json"
+        # What the client says of the body holds for its own; and a compressed answer could be of any size.
+        own = {
+            b"accept": b"application/json",
+            b"accept-encoding": b"identity",
+            b"content-type": b"application/json",
+        }
+        dropped = own.keys() | {b"content-encoding"}
+        self.headers = [(name, value) for name, value in self.headers if name not in dropped] + list(own.items())
+        self._content: bytes | None = None
 
     async def once(self, n: int | None = None, place: int = 0) -> Reply | Refused:
         """Send it; as candidate number ``place``, so that a seed gives another draw for each."""
-        body = self.body if n is None else self.body | {"n": n}
-        seed = body.get("seed")
-        if place and isinstance(seed, int) and not isinstance(seed, bool):
-            body = body | {"seed": seed + place}
-        content = json.dumps(body).encode()
-        return await self.upstream.call(content, self.headers, self.url, self.deadline)
+        seed = self.body.get("seed")
+        if n is not None:
+            content = await self._written(self.body | {"n": n})
+        elif place and isinstance(seed, int) and not isinstance(seed, bool):
+            content = await self._written(self.body | {"seed": seed + place})
+        else:
+            if self._content is None:  # parallel calls share the bytes
+                self._content = await self._written(self.body)
+            content = self._content
+        return await self.upstream.call(content, self.headers, self.url, self.deadline, self.held)
+
+    async def _written(self, body: Mapping[str, Any]) -> bytes:
+        return await in_background(to_json, body, self.held.size)
 
     async def several(self, places: Iterable[int]) -> list[Reply | Refused]:
         """Send it for each place at once; results in their order."""
@@ -375,20 +503,24 @@ async def _together(calls: Iterable[Coroutine[Any, Any, Reply | Refused]]) -> li
     return [task.result() for task in tasks]
 
 
-def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+async def in_background(work: Callable[[Any], Any], value: Any, size: int) -> Any:
+    """Call a function that reads or writes a body of about so many bytes, in a thread where that is large."""
+    return work(value) if size <= BACKGROUND_BYTES else await asyncio.to_thread(work, value)
 
 
-def returned_headers(headers: httpx2.Headers, *, body: bool = False) -> list[tuple[str, str]]:
-    """Return the headers of an answer that travel back; those that describe the body only with ``body``."""
-    dropped = _OF_CONNECTION | (frozenset() if body else _OF_BODY) | {"date", "server"}
-    return [(name.lower(), value) for name, value in headers.multi_items() if name.lower() not in dropped]
+def _check_status(status: int) -> None:
+    if not 200 <= status < 600:
+        raise Refused(502, f"the upstream answered with status {status}", outcome="upstream_failed")
+
+
+def _named_by_connection(headers: Iterable[Header]) -> set[bytes]:
+    return {part.strip().lower() for name, value in headers if name == b"connection" for part in value.split(b",")}
 
 
 def _completion(content: bytes) -> dict[str, Any] | None:
     """Return the body of a chat completion that has at least one choice with a message, else None."""
     try:
-        data = parse_json(content)
+        data = parse_json(content, max_values=MAX_VALUES)
     except ValueError:
         return None
     choices = data.get("choices") if isinstance(data, dict) else None
@@ -413,16 +545,23 @@ def _beyond_text(choice: Mapping[str, Any]) -> str | None:
 
 
 def summed(one: Mapping[str, Any] | None, other: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Add the numbers of two usages up, at any depth; of anything else keep the first. None is no usage."""
-    if one is None:
-        return dict(other) or None
-    total = dict(one)
+    """Add the numbers of two usages up, at any depth; of anything else keep the first. None is no usage.
+
+    What cannot be a number of tokens (negative, not finite, 2^53 and beyond) counts as 0.
+    """
+    total = dict(one or {})
     for name, value in other.items():
         before = total.get(name)
-        if isinstance(value, dict) and isinstance(before, dict):
-            total[name] = summed(before, value)
+        if isinstance(value, dict):
+            total[name] = summed(before if isinstance(before, dict) else None, value) or {}
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            total[name] = value + (before if isinstance(before, int | float) else 0)
+            total[name] = _tokens(_tokens(value) + _tokens(before))
         elif before is None:
             total[name] = value
-    return total
+    return total or None
+
+
+def _tokens(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0
+    return value if 0 <= value < MOST_TOKENS and math.isfinite(value) else 0
