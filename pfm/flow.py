@@ -526,7 +526,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 finite = finite & well
             return state, finite
 
-        settings = (mode, rounds, asked, strength, guidance)
+        settings = (self.config, self.steps, mode, rounds, asked, strength, guidance)
         work = carry if win_gradient or mode == "relabel" else self._recorded(settings, carry)
         flat = y.flatten(1)
         result, finite = map_rows(work, flat, context, self.device)

@@ -38,7 +38,8 @@ def supported(device: torch.device) -> bool:
 def capture(work: Callable[[], Any], device: torch.device) -> Callable[[], None]:
     """Record what ``work`` launches on a CUDA device, without running it; return what runs it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # Other threads, such as the one that pins batches, may go on with what a recording forbids in its own.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay
 
@@ -85,10 +86,9 @@ class Repeated:
         self._plain = not supported(device)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        """Run on inputs of the same shapes as in every call; the next call overwrites the results."""
-        if self._plain:
+        """Run on inputs; the next call overwrites the results. Other shapes than the first time are not recorded."""
+        if self._plain or not self._fill(inputs):
             return self.work(*inputs)
-        self._fill(inputs)
         if self._replay is None:
             if self._runs < WARM_UP:
                 self._runs += 1
@@ -108,13 +108,21 @@ class Repeated:
     def _record(self) -> None:
         self._results = self.work(*self._inputs)
 
-    def _fill(self, inputs: Inputs) -> None:
+    def _fill(self, inputs: Inputs) -> bool:
+        """Put values into the memory that is recorded; tell whether they have its shapes."""
         if not self._inputs:
             self._inputs = tuple(None if each is None else each.clone() for each in inputs)
-            return
+            return True
+        if _shapes(self._inputs) != _shapes(inputs):
+            return False
         for mine, theirs in zip(self._inputs, inputs, strict=True):
             if mine is not None and theirs is not None:
                 mine.copy_(theirs, non_blocking=True)
+        return True
+
+
+def _shapes(tensors: Inputs) -> list[torch.Size | None]:
+    return [None if each is None else each.shape for each in tensors]
 
 
 class GraphCache:
