@@ -33,7 +33,7 @@ def resolve_device(device: Any = "auto", argument: str = "device") -> torch.devi
 
     Raises:
         TypeError: it is of another type.
-        ValueError: it is no device's name, or the machine has no such device.
+        ValueError: it is no device's name, the machine has no such device, or it is one without float64 (Apple's).
 
     >>> resolve_device("cpu")
     device(type='cpu')
@@ -46,6 +46,8 @@ def resolve_device(device: Any = "auto", argument: str = "device") -> torch.devi
         chosen = torch.device(device_name(given, argument))
     except ValueError:
         chosen = None
+    if chosen is not None and chosen.type == "mps" and _count("mps"):
+        raise ValueError(f"{argument}={given!r} has no float64, in which fields are solved: use {argument}='cpu'")
     if chosen is None or (chosen.index or 0) >= _count(chosen.type):
         raise ValueError(
             f"{argument}={given!r} is not on this machine, which has {_all_here()}: use {argument}='cpu', or 'auto'"
@@ -63,6 +65,8 @@ def best_device(device: Any = "auto", argument: str = "device") -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if str(device) in ("mps", "mps:0") and torch.backends.mps.is_available():
+        return torch.device("mps")
     return resolve_device(device, argument)
 
 
