@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pfm.devices import with_standard_defaults
 from pfm.files import replace_file, replace_json
+from pfm.same_rows import same_rows
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]
 
@@ -76,8 +77,8 @@ class EncodedPairs:
         probability: (N,) probability in [0, 1] that the chosen output is the preferred one (a soft label),
             or None for 1.
         group: (N,) identity of the prompt; splits never cut a group. Integers are kept; other numbers and strings
-            are numbered in ascending order. None: pairs with the same context row form a group; without contexts
-            each pair is its own group.
+            are numbered in ascending order. None: pairs whose contexts are the same up to rounding
+            (:mod:`pfm.same_rows`) form a group; without contexts each pair is its own group.
         encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
 
     Raises:
@@ -385,8 +386,13 @@ class EncodedPairs:
     def _same_contexts(self) -> Tensor:
         assert self._contexts is not None
         assert self._context_index is not None
-        names = torch.cat([row_hash(rows) for rows in self._contexts.split(CHUNK)])
-        return torch.unique(names[self._context_index].cpu(), return_inverse=True)[1]
+        names = torch.cat([row_hash(rows) for rows in self._contexts.split(CHUNK)]).cpu()
+        # Most rows that are the same are so to the last bit; only one of each of these is compared with the others.
+        _, member = torch.unique(names, return_inverse=True)
+        places = torch.arange(len(member), device="cpu")
+        one = torch.zeros(int(member.max()) + 1, dtype=torch.long, device="cpu").scatter_(0, member, places)
+        number = same_rows(self._contexts[one.to(self.device)].flatten(1))[member]
+        return torch.unique(number[self._context_index.cpu()], return_inverse=True)[1]
 
     def gather(self, index: Tensor) -> PairBatch:
         """Gather the pairs at ``index`` (B,) as flat float32 tensors, on the pairs' device."""
@@ -603,10 +609,15 @@ def vector_space(description: Any) -> Any:
     return description
 
 
-def row_hash(rows: Tensor) -> Tensor:
-    """Give a 64-bit hash (B,) int64 of the bits of each row (B, D), as float32."""
-    bits = rows.float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    state = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+def row_hash(rows: Tensor, start: Tensor | int = 0) -> Tensor:
+    """Return a 64-bit hash (B,) int64 of the values of each row (B, D), as float32; -0.0 counts as 0.0.
+
+    Args:
+        rows: (B, D).
+        start: the hash to go on from, one for all rows or (B,) int64.
+    """
+    bits = (rows.float() + 0.0).contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    state = torch.zeros(len(rows), dtype=torch.long, device=rows.device) ^ start
     for column in bits.T:
         state = (state ^ column) * 0x2545F4914F6CDD1D
         state = state ^ ((state >> 29) & 0x7FFFFFFFF)

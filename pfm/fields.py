@@ -26,6 +26,7 @@ SMALL = 64  # dimensions up to which a problem is small: narrow networks, many f
 TIME_NODES = 12  # Chebyshev: v of independent equal Gaussians has poles at t = (1 +- i)/2, so errors fall as 2.4**-n
 FOURIER_FEATURES = 8  # up to 64 dimensions; beyond, half: there they cost steps of the solver and gain next to nothing
 CONTEXT_ENERGY = 1e-6  # of the contexts' matrices over time that may be left out
+ROUNDING = 2.0**-23  # relative spacing of float32: a dimension that varies by less is constant
 REMEMBERED = 32  # times whose part of a field is kept
 EXACT = 1e-12  # the same, of matrices from which it was left out: rounding
 
@@ -56,13 +57,15 @@ class Normalizer(nn.Module):
         chosen, rejected = (part.to(self.mean.device).double() for part in (chosen, rejected))
         both = torch.cat([chosen, rejected])
         self.mean.copy_(both.mean(0))
-        self.scale.copy_(_floored(both.std(0, correction=0)))
+        self.scale.copy_(_replaced(both.std(0, correction=0), ROUNDING * both.abs().amax(0)))
         if context is not None:
             context = context.to(self.mean.device).double()
             self.context_mean.copy_(context.mean(0))
-            self.context_scale.copy_(_floored(context.std(0, correction=0)))
+            self.context_scale.copy_(_replaced(context.std(0, correction=0), ROUNDING * context.abs().amax(0)))
         difference = (chosen - rejected) / self.scale
-        self.displacement.copy_(_floored(difference.square().mean(0).sqrt()))
+        # Two outputs that are equal but for rounding are not displaced: noise of that size would be no noise.
+        least = 8 * ROUNDING * (1 + both.abs().amax(0) / self.scale)
+        self.displacement.copy_(_replaced(difference.square().mean(0).sqrt(), least))
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise outputs, (..., D)."""
@@ -77,10 +80,14 @@ class Normalizer(nn.Module):
         return None if context is None else (context - self.context_mean) / self.context_scale
 
 
-def _floored(scale: Tensor) -> Tensor:
-    """Replace the scale of (almost) constant dimensions, which carry nothing, by the largest one's share."""
-    largest = float(scale.max()) or 1.0
-    return torch.where(scale > 1e-4 * largest, scale, torch.full_like(scale, largest))
+def _replaced(scale: Tensor, least: Tensor) -> Tensor:
+    """Replace the scales (D,) of constant dimensions, at most ``least`` (D,), by the largest scale.
+
+    Every other dimension keeps its own scale, however small beside the others: units do not matter.
+    """
+    varies = scale > least
+    largest = float(torch.where(varies, scale, 0).max()) or 1.0
+    return torch.where(varies, scale, largest)
 
 
 @dataclass

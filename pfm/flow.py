@@ -384,7 +384,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
 
         Args:
             y: (B, \\*D) outputs, or EncodedPairs, of which both members are taken with their contexts.
-            context: as for :meth:`transport`. mode, rounds, strength: of the teacher's transport to be learned.
+            context: as for :meth:`transport`. mode, rounds, strength: of the teacher's transport to be learned. Of
+                EncodedPairs whole prompts are held out to judge by.
             config: settings of the student's training; None for this flow's.
 
         Returns:
@@ -396,7 +397,9 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             ValueError: shapes disagree with the flow's, or there are fewer than two outputs.
         """
         began = time.perf_counter()
+        prompt = None
         if isinstance(y, EncodedPairs):
+            prompt = y.group.repeat(2)
             y, context = torch.cat([y.chosen, y.rejected]), None if y.context is None else y.context.repeat(2, 1)
         y, context = self._checked(y, context)
         y, context = y.to(self.device), None if context is None else context.to(self.device)
@@ -410,9 +413,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             solver="euler", steps=1, coupling="paired", best_of=2, context_free=False, source=self.config.source
         )
         taught = self.transport(y, context, mode=mode, rounds=rounds, strength=strength)
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(config.seed), device="cpu")
+        order, count = _held_out_first(len(y), prompt, config)
         order = order.to(self.device)
-        count = min(max(round(config.validation_share * len(y)), 1), len(y) - 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             student = PreferenceFlow(self.event_shape, self.context_dimension, config)
@@ -459,6 +461,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         guidance: float = 1.0,
         win_gradient: float = 0.0,
         on_failure: str = "keep",
+        seed: int = 0,
     ) -> Tensor:
         """Carry outputs along the flow.
 
@@ -467,7 +470,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             context: (B, C), or (C,) for one context for all rows; None if the flow was fitted without.
             mode: ``"single"``: one pass, pi_ref to best of two with the reference source. ``"gated"``: each row is
                 kept with probability b(y|x), else carried; exact for a flow with ``source="rejected"``. Which rows
-                are kept is drawn from the row's own values, so it is repeatable and independent of the batch.
+                are kept is drawn from the row's own values, its context, ``seed`` and the number of the round, so it is
+                repeatable and independent of the batch.
                 ``"reapply"``: ``rounds`` passes of the same flow; it has no target law and leaves the data's
                 support as rounds grow. ``"relabel"``: the rounds of :meth:`relabel`, each by its own flow.
             steps: fixed steps a pass; None for the number chosen at the end of the fit.
@@ -481,6 +485,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
                 variance under one context, so that for Gaussian outputs and small slopes 1 moves as far as a pass.
             on_failure: what becomes of rows for which the field leaves the finite numbers: ``"keep"`` gives their last
                 finite state, with a :class:`pfm.NonFiniteWarning` that says which they are; ``"raise"`` raises.
+            seed: another one draws anew which rows the gate keeps; a whole number.
 
         Returns:
             (B, \\*D) float32, on the device of ``y`` (the CPU for arrays and lists), wherever the flow is. Rows do
@@ -495,6 +500,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         if on_failure not in FAILURES:
             raise ValueError(f"on_failure must be one of {', '.join(FAILURES)}: got {on_failure!r}")
         rounds = self._checked_rounds(rounds, mode)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed must be a whole number: got {seed!r}")
         for name, value, low in (("strength", strength, 0.0), ("guidance", guidance, 0.0),
                                  ("win_gradient", win_gradient, -math.inf)):  # fmt: skip
             if not (math.isfinite(value) and value >= low):
@@ -520,13 +527,14 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             for number in range(rounds):
                 flow = self._round(number) if mode == "relabel" else self
                 gated = mode == "gated" or (mode == "relabel" and flow.config.source == "rejected")
+                gate = (seed, number) if gated else None
                 state, well = flow._pass(
-                    state, contexts, asked or flow.steps, strength, guidance, win_gradient, gated, hold
+                    state, contexts, asked or flow.steps, strength, guidance, win_gradient, gate, hold
                 )
                 finite = finite & well
             return state, finite
 
-        settings = (self.config, self.steps, mode, rounds, asked, strength, guidance)
+        settings = (self.config, self.steps, mode, rounds, asked, strength, guidance, seed)
         work = carry if win_gradient or mode == "relabel" else self._recorded(settings, carry)
         flat = y.flatten(1)
         result, finite = map_rows(work, flat, context, self.device)
@@ -580,7 +588,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         strength: float = 1.0,
         guidance: float = 1.0,
         win_gradient: float = 0.0,
-        gated: bool = False,
+        gate: tuple[int, int] | None = None,
         hold: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Carry flat outputs (B, D) on the flow's device once; give them and which rows (B,) stayed finite."""
@@ -594,8 +602,8 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             result = y + strength * (result - y)
         if self.metadata.get("unit_norm"):
             result = nn.functional.normalize(result, dim=1)
-        if gated:
-            kept = torch.sigmoid(self.win(y, context)) > _row_uniforms(y)
+        if gate is not None:
+            kept = torch.sigmoid(self.win(y, context)) > _gate_uniforms(y, context, *gate)
             result, well = torch.where(kept[:, None], y, result), kept | well
         return result, well
 
@@ -973,6 +981,20 @@ def _training_sets(
     return encoded.select(order[count:]), encoded.select(order[:count])
 
 
+def _held_out_first(count: int, prompt: Tensor | None, config: FlowConfig) -> tuple[Tensor, int]:
+    """Order rows so that those of held-out prompts come first; give the order and how many they are.
+
+    ``prompt`` (N,) is the prompt of each row; None, or one prompt for all, makes each row a prompt of its own.
+    """
+    names, member = torch.arange(count, device="cpu").repeat(2).view(2, -1)
+    if prompt is not None and bool((prompt != prompt[0]).any()):
+        names, member = torch.unique(prompt, return_inverse=True)
+    shuffled = torch.randperm(len(names), generator=torch.Generator().manual_seed(config.seed), device="cpu")
+    rank = shuffled.argsort()[member]
+    held = min(max(round(config.validation_share * len(names)), 1), len(names) - 1)
+    return rank.argsort(stable=True), int((rank < held).sum())
+
+
 def _resident(pairs: EncodedPairs, device: torch.device) -> EncodedPairs:
     """Bring pairs to the device they are trained on, or leave on the CPU what would fill it: batches are streamed."""
     if device.type == "cpu":
@@ -988,9 +1010,17 @@ def _on_unit_sphere(chosen: Tensor, rejected: Tensor, config: FlowConfig) -> boo
     return both.shape[1] >= 8 and bool((both.norm(dim=1) - 1).abs().max() < 1e-3)
 
 
-def _row_uniforms(y: Tensor) -> Tensor:
-    """Give a uniform number in [0, 1) a row, a hash of the row's bits: independent of the row's neighbours."""
-    return ((row_hash(y) >> 11) & 0x1FFFFFFFFFFFFF).double().div(2**53).float()
+def _gate_uniforms(y: Tensor, context: Tensor | None, seed: int, number: int) -> Tensor:
+    """Return a uniform number in [0, 1) for each row, a hash of the row, its context, the seed and the round's number.
+
+    It does not depend on the row's neighbours. One output is drawn for anew under every context and in every round.
+    """
+    start = (seed * 0x9E3779B97F4A7C15 + (number + 1) * 0xD1B54A32D192ED03) % 2**64
+    state = row_hash(y, start - 2**64 if start >= 2**63 else start)
+    if context is not None:
+        state = row_hash(context, state)
+    state = (state ^ ((state >> 32) & 0xFFFFFFFF)) * 0x2545F4914F6CDD1D
+    return ((state >> 11) & 0x1FFFFFFFFFFFFF).double().div(2**53).float()
 
 
 def _root(values: Tensor) -> float:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfm import EncodedPairs
+from pfm.same_rows import same_rows
 
 
 def some_pairs(count: int = 12, dimension: int = 3, context: int = 2) -> EncodedPairs:
@@ -160,3 +161,24 @@ def test_arrays_on_disk_are_taken_without_a_copy(tmp_path):
     pairs = EncodedPairs(array, np.zeros((5, 4), dtype=np.float16))
     array[2] = 3
     assert float(pairs.gather(torch.tensor([2])).chosen.mean()) == 3.0
+
+
+def test_contexts_that_differ_by_rounding_are_one_prompt():
+    contexts = torch.randn(30, 16, generator=torch.Generator().manual_seed(3))
+    again = contexts + 2e-7 * torch.randn(30, 16, generator=torch.Generator().manual_seed(4))
+    contexts[0], again[0] = 0.0, -0.0
+    y, other = torch.randn(2, 60, 3)
+    pairs = EncodedPairs(y, other, torch.cat([contexts, again]))
+    assert len(pairs.group.unique()) == 30
+    assert torch.equal(pairs.group[:30], pairs.group[30:])
+    assert torch.equal(pairs.pool[:30], pairs.pool[30:])
+    train, held = pairs.split(0.3, seed=1)
+    assert not set(train.group.tolist()) & set(held.group.tolist())
+
+
+def test_small_steps_do_not_chain_contexts_together():
+    line = torch.linspace(0, 1, 50_000)[:, None]
+    numbers = same_rows(line)
+    assert len(numbers.unique()) > 20_000
+    assert len(same_rows(torch.eye(40)).unique()) == 40
+    assert same_rows(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]

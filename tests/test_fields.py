@@ -141,3 +141,31 @@ def test_pairs_that_repeat_each_other_can_be_fitted():
         EncodedPairs(chosen, rejected, group=torch.arange(150)), FlowConfig(residual=False), progress=False
     )
     assert bool(torch.isfinite(flow.transport(rejected)).all())
+
+
+# -- units ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e-3, 1e3, 1e6])
+def test_every_column_has_its_own_unit_however_small(unit):
+    chosen, rejected = torch.randn(2, 500, 3, generator=torch.Generator().manual_seed(1))
+    units = torch.tensor([1.0, unit, 1.0])
+    plain, other = Normalizer(3, 0), Normalizer(3, 0)
+    plain.fit(chosen, rejected, None)
+    other.fit(chosen * units, rejected * units, None)
+    torch.testing.assert_close(other.scale, plain.scale * units)
+    torch.testing.assert_close(other.displacement, plain.displacement)
+
+
+def test_only_constant_columns_are_given_the_scale_of_others():
+    chosen, rejected = torch.randn(2, 500, 4, generator=torch.Generator().manual_seed(2))
+    for part in (chosen, rejected):
+        part[:, 1] = 7.0
+        part[:, 3] = 1e4 + part[:, 3] * 1e-5  # less than a float32 can tell at that height
+    rejected[:, 2] = chosen[:, 2]
+    normalizer = Normalizer(4, 0)
+    normalizer.fit(chosen, rejected, None)
+    assert normalizer.scale[1] == normalizer.scale.max()
+    assert normalizer.scale[2] < 2
+    assert normalizer.displacement[2] == normalizer.displacement[1] == normalizer.displacement.max()
+    assert bool(torch.isfinite(normalizer(chosen)).all())
