@@ -51,13 +51,13 @@ def map_rows(work: Work, y: Tensor, context: Tensor | None, device: torch.device
             contexts = _contexts(context, shared, at, len(rows), device)
             found = work(rows.to(device, torch.float32, non_blocking=True), contexts)
         except torch.OutOfMemoryError:
-            if size == 1 or device.type == "cpu":
+            if len(rows) <= 1 or device.type == "cpu":
                 raise
             size = max(1, min(size, len(rows)) // 2)
             logger.warning("%s ran out of memory: going on with %d rows at a time", device, size)
             warnings.warn(
                 f"{device} ran out of memory at {len(rows)} rows at a time: going on with {size}", RuntimeWarning,
-                stacklevel=4,
+                stacklevel=5,
             )  # fmt: skip
             if device.type == "cuda":
                 torch.cuda.empty_cache()

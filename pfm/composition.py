@@ -211,7 +211,7 @@ class Composition:
             warning = NonFiniteWarning(finite)
             if on_failure == "raise":
                 raise FloatingPointError(f"{warning}; on_failure='keep' gives their last finite state")
-            warnings.warn(warning, stacklevel=2)
+            warnings.warn(warning, stacklevel=4)
         return self._projected(moved).unflatten(1, self.event_shape)
 
     @torch.no_grad()

@@ -260,11 +260,12 @@ class LinearField(nn.Module):
         """Give slope (D, D), offset (D,) and the nodes' weights (nodes,) at one time; the last few are remembered."""
         found = self._at.get(t)
         if found is None:
-            # Filled on the device: a tensor of Python numbers would be copied there, which waits for it.
-            weights = self.weights(torch.full((1,), t, dtype=torch.float32, device=self.matrices.device))
-            d = self._dimension
-            slope = (weights @ self.matrices[:, :d].flatten(1)).view(d, d)
-            found = (slope, (weights @ self.shifts)[0], weights[0])
+            device, d = self.matrices.device, self._dimension
+            with torch.autocast(device.type, enabled=False):  # it is used outside of an autocast as well
+                # Filled on the device: a tensor of Python numbers would be copied there, which waits for it.
+                weights = self.weights(torch.full((1,), t, dtype=torch.float32, device=device))
+                slope = (weights @ self.matrices[:, :d].flatten(1)).view(d, d)
+                found = (slope, (weights @ self.shifts)[0], weights[0])
             if len(self._at) >= REMEMBERED:
                 self._at.clear()
             self._at[t] = found

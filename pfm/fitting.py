@@ -136,7 +136,7 @@ def choose_steps(
         f"{STEP_CHOICES[-1]} steps of {config.solver} are {error:.3g} from the exact solution, above "
         f"tolerance={config.tolerance:g}: the field is rough; use solver='dopri5' or a larger sigma",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return STEP_CHOICES[-1], error, STEP_CHOICES[-1] * stages
 

@@ -53,7 +53,7 @@ DESCRIPTION, TENSORS = "config.json", "model.safetensors"  # the hub's names
 DESCRIBED = ("event_shape", "context_dimension", "config", "metadata")
 LOADING_OPTIONS = ("map_location", "revision", "token", "cache_dir", "force_download", "local_files_only")
 STATISTICS_ROWS = 20_000
-_CALLER = 3  # of a public method, past the decoration of the class: whom a warning is for
+_CALLER = 4  # of a public method under no_grad, past the decorations: whom a warning is for
 RESIDENT_SHARE = 0.5  # of a device's free memory that pairs may take to be kept there
 
 
@@ -103,7 +103,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             self.context_free.drop_residual()
         if self.metadata.get("win_network_kept") is False and isinstance(self.win, WinHead):
             self.win.drop_network()
-        self.register_load_state_dict_post_hook(lambda flow, _: flow._graphs.clear())
+        self.register_load_state_dict_post_hook(_forget_graphs)
         self.eval()
 
     def _new_field(self, context_dimension: int) -> Field:
@@ -515,7 +515,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             warnings.warn(
                 "mode='gated' is exact for flows with source='rejected'; this one was fitted with "
                 f"source={self.config.source!r}, for which mode='single' is",
-                stacklevel=2,
+                stacklevel=_CALLER,
             )
         y, context = self._checked(y, context)
         asked = self._checked_steps(steps) if steps is not None else None
@@ -958,6 +958,10 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         )
 
 
+def _forget_graphs(flow: PreferenceFlow, _: Any) -> None:
+    flow._graphs.clear()  # of parameters as they were
+
+
 def _training_sets(
     encoded: EncodedPairs, validation: EncodedPairs | None, config: FlowConfig
 ) -> tuple[EncodedPairs, EncodedPairs]:
@@ -974,7 +978,7 @@ def _training_sets(
     warnings.warn(
         "all pairs belong to one prompt: validating on held-out pairs instead of held-out prompts, so nothing "
         "here says how the flow does on another prompt",
-        stacklevel=3,
+        stacklevel=4,
     )
     order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(config.seed), device="cpu")
     count = min(max(round(config.validation_share * len(encoded)), 1), len(encoded) - 1)

@@ -75,7 +75,7 @@ class PreferenceWin(nn.Module):
     def made(
         cls, model: PreferenceModel, pairs: EncodedPairs, judging: EncodedPairs, seed: int = 0
     ) -> tuple[PreferenceWin, dict[str, Any]]:
-        """Keep reference draws of ``pairs`` and set the guard on ``judging``; give this, and what was found.
+        """Keep reference draws of ``pairs``, set the guard on ``judging``, on the CPU; give this, and what was found.
 
         Of every pair one member, by a fair coin, is a draw of the reference; with contexts both members are, half the
         weight each, which makes the draws of one context even.
@@ -94,7 +94,8 @@ class PreferenceWin(nn.Module):
             has = getattr(model, name)
             if has != wanted and not (name == "context_dimension" and has == 0):
                 raise ValueError(f"preference must have been fitted on {name} {wanted}: got {has}")
-        model = copy.deepcopy(model)  # the caller's may be fitted anew, or moved
+        model = copy.deepcopy(model).cpu()  # the caller's may be fitted anew, or moved
+        pairs = pairs.to("cpu")
         generator = torch.Generator().manual_seed(seed)
         index = torch.randperm(len(pairs), generator=generator, device="cpu")[:DRAWS]
         contexts = pairs.contexts_of(index)
@@ -132,7 +133,7 @@ class PreferenceWin(nn.Module):
     @torch.no_grad()
     def _fit_levels(self, pairs: EncodedPairs, generator: torch.Generator) -> None:
         """Fit the contexts' levels so that b of both members of the pairs is one half on the mean of every context."""
-        index = torch.randperm(len(pairs), generator=generator)[:FITTED]
+        index = torch.randperm(len(pairs), generator=generator, device="cpu")[:FITTED]
         batch, group = pairs.gather(index), pairs.group[index]
         assert batch.context is not None
         if not float(batch.weight.sum()) > 0:

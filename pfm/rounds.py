@@ -138,7 +138,7 @@ def as_labeller(labeller: Labeller | PreferenceModel) -> Labeller:
 def warn_of_cycle(check: RoundCheck) -> None:
     """Warn if the rounds were seen to go round."""
     if check.cycling:
-        warnings.warn(CyclingWarning(str(check)), stacklevel=3)
+        warnings.warn(CyclingWarning(str(check)), stacklevel=4)
 
 
 def _error(values: Tensor) -> float:

@@ -242,7 +242,7 @@ class WinHead(nn.Module):
 
         rows, looks = train_network(network, network.restart, correct, error, batch.weight, held_out, generator)
         every = torch.arange(len(group), device=rows.device)
-        correction, weight, multiples = correct(every), batch.weight[rows], looks.new_tensor(GAINS)
+        correction, weight, multiples = correct(every), batch.weight[rows], torch.tensor(GAINS, device=looks.device)
         gain = GAINS[int((error(rows, multiples[:, None, None] * correction[:, rows]) @ weight).argmin())]
         candidates = (looks[:, None] * multiples[:, None, None]).flatten(0, 1)
         losses = error(rows, candidates)

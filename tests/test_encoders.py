@@ -635,7 +635,8 @@ def link_model(folder):
 
 
 def test_a_model_in_a_folder_is_known_by_its_contents(tmp_path, minilm):
-    one, two = (SentenceEncoder(link_model(tmp_path / name), cache=False) for name in ("one", "two"))
+    # Where "auto" finds bfloat16 faster, vectors differ by its rounding.
+    one, two = (SentenceEncoder(link_model(tmp_path / name), dtype="float32", cache=False) for name in ("one", "two"))
     assert one.fingerprint() == two.fingerprint()
     assert torch.allclose(one.encode(TEXTS), minilm.encode(TEXTS), atol=1e-5)
     config = tmp_path / "two" / "sentence_bert_config.json"

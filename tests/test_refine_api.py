@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from fault_server import FAULTS, FaultServer, mixed_faults
+from support.alike import assert_alike
 from test_cli import FAST, command, interrupt, read_rows, run, write_pairs, write_rows
 from test_openai_generator import KEY
 
@@ -86,7 +87,7 @@ def test_candidates_come_from_the_server_with_a_key_from_the_environment(flow, t
 
     second = tmp_path / "again.jsonl"  # all of it is in the cache: the server is gone
     run(*given[:5], second, *given[6:], MY_KEY=KEY)
-    assert read_rows(second, without=MEASURED) == read_rows(out, without=MEASURED)
+    assert_alike(read_rows(second, without=MEASURED), read_rows(out, without=MEASURED))
     shown = run("cache").stdout
     assert f"{4 * COUNT} responses" in shown
     assert "deleted 160 responses" in run("cache", "clear").stdout
@@ -160,7 +161,7 @@ def test_a_spent_budget_is_an_error_that_another_run_mends(flow, tmp_path):
         assert len(server.requests) == COUNT
         whole = tmp_path / "whole.jsonl"
         run(*arguments(prompts_file(tmp_path), flow, whole, server.url, "--no-cache"))
-    assert read_rows(out, without=MEASURED) == read_rows(whole, without=MEASURED)
+    assert_alike(read_rows(out, without=MEASURED), read_rows(whole, without=MEASURED))
 
 
 # ----------------------------------------------------------------------------------------------- faults and kills
@@ -180,7 +181,7 @@ def test_runs_through_faults_end_in_the_file_of_a_run_without(flow, tmp_path):
         assert set(codes) == {0, 3}
         server.faults = {}
         run(*arguments(prompts, flow, whole, server.url, "--no-cache"))
-    assert read_rows(out, without=MEASURED) == read_rows(whole, without=MEASURED)
+    assert_alike(read_rows(out, without=MEASURED), read_rows(whole, without=MEASURED))
 
 
 def test_ctrl_c_ends_at_once_though_the_server_hangs_and_repeats_no_finished_call(flow, tmp_path):
@@ -209,7 +210,7 @@ def test_ctrl_c_ends_at_once_though_the_server_hangs_and_repeats_no_finished_cal
         assert COUNT <= len(server.requests) <= COUNT + 2  # those that hung
         whole = tmp_path / "whole.jsonl"
         run(*arguments(prompts, flow, whole, server.url, "--no-cache"))
-    assert read_rows(out, without=MEASURED) == read_rows(whole, without=MEASURED)
+    assert_alike(read_rows(out, without=MEASURED), read_rows(whole, without=MEASURED))
 
 
 def kill_and_run_again(kills: int, count: int, flow: Path, folder: Path, n: str) -> None:
@@ -241,7 +242,7 @@ def kill_and_run_again(kills: int, count: int, flow: Path, folder: Path, n: str)
         assert calls <= len(server.requests) <= calls + concurrency * kills
         run(*arguments(prompts, flow, whole, server.url, "--no-cache"))
     assert [row["id"] for row in read_rows(out)] == list(range(count))
-    assert read_rows(out, without=MEASURED) == read_rows(whole, without=MEASURED)
+    assert_alike(read_rows(out, without=MEASURED), read_rows(whole, without=MEASURED))
 
 
 @pytest.mark.parametrize("n", ["ignore"])
