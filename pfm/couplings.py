@@ -156,7 +156,7 @@ class BestOf:
 
     The flow then carries pi_ref to best of m in one pass. Needs pairs that carry candidate sets
     (:meth:`pfm.PreferencePairs.from_scores`, :meth:`~pfm.PreferencePairs.from_rankings`). Of equal scores each is as
-    likely to be the best.
+    likely to be the best. A set counts with the mean weight of its prompt's pairs.
     """
 
     rows_per_item = 1
@@ -192,6 +192,9 @@ class BestOf:
             below[size, :size] = torch.tensor(ways, dtype=torch.float64, device="cpu")
         self._below = below.to(device)
         self._context_rows = torch.tensor([entry.context_index for entry in pairs.candidates], device=device)
+        weight = pairs.candidate_weights
+        # With mean 1 over the items, which are the candidates.
+        self._weight = None if weight is None else weight / (weight * self._sizes).sum() * self._sizes.sum()
 
     @property
     def device(self) -> torch.device:
@@ -224,7 +227,8 @@ class BestOf:
         target = self.pairs.output_rows(self._rows[place])
         source = self.pairs.output_rows(self._rows[index])
         context = self.pairs.context_rows(self._context_rows[group])
-        return Coupled(source, target, context, source.new_ones(len(index)))
+        weight = source.new_ones(len(index)) if self._weight is None else self._weight[group]
+        return Coupled(source, target, context, weight)
 
 
 def _uniforms(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:

@@ -429,6 +429,21 @@ class EncodedPairs:
             return None
         return _rows(self._contexts, self._context_index[self._here(index)])
 
+    @property
+    def candidate_weights(self) -> Tensor | None:
+        """Return the mean weight of the pairs of each candidate set (sets,); None where pairs have no weights.
+
+        A set without pairs has weight 0.
+        """
+        if self.weight is None or self.candidates is None:
+            return None
+        keys = (self.group.to(self.device) if self._context_index is None else self._context_index).long()
+        entries = torch.tensor([entry.context_index for entry in self.candidates], device=self.device)
+        size = int(torch.maximum(keys.max(), entries.max())) + 1
+        total = torch.zeros(size, dtype=torch.float32, device=self.device).index_add_(0, keys, self.weight)
+        count = torch.bincount(keys, minlength=size).clamp_min(1)
+        return (total / count)[entries]
+
     def output_rows(self, rows: Tensor) -> Tensor:
         """Gather rows of the output table as flat float32, (B, D)."""
         return _rows(self._tables[0], self._here(rows))

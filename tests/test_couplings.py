@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfm import EncodedPairs
-from pfm.couplings import COUPLINGS, Coupled, Coupling, make_coupling
+from pfm.couplings import COUPLINGS, BestOf, Coupled, Coupling, make_coupling
 
 
 def all_rows(coupling: Coupling) -> Coupled:
@@ -172,3 +172,23 @@ def test_of_equal_candidates_each_is_as_likely_to_be_the_best(scores, best_of, s
     found = torch.bincount(target[:, :count].flatten(), minlength=count + 4) / target[:, :count].numel()
     assert found.tolist() == pytest.approx([*shares, 0, 0, 0, 0], abs=0.006)
     assert int(target[:, count:].min()) >= count
+
+
+def test_candidate_sets_count_with_the_weights_of_their_pairs():
+    table = torch.arange(12.0)[:, None]
+    first, second = torch.tensor([2, 5, 11, 10]), torch.tensor([0, 3, 6, 7])
+    sets = [(0, torch.arange(3), torch.arange(3.0)), (1, torch.arange(3, 6), torch.arange(3.0)),
+            (2, torch.arange(6, 12), torch.arange(6.0))]  # fmt: skip
+    contexts, place = torch.eye(3), torch.tensor([0, 1, 2, 2])
+    weight = torch.tensor([0.0, 2.0, 3.0, 1.0])
+    pairs = EncodedPairs.from_table(
+        table, first, second, contexts=contexts, context_index=place, weight=weight, candidates=sets
+    )
+    assert pairs.candidate_weights is not None
+    assert pairs.candidate_weights.tolist() == [0.0, 2.0, 2.0]
+    joined = BestOf(pairs, 3).draw(torch.arange(12), torch.Generator().manual_seed(0))
+    assert joined.weight[:3].eq(0).all()
+    assert joined.weight[3:].eq(joined.weight[3]).all()
+    assert float(joined.weight.mean()) == pytest.approx(1.0)
+    plain = EncodedPairs.from_table(table, first, second, contexts=contexts, context_index=place, candidates=sets)
+    assert plain.candidate_weights is None
