@@ -8,12 +8,14 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+import torch
 from chat_server import running
 from fastapi import FastAPI
 from test_cli import read_rows, run, write_rows
 from test_refiner import LetterEncoder, LinearFlow, refine_one
 
 import pfm
+from pfm import PreferencePairs
 from pfm.decoders import ExemplarBank
 from pfm.generators import OpenAIGenerator
 from pfm.judges import LLMJudge, ScriptedJudge
@@ -412,3 +414,26 @@ def test_the_command_line_sets_reasoning_aside_unless_told_to_keep_it(fitted, tm
     run("label", rows, "--judge", "pattern:lol", "--out", tmp_path / "k.jsonl", "--reasoning", "keep", "--no-progress")
     (label,) = read_rows(tmp_path / "k.jsonl")
     assert label["chosen"] == noisy
+
+
+def test_training_rows_are_encoded_by_their_answers():
+    class Listening:
+        dimension = 1
+
+        def __init__(self):
+            self.texts = []
+
+        def encode(self, texts, *, progress=False):
+            self.texts += texts
+            return torch.tensor([[float(len(text))] for text in texts])
+
+    rows = [{"prompt": "q", "chosen": "<think>much to consider</think>Yes.", "rejected": "<think>cut off"}]
+    pairs = PreferencePairs.from_rows(rows)
+    seen = Listening()
+    pairs.encode(seen, context=False, progress=False)
+    assert seen.texts == ["Yes.", "<think>cut off"]
+    whole = Listening()
+    pairs.encode(whole, context=False, reasoning="keep", progress=False)
+    assert whole.texts == [rows[0]["chosen"], rows[0]["rejected"]]
+    with pytest.raises(ValueError, match="reasoning must be 'strip'"):
+        pairs.encode(whole, reasoning="drop")

@@ -443,7 +443,10 @@ def test_label_finds_prompts_and_candidates_in_a_table(tmp_path):
     ("content", "message"),
     [
         (b"PK\x03\x04\x14\x00", "an Excel or OpenDocument workbook; save the sheet as CSV in UTF-8"),
-        (gzip.compress(b"prompt,chosen,rejected\na,b,c\n"), r"compressed by gzip; let its name end in \.csv\.gz"),
+        (
+            gzip.compress(b"prompt,chosen,rejected\na,b,c\n", mtime=0),
+            r"compressed by gzip; let its name end in \.csv\.gz",
+        ),
         (b"PAR1\x15\x04", r"Parquet; let its name end in \.parquet"),
         ("prompt,chosen,rejected\na,b,c\n".encode("utf-16")[:-1], "not valid UTF-16, which its byte order mark says"),
         (b"prompt;chosen;rejected;a,b,c,d,e\nx;y;z;\n;;;\n", None),

@@ -17,6 +17,8 @@ from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
     OnBadRows,
+    Reasoning,
+    ReasoningOption,
     Session,
     Traceback,
     app,
@@ -71,6 +73,7 @@ def fit(
     max_pairs: Annotated[
         int | None, typer.Option(help="Draw at most so many pairs of the labelled completions of one prompt.")
     ] = None,
+    reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the fit.")] = 0,
     no_progress: NoProgress = False,
@@ -106,8 +109,9 @@ def fit(
             if any(checkpoint.glob("*.safetensors"))
             else "What was encoded is in the embedding cache; run the same command again to go on."
         )
-        encoded = train.encode(with_name, progress=not no_progress)
-        held = None if measured is None else measured.encode(with_name, progress=not no_progress)
+        how = {"reasoning": reasoning.value, "progress": not no_progress}
+        encoded = train.encode(with_name, **how)
+        held = None if measured is None else measured.encode(with_name, **how)
         flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint)
         flow.save_pretrained(out)
         shutil.rmtree(checkpoint, ignore_errors=True)
