@@ -1,4 +1,4 @@
-"""Errors of preference data, and what becomes of bad rows: raised at the first one, or counted by reason."""
+"""Errors of preference data, and how bad rows are handled: raise at the first one, or count them by reason."""
 
 from __future__ import annotations
 

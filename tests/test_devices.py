@@ -387,6 +387,29 @@ def test_neither_training_nor_a_pass_waits_for_the_device(flow):
     assert len(twelve) == len(one) <= 3
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="asks CUDA itself")
+def test_cuda_is_not_waited_for_in_updates_and_passes(flow, monkeypatch):
+    from pfm import graphs
+    from pfm.transport import integrate
+
+    y, x = (part.to(DEVICE) for part in outputs())
+    field, start = flow.field.at(flow.normalizer.context(x)), flow.normalizer(y)
+    run = graphs.Repeated.__call__
+
+    def strictly(work):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return work()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    with torch.no_grad():
+        integrate(field, start, (0.0, 1.0), steps=3, hold=False)
+        strictly(lambda: integrate(field, start, (0.0, 1.0), steps=3, hold=False))
+    monkeypatch.setattr(graphs.Repeated, "__call__", lambda self, *inputs: strictly(lambda: run(self, *inputs)))
+    PreferenceFlow.fit(shifted_pairs(), LIGHT.replace(epochs=20), progress=False)
+
+
 @FAR
 def test_recorded_updates_and_passes_are_those_that_were_run(flow, monkeypatch):
     from support import far_device
