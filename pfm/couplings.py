@@ -178,7 +178,7 @@ class BestOf:
         # Flat rows sorted by score inside each set, so that a winner is a rank and needs no score look-up.
         device = pairs.device
         sizes = [len(entry.rows) for entry in pairs.candidates]
-        self._sizes = torch.tensor(sizes, device=device)
+        self._sizes = torch.tensor(sizes, device="cpu").to(device)
         self._starts = self._sizes.cumsum(0) - self._sizes
         scores, orders = zip(*(entry.scores.sort(stable=True) for entry in pairs.candidates), strict=True)
         self._rows = torch.cat([entry.rows[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
@@ -191,7 +191,8 @@ class BestOf:
             ways = [math.comb(rank + 1, best_of) / math.comb(size, best_of) for rank in range(size)]
             below[size, :size] = torch.tensor(ways, dtype=torch.float64, device="cpu")
         self._below = below.to(device)
-        self._context_rows = torch.tensor([entry.context_index for entry in pairs.candidates], device=device)
+        contexts = torch.tensor([entry.context_index for entry in pairs.candidates], device="cpu")
+        self._context_rows = contexts.to(device)
         weight = pairs.candidate_weights
         # With mean 1 over the items, which are the candidates.
         self._weight = None if weight is None else weight / (weight * self._sizes).sum() * self._sizes.sum()
@@ -261,7 +262,7 @@ class _Ends:
         if source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
         count, device = len(pairs), pairs.device
-        chosen = 2 * torch.arange(count, device=device)
+        chosen = 2 * torch.arange(count, device="cpu").to(device)
         rejected = chosen + 1
         ones = torch.ones(count, dtype=torch.float32, device=device)
         weight = ones if pairs.weight is None else pairs.weight / pairs.weight.mean()
@@ -460,7 +461,7 @@ def _by_pool(pool: Tensor, places: Tensor, weight: Tensor, order: Tensor) -> lis
 def _spread(places: Tensor, weight: Tensor, count: int) -> Tensor:
     """Take ``count`` of some samples in proportion to their weights: with equal weights each equally often."""
     sums = weight.double().cumsum(0)
-    marks = (torch.arange(count, dtype=torch.float64, device=sums.device) + 0.5) / count * sums[-1]
+    marks = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5).to(sums.device) / count * sums[-1]
     return places[torch.searchsorted(sums, marks).clamp(max=len(places) - 1)]
 
 

@@ -13,7 +13,15 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["best_device", "device_name", "free_memory", "resolve_device", "standard_defaults", "with_standard_defaults"]
+__all__ = [
+    "best_device",
+    "device_name",
+    "free_memory",
+    "new_generator",
+    "resolve_device",
+    "standard_defaults",
+    "with_standard_defaults",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,6 +116,14 @@ def free_memory(device: torch.device) -> float:
         return math.inf
     information = getattr(torch.get_device_module(device.type), "mem_get_info", None)
     return math.inf if information is None else float(information(device)[0])
+
+
+def new_generator(device: torch.device) -> torch.Generator:
+    """Return a generator of random numbers on a device; on the CPU where the device's backend has none."""
+    try:
+        return torch.Generator(device)
+    except (RuntimeError, NotImplementedError):
+        return torch.Generator()
 
 
 def _count(kind: str) -> int:

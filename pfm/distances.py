@@ -79,8 +79,8 @@ def projected_wasserstein(x: Tensor, y: Tensor) -> float:
         return float((x - y.to(x.device)).square().mean(dtype=torch.float64).sqrt())
     # The levels at which either quantile function steps, as whole multiples of 1 / (n m).
     y = y.to(x.device)
-    steps = (torch.arange(1, n + 1, device=x.device) * m, torch.arange(1, m + 1, device=x.device) * n)
-    levels = torch.cat(steps).unique()
+    steps = (torch.arange(1, n + 1, device="cpu") * m, torch.arange(1, m + 1, device="cpu") * n)
+    levels = torch.cat(steps).unique().to(x.device)
     width = levels.diff(prepend=levels.new_zeros(1)).double() / (n * m)
     of_x, of_y = (levels - 1) // m, (levels - 1) // n
     total = 0.0
@@ -128,7 +128,7 @@ def kolmogorov_smirnov(x: Any, y_or_cdf: Any) -> float:
                 f"the distribution function must give ({len(x)},) probabilities: got {tuple(exact.shape)} from "
                 f"{float(exact.min()):g} to {float(exact.max()):g}"
             )
-        ranks = torch.arange(len(x) + 1, dtype=torch.float64, device=x.device) / len(x)
+        ranks = torch.arange(len(x) + 1, dtype=torch.float64, device="cpu").to(x.device) / len(x)
         return float(torch.maximum((ranks[1:] - exact).max(), (exact - ranks[:-1]).max()))
     y = _line("y_or_cdf", y_or_cdf).to(x.device).sort().values
     both = torch.cat([x, y])

@@ -123,7 +123,7 @@ class EncodedPairs:
                     + ("; for scalar contexts use tensor[:, None]" if context.ndim == 1 else "")
                 )
             check_finite("context", context)
-        every = torch.arange(count, device=chosen.device)
+        every = torch.arange(count, device="cpu").to(chosen.device)
         self._tables = (chosen.flatten(1), rejected.flatten(1))
         self._indices = (every, every)
         self._contexts = context
@@ -438,7 +438,7 @@ class EncodedPairs:
         if self.weight is None or self.candidates is None:
             return None
         keys = (self.group.to(self.device) if self._context_index is None else self._context_index).long()
-        entries = torch.tensor([entry.context_index for entry in self.candidates], device=self.device)
+        entries = torch.tensor([entry.context_index for entry in self.candidates], device="cpu").to(self.device)
         size = int(torch.maximum(keys.max(), entries.max())) + 1
         total = torch.zeros(size, dtype=torch.float32, device=self.device).index_add_(0, keys, self.weight)
         count = torch.bincount(keys, minlength=size).clamp_min(1)

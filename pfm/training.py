@@ -25,6 +25,7 @@ from torch import Tensor
 from pfm.config import FlowConfig
 from pfm.confirmation import confirmed, halves
 from pfm.couplings import Coupled, Coupling
+from pfm.devices import new_generator
 from pfm.fields import SMALL, Field, Normalizer
 from pfm.files import replace_file
 from pfm.graphs import Repeated
@@ -258,7 +259,7 @@ def train_residual(
         problem.at(problem.times(items, _generator(config.seed, ~(log.updates // kept)), device))
 
     # On a device the noise is drawn there, afresh from every validation on: a resumed run draws the same.
-    noise = generator if on_cpu else torch.Generator(device)
+    noise = generator if on_cpu else new_generator(device)
     if not on_cpu:
         noise.manual_seed(config.seed + log.updates)
     set_times()

@@ -147,7 +147,7 @@ def _adaptive(
         evaluations += 1
         return velocity(float(t), state)
 
-    asked = torch.tensor(list(times), dtype=y.dtype, device=y.device)
+    asked = torch.tensor(list(times), dtype=y.dtype, device="cpu").to(y.device)
     try:
         result = odeint(function, y, asked, method=solver, rtol=rtol, atol=atol)
     except AssertionError:  # no step is small enough, as when the field gives NaN for one row

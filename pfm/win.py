@@ -241,12 +241,13 @@ class WinHead(nn.Module):
             return binary_cross_entropy_with_logits(value, target, reduction="none").mean(-2)
 
         rows, looks = train_network(network, network.restart, correct, error, batch.weight, held_out, generator)
-        every = torch.arange(len(group), device=rows.device)
-        correction, weight, multiples = correct(every), batch.weight[rows], torch.tensor(GAINS, device=looks.device)
+        every = torch.arange(len(group), device="cpu").to(rows.device)
+        correction, weight = correct(every), batch.weight[rows]
+        multiples = torch.tensor(GAINS, dtype=torch.float32, device="cpu").to(rows.device)
         gain = GAINS[int((error(rows, multiples[:, None, None] * correction[:, rows]) @ weight).argmin())]
         candidates = (looks[:, None] * multiples[:, None, None]).flatten(0, 1)
         losses = error(rows, candidates)
-        places = torch.arange(len(rows), device=rows.device)
+        places = torch.arange(len(rows), device="cpu").to(rows.device)
         half = halves(group[rows.cpu()]).to(rows.device)
         chosen = choose_crosswise(losses, weight, half)
         better = error(rows, torch.zeros_like(logit[:, rows])) - losses[chosen, places]

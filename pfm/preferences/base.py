@@ -43,7 +43,7 @@ class Embedded:
 
     def scaled(self, slope: Tensor | float) -> Embedded:
         """Give the embedding whose log-odds are ``slope`` >= 0 times these."""
-        slope = torch.as_tensor(slope, device=self.reward.device)
+        slope = torch.as_tensor(slope).to(self.reward.device)
         return Embedded(self.reward * slope, self.planes * slope.sqrt())
 
     def against(self, other: Embedded) -> Tensor:

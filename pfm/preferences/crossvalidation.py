@@ -38,7 +38,7 @@ class Search:
         self.blocks = list(blocks)
         self.weight, self.probability, self.fold = weight, probability, fold
         # Whole folds thinned alike: every prompt stays in its fold.
-        self._kept = torch.arange(len(fold), device=fold.device) % -(-len(fold) // CV_PAIRS) == 0
+        self._kept = (torch.arange(len(fold), device="cpu") % -(-len(fold) // CV_PAIRS) == 0).to(fold.device)
         self._loss: dict[Setting, float] = {}
         self._fits: dict[Setting, dict[int, Tensor]] = {}
         self._made: dict[tuple[int, int], Tensor] = {}
