@@ -45,7 +45,7 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the sweep, for every job."""
-        name = uuid.uuid4().hex[:12]
+        name = f"sweep-{uuid.uuid4().hex[:12]}"  # digits alone, or with one e among them, Hydra would read as a number
         with read_write(config), open_dict(config):
             config.hydra.overrides.task.append(f"sweep={name}")
         _started.append(Path(config.out).absolute() / NOTES / name)

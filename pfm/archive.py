@@ -8,6 +8,7 @@ killed.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ STAGING, COMMITTED = ".saving-", ".saved"
 STALE_SECONDS = 3600.0  # age of what a killed save has left, before the next save removes it
 MAX_DESCRIPTION_BYTES = 100_000_000  # as safetensors bounds its own header
 ATTEMPTS = 20
+PAUSE_SECONDS = 0.002  # more before each further attempt
 FLOATS = ("F", "BF")  # how safetensors' names of such number types begin
 
 M = TypeVar("M", bound=nn.Module)
@@ -110,14 +112,15 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _commit(staging: Path, folder: Path) -> None:
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE_SECONDS * attempt)
         try:
             os.rename(staging, folder / COMMITTED)
             return
-        except OSError:
-            if not (folder / COMMITTED).is_dir():
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            finish_save(folder)  # another process has committed a save and has not moved it yet
+            finish_save(folder)  # another process has committed a save, and may not have moved it yet
     raise OSError(f"{folder} is being saved to by another process without end: save to another folder")
 
 
@@ -144,7 +147,8 @@ def read_folder(folder: Path, patterns: Sequence[str], read: Callable[[], T]) ->
     Raises:
         OSError: saves follow each other without end.
     """
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE_SECONDS * attempt)
         finish_save(folder)
         before = _stamps(folder, patterns)
         try:
