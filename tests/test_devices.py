@@ -529,6 +529,7 @@ def test_wrapped_generators_reports_and_explanations():
     assert explain(flow, pairs, encoder, resamples=20, progress=False).traits
 
 
+@pytest.mark.filterwarnings("ignore:mode=.gated")
 def test_control_with_a_flow_on_the_device():
     from pfm.pbrl.arrays import BatchedPointMass
     from pfm.pbrl.collection import collect
