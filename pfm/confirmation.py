@@ -89,7 +89,9 @@ def confirmed(
     elif math.isinf(statistic):
         p_value = max(p_value, 2.0**-count)
     p_value = min(max(p_value, SMALLEST_P), 1.0)
-    return Confirmation(_z_score(p_value), p_value, level, count, degrees)
+    # Sign flips of few groups, or of totals of zero, give p-values up to 1 that do not say how far below zero it is.
+    below = min(_z_score(_upper_tail(statistic, degrees)), 0.0) if degrees else 0.0
+    return Confirmation(_z_score(p_value) if p_value < 0.5 else below, p_value, level, count, degrees)
 
 
 def standard_errors(value: Tensor, group: Tensor) -> float:

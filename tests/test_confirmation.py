@@ -136,3 +136,11 @@ def test_rounds_are_compared_as_the_best_of_many_tests():
     assert _beyond(values, 1)
     assert not _beyond(values, 20)
     assert not _beyond(torch.ones(2), 1)
+
+
+def test_nothing_to_tell_is_a_z_score_of_zero():
+    group = torch.arange(2)
+    assert confirmed(torch.tensor([1.0, -1.0]), group).z == 0.0
+    assert confirmed(torch.zeros(8), torch.arange(8)).z == 0.0
+    assert confirmed(torch.ones(1), torch.zeros(1)).z == 0.0
+    assert -4 < confirmed(torch.tensor([-1.0, -0.5, -0.8, -1.2, -0.9, -1.1]), torch.arange(6)).z < -2
