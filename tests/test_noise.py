@@ -64,7 +64,7 @@ def turned(before: EncodedPairs, after: EncodedPairs) -> torch.Tensor:
 def likeness(pairs: EncodedPairs) -> float:
     """Give the cosine of what is learned with the reward that made the labels."""
     weights = tournament()[1]
-    return float(torch.cosine_similarity(BradleyTerry(1e-3).fit(pairs).weights, weights, dim=0))
+    return float(torch.cosine_similarity(BradleyTerry(1e-3).fit(pairs).weights.cpu(), weights, dim=0))
 
 
 def test_flipping_is_what_shuffling_is_at_one_half_and_is_undone_by_itself(clean: EncodedPairs):

@@ -60,7 +60,7 @@ def test_mean_shift_mirrors_swapped_labels_and_is_the_first_step_of_bradley_terr
     assert float(MeanShift().fit(pairs.shuffle_labels()).direction.norm()) < 0.1 * float(shift.direction.norm())
     heavy = BradleyTerry(1e4).fit(pairs)  # so strong a penalty leaves the gradient's direction only
     weights = torch.stack([heavy.score(row[None], torch.zeros(1, 4))[0] for row in torch.eye(4)])
-    assert float(torch.cosine_similarity(weights, shift.direction, dim=0)) > 0.9999
+    assert float(torch.cosine_similarity(weights, shift.direction.cpu(), dim=0)) > 0.9999
 
 
 def test_the_solver_is_at_the_penalised_optimum_along_its_path():
