@@ -307,7 +307,7 @@ def test_calibration_takes_back_certainty_and_an_ensemble_is_calibrated():
     assert min(both.found["weights"]) >= 0
     scores = both.member_scores(y[:5], other[:5])
     assert scores.shape == (sum(weight > 0 for weight in both.found["weights"]), 5)
-    shares = both.shares / both.shares.sum()
+    shares = (both.shares / both.shares.sum()).cpu()
     torch.testing.assert_close((shares[:, None] * scores).sum(0), both.score(y[:5], other[:5]), atol=1e-4, rtol=1e-4)
 
 

@@ -135,16 +135,12 @@ class PreferenceEnsemble(PreferenceModel):
         return Embedded(reward, torch.cat([part.planes for part in parts], dim=-1))
 
     def member_scores(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (members, B) of each member that has a weight, scaled as if it stood alone.
+        """Return the log-odds (members, B) of each member that has a weight, scaled as if it stood alone.
 
         Their mean weighted by the shares is :meth:`score`; where they lie apart the members disagree.
         """
-        y, contexts = self._checked("y", y, context)
-        other, others = self._checked("other", other, context)
         total = float(self.shares.sum())
-        return torch.stack(
-            [total * model.embed(y, contexts).against(model.embed(other, others)) for model in self._members()]
-        )
+        return torch.stack([total * model.score(y, other, context) for model in self._members()])
 
     def _members(self) -> list[PreferenceModel]:
         return [model for model in self.models if isinstance(model, PreferenceModel)]
