@@ -122,7 +122,7 @@ def integrate(
         state = step(velocity, t, h, state)
         states.append(state)
     held, finite = _hold_last_finite(torch.stack(states))
-    return Integrated(held[marks], finite, evaluations)
+    return Integrated(torch.stack([held[mark] for mark in marks]), finite, evaluations)
 
 
 def _grid(times: Sequence[float], steps: int) -> tuple[list[float], list[float], list[int]]:
