@@ -144,7 +144,7 @@ def choose_steps(
 class matmul_precision:
     """Sets torch's precision of float32 matrix products as ``dtype`` asks, and puts it back.
 
-    On CUDA ``"float32"`` is full precision, whatever the caller had set; on the CPU it is what was set.
+    On CUDA ``"float32"`` sets full precision; on the CPU it keeps the caller's setting.
     """
 
     def __init__(self, dtype: str, device: torch.device) -> None:

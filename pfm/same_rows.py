@@ -37,16 +37,12 @@ def same_rows(rows: Tensor) -> Tensor:
     order = place[:, 0].argsort(stable=True)
     place = place[order]
     first, second = _close(place, near)
-    kept = (
-        torch.cat(
-            [
-                (rows[order[i].to(rows.device)].double() - rows[order[j].to(rows.device)].double()).abs().amax(1).cpu()
-                <= SAME * unit
-                for i, j in zip(first.split(CHUNK), second.split(CHUNK), strict=True)
-            ]
-        )
-        if len(first)
-        else torch.zeros(0, dtype=torch.bool, device="cpu")
+    kept = torch.cat(
+        [
+            (rows[order[i].to(rows.device)].double() - rows[order[j].to(rows.device)].double()).abs().amax(1).cpu()
+            <= SAME * unit
+            for i, j in zip(first.split(CHUNK), second.split(CHUNK), strict=True)
+        ]
     )
     leader = list(range(len(rows)))
     for i, j in sorted(zip(order[first[kept]].tolist(), order[second[kept]].tolist(), strict=True), key=sorted):

@@ -314,7 +314,7 @@ def memory_limit(values: float) -> Iterator[None]:
 
 
 def capture(work: Callable[[], Any]) -> Callable[[], None]:
-    """Record what ``work`` does on the device, as a CUDA graph does: without an effect; the result is what does it."""
+    """Record what ``work`` does on the device, without an effect, as a CUDA graph does; return its replay."""
     state.recording, state.before = [], {}
     recorded = state.recording
     try:
