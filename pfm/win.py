@@ -227,7 +227,7 @@ class WinHead(nn.Module):
         Returns the corrections (2, N) and the held-out gain in log loss, nats an output; of held-out pairs, both come
         of the moment of the training and the multiple that are best on the other half of the held-out prompts.
         """
-        if self.network is None or bool(held_out.all()) or not confirmable(group[held_out]):
+        if self.network is None or bool(held_out.all()) or not confirmable(group[held_out.cpu()]):
             self.drop_network()
             return torch.zeros_like(logit), 0.0
         inputs = torch.stack([self._inputs(batch.chosen, batch.context), self._inputs(batch.rejected, batch.context)])

@@ -40,6 +40,8 @@ for work in (
     lambda: torch.randn(3, device="far", generator=torch.Generator()),
     lambda: torch.ones(2, device="far:1"),
     lambda: there.numpy(),
+    lambda: here[there > 0],
+    lambda: here.index_put((here > 0,), there),
 ):
     try:
         work()
@@ -56,4 +58,6 @@ print(len(waits))
         [sys.executable, "-c", code], cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE.parent)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert found.stdout.split() == ["RuntimeError"] * 4 + ["TypeError", "15.0", "2"], found.stderr[-2000:]
+    assert found.stdout.split() == ["RuntimeError"] * 4 + ["TypeError"] + ["RuntimeError"] * 2 + ["15.0", "2"], (
+        found.stderr[-2000:]
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from made_once import made_once
+from support.rounding import assert_same
 
 from pfm import EncodedPairs
 from pfm.preferences import (
@@ -132,7 +133,7 @@ def test_relevance_to_the_prompt_is_seen_where_no_reward_of_the_output_is(tmp_pa
     assert abs(accuracy(plain, held) - 0.5) < 0.1
     assert accuracy(model, held) > 0.95
     again = load(model.save(tmp_path))
-    assert torch.equal(pair_scores(again, held), pair_scores(model, held))
+    assert_same(pair_scores(again, held), pair_scores(model, held))
     table = again.table(y[:5], context[0])
     torch.testing.assert_close(table[0, 1:], again.score(y[:1], y[1:5], context[0]))
     with pytest.raises(ValueError, match=r"context \(B, 8\) is missing"):
@@ -140,7 +141,7 @@ def test_relevance_to_the_prompt_is_seen_where_no_reward_of_the_output_is(tmp_pa
     without = EncodedPairs(train.chosen, train.rejected)
     alone = RelevancePreference(BradleyTerry(1e-3)).fit(without)
     assert alone.context_dimension == 0
-    assert torch.equal(alone.score(y, other), BradleyTerry(1e-3).fit(without).score(y, other))
+    assert_same(alone.score(y, other), BradleyTerry(1e-3).fit(without).score(y, other))
     both = PreferenceEnsemble([BradleyTerry(1e-3), RelevancePreference(BradleyTerry(1e-3))]).fit(train)
     assert accuracy(both, held) > 0.95
     with pytest.raises(ValueError, match="share must be positive"):
@@ -326,7 +327,7 @@ def test_models_are_saved_and_loaded(tmp_path):
         assert type(again) is type(model)
         assert again.found == model.found
         assert again.settings() == model.settings()
-        assert torch.equal(again.score(y, other), model.score(y, other))
+        assert_same(again.score(y, other), model.score(y, other))
     (tmp_path / "0" / "preference.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match="damaged preference model"):
         load(tmp_path / "0")

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from made_once import shared_flow
+from support.rounding import assert_same
 from test_flow import QUICK, compass_gain, compass_pairs, ks_to_square_law, line_pairs, rejected_and_context, uniforms
 
 import pfm
@@ -39,7 +40,7 @@ def test_two_rounds_reach_the_best_of_four(line, two_rounds):
     y = uniforms()
     assert (line.rounds, two_rounds.rounds) == (1, 2)
     assert ks_to_square_law(two_rounds.transport(y, mode="relabel"), power=4) <= 0.04
-    assert torch.equal(two_rounds.transport(y, mode="relabel", rounds=1), line.transport(y))
+    assert_same(two_rounds.transport(y, mode="relabel", rounds=1), line.transport(y))
 
 
 def test_labels_by_a_coin_add_nothing(line):
@@ -56,9 +57,7 @@ def test_rounds_are_saved_and_loaded(two_rounds, tmp_path):
     two_rounds.save_pretrained(tmp_path)
     again = PreferenceFlow.from_pretrained(tmp_path)
     assert again.rounds == 2
-    assert torch.equal(
-        again.transport(uniforms(50), mode="relabel"), two_rounds.transport(uniforms(50), mode="relabel")
-    )
+    assert_same(again.transport(uniforms(50), mode="relabel"), two_rounds.transport(uniforms(50), mode="relabel"))
 
 
 @pytest.mark.slow
@@ -103,10 +102,10 @@ def test_a_student_takes_one_evaluation_and_ends_where_its_teacher_does(line, tm
     assert error <= 0.06
     assert found["error"] == pytest.approx(error, rel=0.5)
     assert ks_to_square_law(learned) <= 0.04
-    torch.testing.assert_close(student.win_probability(y), line.win_probability(y), rtol=0, atol=0)
+    assert_same(student.win_probability(y), line.win_probability(y))
     student.save_pretrained(tmp_path)
     again = PreferenceFlow.from_pretrained(tmp_path)
-    assert torch.equal(again.transport(y), learned)
+    assert_same(again.transport(y), learned)
     assert again.evaluations == 1
     # Its path is a straight line, and a step is all there is.
     states = student.trajectory(y[:7], times=[0.0, 0.25, 1.0])

@@ -59,6 +59,7 @@ class SpeedTask:
     figures: dict[str, Estimate | None] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    flows: dict[str, PreferenceFlow] = field(default_factory=dict)
 
     @staticmethod
     def parts() -> tuple[str, ...]:
@@ -232,30 +233,33 @@ class SpeedTask:
             self.notes["cuda"] = "no CUDA device"
             return
         device = torch.device("cuda")
-        sizes = (self.config.dimension, self.config.dimension, self.config.hidden, self.config.layers)
         for batch in self.config.batches:
-            settings = self._base.replace(batch_size=batch, device="cuda", dtype="auto")
-            torch.set_float32_matmul_precision("medium")
-            with PausedFit(self._pairs, self._held, settings) as fit:
-                contestants = {"pfm": fit, "products": bare_products(batch, *sizes, device)}
-                if _has_torchcfm():
-                    contestants["torchcfm"] = plain_loop(self._pairs, batch, *sizes[2:], device)
-                name = f"cuda.training.{batch}"
-                found = self._race(name, contestants, twin="products", device=device)
-            self.figures[f"{name}.share"] = found.ratio("products", "pfm")
-            self.figures[f"{name}.samples"] = _times(found.units_a_second("pfm"), batch)
-            self.figures[f"{name}.products_tflops"] = _times(
-                found.units_a_second("products"), 2 * batch * products_of_a_row(*sizes) / 1e12
-            )
-            if _has_torchcfm():
-                self.figures[f"{name}.ratio"] = found.ratio("torchcfm", "pfm")
-            torch.set_float32_matmul_precision("highest")
+            self._cuda_training(batch, device)
         for dtype in ("auto", "bfloat16"):
             self._cuda_transport("tf32" if dtype == "auto" else dtype, dtype, device)
         self._cuda_fits()
 
+    def _cuda_training(self, batch: int, device: torch.device) -> None:
+        sizes = (self.config.dimension, self.config.dimension, self.config.hidden, self.config.layers)
+        settings = self._base.replace(batch_size=batch, device="cuda", dtype="auto")
+        torch.set_float32_matmul_precision("medium")
+        with PausedFit(self._pairs, self._held, settings) as fit:
+            contestants = {"pfm": fit, "products": bare_products(batch, *sizes, device)}
+            if _has_torchcfm():
+                contestants["torchcfm"] = plain_loop(self._pairs, batch, *sizes[2:], device)
+            name = f"cuda.training.{batch}"
+            found = self._race(name, contestants, twin="products", device=device)
+        self.figures[f"{name}.share"] = found.ratio("products", "pfm")
+        self.figures[f"{name}.samples"] = _times(found.units_a_second("pfm"), batch)
+        self.figures[f"{name}.products_tflops"] = _times(
+            found.units_a_second("products"), 2 * batch * products_of_a_row(*sizes) / 1e12
+        )
+        if _has_torchcfm():
+            self.figures[f"{name}.ratio"] = found.ratio("torchcfm", "pfm")
+        torch.set_float32_matmul_precision("highest")
+
     def _cuda_transport(self, name: str, dtype: str, device: torch.device) -> None:
-        flow = copy.deepcopy(self._flow()).to(device)
+        flow = copy.deepcopy(self._flow("cuda"))
         flow.config = flow.config.replace(dtype=dtype)
         y, context = (part.to(device) for part in self._fresh(262_144))
         exact = Exact.of(flow, y[:4096], context[:4096])
@@ -305,11 +309,11 @@ class SpeedTask:
         self.seconds |= {f"{name}.{runner}": values for runner, values in found.seconds.items()}
         return found
 
-    def _flow(self) -> PreferenceFlow:
-        if not hasattr(self, "_fitted"):
-            config = self._base.replace(tolerance=7e-3)
-            self._fitted = PreferenceFlow.fit(self._pairs, config, self._held, self._progress)
-        return self._fitted
+    def _flow(self, device: str = "cpu") -> PreferenceFlow:
+        if device not in self.flows:
+            config = self._base.replace(tolerance=7e-3, device=device)
+            self.flows[device] = PreferenceFlow.fit(self._pairs, config, self._held, self._progress)
+        return self.flows[device]
 
     def _fresh(self, count: int) -> tuple[Tensor, Tensor]:
         """Draw (y, context) of the reference: one member of each of so many pairs, by turns."""

@@ -210,6 +210,8 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"Expected all tensors to be on the same device, but found at least two devices, {NAME}:0 and cpu, "
             f"in {op.name}: {shapes}"
         )
+    if far and op.indexes and op.crosses:
+        _check_indexing(op.name, args)
     target = kwargs.get("device")
     target = None if target is None else torch.device(target)
     if target is not None and target.type == NAME and (target.index or 0) != 0:
@@ -255,6 +257,16 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             args[0].data = Far(args[0].near)  # its shape follows; its own ``near`` stays
         return args[0]
     return _far(out) if to_far else out
+
+
+def _check_indexing(name: str, args: tuple[Any, ...]) -> None:
+    """Refuse indices on the device into a CPU tensor, and values of another device than what they are written to."""
+    indexed, indices, *values = args
+    if not isinstance(indexed, Far) and any(isinstance(index, Far) for index in indices):
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+    for value in values[:1]:
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and isinstance(value, Far) != isinstance(indexed, Far):
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two, in {name}")
 
 
 def _autocast(func: Any) -> Callable[..., Any]:
