@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 import pfm
-from pfm.hub import check_folder
+from pfm._internal.hub import check_folder
 
 __all__ = [
     "METHODS",

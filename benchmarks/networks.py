@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pfm import EncodedPairs
-from pfm.confirmation import CONFIRMED, choose_crosswise, confirmed, halves
+from pfm._internal.significance import CONFIRMED, choose_crosswise, confirmed, halves
 
 __all__ = ["Fitted", "Network", "fit_early_stopped", "pair_loss"]
 

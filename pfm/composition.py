@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfm.archive import read_description, read_folder, save_folder
-from pfm.chunks import map_rows
+from pfm._internal.archive import read_description, read_folder, save_folder
+from pfm._internal.chunks import map_rows
+from pfm._internal.files import replace_json, require_files
 from pfm.devices import with_standard_defaults
 from pfm.encoded import as_float_tensor, check_finite, vector_space
 from pfm.errors import NonFiniteWarning
 from pfm.fields import Velocity
-from pfm.files import replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.transport import integrate
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.files import replace_file, replace_json
 from pfm.devices import with_standard_defaults
-from pfm.files import replace_file, replace_json
 from pfm.same_rows import same_rows
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]

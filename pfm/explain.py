@@ -29,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pfm.confirmation import CONFIRMED, standard_errors
+from pfm._internal.significance import CONFIRMED, standard_errors
 from pfm.devices import standard_defaults
 from pfm.reasoning import training_text
 from pfm.statistics import Bootstrap, Estimate, interval

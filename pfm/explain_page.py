@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from pfm.page import document, figure, forest
+from pfm._internal.html import document, figure, forest
 from pfm.statistics import Estimate
 from pfm.traits import TRAITS
 

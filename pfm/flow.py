@@ -19,7 +19,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from pfm import graphs
-from pfm.archive import (
+from pfm._internal.archive import (
     load_module,
     read_description,
     read_folder,
@@ -27,14 +27,14 @@ from pfm.archive import (
     save_tensors,
     tensor_shapes,
 )
-from pfm.chunks import Work, map_rows
+from pfm._internal.chunks import Work, map_rows
+from pfm._internal.files import replace_json, require_files
 from pfm.config import FlowConfig, refuse_options
 from pfm.couplings import Joined, WithoutContext, make_coupling
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.errors import NonFiniteWarning
 from pfm.fields import SMALL, Field, Normalizer, Velocity
-from pfm.files import replace_json, require_files
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.opponents import PreferenceWin, candidate_wins, rescored
 from pfm.preferences.base import PreferenceModel

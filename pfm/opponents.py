@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pfm.confirmation import confirmed
+from pfm._internal.significance import confirmed
 from pfm.encoded import CandidateRows, EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, restored
 from pfm.preferences.calibration import pair_scores, reliability

@@ -11,7 +11,7 @@ from html import escape
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from pfm.page import (
+from pfm._internal.html import (
     LABELS_END,
     PLOT_WIDTH,
     ROW,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.confirmation import confirmed
+from pfm._internal.significance import confirmed
 from pfm.preferences.base import PreferenceModel
 
 __all__ = ["CyclingWarning", "Labeller", "RoundCheck", "as_labeller", "compare_rounds", "labelled", "warn_of_cycle"]

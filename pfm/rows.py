@@ -35,6 +35,7 @@ from typing import IO, Any, TypeAlias, TypedDict, cast
 
 import numpy as np
 
+from pfm._internal.nesting import parse_json
 from pfm.conversations import (
     Message,
     Text,
@@ -61,7 +62,6 @@ from pfm.layouts import (
     scored_row,
     standard_row,
 )
-from pfm.nesting import parse_json
 from pfm.row_errors import BadRows, PreferenceDataError, not_utf8, show
 from pfm.spreadsheets import table_rows
 from pfm.stringified import parse_columns

@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from pfm._internal.nesting import MAX_NESTING, parse_json
 from pfm.conversations import Message, as_text
-from pfm.nesting import MAX_NESTING, parse_json
 from pfm.row_errors import PreferenceDataError, show
 
 __all__ = ["parse_columns", "parse_literal", "parse_text"]

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from pfm.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.files import replace_json, require_files
+from pfm._internal.significance import Confirmation, confirmed
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
-from pfm.confirmation import Confirmation, confirmed
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
-from pfm.files import replace_json, require_files
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.files import replace_file
+from pfm._internal.significance import confirmed, halves
 from pfm.config import FlowConfig
-from pfm.confirmation import confirmed, halves
 from pfm.couplings import Coupled, Coupling
 from pfm.devices import new_generator
 from pfm.fields import SMALL, Field, Normalizer
-from pfm.files import replace_file
 from pfm.graphs import Repeated
 from pfm.streaming import streamed
 
@@ -78,7 +78,7 @@ class TrainingLog:
 
     ``plain_loss`` is the validation loss of the linear part alone, ``loss`` with the residual at its best.
     ``gain`` is the share of the residual that held-out prompts confirm (0: it was dropped) and ``z`` the z-score of its
-    improvement over prompts (:func:`pfm.confirmation.confirmed`).
+    improvement over prompts (:func:`pfm._internal.significance.confirmed`).
     """
 
     updates: int = 0

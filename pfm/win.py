@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from pfm.confirmation import choose_crosswise, confirmable, confirmed, halves
+from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.encoded import EncodedPairs, PairBatch
 from pfm.preferences.coordinates import Coordinates, weighted_mean
 from pfm.preferences.crossvalidation import Search, deal_folds
@@ -40,8 +40,8 @@ class WinFit:
 
     ``settings`` are the (penalty, scale of products) whose rewards are averaged. ``accuracy`` is the share of
     held-out pairs ordered rightly, ``z`` the z-score, over prompts, of its excess over one half
-    (:func:`pfm.confirmation.confirmed`), ``log_loss`` is in nats a pair (log 2 = 0.693 for a coin), ``network_gain`` in
-    nats an output.
+    (:func:`pfm._internal.significance.confirmed`), ``log_loss`` is in nats a pair (log 2 = 0.693 at chance),
+    ``network_gain`` in nats an output.
     """
 
     settings: list[tuple[float, float]]

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pfm import archive
+from pfm._internal import archive
 from pfm.composition import Composition
 from pfm.config import FlowConfig
 from pfm.encoded import EncodedPairs

@@ -21,6 +21,7 @@ from fault_server import FaultServer
 from support.alike import assert_alike
 from typer.testing import CliRunner
 
+from pfm._internal.files import WriterLock
 from pfm.cli import app
 from pfm.composition import compose
 from pfm.encoders import (
@@ -31,7 +32,6 @@ from pfm.encoders import (
     encoder_from_description,
     encoder_from_name,
 )
-from pfm.files import WriterLock
 from pfm.flow import PreferenceFlow
 from pfm.refiner import Refinement
 

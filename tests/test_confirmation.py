@@ -8,7 +8,7 @@ from scipy import stats
 
 from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_prompts
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.confirmation import CONFIRMED, choose_crosswise, confirmable, confirmed, halves, standard_errors
+from pfm._internal.significance import CONFIRMED, choose_crosswise, confirmable, confirmed, halves, standard_errors
 from pfm.preferences.correction import fit_correction
 from pfm.rounds import _beyond
 from pfm.win import WinHead

@@ -16,13 +16,13 @@ import openai
 import pytest
 from fault_server import FaultServer
 
-from pfm import endpoint as module
+from pfm._internal import endpoint as module
+from pfm._internal.endpoint import Endpoint, origin, public_address, redacted
+from pfm._internal.proxies import is_own_address
 from pfm.encoders import OpenAIEncoder, encoder_from_description
-from pfm.endpoint import Endpoint, origin, public_address, redacted
 from pfm.errors import EncodingError, MissingKeyError, UntrustedEncoderError
 from pfm.generators import Draw, OpenAIGenerator
 from pfm.generators.sampling import Several
-from pfm.proxies import is_own_address
 
 KEY = "sk-live-5ecret-0f-the-tests"
 

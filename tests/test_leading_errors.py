@@ -15,12 +15,12 @@ from test_cli import run
 from test_refiner import LetterEncoder, LinearFlow
 
 import pfm
+from pfm._internal.hub import loading_problem, near_folder
 from pfm.decoders import ExemplarBank
 from pfm.devices import best_device
 from pfm.encoders import ConcatEncoder, EmbeddingCache, OpenAIEncoder, SentenceEncoder, SurfaceEncoder, as_encoder
 from pfm.encoders import encoder_from_name as named
 from pfm.generators import OpenAIGenerator, TransformersGenerator
-from pfm.hub import loading_problem, near_folder
 from pfm.judges import RewardModelJudge
 
 # --- devices --------------------------------------------------------------------------------------------------

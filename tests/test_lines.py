@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from pfm._internal.files import FileInUseError, WriterLock
 from pfm.cli.lines import LineFile
-from pfm.files import FileInUseError, WriterLock
 
 
 class Results(LineFile):

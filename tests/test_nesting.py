@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 
-from pfm.nesting import MAX_NESTING, parse_json
+from pfm._internal.nesting import MAX_NESTING, parse_json
 
 
 def nested(depth):

@@ -193,7 +193,7 @@ WAYS += [(fault, "responses", "sync") for fault in (*UNUSABLE, "empty_choices")]
 @pytest.mark.parametrize(("fault", "api", "how"), WAYS)
 def test_a_fault_is_named_and_leaves_the_other_prompts_alone(fault, api, how, monkeypatch):
     name, told = NAMES[fault]
-    monkeypatch.setattr("pfm.endpoint.MAX_ANSWER_BYTES", 2_000_000)
+    monkeypatch.setattr("pfm._internal.endpoint.MAX_ANSWER_BYTES", 2_000_000)
     # An unusable text is asked for once more, so fewer prompts fail of those.
     share = 0.75 if fault in UNUSABLE else 0.5
     with FaultServer({fault: share}, seed=2, reply=named_reply, huge_bytes=3_000_000, hang=20) as server:

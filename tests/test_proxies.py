@@ -11,11 +11,11 @@ from chat_server import ChatServer, running
 from test_cli import run
 from test_refiner import LetterEncoder, LinearFlow
 
+from pfm._internal.endpoint import Endpoint
+from pfm._internal.hub import loading_problem
+from pfm._internal.proxies import is_own_address, proxied_client, proxy_of
 from pfm.encoders import OpenAIEncoder
-from pfm.endpoint import Endpoint
 from pfm.generators import OpenAIGenerator
-from pfm.hub import loading_problem
-from pfm.proxies import is_own_address, proxied_client, proxy_of
 from pfm.refiner import wrap
 from pfm.serve import ServeConfig, create_app
 

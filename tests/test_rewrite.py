@@ -19,13 +19,13 @@ from style_corpus import Writer, blocks, preferences, quality, request
 from test_cli import run, write_rows
 
 import pfm
+from pfm._internal.templates import Template, fence_mark
 from pfm.decoders import ExemplarBank, Rewrite
 from pfm.encoders import SurfaceEncoder
 from pfm.generators import OpenAIGenerator
 from pfm.judges import ScriptedJudge
 from pfm.refiner import Refinement
 from pfm.statistics import Bootstrap
-from pfm.templates import Template, fence_mark
 
 ENCODER = SurfaceEncoder()
 ASKED = [request(1000 + number) for number in range(40)]

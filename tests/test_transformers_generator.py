@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_refiner import LetterEncoder, LinearFlow
 
+from pfm._internal.special_tokens import SpecialTokens
 from pfm.errors import EmptyAnswerError
 from pfm.generators import CachedGenerator, TransformersGenerator
 from pfm.refiner import wrap
-from pfm.special_tokens import SpecialTokens
 
 WORDS = ["<pad>", "<end>", "<unknown>", "<user>", "<assistant>", "hello", "there"]
 WORDS += ["good", "bad", "stone", "river", "lamp", "garden", "wind", "paper"]

@@ -58,7 +58,7 @@ from benchmarks.methods.control.reference import Reference
 from benchmarks.methods.control.shift import Shift
 from benchmarks.networks import Network, fit_early_stopped, pair_loss
 from pfm import EncodedPairs
-from pfm.files import replace_json
+from pfm._internal.files import replace_json
 from pfm.pbrl import ClonedPolicy, HumanSegments, PeopleReward, SegmentPairs
 
 __all__ = ["READINGS", "Measured", "Reading", "Split", "load_segments", "main", "measure", "pairs_of", "read"]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data import data_folder
-from pfm.files import replace_file
+from pfm._internal.files import replace_file
 from pfm.pbrl import ActorPolicy, load_policy
 
 __all__ = ["RECIPES", "Recipe", "load_reference", "normalised_score"]

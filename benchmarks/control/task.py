@@ -15,7 +15,7 @@ from benchmarks.bench import Bench, Outcome
 from benchmarks.control.config import ControlConfig
 from benchmarks.control.learning import Candidate, ControlData, ControlMethod
 from benchmarks.control.references import load_reference, normalised_score
-from pfm.files import replace_file
+from pfm._internal.files import replace_file
 from pfm.pbrl import BatchedPendulum, FittedValue, Teacher, VectorEnv, episode_returns, episode_seeds
 from pfm.pbrl.collection import collect
 from pfm.pbrl.segments import SegmentPairs, pick_states, unpack_states

@@ -29,7 +29,7 @@ from benchmarks.config import AscentConfig
 from benchmarks.laws import Law
 from benchmarks.rewards import NetworkReward
 from pfm import EncodedPairs
-from pfm.confirmation import CONFIRMED
+from pfm._internal.significance import CONFIRMED
 from pfm.win import WinHead
 
 __all__ = ["Ascent", "OffData", "climb", "log_win", "make"]

@@ -3,7 +3,7 @@
 Everything here is fitted on coin labels or tested on values of mean zero; at one-sided 5%, one in twenty may be
 confirmed. Beside it stands the power: the same with labels that tell something.
 
-- test: :func:`pfm.confirmation.confirmed` on G group totals, by group sizes and by the law of the values.
+- test: :func:`pfm._internal.significance.confirmed` on G group totals, by group sizes and by the law of the values.
 - guard: does the win head confirm an order of the held-out pairs?
 - residual: is the field's network kept? Outputs are Gaussian and the source is the rejected output, so that with coin
   labels the closed-form part is the exact velocity and nothing is left to learn.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.confirmation import confirmed
+from pfm._internal.significance import confirmed
 from pfm.preferences import HybridPreference
 from pfm.win import WinHead
 

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pfm.files import WriterLock
+from pfm._internal.files import WriterLock
 
 __all__ = ["LineFile"]
 

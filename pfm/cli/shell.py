@@ -253,7 +253,7 @@ def load_flow(
     folder: Path, encoder: str | None, trust_encoder: bool = False
 ) -> tuple[PreferenceFlow | Composition, Encoder]:
     """Load a flow, or a composition of several, and its encoder."""
-    from pfm.archive import finish_save
+    from pfm._internal.archive import finish_save
     from pfm.composition import DESCRIPTION, Composition
     from pfm.encoders import encoder_from_description, encoder_from_name
     from pfm.flow import PreferenceFlow

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.hub import check_folder, loading_problem, location
 from pfm.decoders.latent import weights_identity
 from pfm.devices import best_device
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
 from pfm.encoders.source import ModelSource, find_source
 from pfm.errors import EncodingError
-from pfm.hub import check_folder, loading_problem, location
 
 __all__ = ["BottleneckT5"]
 

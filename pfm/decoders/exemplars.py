@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.archive import read_folder, save_folder
+from pfm._internal.archive import read_folder, save_folder
+from pfm._internal.files import replace_file, require_files
 from pfm.encoders.sentence import as_encoder
-from pfm.files import replace_file, require_files
 from pfm.reasoning import training_text
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from pfm._internal.templates import Template, fence, fence_mark, prompt_hash
 from pfm.decoders.exemplars import ExemplarBank
 from pfm.decoders.improve import Draft, Improver, Proposal, targets, whole
 from pfm.generators import Draw, Prompt
-from pfm.templates import Template, fence, fence_mark, prompt_hash
 
 __all__ = ["Rewrite"]
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from pfm.files import cache_folder
+from pfm._internal.files import cache_folder
 
 __all__ = ["EmbeddingCache", "text_keys"]
 

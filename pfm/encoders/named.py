@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pfm._internal.endpoint import public_address
 from pfm.encoders.base import Encoder
 from pfm.encoders.concat import ConcatEncoder
 from pfm.encoders.openai import OpenAIEncoder
 from pfm.encoders.sentence import SentenceEncoder
 from pfm.encoders.surface import SurfaceEncoder
-from pfm.endpoint import public_address
 from pfm.errors import UntrustedEncoderError
 
 __all__ = ["encoder_from_description", "encoder_from_name"]

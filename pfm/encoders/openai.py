@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.endpoint import Endpoint, check_extra_query, public_address, redacted
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
-from pfm.endpoint import Endpoint, check_extra_query, public_address, redacted
 from pfm.errors import EncodingError
 
 __all__ = ["OpenAIEncoder"]

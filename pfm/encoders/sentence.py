@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.hub import check_folder, loading_problem
 from pfm.devices import best_device
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
 from pfm.encoders.source import ModelSource, find_source, verify_bundled
 from pfm.errors import EncodingError
-from pfm.hub import check_folder, loading_problem
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -9,8 +9,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from pfm._internal.hub import check_folder, hub_problem, near_folder
 from pfm.errors import EncodingError
-from pfm.hub import check_folder, hub_problem, near_folder
 
 __all__ = ["MINILM_SHA256", "ModelSource", "find_source", "verify_bundled"]
 

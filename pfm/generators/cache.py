@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pfm.files import cache_folder
+from pfm._internal.files import cache_folder
 from pfm.generators.base import Prompt, Sample, as_messages, canonical
 
 __all__ = ["ResponseCache", "sample_key"]

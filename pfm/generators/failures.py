@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pfm.endpoint import public_address, redacted
+from pfm._internal.endpoint import public_address, redacted
 from pfm.errors import (
     BadAnswerError,
     ContentFilterError,

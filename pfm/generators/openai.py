@@ -16,7 +16,7 @@ from contextlib import aclosing
 from operator import attrgetter
 from typing import Any, Literal
 
-from pfm.endpoint import Endpoint, check_extra_query, is_secret_name
+from pfm._internal.endpoint import Endpoint, check_extra_query, is_secret_name
 from pfm.errors import GenerationError, MissingKeyError
 from pfm.generators.base import Draw, GeneratesTexts, Prompt, Sample, as_messages, canonical, first_samples
 from pfm.generators.budget import Budget

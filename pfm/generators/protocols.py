@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pfm._internal.nesting import parse_json
 from pfm.errors import (
     BadAnswerError,
     ContentFilterError,
@@ -15,7 +16,6 @@ from pfm.errors import (
     ToolCallError,
 )
 from pfm.generators.base import is_usable_text
-from pfm.nesting import parse_json
 from pfm.reasoning import field_reasoning, read_content
 
 __all__ = ["PROTOCOLS", "Choice", "Protocol", "answer_usage"]

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.hub import check_folder, loading_problem, location
+from pfm._internal.special_tokens import SpecialTokens
 from pfm.devices import best_device
 from pfm.errors import ContextTooLongError, EmptyAnswerError, GenerationError
 from pfm.generators.base import (
@@ -28,9 +30,7 @@ from pfm.generators.base import (
     first_samples,
     is_usable_text,
 )
-from pfm.hub import check_folder, loading_problem, location
 from pfm.reasoning import closes_reasoning, is_marker, opening_at_end
-from pfm.special_tokens import SpecialTokens
 
 __all__ = ["TransformersGenerator"]
 

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pfm._internal.templates import Template, fence, fence_mark
 from pfm.generators import Prompt, as_generator
 from pfm.judges.base import Comparison, Judge, Verdict
 from pfm.reasoning import answer_of, judged_text
 from pfm.rows import conversation_text
-from pfm.templates import Template, fence, fence_mark
 
 __all__ = ["LLMJudge", "Tally", "read_verdict"]
 

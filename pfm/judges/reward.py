@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from pfm._internal.hub import check_folder, loading_problem, location
+from pfm._internal.special_tokens import SpecialTokens
 from pfm.devices import best_device
 from pfm.generators.base import Prompt
-from pfm.hub import check_folder, loading_problem, location
 from pfm.judges.base import ScoringJudge
 from pfm.rows import conversation_text
-from pfm.special_tokens import SpecialTokens
 
 __all__ = ["RewardModelJudge"]
 

@@ -12,7 +12,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor, nn
 
-from pfm.archive import load_module
+from pfm._internal.archive import load_module
 from pfm.pbrl.networks import load_network, perceptron, save_network
 
 __all__ = ["ClonedPolicy"]

@@ -24,7 +24,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
-from pfm.files import claim_folder
+from pfm._internal.files import claim_folder
 from pfm.pbrl.finite import all_finite
 from pfm.pbrl.policies import check_policy
 from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states

@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from pfm.confirmation import Confirmation, confirmed
+from pfm._internal.significance import Confirmation, confirmed
 from pfm.flow import PreferenceFlow
 from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
 from pfm.pbrl.environments import STATELESS

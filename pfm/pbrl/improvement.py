@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pfm._internal.files import claim_folder, replace_json
 from pfm.config import FlowConfig
-from pfm.files import claim_folder, replace_json
 from pfm.flow import PreferenceFlow
 from pfm.pbrl.collection import collect, fingerprint, open_environment
 from pfm.pbrl.flow_policy import FlowPolicy

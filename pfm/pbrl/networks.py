@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pfm.files import replace_file
+from pfm._internal.files import replace_file
 
 __all__ = ["load_network", "perceptron", "save_network"]
 

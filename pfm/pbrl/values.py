@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.archive import load_module
+from pfm._internal.archive import load_module
 from pfm.pbrl.collection import (
     SHARD,
     check_observation,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
-from pfm.confirmation import choose_crosswise, confirmable, confirmed, halves
+from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.encoded import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.logistic import drawn_in

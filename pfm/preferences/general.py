@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfm.confirmation import confirmed
+from pfm._internal.significance import confirmed
 from pfm.encoded import EncodedPairs, PairBatch
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates

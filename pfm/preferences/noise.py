@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from pfm.confirmation import CONFIRMED
+from pfm._internal.significance import CONFIRMED
 from pfm.devices import standard_defaults
 from pfm.encoded import EncodedPairs
 from pfm.preferences.base import check_pairs

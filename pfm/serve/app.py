@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pfm.proxies import proxy_of
+from pfm._internal.proxies import proxy_of
 from pfm.refiner import Refiner
 from pfm.serve.access import LOOPBACK_ORIGIN, Access
 from pfm.serve.answer import envelope, events, to_json

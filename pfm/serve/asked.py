@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pfm._internal.nesting import parse_json
 from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text
-from pfm.nesting import parse_json
 from pfm.reasoning import read_content
 from pfm.refiner import Refiner
 from pfm.rows import conversation_text

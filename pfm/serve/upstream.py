@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from pfm._internal.nesting import parse_json
+from pfm._internal.proxies import proxied_client, proxy_of
 from pfm.generators.base import is_usable_text
-from pfm.nesting import parse_json
-from pfm.proxies import proxied_client, proxy_of
 from pfm.reasoning import field_reasoning, read_content
 from pfm.serve.access import INSTANCE
 from pfm.serve.answer import to_json

@@ -6,7 +6,7 @@ import difflib
 import os
 from pathlib import Path
 
-from pfm.proxies import proxy_of
+from pfm._internal.proxies import proxy_of
 
 __all__ = ["check_folder", "hub_problem", "loading_problem", "location", "near_folder"]
 

@@ -76,14 +76,14 @@ class Template:
 
 
 def _read(source: str) -> str:
-    inside = files("pfm") / "templates" / f"{source}.txt"
+    inside = files("pfm._internal") / "templates" / f"{source}.txt"
     if source.isidentifier() and inside.is_file():
         return inside.read_text(encoding="utf-8")
     try:
         return Path(source).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
         names = sorted(
-            Path(entry.name).stem for entry in (files("pfm") / "templates").iterdir() if ".txt" in entry.name
+            Path(entry.name).stem for entry in (files("pfm._internal") / "templates").iterdir() if ".txt" in entry.name
         )
         raise ValueError(
             f"there is no template {source!r}: pass the path of a file, or one of {', '.join(names)}"

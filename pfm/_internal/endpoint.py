@@ -23,8 +23,8 @@ from importlib import import_module
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
+from pfm._internal.proxies import is_own_address, proxied_client, proxy_of
 from pfm.errors import MissingKeyError
-from pfm.proxies import is_own_address, proxied_client, proxy_of
 
 __all__ = [
     "NO_KEY",

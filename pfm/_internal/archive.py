@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pfm.files import replace_file
+from pfm._internal.files import replace_file
 
 __all__ = [
     "finish_save",
