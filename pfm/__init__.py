@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from pfm import decoders, distances, encoders, generators, judges, pbrl, preferences, references, tastes
     from pfm.composition import Composition, compose
     from pfm.config import FlowConfig
-    from pfm.encoded import EncodedPairs
+    from pfm.data.encoded import EncodedPairs
+    from pfm.data.pairs import PreferenceDataError, PreferencePairs
     from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, PfmError
     from pfm.evaluation import Report, Scored, evaluate
     from pfm.flow import PreferenceFlow
-    from pfm.pairs import PreferenceDataError, PreferencePairs
     from pfm.refiner import Refinement, Refiner, wrap
 
 _HOME = {

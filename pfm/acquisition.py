@@ -31,8 +31,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
-from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.preferences.newton import newton_logistic
 
 __all__ = ["CRITERIA", "Beliefs", "Choice", "LaplacePosterior", "Scorer", "choose_pairs", "ensemble_beliefs"]

@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 
 __all__ = [
     "COUPLINGS",

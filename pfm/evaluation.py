@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
+from pfm.data.rows import conversation_text
 from pfm.devices import standard_defaults
 from pfm.reasoning import checked_reasoning, judged_text
-from pfm.rows import conversation_text
 from pfm.statistics import (
     Array,
     Bin,
@@ -39,7 +39,7 @@ from pfm.statistics import (
 )
 
 if TYPE_CHECKING:
-    from pfm.encoded import EncodedPairs
+    from pfm.data.encoded import EncodedPairs
 
 Prompt = str | list[dict[str, Any]]
 Judge = Callable[[Any, list[str]], Sequence[float]]

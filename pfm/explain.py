@@ -36,10 +36,10 @@ from pfm.statistics import Bootstrap, Estimate, interval
 from pfm.traits import TRAITS, measure_traits, tokens
 
 if TYPE_CHECKING:
-    from pfm.encoded import EncodedPairs
+    from pfm.data.encoded import EncodedPairs
+    from pfm.data.pairs import PreferencePairs
     from pfm.encoders import Encoder
     from pfm.flow import PreferenceFlow
-    from pfm.pairs import PreferencePairs
 
 __all__ = ["Contrast", "Direction", "Explanation", "Term", "TraitChange", "contrastive_terms", "explain"]
 

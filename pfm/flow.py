@@ -31,8 +31,8 @@ from pfm._internal.chunks import Work, map_rows
 from pfm._internal.files import replace_json, require_files
 from pfm.config import FlowConfig, refuse_options
 from pfm.couplings import Joined, WithoutContext, make_coupling
+from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
-from pfm.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.errors import NonFiniteWarning
 from pfm.fields import SMALL, Field, Normalizer, Velocity
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.significance import confirmed
-from pfm.encoded import CandidateRows, EncodedPairs
+from pfm.data.encoded import CandidateRows, EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, restored
 from pfm.preferences.calibration import pair_scores, reliability
 from pfm.preferences.context_mean import ContextMean

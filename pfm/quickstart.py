@@ -17,17 +17,17 @@ import torch
 from tqdm.auto import tqdm
 
 from pfm.config import FlowConfig
+from pfm.data.pairs import PreferencePairs
 from pfm.encoders import Encoder, encoder_from_name
 from pfm.evaluation import Report, Scored
 from pfm.flow import PreferenceFlow
-from pfm.pairs import PreferencePairs
 from pfm.preferences import BradleyTerry, MeanShift
 from pfm.refiner import Refinement, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pfm.encoded import EncodedPairs
+    from pfm.data.encoded import EncodedPairs
 
 __all__ = ["ExampleData", "WrittenDrafts", "cross_fit", "folds", "load_example", "run"]
 

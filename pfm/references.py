@@ -32,8 +32,8 @@ from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
 from pfm.config import FlowConfig
 from pfm.couplings import SOURCES, Coupled
+from pfm.data.encoded import EncodedPairs, as_float_tensor
 from pfm.devices import resolve_device, standard_defaults, with_standard_defaults
-from pfm.encoded import EncodedPairs, as_float_tensor
 from pfm.fitting import at_most, choose_steps, fit_field
 from pfm.flow import STATISTICS_ROWS, PreferenceFlow, _on_unit_sphere
 from pfm.tastes import append_code, check_names

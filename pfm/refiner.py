@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from pfm.data.encoded import vector_space
 from pfm.decoders import Decoder, Judged, Latent, Rewrite, Select, Selection
 from pfm.decoders.improve import added
-from pfm.encoded import vector_space
 from pfm.encoders.sentence import as_encoder
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
@@ -439,7 +439,7 @@ class _Run:
         progress: bool,
         on_result: Callable[[Refinement], object] | None,
     ) -> None:
-        from pfm.pairs import conversation_text
+        from pfm.data.pairs import conversation_text
 
         self.refiner = refiner
         self.prompts = prompts

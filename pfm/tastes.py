@@ -33,8 +33,8 @@ from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.composition import Composition, check_weights
 from pfm.config import FlowConfig
+from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
-from pfm.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted

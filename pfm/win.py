@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
-from pfm.encoded import EncodedPairs, PairBatch
+from pfm.data.encoded import EncodedPairs, PairBatch
 from pfm.preferences.coordinates import Coordinates, weighted_mean
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from pfm._internal import archive
 from pfm.composition import Composition
 from pfm.config import FlowConfig
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 from pfm.flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, GeneralPreference, load
 from pfm.references import PooledFlow

@@ -19,12 +19,12 @@ from style_corpus import Writer, blocks, draft, flaws_of, preferences, quality, 
 from test_cli import read_rows, run, write_rows
 
 import pfm
+from pfm.data.pairs import PreferenceDataError
 from pfm.encoders import SurfaceEncoder
 from pfm.errors import GenerationError
 from pfm.generators import BatchGenerator, CallableGenerator, OpenAIGenerator, TransformersGenerator
 from pfm.judges import Comparison, Judge, LLMJudge, RewardModelJudge, ScriptedJudge, Verdict
 from pfm.judges.llm import read_verdict
-from pfm.pairs import PreferenceDataError
 
 
 def opinion(lean: float = 0.0, seed: int = 0, care: float = 1.5):

@@ -19,8 +19,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pfm.pairs import CandidateGroup, PreferenceDataError, PreferencePairs, conversation_text
-from pfm.rows import split_prompt
+from pfm.data.pairs import CandidateGroup, PreferenceDataError, PreferencePairs, conversation_text
+from pfm.data.rows import split_prompt
 
 ROWS = [
     {"prompt": "Name a colour.", "chosen": "Blue, like the sea.", "rejected": "No.", "margin": 2.5},
@@ -166,7 +166,7 @@ def test_missing_parquet_reader_says_what_to_install(tmp_path, monkeypatch):
 
 def test_loading_text_imports_no_optional_package():
     code = (
-        "import sys, pfm.pairs as p; p.PreferencePairs.from_rows([dict(prompt='a', chosen='b', rejected='c')]);"
+        "import sys, pfm.data.pairs as p; p.PreferencePairs.from_rows([dict(prompt='a', chosen='b', rejected='c')]);"
         "print([m for m in ('datasets', 'pyarrow', 'pandas', 'sentence_transformers', 'rich') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pfm.cli import app
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
+from pfm.data.pairs import PreferenceDataError, PreferencePairs
+from pfm.data.rows import BadRows, reader_for
 from pfm.encoders import SurfaceEncoder
-from pfm.pairs import PreferenceDataError, PreferencePairs
-from pfm.rows import BadRows, reader_for
 
 FOLDER = Path(__file__).parent / "wild_rows"
 

@@ -90,7 +90,7 @@ def make_decoder(
     if exemplars.is_dir():
         bank = ExemplarBank.load(exemplars)
     else:
-        from pfm.pairs import PreferencePairs
+        from pfm.data.pairs import PreferencePairs
 
         bank = ExemplarBank.from_pairs(PreferencePairs.from_file(exemplars), encoder, progress=progress)
     digest = hashlib.sha256("\0".join(bank.texts).encode(errors="surrogatepass")).hexdigest()[:16]

@@ -30,9 +30,9 @@ from pfm.cli.shell import (
 
 if TYPE_CHECKING:
     from pfm.config import FlowConfig
-    from pfm.encoded import EncodedPairs
+    from pfm.data.encoded import EncodedPairs
+    from pfm.data.pairs import PreferencePairs
     from pfm.flow import PreferenceFlow
-    from pfm.pairs import PreferencePairs
     from pfm.statistics import Estimate
 
 
@@ -85,9 +85,9 @@ def fit(
     """
     with guarded(traceback) as session:
         config = _config(settings or [], seed)
+        from pfm.data.pairs import PreferencePairs
         from pfm.encoders import encoder_from_name
         from pfm.flow import PreferenceFlow
-        from pfm.pairs import PreferencePairs
 
         loaded = PreferencePairs.from_file(
             pairs,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pfm.rows import BadRows
+    from pfm.data.rows import BadRows
 
 __all__ = ["PromptKey", "Row", "checked_row", "find_reader", "numbered_rows", "read_rows"]
 
@@ -36,7 +36,7 @@ class Row:
 
 def find_reader(path: Path) -> tuple[Callable[[Path, BadRows], Iterator[tuple[int, Any]]], str]:
     """Find the reader of a file, and what it counts."""
-    from pfm.rows import read_jsonl, reader_for
+    from pfm.data.rows import read_jsonl, reader_for
 
     reader = reader_for(path)
     return reader, "line" if reader is read_jsonl else "row"
@@ -47,9 +47,9 @@ def numbered_rows(path: Path, bad: BadRows, prompt_key: str = "prompt") -> Itera
 
     Conversations, and lists of candidates and scores, may be written as text. What is no object is left as it is.
     """
-    from pfm.layouts import TEXT_COLUMNS, find_prompt
-    from pfm.row_errors import PreferenceDataError
-    from pfm.stringified import parse_columns
+    from pfm.data.errors import PreferenceDataError
+    from pfm.data.layouts import TEXT_COLUMNS, find_prompt
+    from pfm.data.stringified import parse_columns
 
     reader, unit = find_reader(path)
 
@@ -78,7 +78,7 @@ def numbered_rows(path: Path, bad: BadRows, prompt_key: str = "prompt") -> Itera
 
 def _with_lists(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row with the lists that a table of text writes as text."""
-    from pfm.stringified import parse_literal
+    from pfm.data.stringified import parse_literal
 
     lists: dict[str, Any] = {}
     for column in ("candidates", "scores"):
@@ -93,7 +93,7 @@ def _with_lists(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool) -> list[Row]:
     """Read the rows to refine, bad ones with their error, in the order of the file."""
-    from pfm.rows import BadRows, PreferenceDataError
+    from pfm.data.rows import BadRows, PreferenceDataError
 
     unit = find_reader(path)[1]
     found: list[Row] = []
@@ -125,7 +125,7 @@ def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool)
 
 def checked_row(value: Any, drawn: bool, prompted: bool) -> tuple[Any, list[Any]]:
     """Return the prompt and the candidates of a row, none where they are to be drawn."""
-    from pfm.rows import PreferenceDataError, checked_prompt, conversation_text, is_blank, require, show
+    from pfm.data.rows import PreferenceDataError, checked_prompt, conversation_text, is_blank, require, show
 
     if not isinstance(value, Mapping):
         raise PreferenceDataError(f"got {show(value)}; expected an object with columns")

@@ -19,7 +19,7 @@ from pfm.encoders.sentence import as_encoder
 from pfm.reasoning import training_text
 
 if TYPE_CHECKING:
-    from pfm.pairs import PreferencePairs
+    from pfm.data.pairs import PreferencePairs
 
 __all__ = ["ExemplarBank"]
 

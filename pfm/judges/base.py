@@ -12,10 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfm.errors import GenerationError
-from pfm.generators.base import Prompt
-from pfm.reasoning import judged_text
-from pfm.rows import (
+from pfm.data.rows import (
     PreferenceDataError,
     checked_prompt,
     checked_response,
@@ -24,6 +21,9 @@ from pfm.rows import (
     require,
     show,
 )
+from pfm.errors import GenerationError
+from pfm.generators.base import Prompt
+from pfm.reasoning import judged_text
 
 __all__ = ["Comparison", "Judge", "ScoringJudge", "Verdict", "candidate_pairs", "preference_row"]
 

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pfm._internal.templates import Template, fence, fence_mark
+from pfm.data.rows import conversation_text
 from pfm.generators import Prompt, as_generator
 from pfm.judges.base import Comparison, Judge, Verdict
 from pfm.reasoning import answer_of, judged_text
-from pfm.rows import conversation_text
 
 __all__ = ["LLMJudge", "Tally", "read_verdict"]
 

@@ -11,10 +11,10 @@ import torch
 
 from pfm._internal.hub import check_folder, loading_problem, location
 from pfm._internal.special_tokens import SpecialTokens
+from pfm.data.rows import conversation_text
 from pfm.devices import best_device
 from pfm.generators.base import Prompt
 from pfm.judges.base import ScoringJudge
-from pfm.rows import conversation_text
 
 __all__ = ["RewardModelJudge"]
 

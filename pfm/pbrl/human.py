@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.logistic import pairwise_log_loss
 from pfm.preferences.newton import newton_logistic
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pfm._internal.files import replace_file
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
 __all__ = ["FORMS", "SegmentPairs", "SegmentStatistics", "join_states", "pack_states", "pick_states", "unpack_states"]

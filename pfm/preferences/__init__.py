@@ -1,5 +1,6 @@
 """Preference models: who is preferred to whom, on frozen embeddings."""
 
+from pfm.data.votes import fit_prior, soft_labels
 from pfm.preferences.base import Embedded, PreferenceModel, check_table, load
 from pfm.preferences.bradley_terry import BradleyTerry
 from pfm.preferences.calibration import Calibration, ReliabilityBin, calibration, reliability
@@ -10,7 +11,6 @@ from pfm.preferences.noise import corrected, unbiased_label
 from pfm.preferences.raters import fit_raters, rater_index, reconcile
 from pfm.preferences.ties import TieModel
 from pfm.preferences.view import RelevancePreference, ViewPreference
-from pfm.preferences.votes import fit_prior, soft_labels
 
 __all__ = [
     "BradleyTerry",

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import weighted_mean
 from pfm.preferences.correction import Correction, component_axes, fit_correction

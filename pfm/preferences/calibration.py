@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
-from pfm.encoded import EncodedPairs
 from pfm.preferences.base import PreferenceModel
 from pfm.preferences.logistic import pairwise_log_loss
 

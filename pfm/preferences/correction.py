@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
-from pfm.encoded import PairBatch
+from pfm.data.encoded import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.logistic import drawn_in
 from pfm.preferences.networks import GAINS, Perceptron, train_network

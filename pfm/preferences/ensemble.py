@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, unfitted
 from pfm.preferences.bradley_terry import BradleyTerry
 from pfm.preferences.calibration import pair_scores, reliability

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.significance import confirmed
-from pfm.encoded import EncodedPairs, PairBatch
+from pfm.data.encoded import EncodedPairs, PairBatch
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates
 from pfm.preferences.correction import Correction, component_axes, fit_correction, label_loss

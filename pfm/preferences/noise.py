@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from pfm._internal.significance import CONFIRMED
+from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
-from pfm.encoded import EncodedPairs
 from pfm.preferences.base import check_pairs
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.raters import numbered

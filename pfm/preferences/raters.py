@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm.encoded import as_float_tensor, check_finite
+from pfm.data.encoded import as_float_tensor, check_finite
 
 if TYPE_CHECKING:
-    from pfm.pairs import PreferencePairs
+    from pfm.data.pairs import PreferencePairs
 
 __all__ = ["RaterFit", "Reconciled", "fit_raters", "numbered", "rater_index", "reconcile"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm.encoded import as_float_tensor, check_finite
-from pfm.preferences.votes import check_counts
+from pfm.data.encoded import as_float_tensor, check_finite
+from pfm.data.votes import check_counts
 
 __all__ = ["TieModel"]
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfm.encoded import EncodedPairs
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, restored, unfitted
 
 __all__ = ["RelevancePreference", "ViewPreference"]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pfm._internal.nesting import parse_json
+from pfm.data.rows import conversation_text
 from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text
 from pfm.reasoning import read_content
 from pfm.refiner import Refiner
-from pfm.rows import conversation_text
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
+from pfm.data.rows import conversation_text
 from pfm.reasoning import judged_text
 from pfm.refiner import Refinement, Refiner
-from pfm.rows import conversation_text
 from pfm.serve.asked import Rule
 
 __all__ = ["Judge", "Judged", "RememberingEncoder"]

@@ -1,13 +1,14 @@
 """Read preference rows from files and bring every common row format to one: prompt, chosen, rejected.
 
-A *text* is a string or a conversation (:mod:`pfm.conversations`). A null value counts as an absent column everywhere,
-and so does NaN in columns of text, groups and labels.
+A *text* is a string or a conversation (:mod:`pfm.data.conversations`). A null value counts as an absent column
+everywhere, and so does NaN in columns of text, groups and labels.
 
 How the prompt of rows with ``chosen`` and ``rejected`` is found, decided once for all rows of a source:
 
-1. ``prompt_key`` names its column, or a column has a name that is known (:mod:`pfm.layouts`); rows without it are bad.
+1. ``prompt_key`` names its column, or a column has a name that is known (:mod:`pfm.data.layouts`); rows without it are
+   bad.
 2. Else the responses hold it, if most of them do: transcripts of ``Human:`` and ``Assistant:``
-   (:mod:`pfm.transcripts`), or conversations whose first turns are the same.
+   (:mod:`pfm.data.transcripts`), or conversations whose first turns are the same.
 3. Else, if another column of text could hold it, reading stops and names the columns.
 4. Else it is the opening that chosen and rejected share, if more than half of the rows share one of at least three
    words (of a single row, any whole words); rows that share less have no prompt.
@@ -36,7 +37,7 @@ from typing import IO, Any, TypeAlias, TypedDict, cast
 import numpy as np
 
 from pfm._internal.nesting import parse_json
-from pfm.conversations import (
+from pfm.data.conversations import (
     Message,
     Text,
     as_text,
@@ -47,10 +48,11 @@ from pfm.conversations import (
     message_texts,
     shared_turns,
 )
-from pfm.identity import PromptIdentity, given_group, is_missing, prompt_identity
-from pfm.implicit import ImplicitPrompt, conversational_prompt, opening_prompt, split_prompt
-from pfm.labels import class_name, class_names, read_label
-from pfm.layouts import (
+from pfm.data.errors import BadRows, PreferenceDataError, not_utf8, show
+from pfm.data.identity import PromptIdentity, given_group, is_missing, prompt_identity
+from pfm.data.implicit import ImplicitPrompt, conversational_prompt, opening_prompt, split_prompt
+from pfm.data.labels import class_name, class_names, read_label
+from pfm.data.layouts import (
     REPEATED_LAYOUT,
     SCORED_LAYOUT,
     STANDARD_LAYOUT,
@@ -62,10 +64,9 @@ from pfm.layouts import (
     scored_row,
     standard_row,
 )
-from pfm.row_errors import BadRows, PreferenceDataError, not_utf8, show
-from pfm.spreadsheets import table_rows
-from pfm.stringified import parse_columns
-from pfm.transcripts import is_transcript, split_transcript
+from pfm.data.spreadsheets import table_rows
+from pfm.data.stringified import parse_columns
+from pfm.data.transcripts import is_transcript, split_transcript
 
 __all__ = [
     "BadRows",
@@ -183,7 +184,7 @@ def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
 
 
 def read_csv(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1 after the header, dict) of a table of text with a header (:mod:`pfm.spreadsheets`).
+    """Yield (row number from 1 after the header, dict) of a table of text with a header (:mod:`pfm.data.spreadsheets`).
 
     Empty cells are null.
     """

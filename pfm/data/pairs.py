@@ -19,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pfm.conversations import joined_text
-from pfm.identity import PromptIdentity, given_group, prompt_identity
-from pfm.reasoning import checked_reasoning, training_text
-from pfm.rows import (
+from pfm.data.conversations import joined_text
+from pfm.data.identity import PromptIdentity, given_group, prompt_identity
+from pfm.data.rows import (
     BadRows,
     Columns,
     NumberedRows,
@@ -46,11 +45,12 @@ from pfm.rows import (
     vote_rows,
     write_lines,
 )
+from pfm.reasoning import checked_reasoning, training_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pfm.encoded import EncodedPairs
+    from pfm.data.encoded import EncodedPairs
 
 __all__ = ["CandidateGroup", "PairsSummary", "PreferenceDataError", "PreferencePairs", "conversation_text"]
 
@@ -78,7 +78,7 @@ class PreferencePairs:
     """Hold labelled pairs of texts: to one prompt, the chosen response was preferred to the rejected one.
 
     Make one with ``from_file``, ``from_jsonl``, ``from_json``, ``from_csv``, ``from_parquet``, ``from_dataset``,
-    ``from_rows`` (options: :class:`pfm.rows.RowOptions`), ``from_scores``, ``from_rankings`` or ``from_votes``.
+    ``from_rows`` (options: :class:`pfm.data.rows.RowOptions`), ``from_scores``, ``from_rankings`` or ``from_votes``.
     Every text is a string or a list of ``{"role", "content"}`` messages. Row formats:
 
     - ``prompt, chosen, rejected``;
@@ -86,10 +86,10 @@ class PreferencePairs:
       the last ``Assistant:`` of a transcript;
     - ``prompt, completion, label``: each liked completion against each disliked one of the same prompt; a label is
       true or false, or a word for one of them such as "liked" or "bad";
-    - layouts of public data, whose prompt is under another name or whose responses are (:mod:`pfm.layouts`).
+    - layouts of public data, whose prompt is under another name or whose responses are (:mod:`pfm.data.layouts`).
 
-    The module :mod:`pfm.rows` says how the prompt is found. Where a column that is not known could hold it, reading
-    stops: ``prompt_key`` names the column. ``layout`` says which layout was recognised.
+    The module :mod:`pfm.data.rows` says how the prompt is found. Where a column that is not known could hold it,
+    reading stops: ``prompt_key`` names the column. ``layout`` says which layout was recognised.
 
     Optional columns are ``weight`` (≥ 0, 1 where null), ``probability`` (in [0, 1]: that chosen is the better
     one, 1 where null) and ``group``. All others, ``margin`` among them, are kept in ``extra``; only unpaired rows
@@ -101,7 +101,7 @@ class PreferencePairs:
     A row is bad when a column is missing (the prompt too, if any row has one), a text is blank, or both responses
     are the same text. The empty string as a prompt says that there is none; such rows count as one prompt, or as
     one prompt a group. Where other rows have a prompt, ``notes`` names them, and they are encoded as "(no prompt)".
-    Prompts that differ only in white space, case or Unicode form are one prompt (:mod:`pfm.identity`), of which no
+    Prompts that differ only in white space, case or Unicode form are one prompt (:mod:`pfm.data.identity`), of which no
     split separates rows. A group that is null, NaN or blank is no group.
 
     Attributes:
@@ -165,7 +165,7 @@ class PreferencePairs:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load a table of text with a header, as spreadsheets and pandas write it (:mod:`pfm.spreadsheets`)."""
+        """Load a table of text with a header, as spreadsheets and pandas write it (:mod:`pfm.data.spreadsheets`)."""
         return cls._from_file(read_csv, path, options)
 
     @classmethod
@@ -352,7 +352,7 @@ class PreferencePairs:
             prior: votes for either side that are added to every pair, so that one vote makes nothing certain; None
                 finds how many (:func:`pfm.preferences.fit_prior`).
             prompt_key, group_key: columns of the prompt, and of what belongs together beyond it, as for rows
-                (:class:`pfm.rows.RowOptions`).
+                (:class:`pfm.data.rows.RowOptions`).
             on_bad_rows: "raise" or "drop".
 
         Raises:
@@ -579,14 +579,14 @@ class PreferencePairs:
 
         Returns:
             Pairs whose ``group`` numbers the prompts in order of appearance; texts that are one prompt
-            (:mod:`pfm.identity`) share a number, and have contexts of their own. Candidate sets, where there are any,
-            name their context, or without contexts their prompt's number. Without prompts (``has_prompts``) there are
-            no contexts; beside rows with a prompt, an empty one is encoded as "(no prompt)".
+            (:mod:`pfm.data.identity`) share a number, and have contexts of their own. Candidate sets, where there are
+            any, name their context, or without contexts their prompt's number. Without prompts (``has_prompts``) there
+            are no contexts; beside rows with a prompt, an empty one is encoded as "(no prompt)".
 
         Raises:
             ValueError: the encoder returns another number of vectors than it was given texts.
         """
-        from pfm.encoded import EncodedPairs
+        from pfm.data.encoded import EncodedPairs
         from pfm.encoders import as_encoder
 
         encoder, reasoning = as_encoder(encoder), checked_reasoning(reasoning)
@@ -700,7 +700,7 @@ def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
 
 def _vote_prior(rows: Sequence[Any]) -> float:
     """Fit the prior to the rows that are sound; the others are met where rows are read."""
-    from pfm.preferences.votes import fit_prior
+    from pfm.data.votes import fit_prior
 
     counts = []
     for row in rows:

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pfm._internal.nesting import MAX_NESTING, parse_json
-from pfm.conversations import Message, as_text
-from pfm.row_errors import PreferenceDataError, show
+from pfm.data.conversations import Message, as_text
+from pfm.data.errors import PreferenceDataError, show
 
 __all__ = ["parse_columns", "parse_literal", "parse_text"]
 

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pfm.conversations import Message, as_text, message_texts
-from pfm.identity import is_missing
-from pfm.row_errors import PreferenceDataError, show
-from pfm.stringified import parse_literal
+from pfm.data.conversations import Message, as_text, message_texts
+from pfm.data.errors import PreferenceDataError, show
+from pfm.data.identity import is_missing
+from pfm.data.stringified import parse_literal
 
 __all__ = [
     "PROMPT_COLUMNS",

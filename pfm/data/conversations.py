@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from pfm.row_errors import PreferenceDataError, show
+from pfm.data.errors import PreferenceDataError, show
 
 __all__ = [
     "Message",

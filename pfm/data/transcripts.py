@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from pfm.identity import normal_form
+from pfm.data.identity import normal_form
 
 __all__ = ["is_opening", "is_transcript", "shared_opening", "split_transcript"]
 

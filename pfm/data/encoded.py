@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pfm._internal.files import replace_file, replace_json
+from pfm.data.same_rows import same_rows
 from pfm.devices import with_standard_defaults
-from pfm.same_rows import same_rows
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]
 
@@ -78,7 +78,7 @@ class EncodedPairs:
             or None for 1.
         group: (N,) identity of the prompt; splits never cut a group. Integers are kept; other numbers and strings
             are numbered in ascending order. None: pairs whose contexts are the same up to rounding
-            (:mod:`pfm.same_rows`) form a group; without contexts each pair is its own group.
+            (:mod:`pfm.data.same_rows`) form a group; without contexts each pair is its own group.
         encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
 
     Raises:

@@ -11,7 +11,7 @@ from pfm.errors import PfmError
 
 __all__ = ["BadRows", "PreferenceDataError", "not_utf8", "show"]
 
-logger = logging.getLogger("pfm.rows")
+logger = logging.getLogger(__name__)
 
 
 class PreferenceDataError(PfmError, ValueError):

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pfm.conversations import Text, shared_turns
-from pfm.row_errors import PreferenceDataError, show
-from pfm.transcripts import is_opening, is_transcript, shared_opening, split_transcript
+from pfm.data.conversations import Text, shared_turns
+from pfm.data.errors import PreferenceDataError, show
+from pfm.data.transcripts import is_opening, is_transcript, shared_opening, split_transcript
 
 __all__ = ["NO_PROMPT", "ImplicitPrompt", "conversational_prompt", "opening_prompt", "split_prompt"]
 

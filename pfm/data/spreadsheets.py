@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from pfm.conversations import is_unicode
-from pfm.row_errors import BadRows, PreferenceDataError, not_utf8
+from pfm.data.conversations import is_unicode
+from pfm.data.errors import BadRows, PreferenceDataError, not_utf8
 
 __all__ = ["table_rows"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pfm.row_errors import PreferenceDataError, show
+from pfm.data.errors import PreferenceDataError, show
 
 __all__ = ["ClassName", "read_label"]
 
