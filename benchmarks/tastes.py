@@ -33,8 +33,8 @@ from torch import Tensor
 from benchmarks.config import AlpacaConfig
 from benchmarks.tasks.alpaca import load
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.composition import Composition, simplex
 from pfm.encoders import SurfaceEncoder, encoder_from_name
+from pfm.flow.composition import Composition, simplex
 from pfm.preferences import BradleyTerry
 from pfm.tastes import TasteMixture
 

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from pfm.config import FlowConfig
 from pfm.data.pairs import PreferencePairs
 from pfm.encoders import Encoder, encoder_from_name
-from pfm.evaluation import Report, Scored
-from pfm.flow import PreferenceFlow
+from pfm.evaluation.evaluation import Report, Scored
+from pfm.flow.config import FlowConfig
+from pfm.flow.preference_flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, MeanShift
-from pfm.refiner import Refinement, wrap
+from pfm.refiner.refiner import Refinement, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -30,14 +30,14 @@ from torch import Tensor
 from pfm._internal.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.config import FlowConfig
-from pfm.couplings import SOURCES, Coupled
 from pfm.data.encoded import EncodedPairs, as_float_tensor
 from pfm.devices import resolve_device, standard_defaults, with_standard_defaults
-from pfm.fitting import at_most, choose_steps, fit_field
-from pfm.flow import STATISTICS_ROWS, PreferenceFlow, _on_unit_sphere
+from pfm.flow.config import FlowConfig
+from pfm.flow.couplings import SOURCES, Coupled
+from pfm.flow.fitting import at_most, choose_steps, fit_field
+from pfm.flow.preference_flow import STATISTICS_ROWS, PreferenceFlow, _on_unit_sphere
+from pfm.flow.win import WinHead
 from pfm.tastes import append_code, check_names
-from pfm.win import WinHead
 
 __all__ = ["PooledFlow", "TaggedPairs", "WinRates", "learned_shares", "maximin_shares", "winners_shares"]
 
@@ -555,7 +555,7 @@ def _checked_rates(rates: Any) -> Tensor:
 
 
 def _checked_shares(shares: Any, rates: Tensor) -> Tensor:
-    from pfm.composition import check_weights
+    from pfm.flow.composition import check_weights
 
     found = check_weights("shares", shares, len(rates))
     if found.ndim != 1:

@@ -12,7 +12,7 @@ mean nothing give one taste.
 
 For a new rater of few votes, :meth:`TasteMixture.adapt` fits K + r coefficients with a prior at what the votes say
 under the mixture. Fields follow tastes: :func:`taste_flows` fits one a taste, to be blended at run time
-(:class:`pfm.composition.Composition`), :func:`with_code` conditions a single field on a code of the rater.
+(:class:`pfm.flow.composition.Composition`), :func:`with_code` conditions a single field on a code of the rater.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from torch.nn.functional import logsigmoid, softplus
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
-from pfm.composition import Composition, check_weights
-from pfm.config import FlowConfig
 from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
-from pfm.flow import PreferenceFlow
+from pfm.flow.composition import Composition, check_weights
+from pfm.flow.config import FlowConfig
+from pfm.flow.preference_flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted
 from pfm.preferences.newton import newton_logistic

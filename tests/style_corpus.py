@@ -12,7 +12,7 @@ import random
 import re
 from hashlib import sha256
 
-from pfm.data.pairs import PreferencePairs
+from pfm.data import PreferencePairs
 
 TOPICS = ["the harbour", "old maps", "slow trains", "rye bread", "night markets", "tide tables", "garden walls"]
 FACTS = [

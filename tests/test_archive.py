@@ -17,14 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pfm._internal import archive
-from pfm.composition import Composition
-from pfm.config import FlowConfig
-from pfm.data.encoded import EncodedPairs
-from pfm.flow import PreferenceFlow
+from pfm.data import EncodedPairs
+from pfm.flow import Composition, FlowConfig, PreferenceFlow
+from pfm.flow.win import WinHead
 from pfm.preferences import BradleyTerry, GeneralPreference, load
 from pfm.references import PooledFlow
 from pfm.tastes import TasteMixture
-from pfm.win import WinHead
 
 
 def flow_of(number: float) -> PreferenceFlow:

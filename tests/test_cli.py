@@ -23,7 +23,6 @@ from typer.testing import CliRunner
 
 from pfm._internal.files import WriterLock
 from pfm.cli import app
-from pfm.composition import compose
 from pfm.encoders import (
     ConcatEncoder,
     OpenAIEncoder,
@@ -32,7 +31,7 @@ from pfm.encoders import (
     encoder_from_description,
     encoder_from_name,
 )
-from pfm.flow import PreferenceFlow
+from pfm.flow import PreferenceFlow, compose
 from pfm.refiner import Refinement
 
 WORDS = ["stone", "river", "lamp", "garden", "wind", "paper", "bridge", "cloud"]

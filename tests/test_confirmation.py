@@ -9,9 +9,9 @@ from scipy import stats
 from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_prompts
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm._internal.significance import CONFIRMED, choose_crosswise, confirmable, confirmed, halves, standard_errors
+from pfm.flow.rounds import _beyond
+from pfm.flow.win import WinHead
 from pfm.preferences.correction import fit_correction
-from pfm.rounds import _beyond
-from pfm.win import WinHead
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfm import EncodedPairs
-from pfm.couplings import COUPLINGS, BestOf, Coupled, Coupling, make_coupling
+from pfm.flow.couplings import COUPLINGS, BestOf, Coupled, Coupling, make_coupling
 
 
 def all_rows(coupling: Coupling) -> Coupled:

@@ -296,7 +296,7 @@ def test_noise_correction_returns_pairs_where_they_were():
 
 
 def test_a_stopped_fit_goes_on_elsewhere(tmp_path, monkeypatch):
-    from pfm import training
+    from pfm.flow import training
 
     settings = LIGHT.replace(epochs=24)
     whole = PreferenceFlow.fit(shifted_pairs(), settings, progress=False)
@@ -327,10 +327,10 @@ def test_a_stopped_fit_goes_on_elsewhere(tmp_path, monkeypatch):
 
 
 def test_streamed_batches_teach_what_resident_ones_do(monkeypatch):
-    from pfm import streaming, training
-    from pfm.couplings import make_coupling
+    from pfm.flow import streaming, training
+    from pfm.flow.couplings import make_coupling
 
-    monkeypatch.setattr("pfm.flow.RESIDENT_SHARE", 0.0)
+    monkeypatch.setattr("pfm.flow.preference_flow.RESIDENT_SHARE", 0.0)
     asked = []
     streamed = streaming.streamed
     monkeypatch.setattr(training, "streamed", lambda *args: asked.append(args[1:3]) or streamed(*args))
@@ -389,8 +389,8 @@ def test_neither_training_nor_a_pass_waits_for_the_device(flow):
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="asks CUDA itself")
 def test_cuda_is_not_waited_for_in_updates_and_passes(flow, monkeypatch):
-    from pfm import graphs
-    from pfm.transport import integrate
+    from pfm.flow import cuda_graphs as graphs
+    from pfm.flow.integration import integrate
 
     y, x = (part.to(DEVICE) for part in outputs())
     field, start = flow.field.at(flow.normalizer.context(x)), flow.normalizer(y)
@@ -414,7 +414,7 @@ def test_cuda_is_not_waited_for_in_updates_and_passes(flow, monkeypatch):
 def test_recorded_updates_and_passes_are_those_that_were_run(flow, monkeypatch):
     from support import far_device
 
-    from pfm import graphs
+    from pfm.flow import cuda_graphs as graphs
 
     y, x = (part.to(DEVICE) for part in outputs())
     settings = LIGHT.replace(epochs=20)
@@ -435,7 +435,7 @@ def test_recorded_updates_and_passes_are_those_that_were_run(flow, monkeypatch):
 
 
 def plain_transport(flow: PreferenceFlow, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    from pfm.transport import integrate
+    from pfm.flow.integration import integrate
 
     field = flow.field.at(flow.normalizer.context(x))
     with torch.no_grad():

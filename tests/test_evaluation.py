@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pfm.data.encoded import EncodedPairs
+from pfm.data import EncodedPairs
 from pfm.encoders import SurfaceEncoder
 from pfm.evaluation import Failure, Report, Scored, evaluate
 from pfm.flow import PreferenceFlow

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from pfm import FlowConfig, PreferenceFlow, PreferencePairs
 from pfm.cli import app
 from pfm.encoders import SurfaceEncoder
-from pfm.explain import PRIOR_TOKENS, Explanation, _moved_traits, contrastive_terms, explain
-from pfm.traits import TRAITS, measure_traits
+from pfm.explain.explanation import PRIOR_TOKENS, Explanation, _moved_traits, contrastive_terms, explain
+from pfm.explain.traits import TRAITS, measure_traits
 
 ENCODER = SurfaceEncoder(provides_context=True)
 CONFIG = FlowConfig(residual=False)

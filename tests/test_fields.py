@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.couplings import BestOf, Paired, make_coupling
-from pfm.fields import Field, LinearField, Moments, Normalizer
-from pfm.training import flow_matching_loss, path_sample
+from pfm.flow.couplings import BestOf, Paired, make_coupling
+from pfm.flow.fields import Field, LinearField, Moments, Normalizer
+from pfm.flow.training import flow_matching_loss, path_sample
 
 
 def gaussian_pairs(count: int, correlation: float, seed: int = 0):

@@ -9,9 +9,9 @@ from made_once import shared_flow
 
 import pfm
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.couplings import make_coupling
-from pfm.fields import Field, Normalizer
-from pfm.training import FlowProblem, train_residual
+from pfm.flow.couplings import make_coupling
+from pfm.flow.fields import Field, Normalizer
+from pfm.flow.training import FlowProblem, train_residual
 
 QUICK = FlowConfig(epochs=20, hidden=64, layers=3)
 
@@ -405,7 +405,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path):
 
 
 def test_a_finished_fit_removes_its_checkpoint_and_one_stopped_late_keeps_it(tmp_path, monkeypatch):
-    from pfm.win import WinHead
+    from pfm.flow.win import WinHead
 
     def stop(*_, **__):
         raise KeyboardInterrupt

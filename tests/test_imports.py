@@ -1,11 +1,13 @@
 """What importing costs, and that every public name is there."""
 
+import importlib.util
 import subprocess
 import sys
 
 import pytest
 
 import pfm
+from pfm._internal.moved import MOVED
 
 HEAVY = ("sentence_transformers", "openai", "matplotlib", "datasets", "pyarrow", "torchdiffeq", "transformers", "scipy")
 
@@ -34,3 +36,17 @@ def test_every_public_name_is_there_and_documented(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'PreferenceFlows'"):
         pfm.PreferenceFlows  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("pfm.config", "pfm.flow.config"), ("pfm.preferences.votes", "pfm.data.votes")]
+)
+def test_an_old_path_warns_and_gives_the_module_at_its_new_one(old, new):
+    code = f"import {old}, {new}, sys; assert sys.modules[{old!r}] is sys.modules[{new!r}]; print({old}.__name__)"
+    found = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == new
+    assert f"<string>:1: DeprecationWarning: {old} is now {new}" in found.stderr
+
+
+def test_every_old_path_leads_to_a_module():
+    assert all(importlib.util.find_spec(new) for new in MOVED.values())

@@ -19,7 +19,7 @@ from style_corpus import Writer, blocks, draft, flaws_of, preferences, quality, 
 from test_cli import read_rows, run, write_rows
 
 import pfm
-from pfm.data.pairs import PreferenceDataError
+from pfm.data import PreferenceDataError
 from pfm.encoders import SurfaceEncoder
 from pfm.errors import GenerationError
 from pfm.generators import BatchGenerator, CallableGenerator, OpenAIGenerator, TransformersGenerator

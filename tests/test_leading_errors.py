@@ -208,7 +208,7 @@ def test_a_tilde_is_the_home_folder_wherever_files_are_written_and_read(tmp_path
     report = pfm.evaluate(records, judge=lambda _, texts: [float(len(text)) for text in texts], progress=False)
     report.save_json(Path("~/report.json"))
     report.save_html("~/report.html")
-    assert pfm.evaluation.Report.load_json("~/report.json").to_dict() == report.to_dict()
+    assert pfm.evaluation.evaluation.Report.load_json("~/report.json").to_dict() == report.to_dict()
     assert EmbeddingCache("~/cache").folder == tmp_path / "cache"
     policy = pbrl.ActorPolicy
     segments = pbrl.collect(pbrl.BatchedPendulum(), Still(), 8, length=2, continuation=0, folder="~/collected")

@@ -12,7 +12,7 @@ from test_flow import QUICK, compass_gain, compass_pairs, ks_to_square_law, line
 
 import pfm
 from pfm import EncodedPairs, FlowConfig, NonFiniteWarning, PreferenceFlow
-from pfm.flow import _gate_uniforms, _held_out_first
+from pfm.flow.preference_flow import _gate_uniforms, _held_out_first
 
 LIGHT = FlowConfig(epochs=12, hidden=96, layers=3)  # the default is twice as near, at five times the work
 

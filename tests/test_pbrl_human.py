@@ -15,9 +15,9 @@ from benchmarks.bench import Bench
 from benchmarks.control import door as study
 from benchmarks.control.door_report import estimate, write_report
 from benchmarks.control.learning import ControlData
+from pfm.flow.win import WinHead
 from pfm.pbrl.human import HumanSegments, PeopleReward
 from pfm.preferences import BradleyTerry
-from pfm.win import WinHead
 
 BENCH = Bench("", "", 0, False)
 

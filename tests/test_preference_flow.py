@@ -15,10 +15,10 @@ from benchmarks.tasks.cycle import Cycle
 from benchmarks.tasks.mixture import Mixture
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.decoders import Select
-from pfm.opponents import candidate_wins, rescored
+from pfm.flow.preference_win import candidate_wins, rescored
+from pfm.flow.rounds import CyclingWarning, as_labeller, compare_rounds, labelled
 from pfm.preferences import BradleyTerry, Embedded, GeneralPreference, MeanShift, PreferenceModel
 from pfm.preferences.context_mean import ContextMean
-from pfm.rounds import CyclingWarning, as_labeller, compare_rounds, labelled
 
 BEATS = torch.tensor([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])  # 0 beats 1 beats 2 beats 0
 SHARES = torch.tensor([0.5, 0.2, 0.3])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.flow.win import WinHead
 from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
 from pfm.preferences.base import restored, unfitted
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
-from pfm.win import WinHead
 
 
 def bradley_terry_pairs(count: int, weights: torch.Tensor, seed: int = 0) -> EncodedPairs:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from pfm.evaluation import Failure, Report, Scored
-from pfm.report import page
+from pfm.evaluation.render import page
 
 EVIL = "<script>alert('x')</script> & \"quoted\" [bold red]"
 

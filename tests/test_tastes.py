@@ -9,7 +9,7 @@ from spelled import Spelled
 from support.rounding import assert_same
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow, wrap
-from pfm.composition import Composition, compose, simplex
+from pfm.flow.composition import Composition, compose, simplex
 from pfm.preferences import BradleyTerry
 from pfm.tastes import TasteMixture, append_code, taste_flows, with_code
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pfm.transport import FIXED_SOLVERS, SOLVERS, STAGES, integrate
+from pfm.flow.integration import FIXED_SOLVERS, SOLVERS, STAGES, integrate
 
 ORDER = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}
 

@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from pfm.cli import app
-from pfm.data.encoded import EncodedPairs
-from pfm.data.pairs import PreferenceDataError, PreferencePairs
+from pfm.data import EncodedPairs, PreferenceDataError, PreferencePairs
 from pfm.data.rows import BadRows, reader_for
 from pfm.encoders import SurfaceEncoder
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pfm.data.pairs import PreferencePairs
+from pfm.data import PreferencePairs
 
 NOUNS = ["film", "meal", "room", "trip", "book", "game", "song", "walk"]
 GOOD = ["lovely", "superb", "warm", "clever", "joyful", "bright"]

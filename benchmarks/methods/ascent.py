@@ -30,7 +30,7 @@ from benchmarks.laws import Law
 from benchmarks.rewards import NetworkReward
 from pfm import EncodedPairs
 from pfm._internal.significance import CONFIRMED
-from pfm.win import WinHead
+from pfm.flow.win import WinHead
 
 __all__ = ["Ascent", "OffData", "climb", "log_win", "make"]
 

@@ -23,7 +23,7 @@ import torch
 from benchmarks.clock import Contestant
 from benchmarks.speed.pairs import draw_blocks
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.couplings import make_coupling
+from pfm.flow.couplings import make_coupling
 
 __all__ = ["feeding", "peaks", "stored_pairs"]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import Contestant
-from pfm import EncodedPairs, FlowConfig, PreferenceFlow, training
-from pfm.fields import FOURIER_FEATURES, ResidualField
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.flow import training
+from pfm.flow.fields import FOURIER_FEATURES, ResidualField
 
 __all__ = ["PausedFit", "bare_products", "plain_loop", "products_of_a_row"]
 

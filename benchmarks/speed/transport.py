@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.clock import Contestant
 from pfm import PreferenceFlow
-from pfm.transport import integrate
+from pfm.flow.integration import integrate
 
 __all__ = ["Exact", "adaptive", "alone", "repeated"]
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm._internal.significance import confirmed
+from pfm.flow.win import WinHead
 from pfm.preferences import HybridPreference
-from pfm.win import WinHead
 
 __all__ = ["PARTS", "main", "mean_rate", "pairs_of_prompts"]
 

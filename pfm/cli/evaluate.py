@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
     from pfm.data.pairs import PreferencePairs
     from pfm.encoders import Encoder
-    from pfm.evaluation import Report
-    from pfm.refiner import Refinement
+    from pfm.evaluation.evaluation import Report
+    from pfm.refiner.refiner import Refinement
 
 
 @app.command(
@@ -72,7 +72,7 @@ def evaluate(
     with guarded(traceback) as session:
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.data.pairs import PreferencePairs
-        from pfm.refiner import wrap
+        from pfm.refiner.refiner import wrap
 
         context = bool(fitted.metadata.get("context_dimension"))
         scored = _read_scored(rows, on_bad_rows.value, prompted=context, prompt_key=prompt_key)
@@ -186,7 +186,7 @@ def _report(
     seed: int,
     progress: bool,
 ) -> Report:
-    from pfm.evaluation import evaluate
+    from pfm.evaluation.evaluation import evaluate
 
     groups = [row.group for row in rows]
     options: dict[str, Any] = {

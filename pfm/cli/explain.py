@@ -67,9 +67,9 @@ def explain(
             if path.suffix.lower() not in FORMS:
                 raise ValueError(f"--out {path} must end in {' or '.join(FORMS)}: got {path.suffix or 'no suffix'!r}")
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
-        from pfm.composition import Composition
         from pfm.data.pairs import PreferencePairs
-        from pfm.explain import explain as explain_flow
+        from pfm.explain.explanation import explain as explain_flow
+        from pfm.flow.composition import Composition
 
         if isinstance(fitted, Composition):
             raise ValueError(f"{flow} is a composition: explain its flows one by one, as in {flow / 'flow-0'}")

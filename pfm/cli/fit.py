@@ -29,10 +29,10 @@ from pfm.cli.shell import (
 )
 
 if TYPE_CHECKING:
-    from pfm.config import FlowConfig
     from pfm.data.encoded import EncodedPairs
     from pfm.data.pairs import PreferencePairs
-    from pfm.flow import PreferenceFlow
+    from pfm.flow.config import FlowConfig
+    from pfm.flow.preference_flow import PreferenceFlow
     from pfm.statistics import Estimate
 
 
@@ -87,7 +87,7 @@ def fit(
         config = _config(settings or [], seed)
         from pfm.data.pairs import PreferencePairs
         from pfm.encoders import encoder_from_name
-        from pfm.flow import PreferenceFlow
+        from pfm.flow.preference_flow import PreferenceFlow
 
         loaded = PreferencePairs.from_file(
             pairs,
@@ -119,7 +119,7 @@ def fit(
 
 
 def _config(settings: Sequence[str], seed: int) -> FlowConfig:
-    from pfm.config import FlowConfig
+    from pfm.flow.config import FlowConfig
 
     switches = {item.name for item in fields(FlowConfig) if isinstance(item.default, bool)}
     return FlowConfig.from_dict({"seed": seed} | dict(setting(text, switches) for text in settings))

@@ -22,9 +22,9 @@ from typer.core import TyperCommand
 from pfm.errors import PfmError, UntrustedEncoderError
 
 if TYPE_CHECKING:
-    from pfm.composition import Composition
     from pfm.encoders import Encoder
-    from pfm.flow import PreferenceFlow
+    from pfm.flow.composition import Composition
+    from pfm.flow.preference_flow import PreferenceFlow
 
 __all__ = [
     "SOME_FAILED",
@@ -254,9 +254,9 @@ def load_flow(
 ) -> tuple[PreferenceFlow | Composition, Encoder]:
     """Load a flow, or a composition of several, and its encoder."""
     from pfm._internal.archive import finish_save
-    from pfm.composition import DESCRIPTION, Composition
     from pfm.encoders import encoder_from_description, encoder_from_name
-    from pfm.flow import PreferenceFlow
+    from pfm.flow.composition import DESCRIPTION, Composition
+    from pfm.flow.preference_flow import PreferenceFlow
 
     folder = folder.expanduser()
     finish_save(folder)
@@ -285,7 +285,7 @@ def fingerprint(folder: Path) -> str:
     folder = folder.expanduser()
     names = "config.json", "model.safetensors"
     if not (folder / names[0]).is_file():
-        from pfm.composition import DESCRIPTION
+        from pfm.flow.composition import DESCRIPTION
 
         names = DESCRIPTION, *(f"{part.name}/{name}" for part in sorted(folder.glob("flow-*")) for name in names)
     for name in names:

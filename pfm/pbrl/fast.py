@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pfm.fields import Field, ResidualField
-from pfm.flow import PreferenceFlow
+from pfm.flow.fields import Field, ResidualField
+from pfm.flow.preference_flow import PreferenceFlow
 
 __all__ = ["FastTransport"]
 
@@ -104,7 +104,7 @@ class FastTransport:
 
 
 class _FastField:
-    """Gives the velocity of a :class:`pfm.fields.Field` at normalised y (B, D)."""
+    """Gives the velocity of a :class:`pfm.flow.fields.Field` at normalised y (B, D)."""
 
     def __init__(self, field: Field) -> None:
         self.linear, self.residual = field.linear, field.residual

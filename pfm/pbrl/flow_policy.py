@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pfm._internal.significance import Confirmation, confirmed
-from pfm.flow import PreferenceFlow
+from pfm.flow.preference_flow import PreferenceFlow
 from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
 from pfm.pbrl.environments import STATELESS
 from pfm.pbrl.fast import FastTransport

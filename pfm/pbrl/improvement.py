@@ -18,8 +18,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from pfm._internal.files import claim_folder, replace_json
-from pfm.config import FlowConfig
-from pfm.flow import PreferenceFlow
+from pfm.flow.config import FlowConfig
+from pfm.flow.preference_flow import PreferenceFlow
 from pfm.pbrl.collection import collect, fingerprint, open_environment
 from pfm.pbrl.flow_policy import FlowPolicy
 from pfm.pbrl.policies import Policy

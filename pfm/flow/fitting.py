@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.config import FlowConfig
-from pfm.couplings import Coupled, Coupling
-from pfm.fields import Field, Moments, Normalizer
-from pfm.training import FlowProblem, TrainingLog, train_residual
-from pfm.transport import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.config import FlowConfig
+from pfm.flow.couplings import Coupled, Coupling
+from pfm.flow.fields import Field, Moments, Normalizer
+from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.training import FlowProblem, TrainingLog, train_residual
 
 __all__ = ["FieldFit", "at_most", "choose_steps", "fit_field", "matmul_precision"]
 

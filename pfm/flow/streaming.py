@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from pfm.couplings import Coupled
+from pfm.flow.couplings import Coupled
 
 __all__ = ["streamed"]
 

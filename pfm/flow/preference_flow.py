@@ -18,7 +18,6 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from pfm import graphs
 from pfm._internal.archive import (
     load_module,
     read_description,
@@ -29,19 +28,20 @@ from pfm._internal.archive import (
 )
 from pfm._internal.chunks import Work, map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.config import FlowConfig, refuse_options
-from pfm.couplings import Joined, WithoutContext, make_coupling
 from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.errors import NonFiniteWarning
-from pfm.fields import SMALL, Field, Normalizer, Velocity
-from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
-from pfm.opponents import PreferenceWin, candidate_wins, rescored
+from pfm.flow import cuda_graphs as graphs
+from pfm.flow.config import FlowConfig, refuse_options
+from pfm.flow.couplings import Joined, WithoutContext, make_coupling
+from pfm.flow.fields import SMALL, Field, Normalizer, Velocity
+from pfm.flow.fitting import at_most, choose_steps, fit_field, matmul_precision
+from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.preference_win import PreferenceWin, candidate_wins, rescored
+from pfm.flow.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
+from pfm.flow.training import remove_checkpoint
+from pfm.flow.win import WinHead
 from pfm.preferences.base import PreferenceModel
-from pfm.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
-from pfm.training import remove_checkpoint
-from pfm.transport import ADAPTIVE_SOLVERS, STAGES, integrate
-from pfm.win import WinHead
 
 __all__ = ["PreferenceFlow"]
 
@@ -181,7 +181,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             preference: a preference model that is to give b, in place of the flow's own classifier, and the scores of
                 candidate sets for ``best_of`` above 2; fitted on the training prompts here if it is not yet. Its guard
                 is set on the validation pairs, which a model that is fitted already should not have seen. See
-                :mod:`pfm.opponents` for what b means when preferences go round.
+                :mod:`pfm.flow.preference_win` for what b means when preferences go round.
             checkpoint: folder for the training state; a fit that was stopped goes on from it.
 
         Raises:
@@ -305,7 +305,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         With honest labels and exact flows round n carries to the law of the best of 2^n while preferences are
         transitive. ``transport(mode="relabel")`` passes through all rounds; what :meth:`win_probability` gives
         stays the chance against the reference itself. Preferences that go round need not converge: the new round is
-        compared with those before it, and a :class:`pfm.rounds.CyclingWarning` says when it beats the last one and
+        compared with those before it, and a :class:`pfm.flow.rounds.CyclingWarning` says when it beats the last one and
         yet loses ground against an earlier one; ``metadata["rounds"]`` holds the figures.
 
         Args:

@@ -11,11 +11,11 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from pfm._internal.html import document, figure, forest
+from pfm.explain.traits import TRAITS
 from pfm.statistics import Estimate
-from pfm.traits import TRAITS
 
 if TYPE_CHECKING:
-    from pfm.explain import Contrast, Direction, Explanation, Term, TraitChange
+    from pfm.explain.explanation import Contrast, Direction, Explanation, Term, TraitChange
 
 __all__ = ["page", "terminal"]
 

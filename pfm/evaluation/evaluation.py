@@ -2,7 +2,7 @@
 
 Two floors: ``Report.from_scored`` turns judged candidates (``Scored`` rows, numbers only) into a report;
 ``evaluate`` makes such rows from a refiner or its records with a judge. Every method chooses among the
-*same* candidates, so the comparison is at equal generation cost. ``pfm.report`` draws the result.
+*same* candidates, so the comparison is at equal generation cost. ``pfm.evaluation.render`` draws the result.
 """
 
 from __future__ import annotations
@@ -320,7 +320,7 @@ class Report:
 
     def save_html(self, path: str | Path, examples: int = 5) -> Path:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
-        from pfm.report import page
+        from pfm.evaluation.render import page
 
         path = Path(path).expanduser()
         # texts may hold lone surrogates, which no UTF-8 file can
@@ -334,7 +334,7 @@ class Report:
         (console or Console()).print(self)
 
     def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        from pfm.report import terminal
+        from pfm.evaluation.render import terminal
 
         yield from terminal(self, options.max_width)
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from pfm._internal.files import replace_file
 from pfm._internal.significance import confirmed, halves
-from pfm.config import FlowConfig
-from pfm.couplings import Coupled, Coupling
 from pfm.devices import new_generator
-from pfm.fields import SMALL, Field, Normalizer
-from pfm.graphs import Repeated
-from pfm.streaming import streamed
+from pfm.flow.config import FlowConfig
+from pfm.flow.couplings import Coupled, Coupling
+from pfm.flow.cuda_graphs import Repeated
+from pfm.flow.fields import SMALL, Field, Normalizer
+from pfm.flow.streaming import streamed
 
 __all__ = ["FlowProblem", "TrainingLog", "flow_matching_loss", "path_sample", "remove_checkpoint", "train_residual"]
 

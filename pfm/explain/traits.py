@@ -1,4 +1,4 @@
-"""Traits of a text that a person can name: what :mod:`pfm.explain` says outputs gain and lose."""
+"""Traits of a text that a person can name: what :mod:`pfm.explain.explanation` says outputs gain and lose."""
 
 from __future__ import annotations
 

@@ -31,15 +31,15 @@ from torch import Tensor
 
 from pfm._internal.significance import CONFIRMED, standard_errors
 from pfm.devices import standard_defaults
+from pfm.explain.traits import TRAITS, measure_traits, tokens
 from pfm.reasoning import training_text
 from pfm.statistics import Bootstrap, Estimate, interval
-from pfm.traits import TRAITS, measure_traits, tokens
 
 if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
     from pfm.data.pairs import PreferencePairs
     from pfm.encoders import Encoder
-    from pfm.flow import PreferenceFlow
+    from pfm.flow.preference_flow import PreferenceFlow
 
 __all__ = ["Contrast", "Direction", "Explanation", "Term", "TraitChange", "contrastive_terms", "explain"]
 
@@ -61,7 +61,7 @@ class TraitChange:
     """Says what becomes of one trait.
 
     Attributes:
-        name: of :data:`pfm.traits.TRAITS`. words: how to say the direction of the change.
+        name: of :data:`pfm.explain.traits.TRAITS`. words: how to say the direction of the change.
         moved, picked, labelled: changes in standard deviations between the answers to one prompt, see the module.
         at_equal_length: what is left of ``picked`` when b and the trait are both compared at equal log length; None
             for the length itself.
@@ -184,12 +184,12 @@ class Explanation:
 
     def save_html(self, path: str | Path) -> None:
         """Write one self-contained HTML page."""
-        from pfm.explain_page import page
+        from pfm.explain.render import page
 
         Path(path).expanduser().write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
-        from pfm.explain_page import terminal
+        from pfm.explain.render import terminal
 
         yield from terminal(self, options.max_width)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pfm.couplings import Coupled
-from pfm.graphs import keep_alive
+from pfm.flow.couplings import Coupled
+from pfm.flow.cuda_graphs import keep_alive
 
 __all__ = ["Field", "LinearField", "Moments", "Normalizer", "ResidualField", "Velocity"]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pfm.fields import Velocity
+from pfm.flow.fields import Velocity
 
 __all__ = ["ADAPTIVE_SOLVERS", "FIXED_SOLVERS", "SOLVERS", "STAGES", "Integrated", "check_solver", "integrate"]
 

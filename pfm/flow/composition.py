@@ -32,9 +32,9 @@ from pfm._internal.files import replace_json, require_files
 from pfm.data.encoded import as_float_tensor, check_finite, vector_space
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
-from pfm.fields import Velocity
-from pfm.flow import PreferenceFlow
-from pfm.transport import integrate
+from pfm.flow.fields import Velocity
+from pfm.flow.integration import integrate
+from pfm.flow.preference_flow import PreferenceFlow
 
 __all__ = ["Composition", "TradeOff", "check_weights", "compose", "simplex"]
 

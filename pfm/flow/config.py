@@ -18,9 +18,9 @@ class FlowConfig:
     What is learned
         source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners' law;
             ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
-        coupling: which source sample goes with which target, see :mod:`pfm.couplings`; ``"paired"`` takes the data's
-            own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the nearest
-            with the contexts' distance in the cost.
+        coupling: which source sample goes with which target, see :mod:`pfm.flow.couplings`; ``"paired"`` takes the
+            data's own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the
+            nearest with the contexts' distance in the cost.
         best_of: target of one pass, best of this many reference draws; above 2 it needs candidate sets.
         sigma: noise on the training path at its middle, in units of the displacement's root mean square a
             dimension; >= 0.
@@ -50,7 +50,7 @@ class FlowConfig:
         compile: train the network through ``torch.compile``, which needs a C++ compiler on the CPU.
 
     Integration
-        solver: a name in :data:`pfm.transport.SOLVERS`.
+        solver: a name in :data:`pfm.flow.integration.SOLVERS`.
         steps: fixed steps for a pass, or ``"auto"``: the fewest whose result on validation data is within
             ``tolerance`` of a tight adaptive solution, relative to the distance moved.
 
@@ -84,9 +84,9 @@ class FlowConfig:
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
-        from pfm.couplings import COUPLINGS, SOURCES
         from pfm.devices import device_name
-        from pfm.transport import check_solver
+        from pfm.flow.couplings import COUPLINGS, SOURCES
+        from pfm.flow.integration import check_solver
 
         _one_of("source", self.source, SOURCES)
         _one_of("coupling", self.coupling, COUPLINGS)

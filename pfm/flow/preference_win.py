@@ -7,7 +7,7 @@ What stays defined when preferences go round, and what does not:
 - "the best output" is not: the candidate of highest b may lose to another candidate (it is the Borda winner, not a
   Condorcet winner, which need not exist), and b changes with the opponents;
 - rounds of labels need not converge. Each round beats the one before, and under a reward every later round beats every
-  earlier one by at least as much; with cycles it need not (:mod:`pfm.rounds`).
+  earlier one by at least as much; with cycles it need not (:mod:`pfm.flow.rounds`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from pfm._internal.significance import confirmed
 from pfm.data.encoded import CandidateRows, EncodedPairs
+from pfm.flow.win import confirmed_margin
 from pfm.preferences.base import Embedded, PreferenceModel, restored
 from pfm.preferences.calibration import pair_scores, reliability
 from pfm.preferences.context_mean import ContextMean
-from pfm.win import confirmed_margin
 
 __all__ = ["PreferenceWin", "candidate_wins", "rescored"]
 
@@ -39,9 +39,9 @@ ROWS = 512
 class PreferenceWin(nn.Module):
     """Gives logit b(y|x) by a fitted preference model, against reference draws that are kept with it.
 
-    It stands where :class:`pfm.win.WinHead` does. Without contexts all draws are the opponents. With contexts pi_ref
-    depends on x, and few draws are of x itself. Each draw is then judged under its own context, and carried over to
-    another by the difference of the contexts' levels: with a level m(x) in log-odds (:class:`ContextMean`), draw k
+    It stands where :class:`pfm.flow.win.WinHead` does. Without contexts all draws are the opponents. With contexts
+    pi_ref depends on x, and few draws are of x itself. Each draw is then judged under its own context, and carried over
+    to another by the difference of the contexts' levels: with a level m(x) in log-odds (:class:`ContextMean`), draw k
     answers y with s(y, y_k) - m(x) + m(x_k), so that the mean of b over the reference is one half under every context.
     Draws of the context itself, and of near ones, count for more than the others.
 

@@ -30,7 +30,7 @@ from pfm._internal.html import (
 from pfm.statistics import Bin, Estimate
 
 if TYPE_CHECKING:
-    from pfm.evaluation import Calibration, Example, GroupRow, MethodRow, Report
+    from pfm.evaluation.evaluation import Calibration, Example, GroupRow, MethodRow, Report
 
 SIGNS = {"helps": "▲", "hurts": "▼", "mixed": "◆", "no evidence": "●"}  # colour must not be the only sign
 

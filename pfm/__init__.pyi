@@ -1,0 +1,63 @@
+from . import (
+    acquisition as acquisition,
+)
+from . import (
+    decoders as decoders,
+)
+from . import (
+    distances as distances,
+)
+from . import (
+    encoders as encoders,
+)
+from . import (
+    evaluation as evaluation,
+)
+from . import (
+    explain as explain,
+)
+from . import (
+    generators as generators,
+)
+from . import (
+    judges as judges,
+)
+from . import (
+    pbrl as pbrl,
+)
+from . import (
+    preferences as preferences,
+)
+from . import (
+    references as references,
+)
+from . import (
+    tastes as tastes,
+)
+from .data.encoded import EncodedPairs as EncodedPairs
+from .data.errors import PreferenceDataError as PreferenceDataError
+from .data.pairs import PreferencePairs as PreferencePairs
+from .errors import (
+    EncodingError as EncodingError,
+)
+from .errors import (
+    GenerationError as GenerationError,
+)
+from .errors import (
+    NonFiniteWarning as NonFiniteWarning,
+)
+from .errors import (
+    PfmError as PfmError,
+)
+from .evaluation.evaluation import Report as Report
+from .evaluation.evaluation import Scored as Scored
+from .evaluation.evaluation import evaluate as evaluate
+from .flow.composition import Composition as Composition
+from .flow.composition import compose as compose
+from .flow.config import FlowConfig as FlowConfig
+from .flow.preference_flow import PreferenceFlow as PreferenceFlow
+from .refiner.refiner import Refinement as Refinement
+from .refiner.refiner import Refiner as Refiner
+from .refiner.refiner import wrap as wrap
+
+__all__: list[str]

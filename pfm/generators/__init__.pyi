@@ -1,0 +1,12 @@
+from .base import Draw as Draw
+from .base import Generator as Generator
+from .base import Prompt as Prompt
+from .cache import ResponseCache as ResponseCache
+from .cached import CachedGenerator as CachedGenerator
+from .callable import AsyncCallableGenerator as AsyncCallableGenerator
+from .callable import BatchGenerator as BatchGenerator
+from .callable import CallableGenerator as CallableGenerator
+from .callable import as_generator as as_generator
+from .openai import OpenAIGenerator as OpenAIGenerator
+from .pool import GeneratorPool as GeneratorPool
+from .transformers import TransformersGenerator as TransformersGenerator

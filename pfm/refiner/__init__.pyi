@@ -1,0 +1,3 @@
+from .refiner import Refinement as Refinement
+from .refiner import Refiner as Refiner
+from .refiner import wrap as wrap
