@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from pfm import decoders, distances, encoders, generators, judges, pbrl, preferences, references, tastes
     from pfm.composition import Composition, compose
     from pfm.config import FlowConfig
+    from pfm.couplings import register_coupling
     from pfm.encoded import EncodedPairs
-    from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, PfmError
+    from pfm.errors import EncodingError, GenerationError, NonFiniteWarning, NotRegisteredError, PfmError
     from pfm.evaluation import Report, Scored, evaluate
     from pfm.flow import PreferenceFlow
     from pfm.pairs import PreferenceDataError, PreferencePairs
     from pfm.refiner import Refinement, Refiner, wrap
+    from pfm.registered_field import register_field
+    from pfm.transport import register_solver
 
 _HOME = {
     "Composition": "composition",
@@ -24,6 +27,7 @@ _HOME = {
     "FlowConfig": "config",
     "GenerationError": "errors",
     "NonFiniteWarning": "errors",
+    "NotRegisteredError": "errors",
     "PfmError": "errors",
     "PreferenceDataError": "pairs",
     "PreferenceFlow": "flow",
@@ -34,6 +38,9 @@ _HOME = {
     "Scored": "evaluation",
     "compose": "composition",
     "evaluate": "evaluation",
+    "register_coupling": "couplings",
+    "register_field": "registered_field",
+    "register_solver": "transport",
     "wrap": "refiner",
 }
 
@@ -44,6 +51,7 @@ __all__ = [
     "FlowConfig",
     "GenerationError",
     "NonFiniteWarning",
+    "NotRegisteredError",
     "PfmError",
     "PreferenceDataError",
     "PreferenceFlow",
@@ -62,6 +70,9 @@ __all__ = [
     "pbrl",
     "preferences",
     "references",
+    "register_coupling",
+    "register_field",
+    "register_solver",
     "tastes",
     "wrap",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -38,6 +39,7 @@ from pfm.files import replace_json, require_files
 from pfm.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.opponents import PreferenceWin, candidate_wins, rescored
 from pfm.preferences.base import PreferenceModel
+from pfm.registered_field import MLP, RegisteredField
 from pfm.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
 from pfm.training import remove_checkpoint
 from pfm.transport import ADAPTIVE_SOLVERS, STAGES, integrate
@@ -95,7 +97,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             else PreferenceWin.restored(described, self.dimension, self.context_dimension)
         )
         self.later = nn.ModuleList(
-            PreferenceFlow(event_shape, context_dimension, **described) for described in self.metadata.pop("later", [])
+            type(self)(event_shape, context_dimension, **described) for described in self.metadata.pop("later", [])
         )
         if self.metadata.get("residual_kept") is False:
             self.field.drop_residual()
@@ -107,12 +109,17 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         self.eval()
 
     def _new_field(self, context_dimension: int) -> Field:
-        small = self.dimension <= SMALL
+        small, config = self.dimension <= SMALL, self.config
+        own = None
+        if config.field != MLP:
+            own = RegisteredField(config.field, self.event_shape, context_dimension, config.field_options)
         return Field(
             self.dimension,
             context_dimension,
-            (256 if small else 512) if self.config.hidden == "auto" else self.config.hidden,
-            (4 if small else 3) if self.config.layers == "auto" else self.config.layers,
+            (256 if small else 512) if config.hidden == "auto" else config.hidden,
+            (4 if small else 3) if config.layers == "auto" else config.layers,
+            residual=own,
+            linear=config.linear,
         )
 
     # -- what it knows of itself ---------------------------------------------------------------------------------
@@ -271,7 +278,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             if ours != theirs:
                 raise ValueError(f"pairs must have the flow's {name} {ours}: got {theirs}")
         win, judgement = PreferenceWin.made(preference, pairs, pairs, self.config.seed)
-        twin = self._copy()
+        twin = copy.deepcopy(self)
         twin._set_win(win, judgement)
         return twin
 
@@ -341,11 +348,11 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             torch.where(first, one, two), torch.where(first, two, one), contexts,
             probability=None if hard else torch.maximum(label, 1 - label), encoder=self.metadata.get("encoder"),
         )  # fmt: skip
-        further = PreferenceFlow.fit(
+        further = type(self).fit(
             pairs, self._config_here() if config is None else config, progress=progress,
             preference=labeller if isinstance(labeller, PreferenceModel) else None,
         )  # fmt: skip
-        chain = self._copy()
+        chain = copy.deepcopy(self)
         chain.later.append(further.to(self.device))
         if len(draws[0]):
             ours, theirs = (
@@ -360,11 +367,6 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     def _config_here(self) -> FlowConfig:
         """Give the settings for a further fit where the flow is now, which may not be where it was fitted."""
         return self.config if self.config.device == "auto" else self.config.replace(device=str(self.device))
-
-    def _copy(self) -> PreferenceFlow:
-        twin = PreferenceFlow(self.event_shape, self.context_dimension, self.config, self._described()["metadata"])
-        twin.load_state_dict(self.state_dict())
-        return twin.to(self.device).eval()
 
     def distill(
         self,
@@ -417,7 +419,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         order = order.to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            student = PreferenceFlow(self.event_shape, self.context_dimension, config)
+            student = type(self)(self.event_shape, self.context_dimension, config)
         student.to(self.device)
         student.normalizer.load_state_dict(self.normalizer.state_dict())
         student._set_units()
@@ -426,7 +428,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             for index in (order[count:], order[:count])
         )
         found = fit_field(student.field, student.normalizer, train, check, config, one_step=True, progress=progress)
-        student.win = self._copy().win
+        student.win = copy.deepcopy(self.win)
         student._set_steps(1, None, 1)
         student.metadata |= found.to_dict() | {
             name: self.metadata.get(name)
