@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -479,6 +479,7 @@ def _joined(pairs: EncodedPairs, sources: Tensor, targets: Tensor, weight: Tenso
 
 Builder = Callable[..., Coupling]
 """Makes a coupling: (pairs, *, source, seed) -> Coupling."""
+B = TypeVar("B", bound=Builder)
 
 _BUILDERS: Registry[Builder] = Registry(
     "coupling",
@@ -492,7 +493,7 @@ _BUILDERS: Registry[Builder] = Registry(
 )
 
 
-def register_coupling(name: str) -> Callable[[Builder], Builder]:
+def register_coupling(name: str) -> Callable[[B], B]:
     """Register a coupling of your own, to be named in ``FlowConfig(coupling=name)``.
 
     Args:
@@ -511,7 +512,7 @@ def register_coupling(name: str) -> Callable[[Builder], Builder]:
     ...     return Paired(pairs, "rejected")
     """
 
-    def register(builder: Builder) -> Builder:
+    def register(builder: B) -> B:
         _BUILDERS.add(name, builder)
         return builder
 

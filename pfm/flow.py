@@ -67,6 +67,10 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     carries the reference's law pi_ref to the winners' law p1 = 2 pi_ref b, the law of best of two, as far as the
     field is learned; b(y|x) is the chance that y beats an independent draw of the reference.
 
+    Its numbers are float32 on every device: ``half()``, ``bfloat16()`` and ``double()`` are refused, and
+    ``FlowConfig(dtype=...)`` says how precisely it computes. Copies, :meth:`distill`, :meth:`relabel` and loading make
+    flows of the subclass that they are called on, whose constructor takes the same four arguments.
+
     Args:
         event_shape: shape (\\*D) of one output.
         context_dimension: number of values C in a context, 0 for none.
@@ -561,6 +565,18 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         return recorded
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreferenceFlow:
+        """Move the flow, as ``to(device)`` does; its numbers stay float32.
+
+        Raises:
+            TypeError: another number type is asked for, as by ``half()``, ``bfloat16()``, ``double()``.
+        """
+        kind = fn(torch.zeros(1, dtype=torch.float32, device=self.device)).dtype
+        if kind != torch.float32:
+            raise TypeError(
+                f"a flow keeps its numbers in float32, in which its field was solved: got {kind}. To compute in lower "
+                "precision set flow.config = flow.config.replace(dtype='bfloat16'); results are converted by "
+                f"flow.transport(y).to({kind})"
+            )
         self._graphs.clear()  # they read the parameters where these were
         return super()._apply(fn, recurse)
 
@@ -940,17 +956,21 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     def summary(self) -> str:
         """Say in a few lines what was fitted and what held-out prompts confirmed."""
         found, win, training = self.metadata, self.metadata.get("win", {}), self.metadata.get("training", {})
-        residual = "residual not confirmed by held-out prompts, dropped"
+        name = "residual" if self.config.field == MLP else f"field {self.config.field!r}"
+        residual = f"{name} not confirmed by held-out prompts, dropped"
         if found.get("residual_kept"):
-            residual = f"residual kept at {100 * training['gain']:.0f}%"
+            residual = f"{name} kept at {100 * training['gain']:.0f}%"
         elif not self.config.residual:
             residual = "no residual, as configured"
         ridge, error, z = found.get("ridge"), found.get("steps_error"), win.get("z")
+        linear = f"linear part {'without slope' if ridge is None else f'at ridge {ridge:g}'}"
+        if not self.config.linear:
+            linear = "no linear part, as configured"
         return "\n".join(
             [
                 f"PreferenceFlow on outputs {tuple(self.event_shape)}, context {self.context_dimension or 'none'}",
                 f"  data   {found.get('pairs')} pairs of {found.get('prompts')} prompts, {found.get('seconds')} s",
-                f"  field  linear part {'without slope' if ridge is None else f'at ridge {ridge:g}'}; {residual}",
+                f"  field  {linear}; {residual}",
                 f"  path   {self.config.solver}, {self.steps} steps"
                 + ("" if error is None else f", {error:.1%} from the exact solution"),
                 f"  b      orders {win.get('accuracy', math.nan):.1%} of held-out pairs rightly, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ AGREEMENT = 1e-6  # of a row's velocity alone and among others, in float64, rela
 
 Builder = Callable[..., nn.Module]
 """Makes a field: (event_shape, context_dimension, **options) -> module of (t, y, context)."""
+B = TypeVar("B", bound=Builder)
 
 
 def _built_in(event_shape: torch.Size, context_dimension: int, **options: Any) -> nn.Module:
@@ -28,7 +29,7 @@ def _built_in(event_shape: torch.Size, context_dimension: int, **options: Any) -
 FIELDS: Registry[Builder] = Registry("field", "@pfm.register_field({name})", {MLP: _built_in})
 
 
-def register_field(name: str) -> Callable[[Builder], Builder]:
+def register_field(name: str) -> Callable[[B], B]:
     """Register a vector field of your own, to be named in ``FlowConfig(field=name, field_options={...})``.
 
     It takes the place of the built-in network: it learns what the closed-form linear part leaves (with
@@ -59,7 +60,7 @@ def register_field(name: str) -> Callable[[Builder], Builder]:
     ...         return t.view(-1, *[1] * (y.ndim - 1)) * self.layer(y.flatten(1)).view_as(y)
     """
 
-    def register(builder: Builder) -> Builder:
+    def register(builder: B) -> B:
         FIELDS.add(name, builder)
         return builder
 

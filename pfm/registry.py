@@ -56,7 +56,7 @@ class Registry(Mapping[str, T]):
         Raises:
             NotRegisteredError: nothing is.
         """
-        if isinstance(name, str) and name in self._parts:
+        if isinstance(name, str) and name in self:
             return
         near = get_close_matches(str(name), self._parts, n=1)
         guess = f"; did you mean {near[0]!r}?" if near else "."
@@ -68,6 +68,9 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         self.check(name)
         return self._parts[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ def _rk4(velocity: Velocity, t: float, h: float, y: Tensor) -> Tensor:
 
 Step = Callable[[Velocity, float, float, Tensor], Tensor]
 """Takes one step: (velocity, t, h, y (B, D)) -> y (B, D) at t + h."""
+B = TypeVar("B", bound=Step)
 
 _FIXED: dict[str, Step] = {
     "euler": _euler,
@@ -73,7 +74,7 @@ _STEPS: Registry[Step | None] = Registry(  # None: torchdiffeq's
 )
 
 
-def register_solver(name: str, *, stages: int) -> Callable[[Step], Step]:
+def register_solver(name: str, *, stages: int) -> Callable[[B], B]:
     """Register a fixed-step solver of your own, to be named in ``FlowConfig(solver=name)``.
 
     Args:
@@ -95,7 +96,7 @@ def register_solver(name: str, *, stages: int) -> Callable[[Step], Step]:
     if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
         raise ValueError(f"stages must be a whole number of at least 1: got {stages!r}")
 
-    def register(step: Step) -> Step:
+    def register(step: B) -> B:
         _STEPS.add(name, step)
         STAGES[name] = stages
         return step
