@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pfm.confirmation import CONFIRMED, standard_errors
 from pfm.devices import standard_defaults
+from pfm.identity import PromptIdentity, prompt_identity
 from pfm.reasoning import training_text
 from pfm.statistics import Bootstrap, Estimate, interval
 from pfm.traits import TRAITS, measure_traits, tokens
@@ -298,8 +299,9 @@ def explain(
 
 def _some_prompts(pairs: PreferencePairs, limit: int, seed: int) -> list[int] | None:
     """Draw prompts, and pairs of the last one, with at most ``limit`` outputs; None if all fit."""
-    keys = list(zip(pairs.prompts, map(str, pairs.group or [None] * len(pairs)), strict=True))
-    rows: dict[tuple[str, str], list[int]] = {}
+    groups = pairs.group or [None] * len(pairs)
+    keys = [prompt_identity(prompt, group) for prompt, group in zip(pairs.prompts, groups, strict=True)]
+    rows: dict[PromptIdentity, list[int]] = {}
     for number, key in enumerate(keys):
         rows.setdefault(key, []).append(number)
     sides = (pairs.chosen, pairs.rejected)

@@ -17,7 +17,7 @@ from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.preferences import BradleyTerry, MeanShift
 from pfm.registered_field import FIELDS, RegisteredField, register_field
 
-FAR = pytest.mark.skipif(os.environ.get("PFM_TEST_DEVICE") != "far", reason="imitates a device that records")
+DEVICE = os.environ.get("PFM_TEST_DEVICE", "cpu")
 SHAPE = (2, 3)
 
 
@@ -203,7 +203,7 @@ def test_a_field_without_contexts_is_built_beside_it():
     assert (flow.transport(y, x) - free).abs().max() > 0.1
 
 
-@pytest.mark.skipif("PFM_TEST_DEVICE" in os.environ, reason="torch unties weights that it moves to the imitated device")
+@pytest.mark.skipif(DEVICE == "far", reason="torch unties weights that it moves to the imitated device")
 def test_tied_weights_are_saved(tmp_path):
     flow = fit(shifted_pairs(), settings(field_options={"tied": True}, epochs=5))
     flow.save_pretrained(tmp_path)
@@ -257,10 +257,8 @@ def test_images_without_a_linear_part_hold_no_matrices(tmp_path):
     torch.testing.assert_close(PreferenceFlow.from_pretrained(tmp_path).transport(rejected), flow.transport(rejected))
 
 
-@FAR
+@pytest.mark.skipif(DEVICE not in ("far", "cuda"), reason="nothing is recorded on the CPU")
 def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
-    from support import far_device
-
     from pfm import graphs
 
     @register_field("waiting")
@@ -268,14 +266,18 @@ def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch, caplog):
         def forward(self, t, y, context):
             return super().forward(t, y, context) * (1.0 if float(y.detach().sum()) < 1e9 else 0.0)
 
-    plain = fit(shifted_pairs(), settings("waiting", epochs=5))
     y, _ = outputs()
-    expected = plain.transport(y.to("far"))
-    monkeypatch.setattr(graphs, "supported", lambda device: device.type == "far")
-    monkeypatch.setattr(graphs, "capture", lambda work, device: far_device.capture(work))
+    with monkeypatch.context() as patch:
+        patch.setenv(graphs.OFF, "0")
+        expected = fit(shifted_pairs(), settings("waiting", epochs=5)).transport(y.to(DEVICE))
+    if DEVICE == "far":
+        from support import far_device
+
+        monkeypatch.setattr(graphs, "supported", lambda device: device.type == "far")
+        monkeypatch.setattr(graphs, "capture", lambda work, device: far_device.capture(work))
     flow = fit(shifted_pairs(), settings("waiting", epochs=5))
     for _ in range(5):
-        torch.testing.assert_close(flow.transport(y.to("far")).cpu(), expected.cpu(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(flow.transport(y.to(DEVICE)).cpu(), expected.cpu(), atol=1e-4, rtol=1e-4)
     assert "going on without" in caplog.text
 
 
