@@ -151,7 +151,9 @@ def improve(
 
     done: list[PolicyRound] = []
     standing, kept = policy, None
-    for number, data_seed in enumerate(tqdm(episode_seeds(seed, rounds), desc="rounds", disable=not progress)):
+    # The first round is what collect does alone; seed + 1 would give the second the data of another seed's first.
+    data_seeds = [seed, *episode_seeds(seed, rounds - 1, first=1)]
+    for number, data_seed in enumerate(tqdm(data_seeds, desc="rounds", disable=not progress)):
         home = None if place is None else place / f"round-{number + 1}"
         if home is not None and (home / CHOSEN).is_file():
             standing, found = _read(home, standing)
