@@ -397,3 +397,24 @@ def test_names():
     register_field("no-module")(lambda event_shape, context_dimension: None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"must be built as a torch\.nn\.Module"):
         PreferenceFlow((2,), 0, FlowConfig(field="no-module"))
+
+
+# -- what is built on flows -----------------------------------------------------------------------------------------
+
+
+def test_pools_and_policies_take_flows_of_it(tmp_path):
+    from pfm.pbrl.fast import FastTransport
+    from pfm.references import PooledFlow, TaggedPairs
+
+    pairs = shifted_pairs(80)
+    source = torch.arange(len(pairs)) % 2
+    tagged = TaggedPairs(pairs, source, source, ("one", "other"))
+    pooled = PooledFlow.fit(tagged, settings(linear=True, source="reference", epochs=2), progress=False)
+    pooled.save(tmp_path)
+    loaded = PooledFlow.load(tmp_path)
+    assert loaded.flow.config.field == "affine"
+    y, _ = outputs()
+    torch.testing.assert_close(loaded.transport(y, tag="one"), pooled.transport(y, tag="one"))
+    flow = fit(pairs, settings(epochs=2))
+    assert FastTransport.of(flow) is None
+    assert FastTransport.of(fit(pairs, FlowConfig(residual=False))) is not None
