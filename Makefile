@@ -48,8 +48,8 @@ test: $(VENV)/.installed
 	$(MAKE) --jobs 2 lint unit
 
 # On a machine with a GPU: the suites that run on devices, and the speed part. PFM_TEST_DEVICE=far imitates one.
-SUITES = devices preference_flow flow modes couplings encoded fields transport preferences general_preferences noise \
-	references tastes acquisition distances
+SUITES = devices preference_flow flow modes couplings encoded fields registered_field transport preferences \
+	general_preferences noise references tastes acquisition distances
 
 gpu: $(VENV)/.installed
 	PFM_TEST_DEVICE=cuda $(BIN)/pytest $(SUITES:%=tests/test_%.py)

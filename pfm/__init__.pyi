@@ -47,6 +47,9 @@ from .errors import (
     NonFiniteWarning as NonFiniteWarning,
 )
 from .errors import (
+    NotRegisteredError as NotRegisteredError,
+)
+from .errors import (
     PfmError as PfmError,
 )
 from .evaluation.evaluation import Report as Report
@@ -55,7 +58,10 @@ from .evaluation.evaluation import evaluate as evaluate
 from .flow.composition import Composition as Composition
 from .flow.composition import compose as compose
 from .flow.config import FlowConfig as FlowConfig
+from .flow.couplings import register_coupling as register_coupling
+from .flow.integration import register_solver as register_solver
 from .flow.preference_flow import PreferenceFlow as PreferenceFlow
+from .flow.registered_field import register_field as register_field
 from .refiner.refiner import Refinement as Refinement
 from .refiner.refiner import Refiner as Refiner
 from .refiner.refiner import wrap as wrap

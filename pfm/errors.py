@@ -16,6 +16,7 @@ __all__ = [
     "KeyRefusedError",
     "MissingKeyError",
     "NonFiniteWarning",
+    "NotRegisteredError",
     "NotTextError",
     "PfmError",
     "RateLimitError",
@@ -107,6 +108,10 @@ class ToolCallError(BadAnswerError):
 
 class EncodingError(PfmError, RuntimeError):
     """Says that texts could not be turned into vectors; what was already encoded is in the cache."""
+
+
+class NotRegisteredError(PfmError, ValueError):
+    """Says that a configuration or a saved flow names a field, coupling or solver that is not registered here."""
 
 
 class UntrustedEncoderError(PfmError, ValueError):

@@ -327,8 +327,8 @@ def test_a_stopped_fit_goes_on_elsewhere(tmp_path, monkeypatch):
 
 
 def test_streamed_batches_teach_what_resident_ones_do(monkeypatch):
-    from pfm.flow import streaming, training
     from pfm.flow.couplings import make_coupling
+    from pfm.flow import streaming, training
 
     monkeypatch.setattr("pfm.flow.preference_flow.RESIDENT_SHARE", 0.0)
     asked = []
@@ -389,8 +389,8 @@ def test_neither_training_nor_a_pass_waits_for_the_device(flow):
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="asks CUDA itself")
 def test_cuda_is_not_waited_for_in_updates_and_passes(flow, monkeypatch):
-    from pfm.flow import cuda_graphs as graphs
     from pfm.flow.integration import integrate
+    from pfm.flow import cuda_graphs as graphs
 
     y, x = (part.to(DEVICE) for part in outputs())
     field, start = flow.field.at(flow.normalizer.context(x)), flow.normalizer(y)
@@ -506,7 +506,7 @@ def test_the_environment_chooses_for_auto(monkeypatch):
 
 
 def test_wrapped_generators_reports_and_explanations():
-    from pfm.explain import explain
+    from pfm.explain.explanation import explain
 
     rows = [
         {

@@ -262,3 +262,22 @@ def test_the_command(longer: Told, shuffled: Told, tmp_path) -> None:
     result = run.invoke(app, ["explain", str(tmp_path / "flow"), *options, "--out", "a.txt"])
     assert result.exit_code == 2
     assert ".html or .json" in result.output
+
+
+def test_a_prompt_is_taken_whole_however_it_is_written() -> None:
+    from pfm.explain.explanation import _some_prompts
+
+    spellings = ("Why {}?", "why {}? ", "Why  {}\uff1f")
+    rows = [
+        {"prompt": spelling.format(number), "chosen": f"a {number} {row}", "rejected": f"b {number} {row}"}
+        for number in range(20)
+        for row, spelling in enumerate(spellings)
+    ]
+    pairs = PreferencePairs.from_rows(rows)
+    kept = _some_prompts(pairs, 60, 0)
+    assert kept is not None
+    whole = [sum(number // 3 == prompt for number in kept) for prompt in range(20)]
+    assert whole.count(3) == 10  # of six outputs each
+    assert set(whole) == {0, 3}
+    again = [{**row, "chosen": "a", "rejected": "b"} for row in rows]
+    assert _some_prompts(PreferencePairs.from_rows(again), 40, 0) is None  # two outputs to each of twenty prompts

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SUITES = ("devices", "couplings", "encoded", "fields", "transport", "preference_flow")
+SUITES = ("devices", "couplings", "encoded", "fields", "transport", "preference_flow", "registered_field")
 
 
 @pytest.mark.skipif("PFM_TEST_DEVICE" in os.environ, reason="is itself what runs on a device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -147,3 +148,22 @@ def test_a_folder_without_a_round_says_what_writes_one(tmp_path: Path):
 def test_bad_arguments_are_named(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         improve(BatchedPointMass, Steering(), 600, **{**SETTINGS, **changed})
+
+
+def test_no_round_of_any_seed_asks_for_the_data_of_another(monkeypatch: pytest.MonkeyPatch):
+    from pfm.pbrl import improvement
+
+    seeds: list[int] = []
+    collect = improvement.collect
+
+    @functools.wraps(collect)
+    def noted(*arguments, seed, **options):
+        seeds.append(seed)
+        return collect(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(improvement, "collect", noted)
+    few = SETTINGS | {"rounds": 2, "episodes": 0, "strengths": (1.0,), "config": FLOW | {"residual": False}}
+    for seed in (0, 1, 0):
+        improve(BatchedPointMass, Steering(), 12, seed=seed, **few)
+    assert len(set(seeds)) == 4
+    assert seeds[-2:] == seeds[:2]  # and the same seed for the same

@@ -277,3 +277,36 @@ def test_rows_that_are_votes_become_one_row_a_pair(panel):
     assert list(joined.pairs.extra) == ["topic"]  # the votes of a pair agree in it, and have different ids
     with pytest.raises(ValueError, match="column 'rater' is missing"):
         reconcile(joined.pairs)
+
+
+def test_votes_on_one_prompt_are_on_one_pair_however_it_is_written():
+    rows = [
+        {"prompt": prompt, "chosen": "yes", "rejected": "no", "rater": rater}
+        for prompt, rater in [
+            ("Is it so?", "a"),
+            ("  is it  so?\n", "b"),
+            ("Is it so\uff1f", "c"),
+            ("Is it not so?", "a"),
+        ]
+    ]
+    joined = reconcile(PreferencePairs.from_rows(rows))
+    assert joined.pairs.prompts == ["Is it so?", "Is it not so?"]
+    assert joined.pairs.probability is not None
+    assert joined.pairs.probability[0] > joined.pairs.probability[1]  # three votes against one
+
+
+def test_votes_without_a_prompt_are_told_apart_by_their_group():
+    rows = [
+        {"chosen": "yes", "rejected": "no", "group": group, "rater": rater}
+        for group, rater in [("x", "a"), ("x", "b"), ("y", "a")]
+    ]
+    assert len(reconcile(PreferencePairs.from_rows(rows)).pairs) == 2
+
+
+@pytest.mark.parametrize("model", ["one-coin", "two-coin"])
+def test_nobody_need_have_voted_for_the_second_output(model: str):
+    agreed = fit_raters([0, 0, 1, 1], ["a", "b"] * 2, [1, 1, 1, 1], model=model)
+    assert bool((agreed.probability > 0.9).all())
+    with_tie = fit_raters([0, 0, 1, 1, 2, 2], ["a", "b"] * 3, [1, 1, 0.5, 0.5, 1, 1], model=model)
+    assert with_tie.tied[1] > 0.5 > with_tie.tied[0]
+    assert bool((with_tie.probability[[0, 2]] > 0.9).all())

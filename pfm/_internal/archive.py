@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pfm._internal.files import replace_file
+from pfm.errors import NotRegisteredError
 
 __all__ = [
     "finish_save",
@@ -107,7 +108,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as one safetensors file, atomically."""
     from safetensors.torch import save_file
 
-    whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    whole: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        whole[name] = value.clone() if memory in taken else value  # the format holds no tensors that share memory
+        taken.add(memory)
     replace_file(path, lambda partial: save_file(whole, partial, metadata={"format": "pt"}))
 
 
@@ -252,6 +259,8 @@ def load_module(
         with torch.device("meta"), _SmallRanges():
             skeleton = build()
             wanted, header = skeleton.state_dict(), _upgraded(skeleton, header)
+    except NotRegisteredError as error:
+        raise NotRegisteredError(f"{path.with_name(described)}: {error}") from error
     except (ValueError, RuntimeError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: its {described} is damaged or describes something else ({reason})") from error

@@ -570,9 +570,9 @@ class PreferencePairs:
         """Encode every distinct text once.
 
         Args:
-            encoder: has ``encode(texts, *, progress) -> (M, *D)`` and, optionally, ``encode_prompts`` of the
-                same form for prompts and ``describe() -> dict``, which is kept as provenance; or a loaded
-                ``SentenceTransformer``.
+            encoder: has ``encode(texts) -> (M, *D)``, with or without the keyword ``progress``, and, optionally,
+                ``encode_prompts`` of the same form for prompts and ``describe() -> dict``, which is kept as provenance;
+                or a loaded ``SentenceTransformer``.
             context: False leaves the prompts out: pairs without contexts.
             reasoning: "strip" encodes the answer after hidden reasoning alone (:mod:`pfm.reasoning`), "keep" the whole.
             progress: show a progress bar.
@@ -622,7 +622,7 @@ class PreferencePairs:
             weight=self.weight,
             probability=self.probability,
             group=torch.tensor(groups),
-            encoder=encoder.describe() if hasattr(encoder, "describe") else None,
+            encoder=encoder.describe() or None,
             candidates=candidates or None,
         )
 
@@ -834,7 +834,7 @@ def _row_numbers(indices: Iterable[int] | np.ndarray, count: int) -> list[int]:
 
 
 def _encode(encode: Callable[..., Tensor], texts: list[str], progress: bool) -> Tensor:
-    vectors = encode(texts, progress=progress)
+    vectors = torch.as_tensor(encode(texts, progress=progress))
     if len(vectors) != len(texts):
         raise ValueError(f"the encoder must return one vector a text: got {len(vectors)} for {len(texts)} texts")
     return vectors

@@ -90,7 +90,7 @@ class ExemplarBank:
             drawn = np.random.default_rng(seed).choice(len(texts), size=limit, replace=False)
             texts = [texts[row] for row in sorted(drawn.tolist())]
         encoder = as_encoder(encoder)
-        described = encoder.describe() if hasattr(encoder, "describe") else None
+        described = encoder.describe() or None
         return cls(texts, encoder.encode(texts, progress=progress) if texts else torch.zeros(0, 1), described)
 
     def __len__(self) -> int:

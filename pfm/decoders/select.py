@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pfm.data.outputs import first_equal, same_output
+
 RULES = ("win_probability", "alignment", "sample", "combined")
 # Below this distance from 0 and 1 the log-odds of b say nothing that held-out pairs could confirm.
 LOGIT_FLOOR = 1e-6
@@ -167,14 +169,15 @@ class Select:
         key: str,
     ) -> Selection:
         """Choose among the candidates of one prompt; see :meth:`Decoder.decode`."""
-        if len(set(candidates)) == 1:
+        if all(same_output(candidate, candidates[0]) for candidate in candidates):
             reason = "only one candidate" if len(candidates) == 1 else "all candidates are the same text"
             return Selection(0, False, probabilities.tolist(), f"kept the original: {reason}")
         if self.by == "sample":
             return self._sample(candidates, probabilities, key)
 
         scores = self._scores(flow, vectors, context, probabilities)
-        best = _first_of_its_text(candidates, int(np.argmax(scores)))
+        # A repeated original counts as the original.
+        best = first_equal(candidates, int(np.argmax(scores)))
         if best == 0:
             return Selection(0, False, scores.tolist(), f"kept the original: highest {self._score_name}")
         margin = flow.guard_margin if self.margin is None else self.margin
@@ -214,7 +217,7 @@ class Select:
         uniform = (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
         drawn = int(np.searchsorted(np.cumsum(weights), uniform * total, side="right"))
         drawn = min(drawn, len(candidates) - 1)  # the last sum may fall short of the total by rounding
-        index = _first_of_its_text(candidates, drawn)
+        index = first_equal(candidates, drawn)
         verb = "changed" if index else "kept the original"
         return Selection(
             index,
@@ -244,8 +247,3 @@ def _standardised(values: np.ndarray) -> np.ndarray:
     if deviation <= 1e-12 * max(1.0, float(np.abs(values).max())):
         return np.zeros_like(values)
     return (values - values.mean()) / deviation
-
-
-def _first_of_its_text(candidates: Sequence[str], index: int) -> int:
-    """Return the lowest index with the same text, so that a repeated original counts as the original."""
-    return candidates.index(candidates[index])

@@ -1,5 +1,6 @@
 """Text to vectors: encoders, and the cache that keeps what they have encoded."""
 
+from pfm.encoders.adapted import AdaptedEncoder
 from pfm.encoders.base import CachedEncoder, Encoder
 from pfm.encoders.cache import EmbeddingCache
 from pfm.encoders.concat import ConcatEncoder
@@ -9,6 +10,7 @@ from pfm.encoders.sentence import SentenceEncoder, as_encoder
 from pfm.encoders.surface import SurfaceEncoder
 
 __all__ = [
+    "AdaptedEncoder",
     "CachedEncoder",
     "ConcatEncoder",
     "EmbeddingCache",

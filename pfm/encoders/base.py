@@ -26,7 +26,11 @@ EMPTY_TEXT = "(empty)"
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Turns texts into vectors. Any object with these members is one; subclassing is not needed."""
+    """Turns texts into vectors. Any object with these members is one; subclassing is not needed.
+
+    All but :meth:`encode` are optional (:func:`pfm.encoders.as_encoder` adds them). An encoder of other outputs than
+    texts - images, arrays - also has ``accepts(output)``, which tells those that it encodes.
+    """
 
     @property
     def dimension(self) -> int:

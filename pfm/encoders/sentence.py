@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pfm._internal.hub import check_folder, loading_problem
 from pfm.devices import best_device
+from pfm.encoders.adapted import AdaptedEncoder
 from pfm.encoders.base import CachedEncoder, Kind
 from pfm.encoders.cache import EmbeddingCache
 from pfm.encoders.source import ModelSource, find_source, verify_bundled
@@ -310,15 +311,17 @@ class SentenceEncoder(CachedEncoder):
 def as_encoder(encoder: Any) -> Any:
     """Return an encoder: a loaded ``SentenceTransformer`` becomes a :class:`SentenceEncoder`, others are returned.
 
+    An encoder without ``dimension``, ``describe`` or the keyword ``progress`` becomes an :class:`AdaptedEncoder`.
+
     Raises:
         TypeError: a name in place of an encoder.
     """
     if isinstance(encoder, str | os.PathLike):
         raise TypeError(
-            f"encoder must have .encode, .dimension and .describe, got the name {os.fspath(encoder)!r}: pass "
+            f"encoder must have .encode, got the name {os.fspath(encoder)!r}: pass "
             f"pfm.encoders.encoder_from_name({os.fspath(encoder)!r})"
         )
-    return SentenceEncoder(encoder) if is_sentence_transformer(encoder) else encoder
+    return SentenceEncoder(encoder) if is_sentence_transformer(encoder) else AdaptedEncoder.of(encoder)
 
 
 def is_sentence_transformer(value: Any) -> bool:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pfm._internal.significance import CONFIRMED, standard_errors
+from pfm.data.identity import PromptIdentity, prompt_identity
 from pfm.devices import standard_defaults
 from pfm.explain.traits import TRAITS, measure_traits, tokens
 from pfm.reasoning import training_text
@@ -298,8 +299,9 @@ def explain(
 
 def _some_prompts(pairs: PreferencePairs, limit: int, seed: int) -> list[int] | None:
     """Draw prompts, and pairs of the last one, with at most ``limit`` outputs; None if all fit."""
-    keys = list(zip(pairs.prompts, map(str, pairs.group or [None] * len(pairs)), strict=True))
-    rows: dict[tuple[str, str], list[int]] = {}
+    groups = pairs.group or [None] * len(pairs)
+    keys = [prompt_identity(prompt, group) for prompt, group in zip(pairs.prompts, groups, strict=True)]
+    rows: dict[PromptIdentity, list[int]] = {}
     for number, key in enumerate(keys):
         rows.setdefault(key, []).append(number)
     sides = (pairs.chosen, pairs.rejected)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import inspect
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -20,7 +23,7 @@ class FlowConfig:
             ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
         coupling: which source sample goes with which target, see :mod:`pfm.flow.couplings`; ``"paired"`` takes the
             data's own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the
-            nearest with the contexts' distance in the cost.
+            nearest with the contexts' distance in the cost; or a name of :func:`pfm.register_coupling`.
         best_of: target of one pass, best of this many reference draws; above 2 it needs candidate sets.
         sigma: noise on the training path at its middle, in units of the displacement's root mean square a
             dimension; >= 0.
@@ -31,7 +34,10 @@ class FlowConfig:
             ``"on"``, ``"off"``.
 
     The network
-        hidden, layers: width and number of hidden layers; ``"auto"`` is 256 x 4 up to 64 dimensions, else 512 x 3.
+        field: ``"mlp"``, or a name of :func:`pfm.register_field`, for one of your own.
+        field_options: keyword arguments of its builder, JSON values.
+        hidden, layers: width and number of hidden layers of ``"mlp"``; ``"auto"`` is 256 x 4 up to 64 dimensions, else
+            512 x 3.
 
     Training
         epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, for two passes up to
@@ -50,12 +56,13 @@ class FlowConfig:
         compile: train the network through ``torch.compile``, which needs a C++ compiler on the CPU.
 
     Integration
-        solver: a name in :data:`pfm.flow.integration.SOLVERS`.
+        solver: a name in :data:`pfm.flow.integration.SOLVERS`, or of :func:`pfm.register_solver`.
         steps: fixed steps for a pass, or ``"auto"``: the fewest whose result on validation data is within
             ``tolerance`` of a tight adaptive solution, relative to the distance moved.
 
     Raises:
         ValueError, TypeError: a value out of its range, or a misspelt name (with the nearest right one).
+        NotRegisteredError: a field, coupling or solver that is not registered.
     """
 
     source: str = "reference"
@@ -66,6 +73,9 @@ class FlowConfig:
     linear: bool = True
     residual: bool = True
     unit_norm: str = "auto"
+    field: str = "mlp"
+    # Without a part in the hash: a dict has none. Equal configurations still have equal hashes.
+    field_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     hidden: Any = "auto"
     layers: Any = "auto"
     epochs: Any = "auto"
@@ -85,14 +95,15 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         from pfm.devices import device_name
-        from pfm.flow.couplings import COUPLINGS, SOURCES
+        from pfm.flow.couplings import SOURCES, check_coupling
         from pfm.flow.integration import check_solver
 
         _one_of("source", self.source, SOURCES)
-        _one_of("coupling", self.coupling, COUPLINGS)
+        check_coupling(self.coupling)
         _one_of("unit_norm", self.unit_norm, ("auto", "on", "off"))
         _one_of("dtype", self.dtype, DTYPES)
         check_solver(self.solver)
+        object.__setattr__(self, "field_options", self._checked_field_options())
         object.__setattr__(self, "device", device_name(self.device))
         for name in ("context_free", "linear", "residual", "compile"):
             if not isinstance(getattr(self, name), bool):
@@ -112,6 +123,37 @@ class FlowConfig:
             _number("learning_rate", self.learning_rate, lambda v: v > 0, "> 0, or 'auto'")
         _number("ema", self.ema, lambda v: 0 <= v < 1, "in [0, 1)")
         _number("validation_share", self.validation_share, lambda v: 0 < v < 1, "in (0, 1)")
+
+    def _checked_field_options(self) -> dict[str, Any]:
+        """Return the field's options as they are after saving and loading, JSON values."""
+        from pfm.flow.registered_field import FIELDS, MLP
+
+        builder, options = FIELDS[self.field], self.field_options
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+            raise TypeError(f"field_options must be a dict with names for keys: got {options!r:.80}")
+        if self.field == MLP:
+            if options:
+                raise ValueError(
+                    f"field_options are of a registered field; field='mlp' has hidden and layers: got {options}"
+                )
+            return {}
+        if not self.residual:
+            raise ValueError(f"residual=False leaves out field={self.field!r}: use field='mlp' with it")
+        for name in ("hidden", "layers"):
+            if getattr(self, name) != "auto":
+                raise ValueError(f"{name} is of field='mlp': give sizes of field={self.field!r} in field_options")
+        try:
+            options = json.loads(json.dumps(dict(options), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"field_options must be JSON values, which are saved with a flow: {error}") from error
+        try:
+            inspect.signature(builder).bind((), 0, **options)
+        except TypeError as error:
+            raise TypeError(
+                f"field={self.field!r} must take (event_shape, context_dimension) and field_options "
+                f"{', '.join(options) or 'none'}: {error}"
+            ) from error
+        return options
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowConfig:

@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from pfm._internal.registry import Registry
 from pfm.data.encoded import EncodedPairs
 
 __all__ = [
@@ -35,7 +36,9 @@ __all__ = [
     "Paired",
     "Transported",
     "WithoutContext",
+    "check_coupling",
     "make_coupling",
+    "register_coupling",
 ]
 
 SOURCES = ("reference", "rejected")
@@ -474,6 +477,53 @@ def _joined(pairs: EncodedPairs, sources: Tensor, targets: Tensor, weight: Tenso
     return Coupled(pairs.members(sources), pairs.members(targets), pairs.contexts_of(sources // 2), weight)
 
 
+Builder = Callable[..., Coupling]
+"""Makes a coupling: (pairs, *, source, seed) -> Coupling."""
+B = TypeVar("B", bound=Builder)
+
+_BUILDERS: Registry[Builder] = Registry(
+    "coupling",
+    "@pfm.register_coupling({name})",
+    {
+        "paired": lambda pairs, *, source, seed: Paired(pairs, source),
+        "independent": lambda pairs, *, source, seed: Independent(pairs, source),
+        "ot": lambda pairs, *, source, seed: Transported(pairs, source, seed=seed),
+        "c2ot": lambda pairs, *, source, seed: Transported(pairs, source, across=True, seed=seed),
+    },
+)
+
+
+def register_coupling(name: str) -> Callable[[B], B]:
+    """Register a coupling of your own, to be named in ``FlowConfig(coupling=name)``.
+
+    Args:
+        name: the name.
+
+    Returns:
+        a decorator of a class or function ``builder(pairs, *, source, seed)`` that makes a :class:`Coupling` of
+        :class:`pfm.EncodedPairs`. It must join samples of one context: to join across contexts carries each prompt's
+        outputs to those of other prompts.
+
+    Raises:
+        TypeError, ValueError: the name is no name, or another coupling's.
+
+    >>> @register_coupling("losers-only")
+    ... def losers_only(pairs, *, source, seed):
+    ...     return Paired(pairs, "rejected")
+    """
+
+    def register(builder: B) -> B:
+        _BUILDERS.add(name, builder)
+        return builder
+
+    return register
+
+
+def check_coupling(coupling: str) -> None:
+    """Refuse a coupling that is neither the library's nor registered."""
+    _BUILDERS.check(coupling)
+
+
 def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: int = 2, seed: int = 0) -> Coupling:
     """Make the coupling that a configuration names.
 
@@ -481,8 +531,7 @@ def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: i
         ValueError: unknown names, ``best_of`` above 2 where it has no meaning, or a coupling that needs several
             pairs of one context where each has its own.
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling must be one of {', '.join(COUPLINGS)}: got {coupling!r}")
+    check_coupling(coupling)
     if best_of < 2:
         raise ValueError(f"best_of must be at least 2: got {best_of}")
     if best_of > 2:
@@ -492,16 +541,40 @@ def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: i
                 f"source='reference' and coupling='paired', got source={source!r} and coupling={coupling!r}"
             )
         return BestOf(pairs, best_of)
-    if coupling == "paired":
-        return Paired(pairs, source)
-    if coupling == "c2ot":
-        if pairs.context_dimension == 0:
-            raise ValueError("coupling='c2ot' weighs the distance of contexts, and these pairs have none: use 'ot'")
-        return Transported(pairs, source, across=True, seed=seed)
-    if len(pairs) > 1 and int(torch.bincount(pairs.pool).max()) == 1:
+    if coupling == "c2ot" and pairs.context_dimension == 0:
+        raise ValueError("coupling='c2ot' weighs the distance of contexts, and these pairs have none: use 'ot'")
+    if coupling in ("independent", "ot") and len(pairs) > 1 and int(torch.bincount(pairs.pool).max()) == 1:
         raise ValueError(
             f"coupling={coupling!r} joins samples of one context, and each of these {len(pairs)} pairs has its own: "
             "joining across contexts would mix them. Use coupling='paired', or 'c2ot', which has the distance of "
             "contexts in its cost"
         )
-    return Independent(pairs, source) if coupling == "independent" else Transported(pairs, source, seed=seed)
+    made = _BUILDERS[coupling](pairs, source=source, seed=seed)
+    if coupling not in COUPLINGS:
+        _check_samples(coupling, made, pairs)
+    return made
+
+
+def _check_samples(name: str, coupling: Coupling, pairs: EncodedPairs) -> None:
+    """Refuse a registered coupling whose samples are not of the pairs' shapes.
+
+    Raises:
+        ValueError: it has no items, or what it draws has other shapes than :class:`Coupled` says.
+    """
+    if not len(coupling):
+        raise ValueError(f"coupling={name!r} joins no samples of these {len(pairs)} pairs: at least one is needed")
+    index = torch.arange(min(2, len(coupling)), device="cpu")
+    drawn = coupling.draw(index, torch.Generator().manual_seed(0))
+    rows = coupling.rows_per_item * len(index)
+    wanted = {"source": (rows, pairs.dimension), "target": (rows, pairs.dimension), "weight": (rows,)}
+    if pairs.context_dimension:
+        wanted["context"] = rows // drawn.repeats, pairs.context_dimension
+    for part, shape in wanted.items():
+        got = getattr(drawn, part)
+        if got is None or tuple(got.shape) != shape:
+            raise ValueError(
+                f"coupling={name!r} must draw {part} {shape} for {len(index)} items, {coupling.rows_per_item} rows "
+                f"each: got {None if got is None else tuple(got.shape)}"
+            )
+    if tuple(coupling.group_of(index).shape) != (len(index),):
+        raise ValueError(f"coupling={name!r} must give one prompt an item from group_of, ({len(index)},)")

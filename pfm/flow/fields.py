@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pfm.flow.couplings import Coupled
 from pfm.flow.cuda_graphs import keep_alive
+from pfm.flow.registered_field import RegisteredField
 
 __all__ = ["Field", "LinearField", "Moments", "Normalizer", "ResidualField", "Velocity"]
 
@@ -176,21 +177,24 @@ class LinearField(nn.Module):
 
     It needs first and second moments only, is exact when source, target and context are jointly Gaussian, and
     contains the mean shift E[target - source]. It is solved at Chebyshev times and interpolated between them.
+    ``present=False`` is zero everywhere and holds no matrices.
     """
 
-    def __init__(self, dimension: int, context_dimension: int) -> None:
+    def __init__(self, dimension: int, context_dimension: int, present: bool = True) -> None:
         super().__init__()
-        angles = torch.arange(TIME_NODES, dtype=torch.float64) * math.pi / (TIME_NODES - 1)
-        signs = torch.ones(TIME_NODES, dtype=torch.float64)
+        self.present = present
+        nodes = TIME_NODES if present else 0
+        angles = torch.arange(nodes, dtype=torch.float64) * math.pi / (TIME_NODES - 1)
+        signs = torch.ones(nodes, dtype=torch.float64)
         signs[1::2] = -1
-        signs[0] *= 0.5
-        signs[-1] *= 0.5
+        signs[:1] *= 0.5
+        signs[-1:] *= 0.5
         self.matrices: Tensor
         self.shifts: Tensor
         self._nodes: Tensor
         self._signs: Tensor
-        self.register_buffer("matrices", torch.zeros(TIME_NODES, dimension + context_dimension, dimension))
-        self.register_buffer("shifts", torch.zeros(TIME_NODES, dimension))
+        self.register_buffer("matrices", torch.zeros(nodes, dimension + context_dimension, dimension))
+        self.register_buffer("shifts", torch.zeros(nodes, dimension))
         self.register_buffer("_nodes", (1 - torch.cos(angles)) / 2, persistent=False)
         self.register_buffer("_signs", signs, persistent=False)
         self._dimension = dimension
@@ -273,6 +277,8 @@ class LinearField(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor, context: Tensor | None) -> Tensor:
         """Evaluate at t (B,) or scalar, y (B, D), context (B, C) or None."""
+        if not self.present:
+            return torch.zeros_like(y)
         if t.ndim == 0:
             return self.at(context)(float(t), y)
         inputs = y if context is None else torch.cat([y, context], dim=-1)
@@ -282,6 +288,8 @@ class LinearField(nn.Module):
 
     def at(self, context: Tensor | None) -> Velocity:
         """Fix the contexts (B, C): their products with the matrices are computed here, once."""
+        if not self.present:
+            return lambda t, y: torch.zeros_like(y)
         axes, fixed = None, self.shifts
         if context is not None:
             if self._parts is None:
@@ -296,6 +304,11 @@ class LinearField(nn.Module):
             return torch.addmm(offset, y, slope)
 
         return velocity
+
+    def upgraded(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        """Leave out the zeros that earlier versions saved for an absent part."""
+        zeros = () if self.present else (f"{prefix}matrices", f"{prefix}shifts")
+        return tensors | {name: tensors[name][:0] for name in zeros if name in tensors}
 
     def _forget(self, *_: object) -> None:
         self._at.clear()
@@ -330,6 +343,11 @@ class ResidualField(nn.Module):
             math.pi * torch.arange(1, features + 1, dtype=torch.float32),
             persistent=False,
         )
+
+    @property
+    def multiply_adds(self) -> int:
+        """Give the multiplications of one row's evaluation."""
+        return sum(p.numel() for p in self.parameters())
 
     def time_features(self, t: Tensor) -> Tensor:
         """Expand times (...) to (..., 1 + 2F)."""
@@ -395,12 +413,30 @@ class ResidualField(nn.Module):
 
 
 class Field(nn.Module):
-    """Adds the residual, in units of the displacement and shrunk by ``gain`` in [0, 1], to the linear part."""
+    """Adds the residual, in units of the displacement and shrunk by ``gain`` in [0, 1], to the linear part.
 
-    def __init__(self, dimension: int, context_dimension: int, hidden: int, layers: int) -> None:
+    Args:
+        dimension, context_dimension: D and C.
+        hidden, layers: of the built-in network.
+        residual: a field of the user's own, in place of the built-in network.
+        linear: whether there is a linear part.
+    """
+
+    def __init__(
+        self,
+        dimension: int,
+        context_dimension: int,
+        hidden: int,
+        layers: int,
+        *,
+        residual: RegisteredField | None = None,
+        linear: bool = True,
+    ) -> None:
         super().__init__()
-        self.linear = LinearField(dimension, context_dimension)
-        self.residual: ResidualField | None = ResidualField(dimension, context_dimension, hidden, layers)
+        self.linear = LinearField(dimension, context_dimension, linear)
+        self.residual: ResidualField | RegisteredField | None = (
+            ResidualField(dimension, context_dimension, hidden, layers) if residual is None else residual
+        )
         self.unit: Tensor
         self.gain: Tensor
         self.register_buffer("unit", torch.ones(dimension))

@@ -17,6 +17,7 @@ from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import Coupled, Coupling
 from pfm.flow.fields import Field, Moments, Normalizer
 from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.registered_field import RegisteredField
 from pfm.flow.training import FlowProblem, TrainingLog, train_residual
 
 __all__ = ["FieldFit", "at_most", "choose_steps", "fit_field", "matmul_precision"]
@@ -60,6 +61,8 @@ def fit_field(
 
     ``one_step`` fits the displacement at t = 0 only, for a single Euler step.
     """
+    if isinstance(field.residual, RegisteredField):
+        field.residual.check()
     problem = FlowProblem(field, normalizer, config.sigma, one_step=one_step)
     ridge = _fit_linear(problem, coupling, check, config)
     log = TrainingLog()
@@ -75,9 +78,7 @@ def fit_field(
 def _fit_linear(problem: FlowProblem, coupling: Coupling, check: Coupling, config: FlowConfig) -> float:
     """Fit the closed-form part at the ridge that predicts held-out displacements best."""
     field, normalizer = problem.model, problem.normalizer
-    if not config.linear:
-        field.linear.matrices.zero_()
-        field.linear.shifts.zero_()
+    if not field.linear.present:
         return math.inf
     noise = (problem.sigma * normalizer.displacement).square()
     with matmul_precision("float32", normalizer.mean.device):

@@ -9,14 +9,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from pfm._internal.registry import Registry
 from pfm.flow.fields import Velocity
 
-__all__ = ["ADAPTIVE_SOLVERS", "FIXED_SOLVERS", "SOLVERS", "STAGES", "Integrated", "check_solver", "integrate"]
+__all__ = [
+    "ADAPTIVE_SOLVERS",
+    "FIXED_SOLVERS",
+    "SOLVERS",
+    "STAGES",
+    "Integrated",
+    "check_solver",
+    "integrate",
+    "register_solver",
+]
 
 LAST_RESORT = 128  # steps of rk4 where an adaptive solver finds none
 
@@ -45,22 +55,58 @@ def _rk4(velocity: Velocity, t: float, h: float, y: Tensor) -> Tensor:
     return torch.add(y, torch.add(k1 + k4, k2 + k3, alpha=3), alpha=h / 8)
 
 
-_STEP: dict[str, Callable[[Velocity, float, float, Tensor], Tensor]] = {
+Step = Callable[[Velocity, float, float, Tensor], Tensor]
+"""Takes one step: (velocity, t, h, y (B, D)) -> y (B, D) at t + h."""
+B = TypeVar("B", bound=Step)
+
+_FIXED: dict[str, Step] = {
     "euler": _euler,
     "midpoint": _midpoint,
     "heun2": _heun2,
     "rk4": _rk4,
 }
 STAGES = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}  # evaluations of the field a step
-FIXED_SOLVERS = tuple(_STEP)
+FIXED_SOLVERS = tuple(_FIXED)
 ADAPTIVE_SOLVERS = ("bosh3", "dopri5", "dopri8")
 SOLVERS = FIXED_SOLVERS + ADAPTIVE_SOLVERS
+_STEPS: Registry[Step | None] = Registry(  # None: torchdiffeq's
+    "solver", "@pfm.register_solver({name}, stages=...)", _FIXED | dict.fromkeys(ADAPTIVE_SOLVERS)
+)
+
+
+def register_solver(name: str, *, stages: int) -> Callable[[B], B]:
+    """Register a fixed-step solver of your own, to be named in ``FlowConfig(solver=name)``.
+
+    Args:
+        name: the name.
+        stages: evaluations of the field that a step takes, at least 1.
+
+    Returns:
+        a decorator of a function ``step(velocity, t, h, y)`` that takes y (B, D) from time t to t + h, both Python
+        numbers, and calls ``velocity(t, y)`` for dy/dt. A row's result must not depend on the rows beside it.
+
+    Raises:
+        TypeError, ValueError: the name is no name or another solver's, or ``stages`` is no whole number of at least 1.
+
+    >>> @register_solver("ralston", stages=2)
+    ... def ralston(velocity, t, h, y):
+    ...     first = velocity(t, y)
+    ...     return y + h / 4 * (first + 3 * velocity(t + 2 * h / 3, y + 2 * h / 3 * first))
+    """
+    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
+        raise ValueError(f"stages must be a whole number of at least 1: got {stages!r}")
+
+    def register(step: B) -> B:
+        _STEPS.add(name, step)
+        STAGES[name] = stages
+        return step
+
+    return register
 
 
 def check_solver(solver: str) -> None:
-    """Refuse a solver that is not known here."""
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}: got {solver!r}")
+    """Refuse a solver that is neither the library's nor registered."""
+    _STEPS.check(solver)
 
 
 class Integrated(NamedTuple):
@@ -96,16 +142,15 @@ def integrate(
         velocity: (t, y (B, D)) -> (B, D).
         y: (B, D) the state at ``times[0]``.
         times: increasing times, at least two.
-        solver: a name in :data:`SOLVERS`.
+        solver: a name in :data:`SOLVERS`, or one of :func:`register_solver`.
         steps: steps a unit of time, for fixed-step solvers; each interval takes at least one.
         rtol, atol: tolerances of the adaptive solvers.
         hold: give lost rows their last finite state, which takes a look at the result. Without it fixed steps never
             wait for the device: lost rows hold what the field gave, and ``finite`` says which they are.
     """
-    check_solver(solver)
-    if solver in ADAPTIVE_SOLVERS:
+    step = _STEPS[solver]
+    if step is None:
         return _adaptive(velocity, y, times, solver, rtol, atol)
-    step = _STEP[solver]
     begins, lengths, marks = _grid(times, steps)
     state, states, kept = y, [y], set(marks)
     for number, (t, h) in enumerate(zip(begins, lengths, strict=True), 1):

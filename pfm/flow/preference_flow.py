@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -31,13 +32,14 @@ from pfm._internal.files import replace_json, require_files
 from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.errors import NonFiniteWarning
-from pfm.flow import cuda_graphs as graphs
 from pfm.flow.config import FlowConfig, refuse_options
 from pfm.flow.couplings import Joined, WithoutContext, make_coupling
 from pfm.flow.fields import SMALL, Field, Normalizer, Velocity
 from pfm.flow.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow import cuda_graphs as graphs
 from pfm.flow.preference_win import PreferenceWin, candidate_wins, rescored
+from pfm.flow.registered_field import MLP, RegisteredField
 from pfm.flow.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
 from pfm.flow.training import remove_checkpoint
 from pfm.flow.win import WinHead
@@ -64,6 +66,10 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     Make one with :meth:`fit` or :meth:`from_pretrained`. One pass of a flow fitted with ``source="reference"``
     carries the reference's law pi_ref to the winners' law p1 = 2 pi_ref b, the law of best of two, as far as the
     field is learned; b(y|x) is the chance that y beats an independent draw of the reference.
+
+    Its numbers are float32 on every device: ``half()``, ``bfloat16()`` and ``double()`` are refused, and
+    ``FlowConfig(dtype=...)`` says how precisely it computes. Copies, :meth:`distill`, :meth:`relabel` and loading make
+    flows of the subclass that they are called on, whose constructor takes the same four arguments.
 
     Args:
         event_shape: shape (\\*D) of one output.
@@ -95,7 +101,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             else PreferenceWin.restored(described, self.dimension, self.context_dimension)
         )
         self.later = nn.ModuleList(
-            PreferenceFlow(event_shape, context_dimension, **described) for described in self.metadata.pop("later", [])
+            type(self)(event_shape, context_dimension, **described) for described in self.metadata.pop("later", [])
         )
         if self.metadata.get("residual_kept") is False:
             self.field.drop_residual()
@@ -107,12 +113,17 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         self.eval()
 
     def _new_field(self, context_dimension: int) -> Field:
-        small = self.dimension <= SMALL
+        small, config = self.dimension <= SMALL, self.config
+        own = None
+        if config.field != MLP:
+            own = RegisteredField(config.field, self.event_shape, context_dimension, config.field_options)
         return Field(
             self.dimension,
             context_dimension,
-            (256 if small else 512) if self.config.hidden == "auto" else self.config.hidden,
-            (4 if small else 3) if self.config.layers == "auto" else self.config.layers,
+            (256 if small else 512) if config.hidden == "auto" else config.hidden,
+            (4 if small else 3) if config.layers == "auto" else config.layers,
+            residual=own,
+            linear=config.linear,
         )
 
     # -- what it knows of itself ---------------------------------------------------------------------------------
@@ -271,7 +282,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             if ours != theirs:
                 raise ValueError(f"pairs must have the flow's {name} {ours}: got {theirs}")
         win, judgement = PreferenceWin.made(preference, pairs, pairs, self.config.seed)
-        twin = self._copy()
+        twin = copy.deepcopy(self)
         twin._set_win(win, judgement)
         return twin
 
@@ -341,11 +352,11 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             torch.where(first, one, two), torch.where(first, two, one), contexts,
             probability=None if hard else torch.maximum(label, 1 - label), encoder=self.metadata.get("encoder"),
         )  # fmt: skip
-        further = PreferenceFlow.fit(
+        further = type(self).fit(
             pairs, self._config_here() if config is None else config, progress=progress,
             preference=labeller if isinstance(labeller, PreferenceModel) else None,
         )  # fmt: skip
-        chain = self._copy()
+        chain = copy.deepcopy(self)
         chain.later.append(further.to(self.device))
         if len(draws[0]):
             ours, theirs = (
@@ -360,11 +371,6 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     def _config_here(self) -> FlowConfig:
         """Give the settings for a further fit where the flow is now, which may not be where it was fitted."""
         return self.config if self.config.device == "auto" else self.config.replace(device=str(self.device))
-
-    def _copy(self) -> PreferenceFlow:
-        twin = PreferenceFlow(self.event_shape, self.context_dimension, self.config, self._described()["metadata"])
-        twin.load_state_dict(self.state_dict())
-        return twin.to(self.device).eval()
 
     def distill(
         self,
@@ -417,7 +423,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         order = order.to(self.device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            student = PreferenceFlow(self.event_shape, self.context_dimension, config)
+            student = type(self)(self.event_shape, self.context_dimension, config)
         student.to(self.device)
         student.normalizer.load_state_dict(self.normalizer.state_dict())
         student._set_units()
@@ -426,7 +432,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             for index in (order[count:], order[:count])
         )
         found = fit_field(student.field, student.normalizer, train, check, config, one_step=True, progress=progress)
-        student.win = self._copy().win
+        student.win = copy.deepcopy(self.win)
         student._set_steps(1, None, 1)
         student.metadata |= found.to_dict() | {
             name: self.metadata.get(name)
@@ -559,6 +565,18 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
         return recorded
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreferenceFlow:
+        """Move the flow, as ``to(device)`` does; its numbers stay float32.
+
+        Raises:
+            TypeError: another number type is asked for, as by ``half()``, ``bfloat16()``, ``double()``.
+        """
+        kind = fn(torch.zeros(1, dtype=torch.float32, device=self.device)).dtype
+        if kind != torch.float32:
+            raise TypeError(
+                f"a flow keeps its numbers in float32, in which its field was solved: got {kind}. To compute in lower "
+                "precision set flow.config = flow.config.replace(dtype='bfloat16'); results are converted by "
+                f"flow.transport(y).to({kind})"
+            )
         self._graphs.clear()  # they read the parameters where these were
         return super()._apply(fn, recurse)
 
@@ -938,17 +956,21 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
     def summary(self) -> str:
         """Say in a few lines what was fitted and what held-out prompts confirmed."""
         found, win, training = self.metadata, self.metadata.get("win", {}), self.metadata.get("training", {})
-        residual = "residual not confirmed by held-out prompts, dropped"
+        name = "residual" if self.config.field == MLP else f"field {self.config.field!r}"
+        residual = f"{name} not confirmed by held-out prompts, dropped"
         if found.get("residual_kept"):
-            residual = f"residual kept at {100 * training['gain']:.0f}%"
+            residual = f"{name} kept at {100 * training['gain']:.0f}%"
         elif not self.config.residual:
             residual = "no residual, as configured"
         ridge, error, z = found.get("ridge"), found.get("steps_error"), win.get("z")
+        linear = f"linear part {'without slope' if ridge is None else f'at ridge {ridge:g}'}"
+        if not self.config.linear:
+            linear = "no linear part, as configured"
         return "\n".join(
             [
                 f"PreferenceFlow on outputs {tuple(self.event_shape)}, context {self.context_dimension or 'none'}",
                 f"  data   {found.get('pairs')} pairs of {found.get('prompts')} prompts, {found.get('seconds')} s",
-                f"  field  linear part {'without slope' if ridge is None else f'at ridge {ridge:g}'}; {residual}",
+                f"  field  {linear}; {residual}",
                 f"  path   {self.config.solver}, {self.steps} steps"
                 + ("" if error is None else f", {error:.1%} from the exact solution"),
                 f"  b      orders {win.get('accuracy', math.nan):.1%} of held-out pairs rightly, "

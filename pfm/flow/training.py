@@ -123,7 +123,8 @@ class FlowProblem:
         self.sigma = 0.0 if one_step else sigma
         self.one_step = one_step
         # A matrix a row where they are small, one for many rows at the same time where they are not.
-        self.stratified = one_step or model.linear.matrices[0].numel() > LARGE
+        _, inputs, outputs = model.linear.matrices.shape
+        self.stratified = one_step or inputs * outputs > LARGE
         self._at_times: tuple[Tensor, ...] = ()
 
     def strata(self, items: int) -> int:
@@ -148,7 +149,8 @@ class FlowProblem:
 
     def at(self, times: Tensor) -> None:
         """Set the times (S,) of the batches that follow; what depends on them alone is computed here."""
-        parts = (times, *self.model.linear.operator(times)) if self.stratified else (times,)
+        linear = self.model.linear
+        parts = (times, *linear.operator(times)) if self.stratified and linear.present else (times,)
         if times.device.type != "cpu" and [part.shape for part in parts] == [part.shape for part in self._at_times]:
             for mine, new in zip(self._at_times, parts, strict=True):  # the memory that a recorded update reads
                 mine.copy_(new)
@@ -178,7 +180,7 @@ class FlowProblem:
         return Rows(times, y, context, left.div_(self.model.unit), repeats)
 
     def _linear(self, times: Tensor, y: Tensor, context: Tensor | None, repeats: int) -> Tensor:
-        if not self.stratified:
+        if not self.stratified or not self.model.linear.present:
             each, of_each = Rows(times, y, context, y, repeats).each()
             return self.model.linear(each, y, of_each)
         _, slope, offset = self._at_times
@@ -199,8 +201,7 @@ def planned_updates(problem: FlowProblem, coupling: Coupling, config: FlowConfig
     if config.epochs != "auto":
         return config.epochs * an_epoch, items
     assert problem.model.residual is not None
-    parameters = sum(p.numel() for p in problem.model.residual.parameters())
-    affordable = int(BUDGET / (3 * parameters * items * coupling.rows_per_item))
+    affordable = int(BUDGET / (3 * problem.model.residual.multiply_adds * items * coupling.rows_per_item))
     # Two passes over many pairs may cost more, but not any price: a million pairs need not all be seen.
     return min(max(affordable, min(2 * an_epoch, 4 * affordable)), 400 * an_epoch), items
 
@@ -314,6 +315,8 @@ def train_residual(
     network.load_state_dict(state.best)
     network.eval()
     log.gain, log.z = held.confirmed_gain(network, state.products)
+    if log.best_update == 0:  # never better than nothing: what is left is the start, which need not be zero
+        log.gain = 0.0
     model.gain.fill_(log.gain)
     return log
 
@@ -359,6 +362,8 @@ class _Average:
         share = 1 - min(self.decay, (1 + young) / (10 + young)) ** EMA_EVERY if self.count else 1.0
         for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
             mine.lerp_(theirs, share)
+        for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):  # of a user's field
+            mine.copy_(theirs)
         self.count += 1
 
 

@@ -33,6 +33,9 @@ Prompt = str | list[dict[str, Any]]
 """A text, or a conversation as a list of ``{"role": ..., "content": ...}``."""
 
 
+Accepts = Callable[[object], bool]
+
+
 @dataclass
 class Draw:
     """What a generator gave for one prompt.
@@ -48,6 +51,7 @@ class Draw:
         usage: tokens that the calls took (``prompt_tokens``, ``completion_tokens``, ``total_tokens``); empty
             where that is not known.
         reasoning: for each text how many characters of hidden reasoning came beside it; empty where none did.
+        accepts: tells usable outputs, texts that are not empty unless an encoder encodes others.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -59,16 +63,27 @@ class Draw:
     finish_reasons: list[str | None] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
     reasoning: list[int] = field(default_factory=list)
+    accepts: Accepts = field(default_factory=lambda: is_usable_text, repr=False, compare=False)
 
     def add(self, outputs: Iterable[object], n: int) -> None:
         """Keep the usable outputs until there are ``n`` texts, and count the unusable ones."""
         for output in outputs:
             if len(self.texts) >= n:
                 return
-            if is_usable_text(output):
-                self.texts.append(str(output))
+            if self.accepts(output):
+                self.texts.append(str(output) if isinstance(output, str) else output)  # pyright: ignore[reportArgumentType]
             else:
                 self.dropped += 1
+
+    @property
+    def of_text(self) -> bool:
+        """Tell whether outputs are texts."""
+        return self.accepts is is_usable_text
+
+    @property
+    def unusable(self) -> str:
+        """Say what dropped outputs are."""
+        return "empty or not text" if self.of_text else "not what the encoder accepts"
 
     def fail(self, error: BaseException) -> None:
         """Record ``error`` by type and message."""
@@ -78,8 +93,8 @@ class Draw:
         """Record an error if nothing usable came and no error says why; return the draw itself."""
         if not self.texts and self.error is None:
             source = f"the generator in {count(self.calls, 'call')}" if self.calls else "the outputs given"
-            dropped = f" ({self.dropped} dropped: empty or not text)" if self.dropped else ""
-            self.error = f"GenerationError: no usable text from {source}{dropped}"
+            dropped = f" ({self.dropped} dropped: {self.unusable})" if self.dropped else ""
+            self.error = f"GenerationError: no usable {'text' if self.of_text else 'output'} from {source}{dropped}"
         return self
 
 

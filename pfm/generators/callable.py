@@ -12,16 +12,17 @@ from contextlib import aclosing
 from typing import Any
 
 from pfm.errors import GenerationError
-from pfm.generators.base import Draw, GeneratesTexts, Generator, Prompt
+from pfm.generators.base import Accepts, Draw, GeneratesTexts, Generator, Prompt, is_usable_text
 from pfm.generators.looping import LoopSlots, in_order, iterate
 
 
-def as_generator(generator: Any) -> Generator:
+def as_generator(generator: Any, accepts: Accepts = is_usable_text) -> Generator:
     """Adapt ``generator`` to the :class:`~pfm.generators.base.Generator` protocol.
 
     Args:
         generator: an object with ``.draws(prompts, n)`` (returned as it is) or ``.generate(prompts, n)``, or
             a callable on one prompt, plain or async, with or without the keyword ``n``.
+        accepts: tells usable outputs; for objects with ``.draws``, which tell themselves, it has no effect.
 
     Raises:
         TypeError: it is none of these.
@@ -34,11 +35,11 @@ def as_generator(generator: Any) -> Generator:
     if callable(getattr(generator, "draws", None)):
         return generator
     if _generates_n(generator):
-        return BatchGenerator(generator)
+        return BatchGenerator(generator, accepts=accepts)
     if _is_async(generator):
-        return AsyncCallableGenerator(generator)
+        return AsyncCallableGenerator(generator, accepts=accepts)
     if callable(generator):
-        return CallableGenerator(generator)
+        return CallableGenerator(generator, accepts=accepts)
     raise TypeError(
         f"generator must be a function prompt -> str or list[str], or an object with .generate(prompts, n), "
         f"got {type(generator).__name__}; wrap a model as lambda prompt: ..."
@@ -56,17 +57,21 @@ class CallableGenerator(GeneratesTexts):
             a message list, so that it may append to it.
         max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
             texts.
+        accepts: tells usable outputs.
 
     Raises:
         TypeError: the function cannot be called with one prompt, or is async.
         ValueError: ``max_calls`` is below 1.
     """
 
-    def __init__(self, function: Callable[..., Any], *, max_calls: int | None = None) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, max_calls: int | None = None, accepts: Accepts = is_usable_text
+    ) -> None:
         if _is_async(function):
             raise TypeError("function must be a plain one, got an async one; AsyncCallableGenerator takes it")
         self.function = function
         self.max_calls = _checked_max_calls(max_calls)
+        self.accepts = accepts
         self._takes_n = _takes_n(function)
 
     def __repr__(self) -> str:
@@ -78,7 +83,7 @@ class CallableGenerator(GeneratesTexts):
             yield self._draw(prompt, n)
 
     def _draw(self, prompt: Prompt, n: int) -> Draw:
-        draw = Draw()
+        draw = Draw(accepts=self.accepts)
         started = time.perf_counter()
         limit = self.max_calls or 2 * n
         while len(draw.texts) < n and draw.calls < limit:
@@ -103,18 +108,27 @@ class AsyncCallableGenerator(GeneratesTexts):
         concurrency: calls under way at once in one event loop.
         max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
             texts.
+        accepts: tells usable outputs.
 
     Raises:
         TypeError: the function cannot be called with one prompt.
         ValueError: ``concurrency`` or ``max_calls`` is below 1.
     """
 
-    def __init__(self, function: Callable[..., Any], *, concurrency: int = 8, max_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        concurrency: int = 8,
+        max_calls: int | None = None,
+        accepts: Accepts = is_usable_text,
+    ) -> None:
         if concurrency < 1:
             raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         self.function = function
         self.concurrency = concurrency
         self.max_calls = _checked_max_calls(max_calls)
+        self.accepts = accepts
         self._takes_n = _takes_n(function)
         self._slots = LoopSlots(concurrency)
 
@@ -133,7 +147,7 @@ class AsyncCallableGenerator(GeneratesTexts):
                 yield draw
 
     async def _draw(self, prompt: Prompt, n: int) -> Draw:
-        draw = Draw()
+        draw = Draw(accepts=self.accepts)
         started = time.perf_counter()
         limit = self.max_calls or 2 * n
         while len(draw.texts) < n and draw.calls < limit and draw.error is None:
@@ -169,13 +183,21 @@ class BatchGenerator:
         prompts_per_call: most prompts handed over in one call; results arrive in portions of this size.
         max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
             texts.
+        accepts: tells usable outputs.
 
     Raises:
         TypeError: there is no method ``generate`` with a parameter ``n``.
         ValueError: ``prompts_per_call`` or ``max_calls`` is below 1.
     """
 
-    def __init__(self, generator: Any, *, prompts_per_call: int = 32, max_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        generator: Any,
+        *,
+        prompts_per_call: int = 32,
+        max_calls: int | None = None,
+        accepts: Accepts = is_usable_text,
+    ) -> None:
         if not _generates_n(generator):
             raise TypeError(
                 f"generator must have .generate(prompts, n), got {type(generator).__name__} without one; "
@@ -186,6 +208,7 @@ class BatchGenerator:
         self.generator = generator
         self.prompts_per_call = prompts_per_call
         self.max_calls = _checked_max_calls(max_calls)
+        self.accepts = accepts
 
     def __repr__(self) -> str:
         return f"BatchGenerator({self.generator!r})"
@@ -197,7 +220,7 @@ class BatchGenerator:
 
     def _portion(self, prompts: Sequence[Prompt], n: int) -> list[Draw]:
         limit = self.max_calls or 2 * n
-        draws = [Draw() for _ in prompts]
+        draws = [Draw(accepts=self.accepts) for _ in prompts]
         short = list(range(len(prompts)))
         while short:
             self._call([prompts[i] for i in short], [draws[i] for i in short], n)

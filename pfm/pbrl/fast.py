@@ -17,6 +17,7 @@ from torch import nn
 
 from pfm.flow.fields import Field, ResidualField
 from pfm.flow.preference_flow import PreferenceFlow
+from pfm.flow.registered_field import MLP
 
 __all__ = ["FastTransport"]
 
@@ -51,8 +52,10 @@ class FastTransport:
     @classmethod
     def of(cls, flow: PreferenceFlow) -> FastTransport | None:
         """Make one, or None for a flow that it cannot stand in for."""
-        fits = ("distilled" in flow.metadata or flow.config.solver in ("rk4", "euler")) and not flow.metadata.get(
-            "unit_norm"
+        fits = (
+            ("distilled" in flow.metadata or flow.config.solver in ("rk4", "euler"))
+            and flow.config.field == MLP
+            and not flow.metadata.get("unit_norm")
         )
         return cls(flow) if fits else None
 
@@ -109,7 +112,7 @@ class _FastField:
     def __init__(self, field: Field) -> None:
         self.linear, self.residual = field.linear, field.residual
         self.unit = _array(field.unit * field.gain)
-        if self.residual is not None:
+        if isinstance(self.residual, ResidualField):
             self.layers = [_layer(layer) for layer in (*self.residual.hidden, self.residual.last)]
             self.from_output, self.bias = _layer(self.residual.from_output)
             context = self.residual.from_context
@@ -119,7 +122,7 @@ class _FastField:
     def at(self, context: np.ndarray) -> _Velocity:
         """Fix the normalised contexts (B, C)."""
         first = None
-        if self.residual is not None:
+        if isinstance(self.residual, ResidualField):
             first = self.bias if self.from_context is None else context @ self.from_context + self.bias
 
         def velocity(t: float, y: np.ndarray) -> np.ndarray:

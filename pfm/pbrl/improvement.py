@@ -23,7 +23,7 @@ from pfm.flow.preference_flow import PreferenceFlow
 from pfm.pbrl.collection import collect, fingerprint, open_environment
 from pfm.pbrl.flow_policy import FlowPolicy
 from pfm.pbrl.policies import Policy
-from pfm.pbrl.rollouts import episode_returns
+from pfm.pbrl.rollouts import episode_returns, episode_seeds
 
 __all__ = ["Improvement", "PolicyRound", "improve", "load_improvement"]
 
@@ -109,7 +109,7 @@ def improve(
         config: of the flows, see :class:`pfm.FlowConfig`.
         folder: where rounds are kept as they end; the same call goes on from there, and :func:`load_improvement` reads
             it. None keeps nothing.
-        seed: of data, fits and starts.
+        seed: of data and starts, independent in every round and for every seed; the fits have that of ``config``.
         progress: show progress bars.
         **collecting: ``length``, ``continuation`` and other settings of :func:`collect`. No ``value``: it would be of
             the policy that the rounds leave behind. ``noise`` must be a number: refined policies draw nothing.
@@ -151,13 +151,15 @@ def improve(
 
     done: list[PolicyRound] = []
     standing, kept = policy, None
-    for number in tqdm(range(rounds), desc="rounds", disable=not progress):
+    # The first round is what collect does alone; seed + 1 would give the second the data of another seed's first.
+    data_seeds = [seed, *episode_seeds(seed, rounds - 1, first=1)]
+    for number, data_seed in enumerate(tqdm(data_seeds, desc="rounds", disable=not progress)):
         home = None if place is None else place / f"round-{number + 1}"
         if home is not None and (home / CHOSEN).is_file():
             standing, found = _read(home, standing)
         else:
             segments = collect(
-                environment, standing, pairs // rounds, seed=seed + number, progress=progress,
+                environment, standing, pairs // rounds, seed=data_seed, progress=progress,
                 folder=None if home is None else home / SEGMENTS, **collecting,
             )  # fmt: skip
             flow = PreferenceFlow.fit(segments.encode(form), settings, progress=progress)

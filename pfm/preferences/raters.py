@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pfm.data.encoded import as_float_tensor, check_finite
+from pfm.data.identity import prompt_identity
 
 if TYPE_CHECKING:
     from pfm.data.pairs import PreferencePairs
@@ -105,7 +106,7 @@ def fit_raters(
         raise ValueError(f"model must be one of {', '.join(map(repr, MODELS))}, got {model!r}")
     if not (math.isfinite(prior) and prior > 0):
         raise ValueError(f"prior must be a number of votes above 0, got {prior}")
-    cast, said = _checked_votes(pair, vote)
+    cast, said, classes = _checked_votes(pair, vote)
     raters, of = numbered(rater, len(said))
     pairs = int(cast.max()) + 1
     odds = torch.zeros(pairs, dtype=torch.float64)
@@ -119,7 +120,7 @@ def fit_raters(
             f"no pair has more than one vote ({len(said)} votes on {len(said)} pairs), so nothing tells a good rater "
             "from a bad one: give pairs that several raters have seen, or log_odds of a model fitted on other prompts"
         )
-    votes = _Votes(cast, of, said, pairs, len(raters), odds)
+    votes = _Votes(cast, of, said, pairs, len(raters), classes, odds)
     truth, table, iterations, settled = votes.maximise(model, prior)
     counts = torch.bincount(of, minlength=len(raters))
     share = truth[cast].mean(0)
@@ -143,18 +144,19 @@ def fit_raters(
 
 @dataclass(frozen=True)
 class _Votes:
-    """Holds checked votes: pair, rater and class (V,), with the numbers of pairs and raters and the prior log-odds."""
+    """Holds checked votes: pair, rater and class (V,), the numbers of pairs, raters, classes and the prior log-odds."""
 
     pair: Tensor
     rater: Tensor
     said: Tensor
     pairs: int
     raters: int
+    classes: int
     odds: Tensor
 
     def maximise(self, model: str, prior: float) -> tuple[Tensor, Tensor, int, bool]:
         """Find the posterior of the truths (I, K) and the raters' tables (R, K, K), by EM from the votes' shares."""
-        classes = int(self.said.max()) + 1
+        classes = self.classes
         spoken = torch.nn.functional.one_hot(self.said, classes).double()
         # One vote for each class besides: no share is 0 or 1.
         start = torch.zeros(self.pairs, classes, dtype=torch.float64).index_add_(0, self.pair, spoken) + 1 / classes
@@ -200,8 +202,11 @@ class _Votes:
         return (off + torch.diag_embed(1 - off.sum(2))).clamp(LEAST, 1 - LEAST)
 
 
-def _checked_votes(pair: Any, vote: Any) -> tuple[Tensor, Tensor]:
-    """Give pairs (V,) and votes as classes (V,): first 0, second the last, a tie, where there is one, between."""
+def _checked_votes(pair: Any, vote: Any) -> tuple[Tensor, Tensor, int]:
+    """Give pairs (V,), votes as classes (V,) - first 0, second the last, a tie between - and the number of classes.
+
+    It is 3 where there is a tie, else 2, whether or not there is a vote in each class.
+    """
     cast = torch.as_tensor(pair)
     if cast.ndim != 1 or cast.is_floating_point() or cast.dtype == torch.bool:
         raise ValueError(f"pair must be one-dimensional integers: got {cast.dtype} {tuple(cast.shape)}")
@@ -221,7 +226,8 @@ def _checked_votes(pair: Any, vote: Any) -> tuple[Tensor, Tensor]:
             f"all {len(said)} votes are ties: they say nothing about which output is better, nor about the raters; "
             "give votes of which at least one was decided"
         )
-    return cast, (2 - 2 * said).long() if bool((said == 0.5).any()) else (1 - said).long()
+    classes = 3 if bool((said == 0.5).any()) else 2
+    return cast, ((classes - 1) * (1 - said)).long(), classes
 
 
 def numbered(rater: Sequence[Hashable] | Tensor, count: int) -> tuple[list[Any], Tensor]:
@@ -269,10 +275,10 @@ def reconcile(
 ) -> Reconciled:
     """Join rows that are votes, each with its rater's name, to one row a pair with a soft label.
 
-    Rows of one prompt with the same two responses, in whichever order, are votes on one pair; a row's ``probability``
-    says what was voted, 1 (or none) for its chosen response, 1/2 for a tie. The pair's probability is the posterior
-    of :func:`fit_raters`, its weight 1: what more votes tell, the probability tells already. With two coins the
-    response that is chosen in a pair's first row counts as shown first.
+    Rows of one prompt (:mod:`pfm.data.identity`) with the same two responses, in whichever order, are votes on one
+    pair; a row's ``probability`` says what was voted, 1 (or none) for its chosen response, 1/2 for a tie. The pair's
+    probability is the posterior of :func:`fit_raters`, its weight 1: what more votes tell, the probability tells
+    already. With two coins the response that is chosen in a pair's first row counts as shown first.
 
     Args:
         pairs: one row a vote.
@@ -290,7 +296,8 @@ def reconcile(
     groups = pairs.group or [None] * len(pairs)
     votes_on: dict[tuple[Any, ...], list[int]] = {}
     for i, (prompt, group) in enumerate(zip(pairs.prompts, groups, strict=True)):
-        votes_on.setdefault((prompt, group, *sorted((pairs.chosen[i], pairs.rejected[i]))), []).append(i)
+        key = (prompt_identity(prompt, group), *sorted((pairs.chosen[i], pairs.rejected[i])))
+        votes_on.setdefault(key, []).append(i)
     cast, said, by = [], [], []
     for place, members in enumerate(votes_on.values()):
         for i in members:

@@ -21,12 +21,14 @@ import torch
 from tqdm.auto import tqdm
 
 from pfm.data.encoded import vector_space
+from pfm.data.outputs import json_output, same_output
 from pfm.decoders import Decoder, Judged, Latent, Rewrite, Select, Selection
 from pfm.decoders.improve import added
 from pfm.encoders.sentence import as_encoder
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
 from pfm.generators.base import (
+    Accepts,
     count,
     first_samples,
     is_usable_text,
@@ -94,11 +96,16 @@ class Refinement:
     reasoning: list[int] = dataclasses.field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; a probability that is NaN becomes None, and what is not known is left out."""
+        """Return JSON values; a probability that is NaN becomes None, and what is not known is left out.
+
+        Outputs that are arrays become nested lists; any other that is not text is left as it is.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in _WHERE_KNOWN:
             if not values[name]:
                 del values[name]
+        values["text"], values["original"] = json_output(self.text), json_output(self.original)
+        values["candidates"] = [json_output(candidate) for candidate in self.candidates]
         values["win_probability"] = _number_or_none(self.win_probability)
         values["probabilities"] = [_number_or_none(value) for value in self.probabilities]
         return values
@@ -138,8 +145,9 @@ def wrap(
         flow: a fitted :class:`pfm.PreferenceFlow`, a :class:`pfm.Composition` of some, or, with a
             :class:`pfm.generators.GeneratorPool` whose generators have the names of its sources, a
             :class:`pfm.references.PooledFlow`.
-        encoder: the encoder on whose vectors the flow was fitted, or a loaded ``SentenceTransformer``; prompts go
-            through its ``encode_prompts`` where it has one.
+        encoder: the encoder on whose vectors the flow was fitted, or a loaded ``SentenceTransformer``: an object with
+            ``encode(outputs)``, which gives (N, D) or (N, \\*D). Prompts go through its ``encode_prompts`` where it has
+            one. Outputs are texts, or where it has ``accepts(output)`` whatever that is true for: images, arrays.
         decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
             :class:`pfm.decoders.Decoder`).
         n: candidates a prompt.
@@ -160,7 +168,7 @@ def wrap(
     """
     encoder = as_encoder(encoder)
     _check_flow_and_encoder(flow, encoder)
-    found = None if generator is None else as_generator(generator)
+    found = None if generator is None else as_generator(generator, _accepts(encoder))
     chooser = _as_decoder(decoder, options)
     if getattr(flow, "takes_tags", False):
         _check_sources(flow, found, chooser)
@@ -287,13 +295,14 @@ class Refiner:
             ValueError: unequal lengths, or an empty prompt that must be encoded.
         """
         prompts = _checked_prompts(prompts)
-        rows = _checked_outputs(outputs)
+        accepts = _accepts(self.encoder)
+        rows = _checked_outputs(outputs, accepts)
         if len(rows) != len(prompts):
             raise ValueError(
                 f"outputs and prompts must be equally many, got {len(rows)} outputs and {len(prompts)} prompts"
             )
         tags = _checked_tags(generators, rows)
-        return _Run(self, prompts, progress, on_result).over(map(_given, rows, tags))
+        return _Run(self, prompts, progress, on_result).over(map(functools.partial(_given, accepts), rows, tags))
 
     def candidates(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
         """Draw up to n fresh outputs for each prompt; fewer, with a line in the log, where it failed.
@@ -358,7 +367,7 @@ class Refiner:
         started = time.perf_counter()
         judged = []
         for result, key in zip(portion, keys, strict=True):
-            answered = _Answered.of(result, key, self.reasoning)
+            answered = _Answered.of(result, key, self.reasoning, _accepts(self.encoder))
             if answered.places:
                 judged.append(answered)
             elif result.candidates:
@@ -403,8 +412,8 @@ class Refiner:
         N counts the answers of all G prompts, one prompt after the other.
         """
         texts = [text for answered in judged for text in answered.texts]
-        vectors = _encoded(self.encoder.encode, texts, self.flow.metadata["dimension"])
-        usable = vectors.isfinite().all(dim=1)
+        vectors = _encoded(self.encoder.encode, texts, self.flow.metadata["dimension"], _event_shape(self.flow))
+        usable = vectors.flatten(1).isfinite().all(dim=1)
         sizes = torch.tensor([len(answered.texts) for answered in judged])
         of_prompt = torch.arange(len(judged)).repeat_interleave(sizes)
         contexts = context_rows = None
@@ -523,10 +532,14 @@ class _Run:
             raise ValueError(f"the generator gave {len(self.results)} draws for {len(self.prompts)} prompts")
 
 
-def _encoded(encode: Callable[..., Any], texts: list[str], dimension: int | Sequence[int]) -> torch.Tensor:
-    """Encode texts to (N, D) float32 on the CPU, and check the shape against what the flow takes."""
+def _encoded(
+    encode: Callable[..., Any], texts: list[str], dimension: int | Sequence[int], shape: Sequence[int] = ()
+) -> torch.Tensor:
+    """Encode texts to (N, D) or (N, *shape) float32 on the CPU, and check the shape against what the flow takes."""
     vectors = torch.as_tensor(encode(texts, progress=False)).detach().to("cpu", torch.float32)
     expected = (len(texts), _flat(dimension))
+    if shape and tuple(vectors.shape) in (expected, (len(texts), *shape)):
+        return vectors.reshape(len(texts), *shape)
     if tuple(vectors.shape) != expected:
         raise ValueError(
             f"the encoder must return shape {expected} for {count(len(texts), 'text')}, "
@@ -575,7 +588,7 @@ def _take(answered: _Answered, selection: Selection, reasoning: str) -> None:
     result.index = index
     result.text = result.candidates[index]
     result.win_probability = result.probabilities[index]
-    result.changed = result.text != result.original
+    result.changed = not same_output(result.text, result.original)
     result.generator = (result.generators[index] or None) if result.generators else None
     result.reason = selection.reason
     if places[0] != 0:
@@ -602,20 +615,18 @@ class _Answered:
     texts: list[str]
 
     @classmethod
-    def of(cls, result: Refinement, key: str, reasoning: str) -> _Answered:
+    def of(cls, result: Refinement, key: str, reasoning: str, accepts: Accepts) -> _Answered:
         """Set hidden reasoning aside, and note in the result how much."""
-        texts = [judged_text(text, reasoning) for text in result.candidates]
-        beside = result.reasoning or [0] * len(texts)
-        hidden = [
-            aside + len(whole) - len(text) for aside, whole, text in zip(beside, result.candidates, texts, strict=True)
-        ]
+        beside = result.reasoning or [0] * len(result.candidates)
+        hidden = [aside + _hidden(whole, reasoning) for aside, whole in zip(beside, result.candidates, strict=True)]
+        texts = [judged_text(text, reasoning) if isinstance(text, str) else text for text in result.candidates]
         result.reasoning = hidden if any(hidden) else []
-        places = [place for place, text in enumerate(texts) if is_usable_text(text)]
+        places = [place for place, text in enumerate(texts) if accepts(text)]
         return cls(result, key, places, [texts[place] for place in places])
 
 
-def _hidden(text: str, reasoning: str) -> int:
-    return len(text) - len(judged_text(text, reasoning))
+def _hidden(text: Any, reasoning: str) -> int:
+    return len(text) - len(judged_text(text, reasoning)) if isinstance(text, str) else 0
 
 
 def _keep_unanswered(result: Refinement) -> None:
@@ -650,14 +661,14 @@ def _notes(draw: Draw, n: int, result: Refinement) -> str:
     if draw.calls and len(draw.texts) < n:
         notes += f"; {len(draw.texts)} of {n} candidates after {count(draw.calls, 'call')}"
     if draw.dropped:
-        notes += f"; {count(draw.dropped, 'output')} dropped: empty or not text"
+        notes += f"; {count(draw.dropped, 'output')} dropped: {draw.unusable}"
     return notes
 
 
-def _given(outputs: list[Any], tags: list[str]) -> Draw:
-    draw = Draw()
+def _given(accepts: Accepts, outputs: list[Any], tags: list[str]) -> Draw:
+    draw = Draw(accepts=accepts)
     draw.add(outputs, len(outputs))
-    draw.tags = [tag for output, tag in zip(outputs, tags, strict=False) if is_usable_text(output)]
+    draw.tags = [tag for output, tag in zip(outputs, tags, strict=False) if accepts(output)]
     return draw.close()
 
 
@@ -732,11 +743,12 @@ def _as_decoder(decoder: str | Decoder, options: Mapping[str, Any]) -> Decoder:
 def _check_flow_and_encoder(flow: Any, encoder: Any) -> None:
     if not callable(getattr(flow, "win_probability", None)):
         raise TypeError(f"flow must be a PreferenceFlow, got {_shown(flow)}")
-    missing = [name for name in ("encode", "dimension", "describe") if not hasattr(encoder, name)]
-    if missing:
-        raise TypeError(f"encoder must have .{', .'.join(missing)}, got {_shown(encoder)}")
+    if isinstance(encoder, type) or not callable(getattr(encoder, "encode", None)):
+        raise TypeError(f"encoder must have .encode(outputs), got {_shown(encoder)}")
     expected = _flat(flow.metadata["dimension"])
-    if encoder.dimension != expected:
+    if encoder.dimension is None:  # it does not say: what it encodes is checked
+        encoder.dimension = expected
+    if _flat(encoder.dimension) != expected:
         raise ValueError(
             f"encoder has dimension {encoder.dimension}, but the flow was fitted on dimension {expected}; "
             f"use the encoder of the fit: {_name(flow.metadata.get('encoder'))}"
@@ -758,6 +770,17 @@ def _name(description: Mapping[str, Any] | None) -> str:
         return "not recorded"
     revision = description.get("revision")
     return f"{description.get('name')}" + (f" (revision {revision})" if revision else "")
+
+
+def _accepts(encoder: Any) -> Accepts:
+    """Return what tells the outputs that an encoder encodes: its ``accepts``, else texts that are not empty."""
+    return getattr(encoder, "accepts", is_usable_text)
+
+
+def _event_shape(flow: Any) -> tuple[int, ...]:
+    """Return the shape of one output for flows of matrices and images, () for flows of vectors."""
+    shape = tuple(getattr(flow, "event_shape", ()))
+    return shape if len(shape) > 1 else ()
 
 
 def _flat(dimension: int | Sequence[int]) -> int:
@@ -797,8 +820,11 @@ def _is_conversation(prompt: Any) -> bool:
     )
 
 
-def _checked_outputs(outputs: Any) -> list[list[Any]]:
-    """Return a list of candidates for each row; an empty cell of a table (None) has none."""
+def _checked_outputs(outputs: Any, accepts: Accepts = is_usable_text) -> list[list[Any]]:
+    """Return a list of candidates for each row; an empty cell of a table (None) has none.
+
+    An array is a row of candidates, whatever is accepted: one image is given as ``[image]``.
+    """
     if isinstance(outputs, str | Mapping) or not isinstance(outputs, Iterable):
         raise TypeError(f"outputs must be a list with one entry a prompt, got {_shown(outputs)}")
     rows: list[list[Any]] = []
@@ -807,8 +833,10 @@ def _checked_outputs(outputs: Any) -> list[list[Any]]:
             rows.append([])
         elif isinstance(output, str):
             rows.append([output])
-        elif isinstance(output, list | tuple | np.ndarray):
+        elif isinstance(output, list | tuple | np.ndarray | torch.Tensor):
             rows.append(list(output))
+        elif accepts(output):
+            rows.append([output])
         else:
             raise TypeError(f"outputs[{row}] must be a text or a list of texts, got {_shown(output)}")
     return rows

@@ -1,0 +1,60 @@
+"""Encoders of a user's own: any object with ``encode``, given the members that are optional."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["AdaptedEncoder"]
+
+
+class AdaptedEncoder:
+    """Gives an object with ``encode(outputs)`` the other members of :class:`pfm.encoders.Encoder`.
+
+    Args:
+        encoder: has ``encode(outputs)``, which returns one vector an output, and may have ``encode_prompts``,
+            ``dimension``, ``describe``, and ``accepts(output)``, which tells the outputs that it encodes: without it,
+            texts that are not empty. The keyword ``progress`` is passed on to methods that have it.
+    """
+
+    def __init__(self, encoder: Any) -> None:
+        self.encoder = encoder
+        self.dimension = getattr(encoder, "dimension", None)
+        if hasattr(encoder, "accepts"):
+            self.accepts = encoder.accepts
+
+    @classmethod
+    def of(cls, encoder: Any) -> Any:
+        """Adapt what lacks a member; return a whole encoder, and what is none, as it is."""
+        if not callable(getattr(encoder, "encode", None)) or isinstance(encoder, type):
+            return encoder
+        whole = hasattr(encoder, "dimension") and hasattr(encoder, "describe") and _takes_progress(encoder.encode)
+        return encoder if whole else cls(encoder)
+
+    def __repr__(self) -> str:
+        return f"AdaptedEncoder({self.encoder!r})"
+
+    def encode(self, texts: Sequence[Any], *, progress: bool = False) -> Any:
+        """Encode N outputs as (N, \\*D), in the order given."""
+        return _call(self.encoder.encode, texts, progress)
+
+    def encode_prompts(self, texts: Sequence[str], *, progress: bool = False) -> Any:
+        """Encode N prompts as (N, C)."""
+        return _call(getattr(self.encoder, "encode_prompts", self.encoder.encode), texts, progress)
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the encoder in JSON values; an empty dict where it does not say."""
+        return self.encoder.describe() if hasattr(self.encoder, "describe") else {}
+
+
+def _call(encode: Callable[..., Any], texts: Sequence[Any], progress: bool) -> Any:
+    return encode(texts, progress=progress) if _takes_progress(encode) else encode(texts)
+
+
+def _takes_progress(encode: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(encode).parameters.values()
+    except (TypeError, ValueError):  # some built-ins have no signature to read
+        return False
+    return any(p.name == "progress" or p.kind == p.VAR_KEYWORD for p in parameters)
