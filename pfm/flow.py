@@ -217,7 +217,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             raise ValueError("context_free=True leaves contexts out, and these pairs have none: use context_free=False")
         with torch.no_grad():
             some = train.gather(at_most(len(train), STATISTICS_ROWS, config.seed))
-            flow.normalizer.fit(some.chosen, some.rejected, some.context)
+            flow.normalizer.fit(some.chosen, some.rejected, some.context, some.weight)
             flow._set_units()
         coupling, check = (
             make_coupling(
