@@ -363,7 +363,7 @@ class PooledFlow:
         with torch.no_grad():
             batch = some.pairs.gather(torch.arange(len(some), device="cpu"))
             code = torch.eye(sources, device="cpu")[some.rejected_tag]
-            flow.normalizer.fit(batch.chosen, batch.rejected, append_code(batch.context, code))
+            flow.normalizer.fit(batch.chosen, batch.rejected, append_code(batch.context, code), batch.weight)
             # A one-hot code is no measurement: its units stay as they are.
             flow.normalizer.context_mean[-sources:] = 0
             flow.normalizer.context_scale[-sources:] = 1

@@ -389,8 +389,8 @@ def test_neither_training_nor_a_pass_waits_for_the_device(flow):
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="asks CUDA itself")
 def test_cuda_is_not_waited_for_in_updates_and_passes(flow, monkeypatch):
-    from pfm.flow.integration import integrate
     from pfm.flow import cuda_graphs as graphs
+    from pfm.flow.integration import integrate
 
     y, x = (part.to(DEVICE) for part in outputs())
     field, start = flow.field.at(flow.normalizer.context(x)), flow.normalizer(y)

@@ -169,3 +169,15 @@ def test_only_constant_columns_are_given_the_scale_of_others():
     assert normalizer.scale[2] < 2
     assert normalizer.displacement[2] == normalizer.displacement[1] == normalizer.displacement.max()
     assert bool(torch.isfinite(normalizer(chosen)).all())
+
+
+def test_the_normaliser_counts_a_pair_of_weight_two_twice():
+    chosen, rejected, context = torch.randn(3, 30, 4, generator=torch.Generator().manual_seed(3))
+    weight = torch.ones(30)
+    weight[::4] = 2
+    twice = torch.cat([torch.arange(30), torch.arange(0, 30, 4)])
+    weighted, repeated = Normalizer(4, 4), Normalizer(4, 4)
+    weighted.fit(chosen, rejected, context, weight)
+    repeated.fit(chosen[twice], rejected[twice], context[twice])
+    for name, value in repeated.state_dict().items():
+        torch.testing.assert_close(weighted.state_dict()[name], value)

@@ -1,5 +1,7 @@
 """Preference models and their solver against known answers."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,11 @@ from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.flow.win import WinHead
 from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
 from pfm.preferences.base import restored, unfitted
+from pfm.preferences.crossvalidation import Search
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+from pfm.preferences.newton import newton_logistic
+from pfm.preferences.planes import SkewMoments
+from pfm.preferences.ridge import Ridge
 
 
 def bradley_terry_pairs(count: int, weights: torch.Tensor, seed: int = 0) -> EncodedPairs:
@@ -217,3 +223,61 @@ def test_opponents_that_fit_both_readings_are_refused_and_older_saves_go_by_y():
     torch.testing.assert_close(older.win_probability(y, opponents), shared)
     with pytest.raises(ValueError, match="opponents must have 3 values a row: got 6"):
         model.win_probability(y, torch.randn(4, 2, 3))
+
+
+def test_folds_without_weight_judge_nothing():
+    pairs = bradley_terry_pairs(100, WEIGHTS)
+    difference, fold = pairs.chosen - pairs.rejected, torch.arange(100) % 5
+    label = torch.ones(100)
+    for weightless in (fold == 2, fold != 2):
+        search = Search([difference], torch.where(weightless, 0.0, 1.0), label, fold)
+        search.over([()])
+        assert all(math.isfinite(loss) for loss in search._loss.values())
+        assert bool(torch.isfinite(search.left_out(search.best())).all())
+        if int(weightless.sum()) == 20:  # as if they had not been there
+            without = Search([difference[~weightless]], torch.ones(80), label[~weightless], fold[~weightless])
+            without.over([()])
+            assert search.best() == without.best()
+            torch.testing.assert_close(search.refit(search.best()), without.refit(without.best()), rtol=1e-3, atol=1e-3)
+    assert PairwiseLogistic(difference, torch.zeros(100)).fit(1e-3).tolist() == [0.0] * 4
+    assert PairwiseLogistic(difference[:0]).fit(1e-3).tolist() == [0.0] * 4
+
+
+def test_of_more_columns_than_rows_the_span_gives_the_same_optimum():
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.randn(30, 200, generator=generator).double() + 0.3
+    weight = torch.rand(30, generator=generator).double() + 0.1
+    weight[4] = 0
+    label = torch.rand(30, generator=generator).double()
+    at = PairwiseLogistic(difference, weight, label).fit(1e-2, 200)
+    nothing = torch.zeros(200, 200, dtype=torch.float64)  # rows without weight: as many rows as columns
+    whole = PairwiseLogistic(*(torch.cat([part, rest]) for part, rest in (
+        (difference, nothing), (weight, nothing[0]), (label, nothing[0]),
+    )))  # fmt: skip
+    assert float(at.norm()) > 0.1
+    torch.testing.assert_close(at, whole.fit(1e-2, 200), rtol=0, atol=1e-6)
+    exact, _ = newton_logistic(difference, label, weight / weight.sum(), 2e-2)
+    torch.testing.assert_close(at, exact, rtol=0, atol=1e-4)  # the solver's own tolerance
+    ridge = Ridge(difference, label, weight).solve(0.1)
+    share = weight / weight.sum()
+    gram = difference.T @ (difference * share[:, None]) + 0.1 * torch.eye(200, dtype=torch.float64)
+    expected = torch.linalg.solve(gram, difference.T @ (share * label))
+    torch.testing.assert_close(ridge, expected, rtol=0, atol=1e-9)
+
+
+def test_planes_of_more_features_than_outputs_are_those_of_the_whole_space():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 20, 60, generator=generator)
+    weight = torch.rand(20, generator=generator) + 0.5
+    every, label = torch.ones(20, dtype=torch.bool), torch.ones(20)
+    axes = SkewMoments(one, other, weight, label).axes(every, 0.3, 4).double()
+    # Straight from the definition, in all 60 dimensions.
+    one, other, share = one.double(), other.double(), (weight / weight.sum()).double()[:, None]
+    second = (one.T @ (one * share) + other.T @ (other * share)) / 2
+    values, vectors = torch.linalg.eigh(second)
+    root = vectors * (values.clamp_min(1e-9 * values[-1]) + 0.3 * values.mean()).rsqrt() @ vectors.T
+    moment = one.T @ (other * share)
+    inside = root @ (moment - moment.T) @ root
+    leading = torch.linalg.eigh(inside.T @ inside)[1][:, -4:]
+    expected = root @ leading
+    torch.testing.assert_close(axes @ axes.T, expected @ expected.T, rtol=0, atol=1e-5)

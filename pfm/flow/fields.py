@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pfm._internal.columns import ROUNDING, column_statistics, weighted_mean
 from pfm.flow.couplings import Coupled
 from pfm.flow.cuda_graphs import keep_alive
 from pfm.flow.registered_field import RegisteredField
@@ -27,7 +28,6 @@ SMALL = 64  # dimensions up to which a problem is small: narrow networks, many f
 TIME_NODES = 12  # Chebyshev: v of independent equal Gaussians has poles at t = (1 +- i)/2, so errors fall as 2.4**-n
 FOURIER_FEATURES = 8  # up to 64 dimensions; beyond, half: there they cost steps of the solver and gain next to nothing
 CONTEXT_ENERGY = 1e-6  # of the contexts' matrices over time that may be left out
-ROUNDING = 2.0**-23  # relative spacing of float32: a dimension that varies by less is constant
 REMEMBERED = 32  # times whose part of a field is kept
 EXACT = 1e-12  # the same, of matrices from which it was left out: rounding
 
@@ -53,20 +53,28 @@ class Normalizer(nn.Module):
         self.register_buffer("displacement", torch.ones(dimension))
 
     @torch.no_grad()
-    def fit(self, chosen: Tensor, rejected: Tensor, context: Tensor | None) -> None:
-        """Set the statistics from pairs: chosen, rejected (N, D), context (N, C) or None, on any device."""
+    def fit(self, chosen: Tensor, rejected: Tensor, context: Tensor | None, weight: Tensor | None = None) -> None:
+        """Set the statistics from pairs on any device.
+
+        Args:
+            chosen, rejected: (N, D). context: (N, C) or None.
+            weight: (N,) weights > 0 of the pairs, or None for 1.
+        """
         chosen, rejected = (part.to(self.mean.device).double() for part in (chosen, rejected))
+        weight = None if weight is None else weight.to(self.mean.device)
         both = torch.cat([chosen, rejected])
-        self.mean.copy_(both.mean(0))
-        self.scale.copy_(_replaced(both.std(0, correction=0), ROUNDING * both.abs().amax(0)))
+        mean, spread = column_statistics(both, None if weight is None else weight.repeat(2))
+        self.mean.copy_(mean)
+        self.scale.copy_(_replaced(spread))
         if context is not None:
-            context = context.to(self.mean.device).double()
-            self.context_mean.copy_(context.mean(0))
-            self.context_scale.copy_(_replaced(context.std(0, correction=0), ROUNDING * context.abs().amax(0)))
+            mean, spread = column_statistics(context.to(self.mean.device), weight)
+            self.context_mean.copy_(mean)
+            self.context_scale.copy_(_replaced(spread))
         difference = (chosen - rejected) / self.scale
         # Two outputs that are equal but for rounding are not displaced: noise of that size would be no noise.
         least = 8 * ROUNDING * (1 + both.abs().amax(0) / self.scale)
-        self.displacement.copy_(_replaced(difference.square().mean(0).sqrt(), least))
+        moved = weighted_mean(difference.square(), None if weight is None else weight.double()).sqrt()
+        self.displacement.copy_(_replaced(torch.where(moved > least, moved, torch.inf)))
 
     def forward(self, y: Tensor) -> Tensor:
         """Normalise outputs, (..., D)."""
@@ -81,12 +89,9 @@ class Normalizer(nn.Module):
         return None if context is None else (context - self.context_mean) / self.context_scale
 
 
-def _replaced(scale: Tensor, least: Tensor) -> Tensor:
-    """Replace the scales (D,) of constant dimensions, at most ``least`` (D,), by the largest scale.
-
-    Every other dimension keeps its own scale, however small beside the others: units do not matter.
-    """
-    varies = scale > least
+def _replaced(scale: Tensor) -> Tensor:
+    """Replace the infinite scales (D,) of constant dimensions by the largest scale of the others, or 1."""
+    varies = scale.isfinite()
     largest = float(torch.where(varies, scale, 0).max()) or 1.0
     return torch.where(varies, scale, largest)
 

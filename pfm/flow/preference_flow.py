@@ -32,12 +32,12 @@ from pfm._internal.files import replace_json, require_files
 from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.errors import NonFiniteWarning
+from pfm.flow import cuda_graphs as graphs
 from pfm.flow.config import FlowConfig, refuse_options
 from pfm.flow.couplings import Joined, WithoutContext, make_coupling
 from pfm.flow.fields import SMALL, Field, Normalizer, Velocity
 from pfm.flow.fitting import at_most, choose_steps, fit_field, matmul_precision
 from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
-from pfm.flow import cuda_graphs as graphs
 from pfm.flow.preference_win import PreferenceWin, candidate_wins, rescored
 from pfm.flow.registered_field import MLP, RegisteredField
 from pfm.flow.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
@@ -228,7 +228,7 @@ class PreferenceFlow(nn.Module, PyTorchModelHubMixin, library_name="preference-f
             raise ValueError("context_free=True leaves contexts out, and these pairs have none: use context_free=False")
         with torch.no_grad():
             some = train.gather(at_most(len(train), STATISTICS_ROWS, config.seed))
-            flow.normalizer.fit(some.chosen, some.rejected, some.context)
+            flow.normalizer.fit(some.chosen, some.rejected, some.context, some.weight)
             flow._set_units()
         coupling, check = (
             make_coupling(

@@ -21,16 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from pfm._internal.columns import column_statistics, weighted_mean
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.data.encoded import EncodedPairs, PairBatch
-from pfm.preferences.coordinates import Coordinates, weighted_mean
+from pfm.preferences.coordinates import Coordinates
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss
 from pfm.preferences.networks import GAINS, Perceptron, train_network
+from pfm.preferences.ridge import fit_ridge
 
 __all__ = ["WinFit", "WinHead", "confirmed_margin"]
 
 PRODUCT_SCALES = (0.0, 0.05, 0.1)  # of a product of two unit-variance components, against |y| of unit mean square
+CONTEXT_RIDGES = (10.0, 1.0, 0.1, 0.01)  # in units of the contexts' variance
 FIT_PAIRS = 30_000
 
 
@@ -132,9 +135,9 @@ class WinHead(nn.Module):
         fold = deal_folds(group, generator).to(self.weights.device)
         self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))
         if batch.context is not None:
-            self.context_mean.copy_(weighted_mean(batch.context, batch.weight))
-            squares = weighted_mean((batch.context - self.context_mean).square(), batch.weight)
-            self.context_spread.copy_(squares.sqrt().clamp_min(1e-6))
+            mean, spread = column_statistics(batch.context, batch.weight)
+            self.context_mean.copy_(mean)
+            self.context_spread.copy_(spread)
         linear_a, products_a = self.coordinates(batch.chosen)
         linear_b, products_b = self.coordinates(batch.rejected)
         search = Search((linear_a - linear_b, products_a - products_b), batch.weight, batch.probability, fold)
@@ -187,31 +190,10 @@ class WinHead(nn.Module):
         self.context_weights.zero_()
         if context is None:
             return torch.full_like(reward, mean)
-        inputs = (context - self.context_mean).double()
-        centred = (reward - mean).double()
-        share = (weight / weight.mean()).double()
-        unit = float((inputs.square().sum(1) * share).mean()) or 1.0
-        best: tuple[float, float, Tensor] = (
-            float((centred.square() * share).mean()),
-            math.inf,
-            torch.zeros_like(centred),
-        )
-        numbers = fold.unique().tolist()
-        systems = [
-            _normal_equations(inputs[fold != number], centred[fold != number], share[fold != number])
-            for number in numbers
-        ]
-        for ridge in (10.0, 1.0, 0.1, 0.01):
-            loose = torch.zeros_like(centred)
-            for number, system in zip(numbers, systems, strict=True):
-                part = fold == number
-                loose[part] = inputs[part] @ _ridge(system, ridge * unit)
-            error = float(((centred - loose).square() * share).mean())
-            if error < best[0]:
-                best = (error, ridge, loose)
-        if not math.isinf(best[1]):
-            self.context_weights.copy_(_ridge(_normal_equations(inputs, centred, share), best[1] * unit))
-        return (best[2] + mean).float()
+        inputs = (context - self.context_mean) / self.context_spread
+        weights, predicted = fit_ridge(inputs, reward - mean, weight, fold, CONTEXT_RIDGES)
+        self.context_weights.copy_(weights / self.context_spread)
+        return mean + predicted.float()
 
     def _fit_network(
         self,
@@ -264,18 +246,6 @@ class WinHead(nn.Module):
         correction = gain * correction
         correction[:, rows] = judged
         return correction, float((better * weight).sum() / weight.sum())
-
-
-def _normal_equations(inputs: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    weighed = inputs.T * (weight / weight.sum())
-    return weighed @ inputs, weighed @ target
-
-
-def _ridge(system: tuple[Tensor, Tensor], penalty: float) -> Tensor:
-    gram, cross = system
-    gram = gram.clone()
-    gram.diagonal().add_(penalty / len(gram))
-    return torch.linalg.solve(gram, cross)
 
 
 def _accuracy(gap: Tensor, weight: Tensor, probability: Tensor) -> float:

@@ -85,6 +85,9 @@ class PreferenceModel(nn.Module, ABC):
     """
 
     _kinds: ClassVar[dict[str, type[PreferenceModel]]] = {}
+    # Standard deviations (D,) that the fit is to give the columns relative to each other; set by a model that makes
+    # some of the columns, before it fits this one on them. None: all alike.
+    _emphasis: Tensor | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -7,10 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.columns import column_statistics
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
-from pfm.preferences.coordinates import weighted_mean
-from pfm.preferences.correction import Correction, component_axes, fit_correction
+from pfm.preferences.coordinates import component_axes, equal_units
+from pfm.preferences.correction import Correction, fit_correction
 from pfm.preferences.crossvalidation import deal_folds
 from pfm.preferences.logistic import PairwiseLogistic, fit_temperature
 
@@ -27,7 +28,8 @@ class BradleyTerry(PreferenceModel):
     itself: its fit takes the training pairs at their word; :meth:`calibrate`, or ``fit(pairs, validation)``, does it.
 
     Args:
-        l2: penalty on the weights, in units of the outputs' mean squared distance from their mean.
+        l2: penalty on the weights of outputs whose columns have equal spreads and unit mean square length together:
+            a column's unit does not matter.
         hidden: width of the network; 0 for none.
         seed: of the network.
     """
@@ -68,20 +70,26 @@ class BradleyTerry(PreferenceModel):
         check_pairs(pairs, validation)
         batch = pairs.gather(torch.arange(len(pairs)))
         self._ready(dimension=pairs.dimension, contexts=pairs.context_dimension, network=None)
-        weight = None if pairs.weight is None else batch.weight
-        self.mean.copy_((weighted_mean(batch.chosen, weight) + weighted_mean(batch.rejected, weight)) / 2)
-        scale = weighted_mean((batch.chosen - self.mean).square(), weight).sum().sqrt().clamp_min(1e-12)
+        both = torch.cat([batch.chosen, batch.rejected])
+        mean, spread = column_statistics(both, batch.weight.repeat(2))
+        self.mean.copy_(mean)
+        scale = equal_units(spread, self._emphasis).to(self.mean.dtype)
         difference = (batch.chosen - batch.rejected) / scale
         soft = None if pairs.probability is None else batch.probability
         self.weights.copy_(PairwiseLogistic(difference, batch.weight, soft).fit(self.l2, iterations=100) / scale)
         if self.hidden:
-            self._fit_network(pairs, validation, difference)
+            self._fit_network(pairs, validation, difference, scale)
         if validation is not None:
             self.calibrate(validation)
         return self
 
-    def _fit_network(self, pairs: EncodedPairs, validation: EncodedPairs | None, difference: Tensor) -> None:
-        """Fit the network to what the linear reward, fitted without each pair's prompt, leaves."""
+    def _fit_network(
+        self, pairs: EncodedPairs, validation: EncodedPairs | None, difference: Tensor, scale: Tensor
+    ) -> None:
+        """Fit the network to what the linear reward, fitted without each pair's prompt, leaves.
+
+        ``difference`` (N, D) and ``scale`` (D,) are the pairs' differences in equal units, and these units.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         batch, group = pairs.gather(torch.arange(len(pairs))), pairs.group
         fold = deal_folds(group, generator)
@@ -101,7 +109,7 @@ class BradleyTerry(PreferenceModel):
             return
         slope = fit_temperature(score, batch.probability, batch.weight)
         one, other = batch.chosen - self.mean, batch.rejected - self.mean
-        axes = component_axes(torch.cat([one, other]), NETWORK_INPUTS)
+        axes = component_axes(torch.cat([one, other]) / scale, NETWORK_INPUTS, batch.weight.repeat(2)) / scale[:, None]
         tries = [(axes, batch, {})]
         fitted = fit_correction(one, other, tries, slope * score, held_out, group, generator, **self._shape())
         self.weights *= slope

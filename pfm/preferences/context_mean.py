@@ -7,11 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pfm._internal.columns import column_statistics
 from pfm.preferences.crossvalidation import deal_folds
+from pfm.preferences.ridge import fit_ridge
 
 __all__ = ["ContextMean"]
 
-RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # in units of the contexts' mean variance
+RIDGES = (10.0, 1.0, 0.1, 0.01, 0.001)  # in units of the contexts' variance
 BANDWIDTHS = (1e-3, 1e-2, 0.05, 0.2)  # square of the kernel's width, in units of the contexts' mean squared distance
 SHRINKAGES = (0.5, 2.0, 8.0, 32.0)  # rows of value 0 that are added to those near a context
 CHECKED = 2048  # rows on which bandwidth and shrinkage are judged
@@ -77,12 +79,12 @@ class ContextMean(nn.Module):
     def fit(self, context: Tensor, value: Tensor, weight: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
         """Fit on N contexts (N, C) with values (N,), weights (N,) and prompts (N,); return the estimates there (N,)."""
         total = weight.sum()
-        self.centre.copy_((context * weight[:, None]).sum(0) / total)
-        variance = ((context - self.centre).square() * weight[:, None]).sum(0) / total
-        self.spread.copy_(torch.where(variance > 1e-12 * variance.max().clamp_min(1e-30), variance.sqrt(), 1.0))
+        centre, spread = column_statistics(context, weight)
+        self.centre.copy_(centre)
+        self.spread.copy_(spread)
         self.offset.copy_((value * weight).sum() / total)
         x, left = (context - self.centre) / self.spread, value - self.offset
-        self.slope.copy_(_ridge(x, left, weight, deal_folds(group, generator)))
+        self.slope.copy_(fit_ridge(x, left, weight, deal_folds(group, generator), RIDGES)[0])
         self._fit_neighbours(x, left - x @ self.slope, weight, generator)
         return self(context)
 
@@ -115,33 +117,3 @@ class ContextMean(nn.Module):
                     best, chosen = loss, (shrinkage, float(self.width))
         self.shrinkage.fill_(chosen[0])
         self.width.fill_(chosen[1] if math.isfinite(chosen[0]) else max(BANDWIDTHS[0] * distance, 1e-12))
-
-
-def _ridge(x: Tensor, value: Tensor, weight: Tensor, fold: Tensor) -> Tensor:
-    """Return the slope (C,) of value (N,) on x (N, C) at the ridge that predicts left-out folds best; or zeros."""
-    x, value, weight = x.double(), value.double(), weight.double()
-
-    def equations(part: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x[part] * weight[part, None]
-        return rows.T @ x[part] / weight[part].sum(), rows.T @ value[part] / weight[part].sum()
-
-    def solved(system: tuple[Tensor, Tensor], ridge: float) -> Tensor:
-        gram = system[0].clone()
-        gram.diagonal().add_(ridge)
-        return torch.linalg.solve(gram, system[1])
-
-    numbers = fold.unique().tolist()
-    if len(numbers) < 2:
-        return torch.zeros(x.shape[1])
-    systems = {number: equations(fold != number) for number in numbers}
-    best, chosen = float((weight * value.square()).sum()), None
-    for ridge in RIDGES:
-        loss = sum(
-            float((weight * (value - x @ solved(system, ridge)).square())[fold == number].sum())
-            for number, system in systems.items()
-        )
-        if loss < best:
-            best, chosen = loss, ridge
-    if chosen is None:
-        return torch.zeros(x.shape[1])
-    return solved(equations(torch.ones_like(fold, dtype=torch.bool)), chosen).float()

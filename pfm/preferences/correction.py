@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
+from pfm._internal.columns import column_statistics
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.data.encoded import PairBatch
 from pfm.preferences.base import Embedded
+from pfm.preferences.coordinates import component_axes
 from pfm.preferences.logistic import drawn_in
 from pfm.preferences.networks import GAINS, Perceptron, train_network
 
-__all__ = ["Correction", "FittedCorrection", "component_axes", "fit_correction", "label_loss"]
+__all__ = ["Correction", "FittedCorrection", "fit_correction", "label_loss"]
 
 CONTEXT_INPUTS = 32  # components of a context that it reads
 
@@ -168,12 +170,14 @@ def _train(
 ) -> tuple[Correction, Tensor, Tensor, Tensor]:  # fmt: skip
     """Train one network; give it, what train_network returns, and its corrections (N,) of all pairs' scores."""
     context = batch.context
-    context_axes = torch.zeros(0, 0) if context is None else component_axes(context, CONTEXT_INPUTS)
+    mean, context_axes = torch.zeros(0), torch.zeros(0, 0)
+    if context is not None:
+        mean, spread = (part.float() for part in column_statistics(context, batch.weight))
+        context_axes = component_axes((context - mean) / spread, CONTEXT_INPUTS, batch.weight) / spread[:, None]
     network = Correction(one.shape[1], len(context_axes), axes.shape[1], context_axes.shape[1], **shape)
     network.input_axes.copy_(axes)
-    if context is not None:
-        network.context_mean.copy_(context.mean(0))
-        network.context_axes.copy_(context_axes)
+    network.context_mean.copy_(mean)
+    network.context_axes.copy_(context_axes)
     inputs, others, read = one @ axes, other @ axes, network.read(context)
 
     def correction(index: Tensor) -> Tensor:
@@ -196,11 +200,3 @@ def _train(
 def label_loss(score: Tensor, label: Tensor) -> Tensor:
     """Give the log loss (N,), in nats, of log-odds (N,) under soft labels (N,)."""
     return softplus(-score) + (1 - label) * score
-
-
-def component_axes(rows: Tensor, count: int) -> Tensor:
-    """Give axes (F, n) along which rows (N, F) have unit variance: the n <= ``count`` leading principal components."""
-    centred = rows - rows.mean(0)
-    values, vectors = torch.linalg.eigh((centred.T @ centred).double() / len(rows))
-    first = max(len(values) - count, int((values <= 1e-6 * values[-1]).sum()))
-    return (vectors[:, first:] * values[first:].rsqrt()).float()

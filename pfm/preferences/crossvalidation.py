@@ -27,6 +27,7 @@ class Search:
     """Fits a pairwise regression in blocks of features at many settings, each on all folds but one in turn.
 
     The few settings of least log loss on left-out prompts are averaged: their mean predicts better than the best alone.
+    A fold whose pairs all have weight 0 judges nothing.
 
     Args:
         blocks: the blocks of features; the first is always there.
@@ -54,9 +55,11 @@ class Search:
                 solver = PairwiseLogistic(rows[~part], weight[~part], probability[~part])
                 for penalty in penalties:
                     weights = solver.fit(penalty)
-                    total = pairwise_log_loss(rows[part] @ weights, weight[part], probability[part])
-                    setting = penalty, *scales
-                    self._loss[setting] = self._loss.get(setting, 0.0) + total * float(weight[part].sum())
+                    setting, judging = (penalty, *scales), float(weight[part].sum())
+                    total = 0.0
+                    if judging > 0:
+                        total = judging * pairwise_log_loss(rows[part] @ weights, weight[part], probability[part])
+                    self._loss[setting] = self._loss.get(setting, 0.0) + total
                     self._fits.setdefault(setting, {})[number] = weights
 
     def best(self, fits: Callable[[Setting], bool] = lambda setting: True) -> list[Setting]:

@@ -124,6 +124,7 @@ class PreferenceEnsemble(PreferenceModel):
         member = unfitted(self._kinds_of[place])
         if hasattr(member, "seed"):
             member.seed += number  # pyright: ignore[reportAttributeAccessIssue, reportOperatorIssue]
+        member._emphasis = self._emphasis
         return member.fit(pairs)
 
     def embed(self, y: Tensor, context: Tensor | None) -> Embedded:

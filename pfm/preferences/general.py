@@ -25,8 +25,8 @@ from torch import Tensor
 from pfm._internal.significance import confirmed
 from pfm.data.encoded import EncodedPairs, PairBatch
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
-from pfm.preferences.coordinates import Coordinates
-from pfm.preferences.correction import Correction, component_axes, fit_correction, label_loss
+from pfm.preferences.coordinates import Coordinates, component_axes
+from pfm.preferences.correction import Correction, fit_correction, label_loss
 from pfm.preferences.crossvalidation import Search, Setting, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_temperature, pairwise_log_loss
 from pfm.preferences.planes import SkewMoments, skew_products, skew_weights, to_planes
@@ -168,7 +168,7 @@ class GeneralPreference(PreferenceModel):
 
     def _fit_closed(self, batch: PairBatch, group: Tensor, fold: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Fit reward and planes; give each pair's score by fits that did not see its prompt, and what was decided."""
-        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))
+        self.coordinates.fit(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2), self._emphasis)
         chosen, rejected = self.coordinates(batch.chosen), self.coordinates(batch.rejected)
         one, other = _plane_features(*chosen), _plane_features(*rejected)
         moments = SkewMoments(one, other, batch.weight, batch.probability)
@@ -231,7 +231,7 @@ class GeneralPreference(PreferenceModel):
         # and no context first.
         few, without = moments.features(~held_out, width), replace(batch, context=None)
         turning = moments.axes(~held_out, NETWORK_RIDGE, width)
-        components = component_axes(torch.cat([one, other]), NETWORK_INPUTS)
+        components = component_axes(torch.cat([one, other]), NETWORK_INPUTS, batch.weight.repeat(2))
         tries: list[tuple[Tensor, PairBatch, dict[str, Any]]] = [
             (few, without, FEW_INPUTS),
             (torch.cat([components, turning], dim=1), batch, {}),

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from pfm.preferences.newton import newton_logistic
+from pfm.preferences.spectrum import principal_axes
 
 __all__ = ["PairwiseLogistic", "drawn_in", "fit_platt", "fit_temperature", "pairwise_log_loss"]
 
@@ -16,7 +17,7 @@ class PairwiseLogistic:
 
     The difference rows d are rotated once to the axes of their second moment; there the Hessian at w = 0,
     diag(moment) / 4 + 2 l2, is diagonal and a good preconditioner for every penalty, so that a path of penalties
-    costs few passes over the data.
+    costs few passes over the data. Of more features than rows only the rows' span is rotated, which holds the optimum.
 
     Args:
         difference: (N, F) features of the chosen minus features of the rejected output.
@@ -27,12 +28,11 @@ class PairwiseLogistic:
     def __init__(self, difference: Tensor, weight: Tensor | None = None, probability: Tensor | None = None) -> None:
         count = difference.shape[0]
         share = difference.new_ones(count) if weight is None else weight
-        self._share = share / share.sum()
+        self._share = share / share.sum().clamp_min(1e-30)
         self._against = None if probability is None else 1 - probability
-        moment = (difference.T @ (difference * self._share[:, None])).double()
-        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = principal_axes(difference, self._share)
         # Directions that the differences do not reach keep weight zero under any penalty: leave them out.
-        kept = values > values[-1].clamp_min(1e-30) * 1e-9
+        kept = values > values[-1:].clamp_min(1e-30) * 1e-9
         self._basis = vectors[:, kept].to(difference.dtype)
         self._curvature = values[kept].to(difference.dtype) / 4
         self._rows = difference @ self._basis
@@ -41,7 +41,7 @@ class PairwiseLogistic:
     def fit(self, l2: float, iterations: int = 30) -> Tensor:
         """Give the weights (F,) at penalty ``l2`` > 0; starts from the last penalty's solution.
 
-        Without rows, or where all differences are zero, they are zero.
+        Without rows of positive weight, or where all differences are zero, they are zero.
         """
         if len(self._at) == 0:
             return self._basis.new_zeros(len(self._basis))
@@ -72,7 +72,7 @@ class PairwiseLogistic:
 
 
 def pairwise_log_loss(score: Tensor, weight: Tensor | None = None, probability: Tensor | None = None) -> float:
-    """Give the weighted mean of -log P(label) for score differences (N,), in nats."""
+    """Give the weighted mean of -log P(label) for score differences (N,), in nats; NaN if no weight is positive."""
     each = -logsigmoid(score)
     if probability is not None:
         each = each + (1 - probability) * score

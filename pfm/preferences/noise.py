@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from pfm._internal.columns import column_statistics
 from pfm._internal.significance import CONFIRMED
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
 from pfm.preferences.base import check_pairs
+from pfm.preferences.coordinates import equal_units
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.raters import numbered
 
@@ -259,8 +261,8 @@ def _fit_link(score: Tensor, labels: _Labels, rate: float | None) -> _Link:
 def _from_other_prompts(pairs: EncodedPairs, labels: _Labels, generator: torch.Generator) -> Tensor:
     """Give the log-odds (N,) of each pair by linear rewards fitted on other prompts (on other pairs, of one prompt)."""
     batch = pairs.gather(torch.arange(len(pairs)))
-    middle = (batch.chosen.mean(0) + batch.rejected.mean(0)) / 2
-    scale = (batch.chosen - middle).square().sum(1).mean().sqrt().clamp_min(1e-12)
+    spread = column_statistics(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))[1]
+    scale = equal_units(spread).to(batch.chosen.dtype)
     fold = deal_folds(pairs.group, generator)
     if len(fold.unique()) < 2:
         return torch.zeros(len(pairs))

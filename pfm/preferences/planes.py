@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pfm.preferences.spectrum import principal_axes
+
 __all__ = ["SkewMoments", "skew_products", "skew_weights", "to_planes"]
 
 
@@ -25,18 +27,21 @@ class SkewMoments:
     def __init__(self, chosen: Tensor, rejected: Tensor, weight: Tensor, probability: Tensor) -> None:
         self.chosen, self.rejected = chosen, rejected
         self.weight, self.forward = weight, weight * (2 * probability - 1)
-        self._known: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._known: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def axes(self, part: Tensor, ridge: float, count: int) -> Tensor:
         """Give axes (F, count) that span the leading planes of the pairs in the mask ``part`` (N,).
 
         A feature along an axis has variance at most 1; ``ridge`` is in units of the features' mean variance.
         """
-        values, vectors, moment = self._moments(part)
-        whiten = vectors * (values + ridge * values.mean()).rsqrt()
-        inside = whiten.T @ moment @ whiten
+        values, vectors, _, turned = self._moments(part)
+        whiten = (values + ridge * values.sum() / len(vectors)).rsqrt()
+        inside = whiten[:, None] * turned * whiten
         order = torch.linalg.eigh(inside.T @ inside)[1]  # planes are its pairs of equal eigenvalues
-        return (whiten @ order.flip(1)[:, :count]).float()
+        axes = torch.zeros(len(vectors), count)
+        found = (vectors * whiten) @ order.flip(1)[:, :count]
+        axes[:, : found.shape[1]] = found  # fewer pairs than planes leave some empty
+        return axes
 
     def features(self, part: Tensor, count: int, *, reward: bool = False) -> Tensor:
         """Give axes (F, count) along the single features in which the labels of the pairs in ``part`` stand out most.
@@ -64,16 +69,21 @@ class SkewMoments:
         variance = crossed + crossed.T - 2 * both.T @ (both * forward)
         return variance.double().clamp_min(1e-9 * float(variance.mean()) + 1e-30).sqrt()
 
-    def _moments(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _moments(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Give eigenvalues (r,) and axes (F, r) of the features' second moment, and the skew moment, also in the axes.
+
+        Features that no pair reaches have no part in any plane: with fewer outputs than features, r < F.
+        """
         key = hash(part.numpy().tobytes())
         if key not in self._known:
             chosen, rejected = self.chosen[part], self.rejected[part]
             weight, forward = self.weight[part], self.forward[part]
             total = weight.sum()
-            second = chosen.T @ (chosen * weight[:, None]) + rejected.T @ (rejected * weight[:, None])
-            values, vectors = torch.linalg.eigh((second / (2 * total)).double())
+            values, vectors = principal_axes(torch.cat([chosen, rejected]), (weight / (2 * total)).repeat(2))
+            values = values.clamp_min(1e-9 * values[-1].clamp_min(1e-30))
             one_way = (chosen.T @ (rejected * forward[:, None]) / total).double()
-            self._known[key] = values.clamp_min(1e-9 * values[-1].clamp_min(1e-30)), vectors, one_way - one_way.T
+            moment = one_way - one_way.T
+            self._known[key] = values, vectors, moment, vectors.T @ moment @ vectors
         return self._known[key]
 
 

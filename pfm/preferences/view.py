@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.columns import column_statistics
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, restored, unfitted
 
@@ -28,8 +29,8 @@ class _Viewing(PreferenceModel):
         unfitted(self._kind)
 
     @abstractmethod
-    def _look(self, y: Tensor, context: Tensor | None) -> None:
-        """Find what :meth:`_see` needs, from the training pairs' outputs (N, D) and contexts (N, C) or None."""
+    def _look(self, y: Tensor, context: Tensor | None, weight: Tensor) -> None:
+        """Find what :meth:`_see` needs, from training outputs (N, D), contexts (N, C) or None and weights (N,)."""
 
     @abstractmethod
     def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -58,11 +59,13 @@ class _Viewing(PreferenceModel):
         self._ready(dimension=pairs.dimension, contexts=pairs.context_dimension)
         batch = pairs.gather(torch.arange(len(pairs)))
         contexts = None if batch.context is None else batch.context.repeat(2, 1)
-        self._look(torch.cat([batch.chosen, batch.rejected]), contexts)
+        self._look(torch.cat([batch.chosen, batch.rejected]), contexts, batch.weight.repeat(2))
         seen = [None if part is None else self._seen(part) for part in (pairs, validation)]
         assert seen[0] is not None
         assert self.layout is not None
-        self.member = unfitted(self._kind).fit(seen[0], seen[1], progress=progress)
+        self.member = unfitted(self._kind)
+        self.member._emphasis = self._emphasise(pairs.dimension, seen[0].dimension)
+        self.member.fit(seen[0], seen[1], progress=progress)
         self.layout["member"] = self.member.describe()
         self.found = self.member.found
         self._context_needed()
@@ -80,6 +83,10 @@ class _Viewing(PreferenceModel):
         if member is not None:
             self.member = restored(member)
             self._context_needed()
+
+    def _emphasise(self, dimension: int, seen: int) -> Tensor | None:
+        """Give the emphasis (V,) of the ``seen`` columns that are made of outputs of a dimension, or None."""
+        return self._emphasis
 
     def _context_needed(self) -> None:
         """Take no context where the member takes none."""
@@ -102,8 +109,8 @@ class ViewPreference(_Viewing):
     Args:
         member: the model, fitted or not: its settings count.
         start, stop: of the columns, as in a slice; negative ones count from the end, None is the end.
-        standardise: bring every column to variance 1 divided by their number, cut at four standard deviations; rare
-            features then count as much as those that vary most.
+        standardise: cut every column at four standard deviations, so that one outlying output does not rule a rare
+            feature.
 
     Raises:
         ValueError: at the fit, if the slice holds no column.
@@ -138,13 +145,14 @@ class ViewPreference(_Viewing):
         self.register_buffer("spread", torch.ones(width))
         super()._build(dimension, contexts, member)
 
-    def _look(self, y: Tensor, context: Tensor | None) -> None:
+    def _look(self, y: Tensor, context: Tensor | None, weight: Tensor) -> None:
         if self.standardise:
-            columns = y[:, self.start : self.stop]
-            spread = columns.std(0, correction=0)
-            self.mean.copy_(columns.mean(0))
-            # A column that hardly varies tells nothing; blown up it would rule.
-            self.spread.copy_(spread.clamp_min(1e-2 * spread.square().mean().sqrt().clamp_min(1e-12)))
+            mean, spread = column_statistics(y[:, self.start : self.stop], weight)
+            self.mean.copy_(mean)
+            self.spread.copy_(spread)
+
+    def _emphasise(self, dimension: int, seen: int) -> Tensor | None:
+        return None if self._emphasis is None else self._emphasis[self.start : self.stop]
 
     def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
         columns = y[..., self.start : self.stop]
@@ -163,8 +171,8 @@ class RelevancePreference(_Viewing):
 
     Args:
         member: the model, fitted or not: its settings count.
-        share: standard deviation of the number, in units of the outputs' root mean square distance from their mean: how
-            lightly a penalty treats it.
+        share: standard deviation of the number, in units of the outputs' root mean square distance from their mean, all
+            their columns in equal units: how lightly a penalty treats it.
     """
 
     centre: Tensor
@@ -188,12 +196,17 @@ class RelevancePreference(_Viewing):
     def _context_needed(self) -> None:
         """Take contexts wherever there are any: the number is made of them."""
 
-    def _look(self, y: Tensor, context: Tensor | None) -> None:
+    def _look(self, y: Tensor, context: Tensor | None, weight: Tensor) -> None:
         if context is not None:
-            near = _inner(y, context)
-            distance = (y - y.mean(0)).square().sum(1).mean().sqrt()
-            self.centre.copy_(near.mean())
-            self.scale.copy_(self.share * distance / near.std(correction=0).clamp_min(1e-12))
+            mean, spread = column_statistics(_inner(y, context)[:, None], weight)
+            self.centre.copy_(mean[0])
+            self.scale.copy_(1 / spread[0])
+
+    def _emphasise(self, dimension: int, seen: int) -> Tensor | None:
+        if seen == dimension:
+            return self._emphasis
+        given = torch.ones(dimension) if self._emphasis is None else self._emphasis
+        return torch.cat([given, self.share * given.norm()[None]])
 
     def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
         if context is None:
