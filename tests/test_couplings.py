@@ -192,3 +192,14 @@ def test_candidate_sets_count_with_the_weights_of_their_pairs():
     assert float(joined.weight.mean()) == pytest.approx(1.0)
     plain = EncodedPairs.from_table(table, first, second, contexts=contexts, context_index=place, candidates=sets)
     assert plain.candidate_weights is None
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", ["paired", "independent"])
+def test_a_pairs_weight_is_its_rows_weight_with_mean_one(name: str, source: str):
+    chosen, rejected = torch.tensor([[1.0], [2.0], [3.0]]), -torch.tensor([[1.0], [2.0], [3.0]])
+    pairs = EncodedPairs(chosen, rejected, weight=[1.0, 3.0, 8.0])
+    rows = all_rows(make_coupling(pairs, source=source, coupling=name))
+    expected = {1.0: 0.25, 2.0: 0.75, 3.0: 2.0}
+    assert rows.weight.tolist() == pytest.approx([expected[abs(value)] for value in rows.source.flatten().tolist()])
+    assert float(rows.weight.mean()) == pytest.approx(1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.couplings import BestOf, Paired, make_coupling
+from pfm.couplings import BestOf, Coupled, Paired, make_coupling
 from pfm.fields import Field, LinearField, Moments, Normalizer
 from pfm.training import flow_matching_loss, path_sample
 
@@ -169,3 +169,86 @@ def test_only_constant_columns_are_given_the_scale_of_others():
     assert normalizer.scale[2] < 2
     assert normalizer.displacement[2] == normalizer.displacement[1] == normalizer.displacement.max()
     assert bool(torch.isfinite(normalizer(chosen)).all())
+
+
+# -- moments --------------------------------------------------------------------------------------------------------
+
+
+def coupled_rows(seed: int, count: int = 10) -> Coupled:
+    """Draw rows in the plane with one context number and uneven weights."""
+    draw = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+    context = draw[:, 4:5]
+    return Coupled(
+        draw[:, :2], 2 * draw[:, 2:4] + draw[:, :2] * draw[:, 4:5] + context, context, draw[:, 5].abs() + 0.1
+    )
+
+
+def at_time(rows: Coupled, t: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give inputs (y_t, context), the velocity without noise, and the rows' shares."""
+    assert rows.context is not None
+    inputs = torch.cat([(1 - t) * rows.source + t * rows.target, rows.context], 1).double()
+    return inputs, (rows.target - rows.source).double(), (rows.weight / rows.weight.sum()).double()
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])
+def test_moments_are_those_of_the_weighted_rows_and_of_the_noise(t):
+    rows, noise = coupled_rows(0), torch.tensor([0.5, 2.0])
+    covariance, mean, cross, shift = Moments.of([rows], Normalizer(2, 1), noise).at(t)
+    inputs, velocity, share = at_time(rows, t)
+    exact_mean, exact_shift = share @ inputs, share @ velocity
+    exact = (inputs - exact_mean).T @ ((inputs - exact_mean) * share[:, None])
+    exact[:2, :2] += torch.diag(noise * math.sin(math.pi * t) ** 2).double()
+    exact_cross = (inputs - exact_mean).T @ ((velocity - exact_shift) * share[:, None])
+    exact_cross[:2] += torch.diag(noise * math.pi * math.sin(math.pi * t) * math.cos(math.pi * t)).double()
+    for found, wanted in ((mean, exact_mean), (shift, exact_shift), (covariance, exact), (cross, exact_cross)):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rows_weight_is_how_often_it_stands_in_the_moments():
+    rows = coupled_rows(1, 4)
+    twice = torch.tensor([0, 1, 1, 2, 3, 3, 3])
+    weighted = Coupled(rows.source, rows.target, rows.context, torch.tensor([1.0, 2.0, 1.0, 3.0]))
+    assert rows.context is not None
+    repeated = Coupled(rows.source[twice], rows.target[twice], rows.context[twice], torch.ones(7))
+    ours, theirs = (Moments.of([each], Normalizer(2, 1), torch.zeros(2)) for each in (weighted, repeated))
+    torch.testing.assert_close(ours.gram, theirs.gram, atol=1e-5, rtol=1e-5)
+    parts = [
+        Coupled(rows.source[at], rows.target[at], rows.context[at], weighted.weight[at])
+        for at in (slice(1), slice(1, 4))
+    ]
+    torch.testing.assert_close(
+        Moments.of(parts, Normalizer(2, 1), torch.zeros(2)).gram, ours.gram, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_ridge_is_the_one_of_least_error_on_the_held_out_rows(seed):
+    train, held = coupled_rows(seed, 8), coupled_rows(100 + seed, 10)
+    normalizer, none, unit = Normalizer(2, 1), torch.zeros(2), torch.tensor([0.3, 3.0])
+    ridges, times = (1e-3, 0.1, 1.0, 10.0, math.inf), (0.1, 0.5, 0.9)
+    errors = []
+    for ridge in ridges:
+        error = 0.0
+        for t in times:
+            inputs, velocity, share = at_time(train, t)
+            mean, shift = share @ inputs, share @ velocity
+            covariance = (inputs - mean).T @ ((inputs - mean) * share[:, None])
+            cross = (inputs - mean).T @ ((velocity - shift) * share[:, None])
+            slope = torch.zeros(3, 2).double()
+            if ridge < math.inf:
+                slope = torch.linalg.solve(covariance + ridge * torch.eye(3).double(), cross)
+            inputs, velocity, share = at_time(held, t)
+            left = velocity - shift - (inputs - mean) @ slope
+            error += float(share @ (left / unit.double()).square().sum(1))
+        errors.append(error)
+    moments, judged = (Moments.of([rows], normalizer, none) for rows in (train, held))
+    assert moments.best_ridge(ridges, judged, unit, times) == ridges[errors.index(min(errors))]
+
+
+def test_the_displacement_is_in_units_of_the_scale():
+    chosen, rejected = torch.tensor([[6.0], [2.0]]), torch.tensor([[2.0], [-2.0]])
+    normalizer = Normalizer(1, 0)
+    normalizer.fit(chosen, rejected, None)
+    assert float(normalizer.mean) == 2.0
+    assert float(normalizer.scale) == pytest.approx(math.sqrt(8))
+    assert float(normalizer.displacement) == pytest.approx(4 / math.sqrt(8))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pfm.pbrl.improvement
 from pfm.pbrl import BatchedPointMass, FlowPolicy, Teacher, episode_returns, improve, load_improvement
 
 FLOW = {"hidden": 32, "layers": 1, "epochs": 4}
@@ -147,3 +148,32 @@ def test_a_folder_without_a_round_says_what_writes_one(tmp_path: Path):
 def test_bad_arguments_are_named(changed: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         improve(BatchedPointMass, Steering(), 600, **{**SETTINGS, **changed})
+
+
+def test_every_round_collects_anew_and_is_judged_on_starts_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    collected, judged = [], []
+    collect, measured = pfm.pbrl.improvement.collect, pfm.pbrl.improvement.episode_returns
+
+    def collects(*args, **kwargs):
+        found = collect(*args, **kwargs)
+        collected.append(found.observation)
+        return found
+
+    def judges(environment, policy, episodes, seed, **kwargs):
+        judged.append(seed)
+        return measured(environment, policy, episodes, seed, **kwargs)
+
+    monkeypatch.setattr(pfm.pbrl.improvement, "collect", collects)
+    monkeypatch.setattr(pfm.pbrl.improvement, "episode_returns", judges)
+    settings = SETTINGS | {
+        "rounds": 2,
+        "episodes": 4,
+        "strengths": (1.0,),
+        "continuation": 5,
+        "config": FLOW | {"epochs": 1},
+    }
+    improve(BatchedPointMass, Steering(), 40, seed=3, **settings)
+    assert len(collected) == 2
+    assert not np.array_equal(collected[0], collected[1])  # the second round is of other states
+    assert len(set(judged)) == 1  # every choice on the same starts
+    assert judged[0] not in range(3, 3 + 1000)  # which are those of no collection

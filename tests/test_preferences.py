@@ -6,7 +6,7 @@ import torch
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
 from pfm.preferences.base import restored, unfitted
-from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, fit_temperature, pairwise_log_loss
 from pfm.win import WinHead
 
 
@@ -74,6 +74,29 @@ def test_the_solver_is_at_the_penalised_optimum_along_its_path():
         at = solver.fit(l2, iterations=100)
         gradient = -(share * (probability - torch.sigmoid(difference @ at))) @ difference + 2 * l2 * at
         assert float(gradient.abs().max()) < 1e-4
+
+
+def test_rows_of_weight_zero_do_not_decide_which_directions_count():
+    """A huge difference that weighs nothing must not make the one that counts look like rounding."""
+    difference = torch.tensor([[1.0, 0.0], [0.0, 1e6]])
+    at = PairwiseLogistic(difference, torch.tensor([1.0, 0.0])).fit(0.1, iterations=100)
+    alone = PairwiseLogistic(difference[:1]).fit(0.1, iterations=100)
+    assert float(at[0]) == pytest.approx(float(alone[0]))
+    assert float(torch.sigmoid(-at[0]) - 2 * 0.1 * at[0]) == pytest.approx(0, abs=1e-5)
+    assert float(at[1]) == 0
+
+
+def test_the_temperature_is_the_likeliest_for_smoothed_labels_of_both_orders():
+    score = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.5, 1.5, -2.0, 1.0, 0.2, -0.3])
+    probability = torch.tensor([1.0, 0.0, 0.7, 1.0, 0.5, 0.9, 0.3, 0.0, 1.0, 0.5])
+    weight = torch.tensor([1.0, 2.0, 1.0, 0.5, 3.0, 1.0, 0.1, 1.0, 1.0, 2.0])
+    found = fit_temperature(score, probability, weight)
+    label = (probability * 5 + 1) / 7  # Platt's smoothing of ten labels: one of each kind more
+    gradient = float((weight * (torch.sigmoid(found * score) - label) * score).sum())
+    assert found > 0
+    assert gradient == pytest.approx(0, abs=1e-3)
+    assert fit_temperature(-score, probability, weight) == 0.0
+    assert fit_temperature(score, probability, torch.ones(10)) != pytest.approx(found, rel=1e-2)
 
 
 def test_platt_recovers_slope_and_offset_and_takes_a_wrong_order_for_no_evidence():

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pfm.transport import FIXED_SOLVERS, SOLVERS, STAGES, integrate
+from pfm.transport import ADAPTIVE_SOLVERS, FIXED_SOLVERS, LAST_RESORT, SOLVERS, STAGES, integrate
 
 ORDER = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}
 
@@ -67,3 +67,95 @@ def test_counts_the_evaluations(solver):
 def test_an_unknown_solver_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"rk4.*got 'rk5'"):
         integrate(growth, torch.ones(1, 1), (0.0, 1.0), solver="rk5")
+
+
+def evaluated(times, steps, **options):
+    """Integrate dy/dt = 1 by Euler steps; give the times at which the field was asked and the states."""
+    asked = []
+
+    def field(t, y):
+        asked.append(t)
+        return torch.ones_like(y)
+
+    result = integrate(field, torch.zeros(2, 1), times, solver="euler", steps=steps, **options)
+    assert result.finite.tolist() == [True, True]
+    return asked, result
+
+
+@pytest.mark.parametrize(
+    ("times", "steps", "begins"),
+    [
+        ((0.0, 1.0), 4, [0.0, 0.25, 0.5, 0.75]),
+        (
+            (0.0, 0.3, 1.0),
+            10,
+            [number / 10 for number in range(10)],
+        ),  # 10 * 0.3 and 10 * 0.7 are whole but for rounding
+        ((0.5, 1.0), 4, [0.5, 0.75]),
+        ((0.0, 0.01, 1.0), 2, [0.0, 0.01, 0.505]),  # at least one step an interval
+        ((0.2, 0.7), 3, [0.2, 0.45]),  # whole steps, of equal length
+    ],
+)
+def test_steps_are_equal_whole_and_at_least_one_an_interval(times, steps, begins):
+    asked, result = evaluated(times, steps)
+    assert asked == pytest.approx(begins)
+    assert result.evaluations == len(begins)
+    torch.testing.assert_close(result.states[:, 0, 0], torch.tensor(times) - times[0])
+
+
+def test_one_step_is_the_default_and_its_finite_states_may_be_left_unheld():
+    assert evaluated((0.0, 1.0), 1)[0] == [0.0]
+    assert integrate(growth, torch.ones(1, 1), (0.0, 1.0), solver="euler").evaluations == 1
+    blown = integrate(lambda t, y: y / (0.5 - t), torch.tensor([[1.0], [0.0]]), (0.0, 1.0), steps=2, hold=False)
+    assert blown.finite.tolist() == [False, False]
+    assert not bool(torch.isfinite(blown.states[-1]).any())
+
+
+def test_a_row_is_lost_where_any_of_its_values_is_and_at_every_time_asked_for():
+    def field(t, y):  # the second value of the first row is lost at t = 0.5, all of the last row at once
+        velocity = torch.ones_like(y)
+        velocity[0, 1] = 1.0 if t < 0.5 else math.nan
+        velocity[2] = math.inf
+        return velocity
+
+    states, finite, evaluations = integrate(field, torch.zeros(3, 2), (0.0, 0.25, 0.75, 1.0), solver="euler", steps=4)
+    assert finite.tolist() == [False, True, False]
+    assert states[:, 0, 0].tolist() == [0.0, 0.25, 0.5, 0.5]
+    assert states[:, 1, 0].tolist() == [0.0, 0.25, 0.75, 1.0]
+    assert states[:, 2].abs().max() == 0
+    assert evaluations == 4
+
+
+@pytest.mark.parametrize("solver", ADAPTIVE_SOLVERS)
+def test_an_adaptive_solver_asks_more_for_less_tolerance_and_counts_it(solver):
+    asked = []
+
+    def field(t, y):
+        asked.append(t)
+        return growth(t, y)
+
+    y, counts = torch.ones(2, 1, dtype=torch.float64), []
+    for tolerance in ({"rtol": 1e-2, "atol": 1e-2}, {}, {"rtol": 1e-8, "atol": 1e-8}):
+        asked.clear()
+        result = integrate(field, y, (0.0, 0.5, 1.0), solver=solver, **tolerance)
+        assert result.evaluations == len(asked)
+        assert result.finite.tolist() == [True, True]
+        counts.append(len(asked))
+        assert float(result.states[2, 0]) == pytest.approx(math.exp(math.sin(1.0)), abs=0.1)
+        assert float(result.states[1, 0]) == pytest.approx(math.exp(math.sin(0.5)), abs=0.1)  # between two steps
+    assert counts[0] < counts[2]
+    assert counts[0] <= counts[1] <= counts[2]
+    for name in ("rtol", "atol"):
+        loose = {"rtol": 1e-8, "atol": 1e-8} | {name: 1e-2}
+        assert integrate(growth, y, (0.0, 1.0), solver=solver, **loose).evaluations < counts[2]
+
+
+def test_where_no_step_is_small_enough_the_fourth_order_solver_takes_over():
+    def field(t, y):
+        return torch.where(y > 5, torch.full_like(y, math.nan), torch.full_like(y, math.cos(20 * t)))
+
+    states, finite, evaluations = integrate(field, torch.tensor([[0.0], [10.0]]), (0.0, 1.0), solver="dopri5")
+    assert finite.tolist() == [True, False]
+    assert evaluations == LAST_RESORT * STAGES["rk4"]
+    assert float(states[-1, 0]) == pytest.approx(math.sin(20) / 20, abs=1e-5)
+    assert float(states[-1, 1]) == 10

@@ -1,0 +1,148 @@
+"""The fit of a field against closed forms: the ridge, the number of steps, what is left out."""
+
+import math
+import warnings
+
+import pytest
+import torch
+
+from pfm import EncodedPairs, FlowConfig
+from pfm.couplings import Joined, Paired
+from pfm.fields import Field, Normalizer
+from pfm.fitting import STEP_CHOICES, FieldFit, at_most, choose_steps, fit_field, matmul_precision
+from pfm.training import TrainingLog
+from pfm.transport import STAGES
+
+LINEAR = FlowConfig(residual=False, sigma=0.0, device="cpu")
+
+
+def straight(rate: float, count: int = 10) -> tuple[Field, Normalizer, Joined]:
+    """Make the field dy/dt = rate y in one dimension, and samples to choose its steps on."""
+    field = Field(1, 0, 4, 1)
+    field.drop_residual()
+    with torch.no_grad():
+        field.linear.matrices.fill_(rate)
+    y = torch.linspace(-2, 2, count)[:, None]
+    return field, Normalizer(1, 0), Joined(y, y, None)
+
+
+def error_of(rate: float, steps: int, solver: str) -> float:
+    """Give the error of ``steps`` steps on dy/dt = rate y, relative to the distance moved: y (e^rate - 1)."""
+    z = rate / steps
+    growth = {"euler": 1 + z, "heun2": 1 + z + z**2 / 2, "rk4": 1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24}[solver]
+    return abs(growth**steps - math.exp(rate)) / abs(math.exp(rate) - 1)
+
+
+@pytest.mark.parametrize(("rate", "solver"), [(1.0, "euler"), (-2.0, "euler"), (3.0, "heun2"), (3.0, "rk4")])
+@pytest.mark.parametrize("tolerance", [0.1, 0.02])
+def test_the_fewest_steps_within_the_tolerance_are_chosen(rate, solver, tolerance):
+    config = FlowConfig(solver=solver, steps="auto", tolerance=tolerance, device="cpu")
+    steps, error, evaluations = choose_steps(*straight(rate), config)
+    assert steps == next(steps for steps in STEP_CHOICES if error_of(rate, steps, solver) <= tolerance)
+    assert error == pytest.approx(error_of(rate, steps, solver), rel=1e-3, abs=1e-6)
+    assert evaluations == steps * STAGES[solver]
+
+
+def test_a_field_that_hardly_moves_gets_one_step_and_a_rough_one_a_warning():
+    config = FlowConfig(solver="euler", steps="auto", tolerance=0.01, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps, error, _ = choose_steps(*straight(1e-5), config)
+    assert steps == 1
+    assert error is not None
+    assert error < 1e-4  # in units of a thousandth of the spread, the least distance that errors are compared with
+    with pytest.warns(RuntimeWarning, match="128 steps of euler are .* above tolerance=1e-07"):
+        found = choose_steps(*straight(2.0), config.replace(tolerance=1e-7))
+    assert found == (128, pytest.approx(error_of(2.0, 128, "euler"), rel=1e-3), 128)
+
+
+def test_steps_that_are_given_are_taken_and_an_adaptive_solver_counts_its_own():
+    assert choose_steps(*straight(1.0), FlowConfig(solver="heun2", steps=7, device="cpu")) == (7, None, 14)
+    steps, error, evaluations = choose_steps(*straight(1.0), FlowConfig(solver="dopri5", device="cpu"))
+    assert (steps, error) == (1, None)
+    assert evaluations > 6
+
+
+# -- the linear part ------------------------------------------------------------------------------------------------
+
+
+def fitted(train: EncodedPairs, held: EncodedPairs, **options) -> tuple[Field, FieldFit]:
+    field, normalizer = Field(train.dimension, 0, 8, 1), Normalizer(train.dimension, 0)
+    normalizer.fit(train.chosen, train.rejected, None)
+    field.unit.copy_(normalizer.displacement)
+    one_step = options.pop("one_step", False)
+    couplings = (Paired(part, "rejected") for part in (train, held))
+    found = fit_field(field, normalizer, *couplings, LINEAR.replace(**options), one_step=one_step, progress=False)
+    return field, found
+
+
+def noise_pairs(seed: int) -> EncodedPairs:
+    """Draw ten pairs in eight dimensions in which the winner has nothing to do with the loser."""
+    one, other = torch.randn(2, 10, 8, generator=torch.Generator().manual_seed(seed))
+    return EncodedPairs(one, other)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_ridge_is_judged_on_held_out_pairs(seed):
+    """On the fitted pairs no ridge is ever better than the smallest; on others such a slope fits noise."""
+    train = noise_pairs(seed)
+    assert fitted(train, noise_pairs(50 + seed))[1].ridge >= 1e-1
+    assert fitted(train, train)[1].ridge == 1e-6
+
+
+def test_a_shift_needs_no_slope_and_an_exact_slope_no_ridge():
+    y = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
+    field, found = fitted(EncodedPairs(y + 3, y), EncodedPairs(y + 3, y))
+    assert found.to_dict()["residual_kept"] is False
+    assert field.residual is None
+    field, found = fitted(EncodedPairs(2 * y, y), EncodedPairs(2 * y, y), one_step=True)
+    assert found.ridge == 1e-6
+    normalizer = Normalizer(2, 0)
+    normalizer.fit(2 * y, y, None)
+    moved = field(torch.tensor(0.0), normalizer(y), None) * normalizer.scale
+    torch.testing.assert_close(moved, y, atol=1e-3, rtol=1e-3)
+    assert torch.equal(field.linear.matrices, field.linear.matrices[:1].expand(12, -1, -1))
+
+
+def test_without_a_linear_part_there_is_none():
+    train = noise_pairs(0)
+    field, found = fitted(train, train, linear=False)
+    assert found.ridge == math.inf
+    assert not bool(field.linear.matrices.any())
+    assert not bool(field.linear.shifts.any())
+
+
+def test_what_was_found_is_told_as_json_values():
+    told = FieldFit(math.inf, TrainingLog(updates=3, gain=0.5)).to_dict()
+    assert told["ridge"] is None
+    assert told["residual_kept"] is True
+    assert told["training"]["updates"] == 3
+    assert told["training"]["loss"] is None
+    assert told["training"]["validation"] == []
+    assert FieldFit(0.1, TrainingLog()).to_dict()["ridge"] == 0.1
+    assert FieldFit(0.1, TrainingLog()).to_dict()["residual_kept"] is False
+
+
+def test_some_numbers_are_taken_of_many_and_all_of_few():
+    assert at_most(4, 4, 0).tolist() == [0, 1, 2, 3]
+    some = at_most(100, 10, 3)
+    assert len(set(some.tolist())) == 10
+    assert some.tolist() == sorted(some.tolist())
+    assert some.tolist() == at_most(100, 10, 3).tolist() != at_most(100, 10, 4).tolist()
+    assert max(some) > 50
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "wanted"),
+    [("medium", "cpu", "medium"), ("float32", "cpu", "high"), ("auto", "cpu", "high"),
+     ("auto", "cuda", "medium"), ("float32", "cuda", "highest")],
+)  # fmt: skip
+def test_the_precision_of_products_is_set_and_put_back(dtype, device, wanted):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with matmul_precision(dtype, torch.device(device)):
+            assert torch.get_float32_matmul_precision() == wanted
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
