@@ -35,14 +35,15 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "couplings": (("pfm/couplings.py",), ("tests/test_couplings.py", "tests/test_fields.py")),
     "transport": (("pfm/transport.py",), ("tests/test_transport.py",)),
     "fitting": (("pfm/fitting.py",), ("tests/test_fitting.py",)),
-    "statistics": (("pfm/statistics.py", "pfm/confirmation.py"), ("tests/test_statistics.py", "tests/test_confirmation.py")),
+    "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py",)),
+    "confirmation": (("pfm/confirmation.py",), ("tests/test_confirmation.py",)),
     "training": (("pfm/training.py",), ("tests/test_training.py", "tests/test_fields.py")),
     "win": (("pfm/win.py",), ("tests/test_win.py",)),
     "flow": (("pfm/flow.py",), ("tests/test_flow.py", "tests/test_preference_flow.py", "tests/test_modes.py")),
     "evaluation": (("pfm/evaluation.py",), ("tests/test_evaluation.py",)),
     "preferences": (
         ("pfm/preferences/*.py",),
-        ("tests/test_preferences.py", "tests/test_general_preferences.py", "tests/test_noise.py", "tests/test_votes.py"),
+        tuple(f"tests/test_{name}.py" for name in ("preferences", "general_preferences", "noise", "votes")),
     ),
 }  # fmt: skip
 

@@ -178,9 +178,8 @@ def coupled_rows(seed: int, count: int = 10) -> Coupled:
     """Draw rows in the plane with one context number and uneven weights."""
     draw = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
     context = draw[:, 4:5]
-    return Coupled(
-        draw[:, :2], 2 * draw[:, 2:4] + draw[:, :2] * draw[:, 4:5] + context, context, draw[:, 5].abs() + 0.1
-    )
+    target = 2 * draw[:, 2:4] + draw[:, :2] * context + context
+    return Coupled(draw[:, :2], target, context, draw[:, 5].abs() + 0.1)
 
 
 def at_time(rows: Coupled, t: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

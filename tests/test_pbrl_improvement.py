@@ -165,14 +165,8 @@ def test_every_round_collects_anew_and_is_judged_on_starts_of_its_own(monkeypatc
 
     monkeypatch.setattr(pfm.pbrl.improvement, "collect", collects)
     monkeypatch.setattr(pfm.pbrl.improvement, "episode_returns", judges)
-    settings = SETTINGS | {
-        "rounds": 2,
-        "episodes": 4,
-        "strengths": (1.0,),
-        "continuation": 5,
-        "config": FLOW | {"epochs": 1},
-    }
-    improve(BatchedPointMass, Steering(), 40, seed=3, **settings)
+    light = {"rounds": 2, "episodes": 4, "strengths": (1.0,), "continuation": 5, "config": FLOW | {"epochs": 1}}
+    improve(BatchedPointMass, Steering(), 40, seed=3, **SETTINGS | light)
     assert len(collected) == 2
     assert not np.array_equal(collected[0], collected[1])  # the second round is of other states
     assert len(set(judged)) == 1  # every choice on the same starts

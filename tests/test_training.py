@@ -86,7 +86,7 @@ def test_the_averaged_network_is_judged_and_kept_and_not_the_last():
 def judged(products: list[list[float]], weight: list[float], target: float = 1.0) -> tuple[float, float]:
     """Give the confirmed gain of a network that says 1 where the target is ``target``, one row a prompt.
 
-    ``products``: of every moment, the prediction of each row; a moment's improvement at multiple g is g (2 p t - g p^2).
+    ``products``: of every moment, the prediction p of each row, whose multiple g improves by g (2 p t - g p^2).
     """
     count = len(weight)
     held = Weighted(torch.zeros(count, 1), torch.full((count, 1), target), torch.tensor(weight), torch.arange(count))

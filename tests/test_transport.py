@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def evaluated(times, steps, **options):
             (0.0, 0.3, 1.0),
             10,
             [number / 10 for number in range(10)],
-        ),  # 10 * 0.3 and 10 * 0.7 are whole but for rounding
+        ),  # 10 * 0.3 and 10 * 0.7 are whole
         ((0.5, 1.0), 4, [0.5, 0.75]),
         ((0.0, 0.01, 1.0), 2, [0.0, 0.01, 0.505]),  # at least one step an interval
         ((0.2, 0.7), 3, [0.2, 0.45]),  # whole steps, of equal length
@@ -135,7 +136,8 @@ def test_an_adaptive_solver_asks_more_for_less_tolerance_and_counts_it(solver):
         return growth(t, y)
 
     y, counts = torch.ones(2, 1, dtype=torch.float64), []
-    for tolerance in ({"rtol": 1e-2, "atol": 1e-2}, {}, {"rtol": 1e-8, "atol": 1e-8}):
+    settings: list[dict[str, Any]] = [{"rtol": 1e-2, "atol": 1e-2}, {}, {"rtol": 1e-8, "atol": 1e-8}]
+    for tolerance in settings:
         asked.clear()
         result = integrate(field, y, (0.0, 0.5, 1.0), solver=solver, **tolerance)
         assert result.evaluations == len(asked)
@@ -146,7 +148,7 @@ def test_an_adaptive_solver_asks_more_for_less_tolerance_and_counts_it(solver):
     assert counts[0] < counts[2]
     assert counts[0] <= counts[1] <= counts[2]
     for name in ("rtol", "atol"):
-        loose = {"rtol": 1e-8, "atol": 1e-8} | {name: 1e-2}
+        loose: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8} | {name: 1e-2}
         assert integrate(growth, y, (0.0, 1.0), solver=solver, **loose).evaluations < counts[2]
 
 

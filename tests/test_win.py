@@ -56,9 +56,7 @@ def labelled(
     """Label outputs by a Bradley-Terry reward, one prompt a pair."""
     uniform = torch.rand(len(one), generator=torch.Generator().manual_seed(seed))
     first = (uniform < torch.sigmoid(reward - against))[:, None]
-    return EncodedPairs(
-        torch.where(first, one, other), torch.where(first, other, one), group=torch.arange(len(one)), **more
-    )
+    return EncodedPairs(torch.where(first, one, other), torch.where(first, other, one), group=torch.arange(len(one)))
 
 
 def test_the_mean_of_b_over_the_reference_is_one_half_for_a_reward_of_any_mean():
