@@ -3,7 +3,7 @@
 Mutmut makes the changes and runs, for each, the tests that reach the changed function, in a process of its own. Every
 area of :data:`AREAS` has a workspace under ``runs/mutants``, a copy of the repository in which only its modules are
 changed. A run that was stopped goes on where it was: what was judged stays judged until the function is edited, and
-after an edit of the tests only the survivors are tried again.
+after an edit of the tests the survivors are tried again.
 
 ``python -m benchmarks.mutants [area ...]`` runs areas and writes ``runs/mutants/report.md``, the table of survivors;
 with ``--report`` it writes the table of what was run so far. ``docs/mutants.md`` says which survivors change nothing.
@@ -130,11 +130,12 @@ def run(area: str, processes: int) -> None:
     home = prepare(area)
     tests = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((home / "tests").rglob("*.py")))).hexdigest()
     mark = home / "tests.sha256"
-    again = [name for _, name, status, _ in judged(area) if status == "survived"] if mark.exists() else []
-    mutmut(home, processes, [])
-    if again and mark.read_text() != tests:
-        mutmut(home, processes, again)
+    if mark.exists() and mark.read_text() != tests:
+        again = [name for _, name, status, _ in judged(area) if status in ("survived", "no tests")]
+        if again:
+            mutmut(home, processes, again)
     mark.write_text(tests)
+    mutmut(home, processes, [])
 
 
 def mutmut(home: Path, processes: int, names: list[str]) -> None:

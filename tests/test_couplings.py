@@ -203,3 +203,13 @@ def test_a_pairs_weight_is_its_rows_weight_with_mean_one(name: str, source: str)
     expected = {1.0: 0.25, 2.0: 0.75, 3.0: 2.0}
     assert rows.weight.tolist() == pytest.approx([expected[abs(value)] for value in rows.source.flatten().tolist()])
     assert float(rows.weight.mean()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", ["paired", "independent"])
+def test_soft_labels_keep_the_mean_weight_at_one(name: str, source: str):
+    pairs = EncodedPairs(torch.ones(3, 1), torch.zeros(3, 1), weight=[1.0, 3.0, 8.0], probability=[0.9, 0.5, 0.6])
+    rows = all_rows(make_coupling(pairs, source=source, coupling=name))
+    assert float(rows.weight.mean()) == pytest.approx(1.0)
+    ones = float((rows.source.flatten() * rows.weight).sum() / rows.weight.sum())
+    assert ones == pytest.approx(0.5 if source == "reference" else (0.1 + 1.5 + 3.2) / 12)
