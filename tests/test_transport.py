@@ -145,6 +145,7 @@ def test_an_adaptive_solver_asks_more_for_less_tolerance_and_counts_it(solver):
         counts.append(len(asked))
         assert float(result.states[2, 0]) == pytest.approx(math.exp(math.sin(1.0)), abs=0.1)
         assert float(result.states[1, 0]) == pytest.approx(math.exp(math.sin(0.5)), abs=0.1)  # between two steps
+        assert result.finite.dtype == torch.bool
     assert counts[0] < counts[2]
     assert counts[0] <= counts[1] <= counts[2]
     for name in ("rtol", "atol"):
@@ -161,3 +162,21 @@ def test_where_no_step_is_small_enough_the_fourth_order_solver_takes_over():
     assert evaluations == LAST_RESORT * STAGES["rk4"]
     assert float(states[-1, 0]) == pytest.approx(math.sin(20) / 20, abs=1e-5)
     assert float(states[-1, 1]) == 10
+
+
+def test_the_adaptive_solvers_are_three_and_differ_in_what_they_ask():
+    y = torch.ones(1, 1, dtype=torch.float64)
+    counts = {integrate(growth, y, (0.0, 1.0), solver=solver, rtol=1e-7).evaluations for solver in ADAPTIVE_SOLVERS}
+    assert len(counts) == len(ADAPTIVE_SOLVERS)
+
+
+def test_an_adaptive_solver_holds_rows_that_leave_the_numbers_inside_a_step():
+    """The step goes on past the last time, and what is interpolated between its ends overflows float32."""
+    speed = torch.tensor([[1.0], [3e38]])
+    y = torch.tensor([[0.0], [-3e38]])
+    states, finite, evaluations = integrate(lambda t, y: speed, y, (0.0, 0.25, 1.0), solver="bosh3")
+    assert finite.tolist() == [True, False]
+    assert finite.dtype == torch.bool
+    torch.testing.assert_close(states[:, 0, 0], torch.tensor([0.0, 0.25, 1.0]))
+    assert (states[:, 1, 0] / 3e38).tolist() == pytest.approx([-1.0] * 3)
+    assert 0 < evaluations < LAST_RESORT  # no other solver took over
