@@ -94,6 +94,8 @@ def evaluated(times, steps, **options):
         ),  # 10 * 0.3 and 10 * 0.7 are whole
         ((0.5, 1.0), 4, [0.5, 0.75]),
         ((0.0, 0.01, 1.0), 2, [0.0, 0.01, 0.505]),  # at least one step an interval
+        ((0.1, 0.8), 10, [0.1 + number / 10 for number in range(7)]),  # 0.8 - 0.1 is a little above 0.7
+        ((0.0, 1e-10, 1.0), 2, [0.0, 1e-10, 0.5]),
         ((0.2, 0.7), 3, [0.2, 0.45]),  # whole steps, of equal length
     ],
 )
