@@ -4,9 +4,19 @@ import pytest
 import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
+from pfm.preferences import (
+    BradleyTerry,
+    Embedded,
+    GeneralPreference,
+    MeanShift,
+    PreferenceEnsemble,
+    PreferenceModel,
+    load,
+)
 from pfm.preferences.base import restored, unfitted
+from pfm.preferences.ensemble import _stacked
 from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, fit_temperature, pairwise_log_loss
+from pfm.preferences.planes import SkewMoments
 from pfm.win import WinHead
 
 
@@ -240,3 +250,75 @@ def test_opponents_that_fit_both_readings_are_refused_and_older_saves_go_by_y():
     torch.testing.assert_close(older.win_probability(y, opponents), shared)
     with pytest.raises(ValueError, match="opponents must have 3 values a row: got 6"):
         model.win_probability(y, torch.randn(4, 2, 3))
+
+
+class Memory(PreferenceModel):
+    """Prefers what was chosen among the pairs it was fitted on, and knows nothing else."""
+
+    def _build(self, dimension: int, count: int) -> None:
+        self.dimension = dimension
+        self.register_buffer("seen", torch.zeros(count, dimension))
+        self.register_buffer("slope", torch.ones(()))
+
+    def settings(self):
+        return {}
+
+    def fit(self, pairs, validation=None, *, progress=False):
+        self._ready(dimension=pairs.dimension, count=len(pairs))
+        self.seen.copy_(pairs.chosen)
+        return self
+
+    def embed(self, y, context):
+        known = (y[:, None] == self.seen).all(2).any(1)
+        return Embedded(4.0 * known * self.slope, y.new_zeros(len(y), 0))
+
+    def _rescale(self, slope: float) -> None:
+        self.slope *= slope
+
+
+def test_members_of_an_ensemble_are_weighed_on_pairs_they_were_not_fitted_on():
+    pairs = bradley_terry_pairs(60, 3 * WEIGHTS)
+    found = PreferenceEnsemble([Memory(), MeanShift()]).fit(pairs)
+    assert found.found["weights"][0] == 0
+    assert found.found["weights"][1] > 0
+    y, other = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    expected = found.found["weights"][1] * MeanShift().fit(pairs).score(y, other)
+    torch.testing.assert_close(found.score(y, other), expected)
+    told = PreferenceEnsemble([Memory(), MeanShift()]).fit(pairs, validation=pairs)  # judged where it remembers all
+    assert told.found["weights"][0] > 0
+
+
+def test_scores_that_would_get_a_negative_weight_are_left_out_and_the_others_weighed_anew():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(40, generator=generator) + 0.5
+    pairs = EncodedPairs(torch.ones(40, 1), torch.zeros(40, 1))
+    weights = _stacked(torch.stack([right, -right - 0.3 * torch.randn(40, generator=generator)], 1), pairs)
+    alone = _stacked(right[:, None], pairs)
+    assert float(weights[1]) == 0
+    assert float(weights[0]) == pytest.approx(float(alone[0]), rel=1e-4)
+    assert float(alone[0]) > 0
+    assert _stacked(-right[:, None], pairs).tolist() == [0.0]
+    doubled = _stacked(2 * right[:, None], pairs)
+    assert float(doubled[0]) == pytest.approx(float(alone[0]) / 2, rel=1e-4)
+
+
+def test_the_moment_of_a_cycle_counts_a_soft_label_for_what_it_says():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 10, 3, generator=generator)
+    weight, probability = torch.rand(2, 10, generator=generator)
+    every = torch.ones(10, dtype=torch.bool)
+    moment = SkewMoments(chosen, rejected, weight, probability)._moments(every)[2]
+    one_way = chosen.T @ (rejected * (weight * (2 * probability - 1))[:, None]) / weight.sum()
+    torch.testing.assert_close(moment, (one_way - one_way.T).double())
+    nothing = SkewMoments(chosen, rejected, weight, torch.full((10,), 0.5))._moments(every)[2]
+    assert not bool(nothing.any())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reward_below_a_network_is_judged_on_other_prompts(seed):
+    """Eight numbers order twenty pairs of coin labels rightly; what holds on other prompts is next to nothing."""
+    one, other = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(seed))
+    pairs = EncodedPairs(one, other, group=torch.arange(20))
+    alone, below = BradleyTerry(1e-3).fit(pairs), BradleyTerry(1e-3, hidden=4).fit(pairs)
+    assert float(alone.score(one, other).mean()) > 0.5
+    assert float(below.weights.norm()) < 0.2 * float(alone.weights.norm())
