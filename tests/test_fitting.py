@@ -71,8 +71,9 @@ def fitted(train: EncodedPairs, held: EncodedPairs, **options) -> tuple[Field, F
     normalizer.fit(train.chosen, train.rejected, None)
     field.unit.copy_(normalizer.displacement)
     one_step = options.pop("one_step", False)
-    couplings = (Paired(part, "rejected") for part in (train, held))
-    found = fit_field(field, normalizer, *couplings, LINEAR.replace(**options), one_step=one_step, progress=False)
+    coupling, check = (Paired(part, "rejected") for part in (train, held))
+    config = LINEAR.replace(**options)
+    found = fit_field(field, normalizer, coupling, check, config, one_step=one_step, progress=False)
     return field, found
 
 

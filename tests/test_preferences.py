@@ -255,6 +255,9 @@ def test_opponents_that_fit_both_readings_are_refused_and_older_saves_go_by_y():
 class Memory(PreferenceModel):
     """Prefers what was chosen among the pairs it was fitted on, and knows nothing else."""
 
+    seen: torch.Tensor
+    slope: torch.Tensor
+
     def _build(self, dimension: int, count: int) -> None:
         self.dimension = dimension
         self.register_buffer("seen", torch.zeros(count, dimension))
