@@ -246,6 +246,15 @@ def test_the_displacement_is_in_units_of_the_scale():
     torch.testing.assert_close(normalizer.inverse(normalizer(chosen)), chosen)
 
 
+def test_columns_have_means_and_scales_of_their_own_a_billionth_apart():
+    y = torch.tensor([[1.0, 3e-9], [3.0, 1e-9], [2.0, 2e-9]])
+    normalizer = Normalizer(2, 0)
+    normalizer.fit(y, y.roll(1, 0), None)
+    torch.testing.assert_close(normalizer.mean, torch.tensor([2.0, 2e-9]))
+    torch.testing.assert_close(normalizer.scale, torch.tensor([1.0, 1e-9]) * math.sqrt(2 / 3))
+    torch.testing.assert_close(normalizer.displacement, torch.full((2,), math.sqrt(3)))
+
+
 def test_contexts_are_normalised_by_their_own_spread():
     normalizer, context = Normalizer(1, 2), torch.tensor([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]])
     normalizer.fit(torch.ones(3, 1), torch.zeros(3, 1), context)

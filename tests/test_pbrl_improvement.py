@@ -156,7 +156,7 @@ def test_every_round_collects_anew_and_is_judged_on_starts_of_its_own(monkeypatc
 
     def collects(*args, **kwargs):
         found = collect(*args, **kwargs)
-        collected.append(found.observation)
+        collected.append((kwargs["seed"], found.observation))
         return found
 
     def judges(environment, policy, episodes, seed, **kwargs):
@@ -168,6 +168,8 @@ def test_every_round_collects_anew_and_is_judged_on_starts_of_its_own(monkeypatc
     light = {"rounds": 2, "episodes": 4, "strengths": (1.0,), "continuation": 5, "config": FLOW | {"epochs": 1}}
     improve(BatchedPointMass, Steering(), 40, seed=3, **SETTINGS | light)
     assert len(collected) == 2
-    assert not np.array_equal(collected[0], collected[1])  # the second round is of other states
+    (first, states), (second, others) = collected
+    assert first != second  # the second round is of other states, whether or not the policy is another
+    assert not np.array_equal(states, others)
     assert len(set(judged)) == 1  # every choice on the same starts
     assert judged[0] not in range(3, 3 + 1000)  # which are those of no collection
