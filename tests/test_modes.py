@@ -195,7 +195,7 @@ def stretched() -> PreferenceFlow:
     one, other = torch.randn(2, 300, 2, generator=generator) * torch.tensor([1.0, 100.0])
     first = torch.rand(300, 1, generator=generator) < torch.sigmoid((one - other) @ torch.tensor([[1.0], [0.02]]))
     pairs = EncodedPairs(torch.where(first, one, other), torch.where(first, other, one))
-    config = FlowConfig(residual=False, solver="euler", source="rejected")
+    config = FlowConfig(residual=False, solver="euler", steps=3, source="rejected")
     return PreferenceFlow.fit(pairs, config, progress=False)
 
 

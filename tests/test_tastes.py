@@ -522,7 +522,7 @@ def test_two_camps_are_found_and_shuffled_names_leave_one():
     # One vote of each kind more than there are raters.
     assert found.shares.tolist() == pytest.approx([9 / 14, 5 / 14], abs=1e-3)
     assert found.responsibilities.argmax(1).tolist() == [0] * 8 + [1] * 4
-    directions = torch.stack([model.direction for model in found.models if isinstance(model, MeanShift)])
+    directions = torch.stack([model.direction.cpu() for model in found.models if isinstance(model, MeanShift)])
     directions = torch.nn.functional.normalize(directions, dim=1)
     torch.testing.assert_close(directions, torch.tensor([[1.0, 0.0], [0.0, -1.0]]), atol=0.3, rtol=0)
     shuffled = raters[torch.randperm(120, generator=torch.Generator().manual_seed(1))]
