@@ -6,12 +6,12 @@ import warnings
 import pytest
 import torch
 
-from pfm import EncodedPairs, FlowConfig
-from pfm.couplings import Joined, Paired
-from pfm.fields import Field, Normalizer
-from pfm.fitting import STEP_CHOICES, FieldFit, at_most, choose_steps, fit_field, matmul_precision
+from pfm import EncodedPairs, FlowConfig, fitting
+from pfm.couplings import Joined, Paired, make_coupling
+from pfm.fields import Field, LinearField, Moments, Normalizer
+from pfm.fitting import RIDGES, STEP_CHOICES, FieldFit, at_most, choose_steps, fit_field, matmul_precision
 from pfm.training import TrainingLog
-from pfm.transport import STAGES
+from pfm.transport import STAGES, integrate
 
 LINEAR = FlowConfig(residual=False, sigma=0.0, device="cpu")
 
@@ -54,13 +54,29 @@ def test_a_field_that_hardly_moves_gets_one_step_and_a_rough_one_a_warning():
     with pytest.warns(RuntimeWarning, match="128 steps of euler are .* above tolerance=1e-07"):
         found = choose_steps(*straight(2.0), config.replace(tolerance=1e-7))
     assert found == (128, pytest.approx(error_of(2.0, 128, "euler"), rel=1e-3), 128)
+    with pytest.warns(RuntimeWarning, match="128 steps of heun2"):
+        assert choose_steps(*straight(4.0), config.replace(tolerance=1e-9, solver="heun2"))[2] == 256
 
 
 def test_steps_that_are_given_are_taken_and_an_adaptive_solver_counts_its_own():
     assert choose_steps(*straight(1.0), FlowConfig(solver="heun2", steps=7, device="cpu")) == (7, None, 14)
     steps, error, evaluations = choose_steps(*straight(1.0), FlowConfig(solver="dopri5", device="cpu"))
     assert (steps, error) == (1, None)
-    assert evaluations > 6
+    field, _, check = straight(1.0)
+    assert evaluations == integrate(field.at(None), check.source, (0.0, 1.0), solver="dopri5").evaluations > 6
+
+
+def test_steps_are_chosen_under_the_rows_own_contexts():
+    """What moves these rows, dy/dt = y + x from y = 0, is their context alone: y_1 = x (e - 1)."""
+    field = Field(1, 1, 4, 1)
+    field.drop_residual()
+    with torch.no_grad():
+        field.linear.matrices.fill_(1.0)
+    check = Joined(torch.zeros(10, 1), torch.zeros(10, 1), torch.linspace(-1, 1, 10)[:, None])
+    config = FlowConfig(solver="euler", steps="auto", tolerance=0.02, device="cpu")
+    steps, error, _ = choose_steps(field, Normalizer(1, 1), check, config)
+    assert steps == next(steps for steps in STEP_CHOICES if error_of(1.0, steps, "euler") <= 0.02) > 10
+    assert error == pytest.approx(error_of(1.0, steps, "euler"), rel=1e-3)
 
 
 # -- the linear part ------------------------------------------------------------------------------------------------
@@ -103,6 +119,82 @@ def test_a_shift_needs_no_slope_and_an_exact_slope_no_ridge():
     moved = field(torch.tensor(0.0), normalizer(y), None) * normalizer.scale
     torch.testing.assert_close(moved, y, atol=1e-3, rtol=1e-3)
     assert torch.equal(field.linear.matrices, field.linear.matrices[:1].expand(12, -1, -1))
+
+
+@pytest.mark.parametrize("one_step", [False, True])
+def test_the_linear_part_is_of_the_paths_moments_and_the_ridge_of_the_times_it_is_used_at(one_step):
+    """A single step is judged at t = 0 alone and has no noise on its way."""
+    times = {"times": (0.0,)} if one_step else {}
+    ridges = set()
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        pairs = []
+        for count in (12, 30):
+            y, noise = torch.randn(2, count, 3, generator=generator)
+            pairs.append(EncodedPairs(5 * (0.5 * y + noise), 5 * y))
+        field, found = fitted(*pairs, one_step=one_step, sigma=0.3)
+        normalizer = Normalizer(3, 0)
+        normalizer.fit(pairs[0].chosen, pairs[0].rejected, None)
+        noise = (0.0 if one_step else 0.3) ** 2 * normalizer.displacement.square()
+        moments, judged = (
+            Moments.of([Paired(part, "rejected").draw(torch.arange(len(part)))], normalizer, noise) for part in pairs
+        )
+        ridge = moments.best_ridge(RIDGES, judged, normalizer.displacement, **times)
+        assert found.ridge == ridge
+        ridges.add(ridge)
+        linear = LinearField(3, 0)
+        linear.fit(moments, ridge, at_start=one_step)
+        torch.testing.assert_close(field.linear.matrices, linear.matrices, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(field.linear.shifts, linear.shifts, atol=1e-4, rtol=1e-4)
+    assert len(ridges) > 1
+
+
+def test_moments_are_of_the_same_rows_for_the_same_seed(monkeypatch):
+    monkeypatch.setattr(fitting, "MOMENT_ROWS", 20)
+    pairs = EncodedPairs(*torch.randn(2, 60, 2, generator=torch.Generator().manual_seed(0)))
+
+    def matrices(seed: int) -> torch.Tensor:
+        field, normalizer = Field(2, 0, 8, 1), Normalizer(2, 0)
+        normalizer.fit(pairs.chosen, pairs.rejected, None)
+        coupling = make_coupling(pairs, source="rejected", coupling="independent")
+        fit_field(field, normalizer, coupling, coupling, LINEAR.replace(seed=seed), progress=False)
+        return field.linear.matrices
+
+    torch.manual_seed(0)
+    first, other = matrices(1), matrices(2)
+    assert torch.equal(matrices(1), first)
+    assert not torch.equal(first, other)
+
+
+# -- with a residual ------------------------------------------------------------------------------------------------
+
+
+class Watched(Joined):
+    """Notes the precision of products under which its samples are drawn."""
+
+    def draw(self, index, generator=None):
+        self.precisions = [*getattr(self, "precisions", []), torch.get_float32_matmul_precision()]
+        return super().draw(index, generator)
+
+
+def test_the_residual_learns_what_is_not_linear_in_the_precision_asked_for(tmp_path):
+    y = torch.linspace(-2, 2, 64)[:, None]
+    train, held = (Watched(part, part + 2 * part.relu(), None) for part in (y[::2], y[1::2]))
+    field, normalizer = Field(1, 0, 32, 2), Normalizer(1, 0)
+    normalizer.fit(y + 2 * y.relu(), y, None)
+    field.unit.copy_(normalizer.displacement)
+    config = LINEAR.replace(residual=True, dtype="medium", epochs=150, batch_size=32)
+    found = fit_field(field, normalizer, train, held, config, checkpoint=tmp_path / "state", progress=False)
+    assert found.log.updates == found.log.planned_updates == 150
+    assert found.log.loss < 0.3 * found.log.plain_loss
+    assert found.log.gain > 0.8
+    assert field.residual is not None
+    assert field.gain == found.log.gain
+    assert found.to_dict()["residual_kept"] is True
+    assert (tmp_path / "state" / "training.safetensors").is_file()
+    assert train.precisions[0] == torch.get_float32_matmul_precision() != "medium"  # moments are exact
+    assert set(train.precisions[1:]) == {"medium"}
+    assert not torch.equal(field.linear.matrices[0], field.linear.matrices[-1])  # by default at every time
 
 
 def test_without_a_linear_part_there_is_none():
