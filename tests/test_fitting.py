@@ -58,7 +58,7 @@ def test_a_field_that_hardly_moves_gets_one_step_and_a_rough_one_a_warning():
         assert choose_steps(*straight(4.0), config.replace(tolerance=1e-9, solver="heun2"))[2] == 256
 
 
-def test_steps_that_are_given_are_taken_and_an_adaptive_solver_counts_its_own():
+def test_given_steps_are_taken_and_an_adaptive_solver_counts_its_own():
     assert choose_steps(*straight(1.0), FlowConfig(solver="heun2", steps=7, device="cpu")) == (7, None, 14)
     steps, error, evaluations = choose_steps(*straight(1.0), FlowConfig(solver="dopri5", device="cpu"))
     assert (steps, error) == (1, None)
@@ -122,7 +122,7 @@ def test_a_shift_needs_no_slope_and_an_exact_slope_no_ridge():
 
 
 @pytest.mark.parametrize("one_step", [False, True])
-def test_the_linear_part_is_of_the_paths_moments_and_the_ridge_of_the_times_it_is_used_at(one_step):
+def test_the_linear_part_is_fitted_to_the_paths_noise_and_times(one_step):
     """A single step is judged at t = 0 alone and has no noise on its way."""
     times = {"times": (0.0,)} if one_step else {}
     ridges = set()

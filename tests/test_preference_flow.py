@@ -241,7 +241,7 @@ def test_candidates_are_judged_under_their_own_prompts_context():
     assert float(b[5]) == pytest.approx(float(flow.win_probability(y[5:], context[5])))
 
 
-def test_the_guard_is_judged_on_the_validation_pairs_and_not_on_those_fitted():
+def test_the_guard_is_judged_on_the_validation_pairs():
     one, other = torch.randn(2, 60, 2, generator=torch.Generator().manual_seed(0))
     first = (one[:, :1] > other[:, :1]).expand(60, 2)
     pairs = EncodedPairs(torch.where(first, one, other), torch.where(first, other, one), group=torch.arange(60))

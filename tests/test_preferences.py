@@ -96,7 +96,7 @@ def test_rows_of_weight_zero_do_not_decide_which_directions_count():
     assert float(at[1]) == 0
 
 
-def test_the_temperature_is_the_likeliest_for_smoothed_labels_of_both_orders():
+def test_the_temperature_is_the_likeliest_for_smoothed_labels():
     score = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.5, 1.5, -2.0, 1.0, 0.2, -0.3])
     probability = torch.tensor([1.0, 0.0, 0.7, 1.0, 0.5, 0.9, 0.3, 0.0, 1.0, 0.5])
     weight = torch.tensor([1.0, 2.0, 1.0, 0.5, 3.0, 1.0, 0.1, 1.0, 1.0, 2.0])
@@ -279,7 +279,7 @@ class Memory(PreferenceModel):
         self.slope *= slope
 
 
-def test_members_of_an_ensemble_are_weighed_on_pairs_they_were_not_fitted_on():
+def test_members_of_an_ensemble_are_weighed_on_pairs_left_out():
     pairs = bradley_terry_pairs(60, 3 * WEIGHTS)
     found = PreferenceEnsemble([Memory(), MeanShift()]).fit(pairs)
     assert found.found["weights"][0] == 0
@@ -291,7 +291,7 @@ def test_members_of_an_ensemble_are_weighed_on_pairs_they_were_not_fitted_on():
     assert told.found["weights"][0] > 0
 
 
-def test_scores_that_would_get_a_negative_weight_are_left_out_and_the_others_weighed_anew():
+def test_scores_of_negative_weight_are_left_out_and_the_others_refitted():
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(40, generator=generator) + 0.5
     pairs = EncodedPairs(torch.ones(40, 1), torch.zeros(40, 1))

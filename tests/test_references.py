@@ -294,7 +294,7 @@ def test_mrpo_on_its_own_references_leaves_what_its_base_never_says():
     assert float((moved[:, 0] > 1.6).float().mean()) < 0.01
 
 
-def test_tagged_ends_start_from_every_member_or_from_the_losers_with_their_own_tags():
+def test_tagged_ends_start_from_all_members_or_from_the_losers():
     chosen, rejected = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[-1.0], [-2.0], [-3.0]])
     pairs = EncodedPairs(chosen, rejected, weight=[1.0, 2.0, 3.0], group=torch.tensor([7, 8, 9]))
     tagged = TaggedPairs.of(pairs, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]))

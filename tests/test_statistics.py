@@ -202,7 +202,7 @@ def test_length_control_weighs_rows_of_one_prompt():
     assert doubled.low == pytest.approx(plain.low)
 
 
-def test_length_control_weighs_uneven_rows_as_often_as_they_would_stand_there():
+def test_length_control_counts_a_weight_as_that_many_rows():
     win, gap = drawn(40, 0.5, 1.0, seed=3)
     bootstrap, times = Bootstrap(40, 100), np.where(gap > np.median(gap), 3, 1)
     weighted = length_controlled(win, gap, bootstrap, weight=times)
@@ -321,7 +321,7 @@ def test_noise_floor_and_ceiling_are_those_of_a_normal_error():
     assert r.noise_ceiling == pytest.approx(1.96 * s, rel=0.05)
 
 
-def test_the_interval_of_the_calibration_error_is_of_the_gaps_that_would_show_it():
+def test_multiples_of_the_calibration_gaps_have_closed_forms():
     gap = np.array([0.1, -0.3])
     assert _multiples(gap, np.zeros((50, 2)), 0.4) == pytest.approx((1.0, 1.0, 1.0), abs=1e-3)
     assert _multiples(gap, np.zeros((50, 2)), 1.2) == pytest.approx((3.0, 3.0, 3.0), abs=2e-3)

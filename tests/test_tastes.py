@@ -447,7 +447,7 @@ def test_a_flow_of_no_weight_does_not_close_the_guard():
         assert compose(list(zip(flows, weights, strict=True))).guard_margin == pytest.approx(margin)
 
 
-def test_known_groups_have_the_shares_of_their_pairs_and_the_scores_of_their_models(known):
+def test_known_groups_have_the_shares_of_their_pairs(known):
     assert known.shares.tolist() == [0.75, 0.25]
     assert known.of_rater("second").tolist() == [0.0, 1.0]
     assert known.of_rater("nobody").tolist() == [0.75, 0.25]

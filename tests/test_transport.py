@@ -114,7 +114,7 @@ def test_one_step_is_the_default_and_its_finite_states_may_be_left_unheld():
     assert not bool(torch.isfinite(blown.states[-1]).any())
 
 
-def test_a_row_is_lost_where_any_of_its_values_is_and_at_every_time_asked_for():
+def test_a_row_is_lost_where_any_of_its_values_is():
     def field(t, y):  # the second value of the first row is lost at t = 0.5, all of the last row at once
         velocity = torch.ones_like(y)
         velocity[0, 1] = 1.0 if t < 0.5 else math.nan
@@ -172,7 +172,7 @@ def test_the_adaptive_solvers_are_three_and_differ_in_what_they_ask():
     assert len(counts) == len(ADAPTIVE_SOLVERS)
 
 
-def test_an_adaptive_solver_holds_rows_that_leave_the_numbers_inside_a_step():
+def test_an_adaptive_solver_holds_rows_lost_inside_a_step():
     """The step goes on past the last time, and what is interpolated between its ends overflows float32."""
     speed = torch.tensor([[1.0], [3e38]])
     y = torch.tensor([[0.0], [-3e38]])

@@ -59,7 +59,7 @@ def labelled(
     return EncodedPairs(torch.where(first, one, other), torch.where(first, other, one), group=torch.arange(len(one)))
 
 
-def test_the_mean_of_b_over_the_reference_is_one_half_for_a_reward_of_any_mean():
+def test_b_is_one_half_on_the_mean_of_the_reference():
     """A product of correlated coordinates has a mean of its own, which b must not show."""
     one, other = torch.randn(2, 300, 2, generator=torch.Generator().manual_seed(0))
     one, other = (torch.stack([y[:, 0], 0.9 * y[:, 0] + 0.4 * y[:, 1]], 1) for y in (one, other))
