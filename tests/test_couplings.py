@@ -287,3 +287,29 @@ def test_ot_in_blocks_depends_on_its_seed_alone():
     targets = [all_rows(make_coupling(pairs, source="rejected", coupling="ot", seed=seed)).target for seed in (0, 0, 1)]
     assert torch.equal(targets[0], targets[1])
     assert not torch.equal(targets[0], targets[2])
+
+
+def test_equal_candidates_are_equally_often_the_best_of_their_own_set():
+    table = torch.arange(9.0)[:, None]
+    sets = [(0, torch.arange(first, first + 3), torch.tensor([0.0, 1.0, 1.0])) for first in (0, 3, 6)]
+    pairs = EncodedPairs.from_table(table, [1, 4, 7], [0, 3, 6], group=torch.arange(3), candidates=sets)
+    coupling = BestOf(pairs, 2)
+    assert (coupling.best_of, len(coupling)) == (2, 9)
+    index = torch.arange(9).repeat(2000)
+    drawn = [coupling.draw(index, torch.Generator().manual_seed(seed)).target.flatten() for seed in (0, 0)]
+    assert torch.equal(*drawn)
+    for first in (0, 3, 6):
+        shares = torch.bincount(drawn[0][index // 3 == first // 3].long(), minlength=9).float() / 6000
+        assert shares[first + 1 : first + 3].tolist() == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_a_prompt_of_one_pair_keeps_its_own_target():
+    chosen, rejected = torch.arange(5.0)[:, None] + 10, torch.arange(5.0)[:, None]
+    for group, alone in (([0, 1, 1, 2, 2], 0), ([0, 0, 1, 1, 2], 4)):
+        pairs = EncodedPairs(chosen, rejected, group=torch.tensor(group))
+        coupling = make_coupling(pairs, source="rejected", coupling="independent")
+        rows = coupling.draw(torch.arange(5).repeat(400), torch.Generator().manual_seed(0))
+        targets = [set(rows.target.flatten()[number::5].tolist()) for number in range(5)]
+        for number, own in enumerate(targets):
+            assert own == {10.0 + other for other in range(5) if group[other] == group[number]}
+        assert len(targets[alone]) == 1
