@@ -41,6 +41,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 3 --dist worksteal  # one more than two cores: many tests wait for what they started
