@@ -109,8 +109,7 @@ class Bootstrap:
     def ratios(
         self, numerator: ArrayLike, denominator: ArrayLike, bounds: tuple[float, float] | None = None
     ) -> list[Estimate | None]:
-        """Estimate sum(numerator) / sum(denominator) over prompts, column by column: (n, K) each -> K
-        estimates.
+        """Estimate sum(numerator) / sum(denominator) over prompts, (n, K) each: one ratio a column.
 
         A column whose denominator sums to 0 gives None; resamples where it does are left out of the
         interval. ``bounds`` are limits that the figure cannot exceed, such as (0, 1) of a share.
@@ -183,9 +182,9 @@ def win_share(scores: ArrayLike, opponents: ArrayLike) -> Array:
 
 
 def win_share_among(scores: ArrayLike) -> Array:
-    """Return each candidate's share of wins over the other candidates of its prompt, ties half: (n,) ->
-    (n,), n >= 2.
+    """Return each candidate's share of wins over the other candidates of its prompt: (n,) -> (n,), n >= 2.
 
+    A tie counts half.
     This is the unbiased outcome for b(y|x), the probability that y beats an independent draw; its mean over
     a prompt is 1/2.
     """
@@ -329,8 +328,7 @@ def binned(x: ArrayLike, outcome: ArrayLike, owner: ArrayLike, bootstrap: Bootst
 def reliability(
     probability: ArrayLike, outcome: ArrayLike, owner: ArrayLike, bootstrap: Bootstrap, bins: int = 10
 ) -> Reliability:
-    """Compare predicted probabilities with outcomes, both (M,) in [0, 1]; owner (M,) is the prompt of each
-    row.
+    """Compare predicted probabilities with outcomes, both (M,) in [0, 1]; owner (M,) is each row's prompt.
 
     The plain ECE = Σ over bins of (share of rows) · |mean outcome − mean probability| is never below what
     noise alone makes of it. Resampled prompts, after subtracting each bin's own gap, show that noise with
