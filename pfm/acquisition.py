@@ -239,6 +239,10 @@ def choose_pairs(
 
     Raises:
         ValueError: an argument is out of range, shapes disagree, or a value is not finite.
+
+    >>> y, other = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    >>> choose_pairs((y, other), 5).index.shape
+    torch.Size([5])
     """
     if by not in CRITERIA:
         raise ValueError(f"by must be one of {', '.join(CRITERIA)}: got {by!r}")

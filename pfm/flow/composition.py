@@ -435,6 +435,15 @@ def compose(flows: Sequence[tuple[PreferenceFlow, float]], *, names: Sequence[st
     Raises:
         TypeError: not pairs of a flow and a number.
         ValueError: weights are negative, not finite or do not sum to 1, or flows of different outputs or contexts.
+
+    >>> import pfm
+    >>> low, high = torch.randn(2, 200, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
+    >>> config = pfm.FlowConfig(residual=False)
+    >>> up = pfm.PreferenceFlow.fit(pfm.EncodedPairs(high, low), config, progress=False)
+    >>> down = pfm.PreferenceFlow.fit(pfm.EncodedPairs(low, high), config, progress=False)
+    >>> both = compose([(up, 0.8), (down, 0.2)], names=["large", "small"])
+    >>> bool(0 < both.transport(torch.zeros(1, 1)) < up.transport(torch.zeros(1, 1)))
+    True
     """
     pairs = list(flows)
     if not pairs:
