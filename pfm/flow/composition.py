@@ -437,7 +437,7 @@ def compose(flows: Sequence[tuple[PreferenceFlow, float]], *, names: Sequence[st
         ValueError: weights are negative, not finite or do not sum to 1, or flows of different outputs or contexts.
 
     >>> import pfm
-    >>> low, high = torch.randn(2, 200, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
+    >>> low, high = torch.randn(2, 40, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
     >>> config = pfm.FlowConfig(residual=False)
     >>> up = pfm.PreferenceFlow.fit(pfm.EncodedPairs(high, low), config, progress=False)
     >>> down = pfm.PreferenceFlow.fit(pfm.EncodedPairs(low, high), config, progress=False)
