@@ -1,5 +1,6 @@
 """Documents beside the code: links lead to files, and the version is the same everywhere."""
 
+import importlib.util
 import re
 import tomllib
 
@@ -27,6 +28,15 @@ def test_links_lead_to_files_and_headings(page):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_modules_and_experiments_that_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for module in re.findall(r"python -m ((?:benchmarks|pfm)[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    for experiment in re.findall(r"experiment=(\w+)", text):
+        assert (ROOT / "conf" / "experiment" / f"{experiment}.yaml").is_file(), experiment
 
 
 def test_the_version_is_the_same_everywhere():
