@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from pfm.data.rows import conversation_text
+from pfm.data.conversations import conversation_text
 from pfm.devices import standard_defaults
 from pfm.reasoning import checked_reasoning, judged_text
 from pfm.statistics import (
