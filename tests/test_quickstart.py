@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from pfm import quickstart
 from pfm.cli import app
-from pfm.evaluation.evaluation import Report, Scored
+from pfm.evaluation.report import Report
+from pfm.evaluation.results import Scored
 from pfm.flow.preference_flow import PreferenceFlow
 from pfm.refiner.refiner import Refiner
 

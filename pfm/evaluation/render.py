@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pfm._internal.html import (
     LABELS_END,
@@ -27,10 +27,10 @@ from pfm._internal.html import (
     line,
     svg,
 )
+from pfm.evaluation.results import Calibration, Example, GroupRow, MethodRow, Results
 from pfm.statistics import Bin, Estimate
 
-if TYPE_CHECKING:
-    from pfm.evaluation.evaluation import Calibration, Example, GroupRow, MethodRow, Report
+__all__ = ["page", "terminal"]
 
 SIGNS = {"helps": "▲", "hurts": "▼", "mixed": "◆", "no evidence": "●"}  # colour must not be the only sign
 
@@ -61,11 +61,11 @@ WIDE = 150  # characters that the whole table of methods needs
 GROUP_HEADS = ("Prompts", "Wins vs original", "Gain in score", "Pairs b orders right")
 
 
-def _tested(report: Report) -> MethodRow:
+def _tested(report: Results) -> MethodRow:
     return report.row(report.settings["method"])
 
 
-def _budget(report: Report) -> str:
+def _budget(report: Results) -> str:
     """Write how many candidates a prompt every method chose from."""
     sizes = report.settings["candidates"]
     if sizes["min"] == sizes["max"]:
@@ -73,7 +73,7 @@ def _budget(report: Report) -> str:
     return f"{sizes['min']} to {sizes['max']} candidates a prompt, {sizes['mean']:.1f} on average"
 
 
-def _cell(report: Report, row: MethodRow, column: _Column) -> tuple[str, str]:
+def _cell(report: Results, row: MethodRow, column: _Column) -> tuple[str, str]:
     """Return (value, interval) of a cell, every cell of a column to the same number of decimals."""
     estimate = column.value(row)
     if estimate is None or (column.signed and row is _tested(report)):
@@ -85,7 +85,7 @@ def _cell(report: Report, row: MethodRow, column: _Column) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------- terminal
 
 
-def terminal(report: Report, width: int) -> Iterator[Any]:
+def terminal(report: Results, width: int) -> Iterator[Any]:
     """Yield rich renderables for a console of the given width in characters."""
     from rich.box import ROUNDED, SIMPLE_HEAD
     from rich.panel import Panel
@@ -155,7 +155,7 @@ def _two_lines(cell: tuple[str, str], style: str = "") -> Any:
     return Text.assemble((cell[0], style), "\n", (cell[1], "dim"))
 
 
-def _footnotes(report: Report) -> list[str]:
+def _footnotes(report: Results) -> list[str]:
     settings = report.settings
     notes = [
         f"{settings['prompts']} prompts, {_budget(report)}; judge: {settings.get('judge', 'not named')}; "
@@ -175,7 +175,7 @@ def _footnotes(report: Report) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- page
 
 
-def page(report: Report, examples: int = 5) -> str:
+def page(report: Results, examples: int = 5) -> str:
     """Write the report as one HTML page with up to ``examples`` before/after examples."""
     title = f"{report.verdict.headline} · Report card"
     parts = [
@@ -191,7 +191,7 @@ def page(report: Report, examples: int = 5) -> str:
     return document(title, parts)
 
 
-def _banner(report: Report) -> str:
+def _banner(report: Results) -> str:
     verdict = report.verdict
     sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict.sentences)
     warnings = "".join(f"<li>{escape(warning)}</li>" for warning in verdict.warnings)
@@ -204,7 +204,7 @@ def _banner(report: Report) -> str:
 {f'<aside class="warnings" aria-label="Warnings"><ul>{warnings}</ul></aside>' if warnings else ""}"""
 
 
-def _tiles(report: Report) -> str:
+def _tiles(report: Results) -> str:
     tested, rows = _tested(report), {row.name: row for row in report.rows}
     figures = [
         ("Wins vs original", tested.win, True, False),
@@ -220,7 +220,7 @@ def _tiles(report: Report) -> str:
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
 
-def _methods(report: Report) -> str:
+def _methods(report: Results) -> str:
     tested = _tested(report)
     kinds = {tested.name: "tested", "oracle": "bound"}
     wins = [(row.label, row.win, kinds.get(row.name, "")) for row in report.rows]
@@ -263,7 +263,7 @@ pass it.</p>
 </section>"""
 
 
-def _length(report: Report) -> str:
+def _length(report: Results) -> str:
     tested = _tested(report)
     kinds = {tested.name: "tested", "oracle": "bound"}
     rows = [
@@ -328,7 +328,7 @@ def _believed(calibration: Calibration) -> str:
 </section>"""
 
 
-def _groups(report: Report) -> str:
+def _groups(report: Results) -> str:
     rows = [(f"{clipped(g.name, 16)} ({g.prompts})", g.win, "group") for g in report.groups]
     rows.append(("All prompts", _tested(report).win, ""))
     decimals = common_decimals(group.gain for group in report.groups)
@@ -359,7 +359,7 @@ def _groups(report: Report) -> str:
 </section>"""
 
 
-def _examples(report: Report, number: int) -> str:
+def _examples(report: Results, number: int) -> str:
     losses = [example for example in report.examples if example.kind != "random"][:number]
     shown = [example for example in report.examples if example.kind == "random"][: number - len(losses)] + losses
     if not shown:
@@ -399,7 +399,7 @@ def _number(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def _measured(report: Report) -> str:
+def _measured(report: Results) -> str:
     settings, verdict = report.settings, report.verdict
     lost = sum(not failure.evaluated for failure in report.failures)
     known = ("method", "prompts", "candidates", "independent_draws", "resamples", "seed", "judge", "left_out")
