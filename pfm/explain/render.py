@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pfm._internal.html import document, figure, forest
+from pfm.explain.results import Contrast, Direction, Results, Term, TraitChange
 from pfm.explain.traits import TRAITS
 from pfm.statistics import Estimate
-
-if TYPE_CHECKING:
-    from pfm.explain.explanation import Contrast, Direction, Explanation, Term, TraitChange
 
 __all__ = ["page", "terminal"]
 
@@ -59,7 +57,7 @@ def _about(direction: Direction) -> str:
 # ---------------------------------------------------------------------------------------------------- terminal
 
 
-def terminal(found: Explanation, width: int) -> Iterator[Any]:
+def terminal(found: Results, width: int) -> Iterator[Any]:
     """Yield rich renderables for a console of the given width in characters."""
     from rich.box import ROUNDED, SIMPLE_HEAD
     from rich.panel import Panel
@@ -110,7 +108,7 @@ def terminal(found: Explanation, width: int) -> Iterator[Any]:
 # --------------------------------------------------------------------------------------------------------- page
 
 
-def page(found: Explanation) -> str:
+def page(found: Results) -> str:
     """Write the explanation as one HTML page."""
     parts = [_banner(found), _tiles(found)]
     if found.confirmed:
@@ -119,7 +117,7 @@ def page(found: Explanation) -> str:
     return document("What does this flow prefer?", [f"<style>{STYLE}</style>", *parts])
 
 
-def _banner(found: Explanation) -> str:
+def _banner(found: Results) -> str:
     reasons = "".join(f"<p>{escape(reason)}</p>" for reason in found.reasons)
     warnings = "".join(f"<li>{escape(warning)}</li>" for warning in found.warnings)
     return f"""
@@ -131,7 +129,7 @@ def _banner(found: Explanation) -> str:
 {f'<aside class="warnings" aria-label="Warnings"><ul>{warnings}</ul></aside>' if warnings else ""}"""
 
 
-def _tiles(found: Explanation) -> str:
+def _tiles(found: Results) -> str:
     settings = found.settings
     figures: list[tuple[str, str, str]] = [("Pairs ordered as labelled", *found.accuracy.parts(percent=True))]
     if found.length_share is not None:
@@ -248,7 +246,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= CLIPPED else f"{text[:CLIPPED].rstrip()} … ({len(text):,} characters)"
 
 
-def _measured(found: Explanation) -> str:
+def _measured(found: Results) -> str:
     settings = found.settings
     encoder = settings.get("encoder") or {}
     facts = [
