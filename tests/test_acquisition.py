@@ -11,11 +11,11 @@ import torch
 from bench_settings import configured, needs
 from torch import Tensor
 
-from benchmarks.acquisition_config import AcquisitionMethodConfig
-from benchmarks.acquisition_report import compare, markdown, student_interval
+from benchmarks.acquisition.config import AcquisitionMethodConfig
+from benchmarks.acquisition.report import compare, markdown, student_interval
+from benchmarks.core.runner import run
+from benchmarks.core.runs import collect
 from benchmarks.methods.acquisition import make
-from benchmarks.runner import run
-from benchmarks.runs import collect
 from pfm import EncodedPairs
 from pfm.acquisition import CRITERIA, Beliefs, LaplacePosterior, _expectations, choose_pairs, ensemble_beliefs
 from pfm.preferences import BradleyTerry

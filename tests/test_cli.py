@@ -31,9 +31,8 @@ from pfm.encoders import (
     encoder_from_description,
     encoder_from_name,
 )
-from pfm.flow.composition import compose
-from pfm.flow.preference_flow import PreferenceFlow
-from pfm.refiner.refiner import Refinement
+from pfm.flow import PreferenceFlow, compose
+from pfm.refiner import Refinement
 
 WORDS = ["stone", "river", "lamp", "garden", "wind", "paper", "bridge", "cloud"]
 FAST = ["--encoder", "surface", "--set", "residual=false", "--no-progress"]

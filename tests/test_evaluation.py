@@ -9,11 +9,9 @@ import torch
 
 from pfm.data import EncodedPairs
 from pfm.encoders import SurfaceEncoder
-from pfm.evaluation.evaluation import evaluate
-from pfm.evaluation.report import Report
-from pfm.evaluation.results import Failure, Scored
-from pfm.flow.preference_flow import PreferenceFlow
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.evaluation import Failure, Report, Scored, evaluate
+from pfm.flow import PreferenceFlow
+from pfm.refiner import Refinement, wrap
 from pfm.statistics import Estimate
 
 T = TypeVar("T")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from benchmarks import noise_report
-from benchmarks.bench import Bench
-from benchmarks.config import MethodConfig, RunConfig, TaskConfig
-from benchmarks.measures import ChoiceTable
-from benchmarks.selection import Item, Selection, one_hot
-from benchmarks.selection_report import ChoiceRun
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import MethodConfig, RunConfig, TaskConfig
+from benchmarks.core.measures import ChoiceTable
+from benchmarks.preference import noise_report
+from benchmarks.selection.report import ChoiceRun
+from benchmarks.selection.selection import Item, Selection, one_hot
 from pfm import EncodedPairs, PreferencePairs
 from pfm.preferences import BradleyTerry, corrected, unbiased_label
 from pfm.preferences.logistic import PairwiseLogistic

@@ -18,7 +18,7 @@ from test_refiner import LetterEncoder, LinearFlow
 
 from pfm import errors
 from pfm.generators import AsyncCallableGenerator, Draw, OpenAIGenerator, as_generator
-from pfm.refiner.refiner import wrap
+from pfm.refiner import wrap
 
 KEY = "sk-live-5ecret-0f-the-tests"
 PROMPTS = [f"Question {number}?" for number in range(8)]

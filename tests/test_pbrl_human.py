@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.bench import Bench
 from benchmarks.control import door as study
 from benchmarks.control.door_report import estimate, write_report
 from benchmarks.control.learning import ControlData
+from benchmarks.core.bench import Bench
 from pfm.flow.win import WinHead
 from pfm.pbrl.human import HumanSegments, PeopleReward
 from pfm.preferences import BradleyTerry

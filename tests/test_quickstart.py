@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 
 from pfm import quickstart
 from pfm.cli import app
-from pfm.evaluation.report import Report
-from pfm.evaluation.results import Scored
-from pfm.flow.preference_flow import PreferenceFlow
-from pfm.refiner.refiner import Refiner
+from pfm.evaluation import Report, Scored
+from pfm.flow import PreferenceFlow
+from pfm.refiner import Refiner
 
 
 @pytest.fixture(scope="module")

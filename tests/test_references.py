@@ -7,11 +7,11 @@ import torch
 from spelled import Spelled
 from support.rounding import assert_same
 
-from benchmarks.config import LawConfig
-from benchmarks.law_task import LawTask
+from benchmarks.core.config import LawConfig
+from benchmarks.laws.quadrature import Quadrature
+from benchmarks.laws.task import LawTask
 from benchmarks.methods import make_method
-from benchmarks.pool_config import PoolConfig, PoolMRPOConfig
-from benchmarks.quadrature import Quadrature
+from benchmarks.preference.pool_config import PoolConfig, PoolMRPOConfig
 from benchmarks.tasks.line import Line
 from benchmarks.tasks.two_references import TwoReferences
 from pfm import EncodedPairs, FlowConfig, wrap
@@ -269,7 +269,7 @@ def test_tags_drawn_from_the_posterior_are_jointly_distributed_as_those_of_a_poo
 
 @pytest.mark.parametrize("rule", ["weighted", "single"])
 def test_every_rule_runs_on_the_task_with_equal_votes(rule):
-    from benchmarks.bench import Bench
+    from benchmarks.core.bench import Bench
 
     task = LawTask(TwoReferences(), LawConfig("two_references", pairs=300, draws=2, samples=200, energy_samples=100), 0)
     config = PoolConfig("pool", "pool", "Pool", rule=rule, flow={"residual": False})
@@ -284,7 +284,7 @@ def test_every_rule_runs_on_the_task_with_equal_votes(rule):
 
 
 def test_mrpo_on_its_own_references_leaves_what_its_base_never_says():
-    from benchmarks.bench import Bench
+    from benchmarks.core.bench import Bench
 
     task = LawTask(TwoReferences(), LawConfig("two_references", pairs=2000), 0)
     method = make_method(PoolMRPOConfig("pool_mrpo", "pool_mrpo", "MRPO", base=0))

@@ -21,7 +21,7 @@ import torch
 from pfm.decoders import Select, Selection
 from pfm.errors import GenerationError
 from pfm.generators import BatchGenerator, CallableGenerator, as_generator
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.refiner import Refinement, wrap
 
 DIMENSION = 6
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pfm.evaluation import Failure, Report, Scored
 from pfm.evaluation.render import page
-from pfm.evaluation.report import Report
-from pfm.evaluation.results import Failure, Scored
 
 EVIL = "<script>alert('x')</script> & \"quoted\" [bold red]"
 
