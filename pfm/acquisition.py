@@ -31,7 +31,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 

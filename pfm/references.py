@@ -30,7 +30,8 @@ from torch import Tensor
 from pfm._internal.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.encoded import EncodedPairs, as_float_tensor
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor
 from pfm.devices import resolve_device, standard_defaults, with_standard_defaults
 from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import SOURCES, Coupled

@@ -31,7 +31,8 @@ from torch.nn.functional import logsigmoid, softplus
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
-from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.flow.composition import Composition, check_weights
 from pfm.flow.config import FlowConfig

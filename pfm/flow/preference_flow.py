@@ -29,7 +29,8 @@ from pfm._internal.archive import (
 )
 from pfm._internal.chunks import Work, map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite, row_hash
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor, check_finite, row_hash
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow import cuda_graphs as graphs

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, softplus
 
 from pfm._internal.columns import column_statistics
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
-from pfm.data.encoded import PairBatch
+from pfm.data.batches import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.coordinates import component_axes
 from pfm.preferences.logistic import drawn_in

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from pfm._internal.significance import confirmed
-from pfm.data.encoded import EncodedPairs, PairBatch
+from pfm.data.batches import PairBatch
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates, component_axes
 from pfm.preferences.correction import Correction, fit_correction, label_loss

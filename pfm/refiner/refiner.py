@@ -448,7 +448,7 @@ class _Run:
         progress: bool,
         on_result: Callable[[Refinement], object] | None,
     ) -> None:
-        from pfm.data.pairs import conversation_text
+        from pfm.data.conversations import conversation_text
 
         self.refiner = refiner
         self.prompts = prompts
