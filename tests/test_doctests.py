@@ -12,10 +12,20 @@ import pfm
 from pfm import distances, encoders, preferences, statistics
 
 CALLED_FIRST = (
+    pfm.EncodedPairs,
     pfm.FlowConfig,
+    pfm.PreferencePairs.encode,
+    pfm.PreferencePairs.from_jsonl,
+    pfm.PreferencePairs.from_rankings,
+    pfm.PreferencePairs.from_rows,
+    pfm.PreferencePairs.from_scores,
+    pfm.PreferencePairs.from_votes,
+    pfm.PreferencePairs.split,
     pfm.acquisition.choose_pairs,
     pfm.compose,
     pfm.decoders.Select,
+    pfm.evaluate,
+    pfm.explain.explain,
     pfm.judges.ScriptedJudge,
     pfm.register_coupling,
     pfm.register_field,

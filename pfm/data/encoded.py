@@ -51,6 +51,10 @@ class EncodedPairs:
     Raises:
         TypeError: an argument is not array-like or holds no numbers.
         ValueError: shapes disagree, the set is empty, or a value is not finite or out of range.
+
+    >>> chosen, rejected = torch.ones(3, 2), torch.zeros(3, 2)
+    >>> EncodedPairs(chosen, rejected, context=torch.eye(3))
+    EncodedPairs(3 pairs of (2,), context 3)
     """
 
     def __init__(

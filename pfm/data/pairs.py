@@ -125,7 +125,12 @@ class PreferencePairs:
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load a file with one JSON object a line."""
+        """Load a file with one JSON object a line.
+
+        >>> _ = Path("pairs.jsonl").write_text('{"prompt": "Why?", "chosen": "It rains.", "rejected": "No."}')
+        >>> PreferencePairs.from_jsonl("pairs.jsonl").chosen
+        ['It rains.']
+        """
         return cls._from_file(read_jsonl, path, options)
 
     @classmethod
@@ -150,7 +155,11 @@ class PreferencePairs:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load a list of dictionaries."""
+        """Load a list of dictionaries.
+
+        >>> PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "Because it rains.", "rejected": "No."}])
+        PreferencePairs(rows=1, prompts=1)
+        """
         return cls._from_numbered(_numbered(rows), "rows", "row {n} (rows[{i}])", options)
 
     @classmethod
@@ -221,6 +230,10 @@ class PreferencePairs:
             PreferenceDataError: a score is not a finite number, a text is blank, a prompt has fewer than two
                 candidates or, with ties="drop", only ties; or all prompts have only ties.
             ValueError: the lengths disagree, or a prompt makes millions of pairs without a limit.
+
+        >>> pairs = PreferencePairs.from_scores(["Why?"], [["No.", "It rains.", "Rain."]], [[0, 2, 1]])
+        >>> list(zip(pairs.chosen, pairs.rejected))
+        [('Rain.', 'No.'), ('It rains.', 'No.'), ('It rains.', 'Rain.')]
         """
         _check_choice("ties", ties, ("half", "drop"))
         bad = BadRows("scores", on_bad_rows)
@@ -246,6 +259,9 @@ class PreferencePairs:
         """Make pairs from texts ranked best first; a list of texts in the place of a text is a tie.
 
         The score of a text, and so ``margin``, counts the ranks below it. For the rest see :meth:`from_scores`.
+
+        >>> len(PreferencePairs.from_rankings(["Why?"], [["It rains.", "Rain.", "No."]]))
+        3
         """
         candidates, scores = ranked_candidates(prompts, rankings, group)
         return cls.from_scores(
@@ -292,6 +308,10 @@ class PreferencePairs:
 
         Raises:
             PreferenceDataError: a row is bad, has no vote at all, or nothing but ties is left.
+
+        >>> row = {"prompt": "Why?", "a": "It rains.", "b": "No.", "votes_a": 3, "votes_b": 1}
+        >>> PreferencePairs.from_votes([row]).probability
+        [0.75]
         """
         _check_choice("weight", weight, ("total", "one", "margin", "effective"))
         ties = ("half" if soft else "drop") if ties is None else ties
@@ -430,6 +450,11 @@ class PreferencePairs:
 
         Raises:
             ValueError: ``held_out`` or ``by`` is out of range, or there are not two prompts to separate.
+
+        >>> rows = [{"prompt": str(n // 2), "chosen": f"yes {n}", "rejected": "no"} for n in range(8)]
+        >>> train, held_out = PreferencePairs.from_rows(rows).split(held_out=0.25, seed=0)
+        >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
+        (6, 2, set())
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
@@ -494,6 +519,11 @@ class PreferencePairs:
 
         Raises:
             ValueError: the encoder returns another number of vectors than it was given texts.
+
+        >>> from pfm.encoders import SurfaceEncoder
+        >>> pairs = PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "It rains.", "rejected": "No."}])
+        >>> pairs.encode(SurfaceEncoder(), progress=False)
+        EncodedPairs(1 pairs of (28,), context 28)
         """
         from pfm.data.encoding import encode_columns
 

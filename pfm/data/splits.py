@@ -14,6 +14,7 @@ __all__ = ["row_numbers", "split_keys"]
 
 
 def row_numbers(indices: Iterable[int] | np.ndarray, count: int) -> list[int]:
+    """Check row numbers, or a mask of ``count`` rows, and return the numbers."""
     numbers = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))
     if numbers.dtype == bool:
         if numbers.shape != (count,):

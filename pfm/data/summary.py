@@ -80,12 +80,14 @@ class PairsSummary:
 
 
 def quantiles(values: np.ndarray) -> dict[str, float]:
+    """Return some quantiles by name, or an empty dict without values."""
     if not len(values):
         return {}
     return {f"{q:.0%}": float(np.quantile(values, q)) for q in _QUANTILES}
 
 
 def extremes(values: list[float] | None) -> dict[str, float] | None:
+    """Return minimum, mean and maximum, or None without values."""
     if not values:
         return None
     return {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)}

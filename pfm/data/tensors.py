@@ -85,6 +85,7 @@ def _close(place: Tensor, near: float) -> tuple[Tensor, Tensor]:
 
 
 def float_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Gather rows of a table as float32."""
     return table[rows].float()
 
 
@@ -136,6 +137,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def checked_index(name: str, value: Any, table: Tensor) -> Tensor:
+    """Check a one-dimensional index into a table's rows and return it on the table's device."""
     index, rows = torch.as_tensor(value).to(table.device), len(table)
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"{name} must be a one-dimensional integer tensor: got {index.dtype} {tuple(index.shape)}")
@@ -172,6 +174,7 @@ def group_numbers(group: Any) -> Tensor:
 
 
 def checked_column(name: str, value: Any, count: int, low: float, high: float, device: torch.device) -> Tensor | None:
+    """Check a column (N,) of numbers in [low, high] and return it as float32; None stays None."""
     if value is None:
         return None
     column = as_float_tensor(name, value).to(device, torch.float32)

@@ -88,6 +88,7 @@ class Candidates:
 
 
 def measure(name: str, table: Candidates, method: str, bootstrap: Bootstrap) -> MethodRow:
+    """Measure one method against the original, the oracle and the method under test."""
     weights = table.weights(name)
     score = table.mean(weights, table.score)
     base, best, tested = (table.mean(table.weights(other), table.score) for other in ("identity", "oracle", method))
@@ -118,6 +119,7 @@ def _agreement(rows: Sequence[Scored], bootstrap: Bootstrap) -> Estimate | None:
 
 
 def calibrate(rows: Sequence[Scored], bootstrap: Bootstrap) -> Calibration | None:
+    """Compare b with the shares of wins among candidates; None where no row has b and several candidates."""
     used = [
         (number, row.probabilities, row)
         for number, row in enumerate(rows)
@@ -147,6 +149,7 @@ def calibrate(rows: Sequence[Scored], bootstrap: Bootstrap) -> Calibration | Non
 
 
 def by_group(rows: Sequence[Scored], method: str, resamples: int, seed: int) -> list[GroupRow]:
+    """Measure the method under test within each group of prompts."""
     members: dict[str, list[Scored]] = {}
     for row in rows:
         if row.group is not None:

@@ -77,6 +77,15 @@ def evaluate(
     Raises:
         ValueError: arguments that exclude each other or disagree in length, a judge whose answer is not one
             finite number a response (naming the prompt), or no prompt that could be evaluated.
+
+    >>> from pfm import Refinement
+    >>> texts = ["no", "Yes, please!"]
+    >>> chosen = {"text": texts[1], "original": texts[0], "candidates": texts, "index": 1, "changed": True}
+    >>> judged = {"win_probability": 0.7, "probabilities": [0.3, 0.7], "reason": "", "seconds": 0.0, "calls": 2}
+    >>> records = [Refinement(prompt=f"Ask {n}", **chosen, **judged) for n in range(20)]
+    >>> report = evaluate(records, judge=lambda prompt, responses: [len(text) for text in responses], progress=False)
+    >>> {row.name: row.win.value for row in report.rows}
+    {'identity': 0.5, 'random': 0.75, 'longest': 1.0, 'pfm': 1.0, 'oracle': 1.0}
     """
     if (judge is None) == (scores is None):
         raise ValueError("give either judge or scores, one of the two")

@@ -16,6 +16,7 @@ FEW_PROMPTS = 30
 
 
 def find_warnings(rows: Sequence[Scored], failures: Sequence[Failure]) -> list[str]:
+    """Return one sentence for each reason to distrust the figures."""
     n = len(rows)
     warnings = []
     if n < FEW_PROMPTS:

@@ -116,6 +116,7 @@ def trait_changes(
     outputs: Outputs,
     bootstrap: Bootstrap,
 ) -> list[TraitChange]:
+    """Measure by how much each trait changes along the flow, by b and by the labels."""
     if not names:
         return []
     like = np.ones_like(traits)

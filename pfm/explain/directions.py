@@ -37,6 +37,7 @@ def find_directions(
     outputs: Outputs,
     bootstrap: Bootstrap,
 ) -> list[Direction]:
+    """Name the mean displacement, b and the principal directions by traits, terms and contrasts."""
     total = float((displacement**2).sum(1).mean())
     mean = displacement.mean(0)
     covariance = place.T @ place / len(place)

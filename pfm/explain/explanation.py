@@ -98,6 +98,16 @@ def explain(
 
     Raises:
         ValueError: the embeddings do not fit the flow, or an argument is out of range.
+
+    >>> import pfm
+    >>> from pfm.encoders import SurfaceEncoder
+    >>> rows = [{"prompt": f"Ask {n}", "chosen": f"Yes, {n} times!", "rejected": f"no {n}"} for n in range(40)]
+    >>> pairs, encoder = pfm.PreferencePairs.from_rows(rows), SurfaceEncoder()
+    >>> encoded = pairs.encode(encoder, progress=False)
+    >>> flow = pfm.PreferenceFlow.fit(encoded, pfm.FlowConfig(residual=False), progress=False)
+    >>> explanation = explain(flow, pairs, encoder, resamples=20, progress=False)
+    >>> explanation.confirmed, explanation.accuracy.value
+    (True, 1.0)
     """
     for name, value, least in (("directions", directions, 0), ("contrasts", contrasts, 0), ("terms", terms, 0),
                                ("max_outputs", max_outputs, 4), ("resamples", resamples, 20)):  # fmt: skip

@@ -78,6 +78,7 @@ def some_prompts(pairs: PreferencePairs, limit: int, seed: int) -> list[int] | N
 
 
 def distinct_outputs(pairs: PreferencePairs, encoded: EncodedPairs) -> Outputs:
+    """Collect each distinct output of each prompt once, with its embedding and context."""
     numbers: dict[tuple[int, str], int] = {}
     group = encoded.group.tolist()
     rows, first = [], []
