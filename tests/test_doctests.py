@@ -14,6 +14,7 @@ from pfm import distances, encoders, preferences, statistics
 CALLED_FIRST = (
     pfm.EncodedPairs,
     pfm.FlowConfig,
+    pfm.PreferenceFlow,
     pfm.PreferencePairs.encode,
     pfm.PreferencePairs.from_jsonl,
     pfm.PreferencePairs.from_rankings,
@@ -44,6 +45,7 @@ CALLED_FIRST = (
     statistics.Estimate,
     statistics.sign_test,
     statistics.win_share_among,
+    pfm.wrap,
 )
 
 
