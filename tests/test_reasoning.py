@@ -407,7 +407,12 @@ def test_the_command_line_sets_reasoning_aside_unless_told_to_keep_it(fitted, tm
     run("refine", rows, "--out", tmp_path / "kept.jsonl", "--reasoning", "keep", *ending)
     (kept,) = read_rows(tmp_path / "kept.jsonl")
     assert "reasoning" not in kept
-    assert kept["probabilities"][1] < result["probabilities"][1]
+    flow, encoder = pfm.PreferenceFlow.from_pretrained(fitted), pfm.encoders.SurfaceEncoder()
+    prompts = encoder.encode_prompts(["q 1"])
+    for judged, text in ((result, "A calm answer, number 3."), (kept, noisy)):
+        b = float(flow.win_probability(encoder.encode([text]), prompts))
+        assert judged["probabilities"][1] == pytest.approx(b, abs=2e-6)
+    assert kept["probabilities"][1] != result["probabilities"][1]
     run("label", rows, "--judge", "pattern:lol", "--out", tmp_path / "labels.jsonl", "--no-progress")
     (label,) = read_rows(tmp_path / "labels.jsonl")
     assert label["chosen"] == "no idea 4 lol!!"

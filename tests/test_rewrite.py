@@ -177,7 +177,8 @@ def test_a_prompt_alone_is_revised_as_in_a_batch(flow, bank):
 def test_refiner_refines_given_outputs_pickles_and_runs_async(flow, bank):
     refiner = pickle.loads(pickle.dumps(rewriting(Writer("able"), flow, bank)))
     assert isinstance(refiner.decoder, Rewrite)
-    result = refiner.refine(["the harbour and they are quiet, says page 117 lol!!!"], [ASKED[0]])[0]
+    draft = "slow trains and nobody remembers who built the 32 first one, says page 930 lol!!!"
+    result = refiner.refine([draft], [ASKED[0]])[0]
     assert result.changed
     assert quality("", result.text) > quality("", result.original)
     (later,) = asyncio.run(refiner.abatch([ASKED[1]], progress=False))

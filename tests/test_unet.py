@@ -9,7 +9,7 @@ import pfm
 from pfm.preferences import MeanShift
 
 
-@pfm.register_field("unet")
+@pfm.register_field("small-unet")
 class UNet(nn.Module):
     """Convolves at two scales; time and context are added at the coarse one."""
 
@@ -33,7 +33,7 @@ class UNet(nn.Module):
 
 IMAGES = torch.tensor(load_digits(return_X_y=True)[0], dtype=torch.float32).view(-1, 1, 8, 8) / 16
 CONFIG = pfm.FlowConfig(
-    field="unet", field_options={"width": 8}, linear=False, epochs=12, batch_size=128, steps=2, learning_rate=8e-3
+    field="small-unet", field_options={"width": 8}, linear=False, epochs=12, batch_size=128, steps=2, learning_rate=8e-3
 )
 
 
