@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from pfm._internal import archive
 from pfm.data import EncodedPairs
-from pfm.flow.preference_flow import Composition, FlowConfig, PreferenceFlow
+from pfm.flow import Composition, FlowConfig, PreferenceFlow
 from pfm.flow.win import WinHead
 from pfm.preferences import BradleyTerry, GeneralPreference, load
 from pfm.references import PooledFlow

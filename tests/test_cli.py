@@ -31,7 +31,7 @@ from pfm.encoders import (
     encoder_from_description,
     encoder_from_name,
 )
-from pfm.flow.preference_flow import PreferenceFlow, compose
+from pfm.flow import PreferenceFlow, compose
 from pfm.refiner.refiner import Refinement
 
 WORDS = ["stone", "river", "lamp", "garden", "wind", "paper", "bridge", "cloud"]
