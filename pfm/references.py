@@ -34,8 +34,9 @@ from pfm.data.encoded import EncodedPairs, as_float_tensor
 from pfm.devices import resolve_device, standard_defaults, with_standard_defaults
 from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import SOURCES, Coupled
-from pfm.flow.fitting import at_most, choose_steps, fit_field
-from pfm.flow.preference_flow import STATISTICS_ROWS, PreferenceFlow, _on_unit_sphere
+from pfm.flow.fitting import STATISTICS_ROWS, at_most, choose_steps, fit_field, on_unit_sphere
+from pfm.flow.inputs import check_inputs
+from pfm.flow.preference_flow import PreferenceFlow
 from pfm.flow.win import WinHead
 from pfm.tastes import append_code, check_names
 
@@ -363,11 +364,10 @@ class PooledFlow:
         with torch.no_grad():
             batch = some.pairs.gather(torch.arange(len(some), device="cpu"))
             code = torch.eye(sources, device="cpu")[some.rejected_tag]
-            flow.normalizer.fit(batch.chosen, batch.rejected, append_code(batch.context, code), batch.weight)
+            flow.normalize_by(batch.chosen, batch.rejected, append_code(batch.context, code), batch.weight)
             # A one-hot code is no measurement: its units stay as they are.
             flow.normalizer.context_mean[-sources:] = 0
             flow.normalizer.context_scale[-sources:] = 1
-            flow._set_units()
         coupling, check = (TaggedEnds(part, config.source) for part in (train, held))
         found = fit_field(flow.field, flow.normalizer, coupling, check, config, progress=progress)
         unit = float((batch.chosen - batch.chosen.mean(0)).square().sum(1).mean().sqrt())
@@ -375,18 +375,22 @@ class PooledFlow:
         head = win.fit(tagged.with_codes(unit), seed=config.seed)
         if isinstance(flow.win, WinHead):
             flow.win.drop_network()
-        flow._set_steps(*choose_steps(flow.field, flow.normalizer, check, config))
-        flow.metadata |= found.to_dict() | {
-            "encoder": pairs.encoder,
-            "dimension": flow.dimension,
-            "context_dimension": flow.context_dimension,
-            "pairs": len(pairs),
-            "prompts": len(torch.unique(pairs.group)),
-            "win": head.to_dict(),
-            "win_network_kept": False,  # of the flow's own head, which is not fitted
-            "unit_norm": _on_unit_sphere(batch.chosen, batch.rejected, config),
-            "seconds": round(time.perf_counter() - began, 3),
-        }
+        steps = choose_steps(flow.field, flow.normalizer, check, config)
+        flow.metadata |= (
+            steps._asdict()
+            | found.to_dict()
+            | {
+                "encoder": pairs.encoder,
+                "dimension": flow.dimension,
+                "context_dimension": flow.context_dimension,
+                "pairs": len(pairs),
+                "prompts": len(torch.unique(pairs.group)),
+                "win": head.to_dict(),
+                "win_network_kept": False,  # of the flow's own head, which is not fitted
+                "unit_norm": on_unit_sphere(batch.chosen, batch.rejected, config),
+                "seconds": round(time.perf_counter() - began, 3),
+            }
+        )
         logger.info("fitted on %d pairs of %s: %s", len(pairs), ", ".join(tagged.names), json.dumps(flow.metadata))
         return cls(flow.eval(), win, tagged.names, tagged.shares, tagged.win_rates().rates, unit)
 
@@ -438,7 +442,8 @@ class PooledFlow:
     def win_probability(self, y: Any, context: Any = None, *, tag: Any) -> Tensor:
         """Give b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
         y = as_float_tensor("y", y).float()
-        y, joined = self.flow._checked(y, append_code(context, self.code(tag, len(y))))
+        joined = append_code(context, self.code(tag, len(y)))
+        y, joined = check_inputs(y, joined, self.flow.event_shape, self.flow.context_dimension)
 
         def judge(rows: Tensor, joined: Tensor | None) -> tuple[Tensor]:
             assert joined is not None

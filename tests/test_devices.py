@@ -327,8 +327,8 @@ def test_a_stopped_fit_goes_on_elsewhere(tmp_path, monkeypatch):
 
 
 def test_streamed_batches_teach_what_resident_ones_do(monkeypatch):
-    from pfm.flow.couplings import make_coupling
     from pfm.flow import streaming, training
+    from pfm.flow.couplings import make_coupling
 
     monkeypatch.setattr("pfm.flow.preference_flow.RESIDENT_SHARE", 0.0)
     asked = []

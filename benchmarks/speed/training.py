@@ -11,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.clock import Contestant
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
-from pfm.flow.fields import FOURIER_FEATURES, ResidualField
 from pfm.flow import training
+from pfm.flow.fields import FOURIER_FEATURES, ResidualField
 
 __all__ = ["PausedFit", "bare_products", "plain_loop", "products_of_a_row"]
 
