@@ -32,7 +32,7 @@ from pfm.encoders import (
     encoder_from_name,
 )
 from pfm.flow import PreferenceFlow, compose
-from pfm.refiner.refiner import Refinement
+from pfm.refiner import Refinement
 
 WORDS = ["stone", "river", "lamp", "garden", "wind", "paper", "bridge", "cloud"]
 FAST = ["--encoder", "surface", "--set", "residual=false", "--no-progress"]

@@ -11,7 +11,7 @@ from pfm.data import EncodedPairs
 from pfm.encoders import SurfaceEncoder
 from pfm.evaluation.evaluation import Failure, Report, Scored, evaluate
 from pfm.flow.preference_flow import PreferenceFlow
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.refiner import Refinement, wrap
 from pfm.statistics import Estimate
 
 T = TypeVar("T")

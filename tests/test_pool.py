@@ -13,7 +13,7 @@ from fault_server import FaultServer
 from test_refiner import LetterEncoder, LinearFlow
 
 from pfm.generators import CachedGenerator, GeneratorPool, OpenAIGenerator, as_generator
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.refiner import Refinement, wrap
 
 PROMPTS = [f"prompt {number}" for number in range(400)]
 

@@ -16,7 +16,7 @@ from pfm._internal.hub import loading_problem
 from pfm._internal.proxies import is_own_address, proxied_client, proxy_of
 from pfm.encoders import OpenAIEncoder
 from pfm.generators import OpenAIGenerator
-from pfm.refiner.refiner import wrap
+from pfm.refiner import wrap
 from pfm.serve import ServeConfig, create_app
 
 FAR = "http://model.example:8000/v1"

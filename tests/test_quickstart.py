@@ -16,7 +16,7 @@ from pfm import quickstart
 from pfm.cli import app
 from pfm.evaluation.evaluation import Report, Scored
 from pfm.flow.preference_flow import PreferenceFlow
-from pfm.refiner.refiner import Refiner
+from pfm.refiner import Refiner
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pfm.decoders import ExemplarBank
 from pfm.generators import OpenAIGenerator
 from pfm.judges import LLMJudge, ScriptedJudge
 from pfm.reasoning import answer_of, judged_text, read_content, split_reasoning, training_text
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.refiner import Refinement, wrap
 
 FINAL = "<|channel|>analysis<|message|>A.<|end|><|start|>assistant<|channel|>final<|message|>Four.<|return|>"
 

@@ -27,7 +27,7 @@ from test_openai_generator import KEY
 
 from pfm.flow.preference_flow import PreferenceFlow
 from pfm.generators import OpenAIGenerator, ResponseCache
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.refiner import Refinement, wrap
 
 COUNT = 40
 MEASURED = ("seconds",)

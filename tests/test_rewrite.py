@@ -24,7 +24,7 @@ from pfm.decoders import ExemplarBank, Rewrite
 from pfm.encoders import SurfaceEncoder
 from pfm.generators import OpenAIGenerator
 from pfm.judges import ScriptedJudge
-from pfm.refiner.refiner import Refinement
+from pfm.refiner import Refinement
 from pfm.statistics import Bootstrap
 
 ENCODER = SurfaceEncoder()

@@ -13,7 +13,7 @@ from test_refiner import LetterEncoder, LinearFlow
 from pfm._internal.special_tokens import SpecialTokens
 from pfm.errors import EmptyAnswerError
 from pfm.generators import CachedGenerator, TransformersGenerator
-from pfm.refiner.refiner import wrap
+from pfm.refiner import wrap
 
 WORDS = ["<pad>", "<end>", "<unknown>", "<user>", "<assistant>", "hello", "there"]
 WORDS += ["good", "bad", "stone", "river", "lamp", "garden", "wind", "paper"]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pfm.data.pairs import PreferencePairs
     from pfm.encoders import Encoder
     from pfm.evaluation.evaluation import Report
-    from pfm.refiner.refiner import Refinement
+    from pfm.refiner import Refinement
 
 
 @app.command(
@@ -72,7 +72,7 @@ def evaluate(
     with guarded(traceback) as session:
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.data.pairs import PreferencePairs
-        from pfm.refiner.refiner import wrap
+        from pfm.refiner import wrap
 
         context = bool(fitted.metadata.get("context_dimension"))
         scored = _read_scored(rows, on_bad_rows.value, prompted=context, prompt_key=prompt_key)

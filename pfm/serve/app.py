@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pfm._internal.proxies import proxy_of
-from pfm.refiner.refiner import Refiner
+from pfm.refiner import Refiner
 from pfm.serve.access import LOOPBACK_ORIGIN, Access
 from pfm.serve.answer import envelope, events, to_json
 from pfm.serve.asked import EXTENSION, HEADER, Asked, read

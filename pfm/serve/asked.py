@@ -15,7 +15,7 @@ from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text
 from pfm.reasoning import read_content
-from pfm.refiner.refiner import Refiner
+from pfm.refiner import Refiner
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 
