@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+MUTANTS := .venv-mutants
 export HF_HUB_OFFLINE = 1
 # threads that wait for each other yield the core: on shared cores spinning costs several times the work
 export OMP_WAIT_POLICY = passive
@@ -12,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit slow soak peers gpu far clean
+.PHONY: quickstart test lint unit slow soak peers mutants gpu far clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -40,6 +41,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 3 --dist worksteal  # one more than two cores: many tests wait for what they started
@@ -65,5 +67,17 @@ slow: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.soak
 
+# Changes the core one expression at a time and sees whether the tests notice: hours, taken up where it was stopped.
+# AREAS="fields win" runs some of it; docs/mutants.md says what was found. Its environment lies over the first as peers'.
+$(MUTANTS)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv --clear --without-pip $(MUTANTS)
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(MUTANTS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth"
+	$(BIN)/pip --python $(MUTANTS)/bin/python install --quiet --constraint constraints.txt "mutmut>=3.8,<4"
+	touch $@
+
+mutants: $(MUTANTS)/.installed
+	$(MUTANTS)/bin/python -m benchmarks.mutants $(AREAS)
+
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info quickstart runs multirun outputs
+	rm -rf $(VENV) $(PEERS) $(MUTANTS) build dist *.egg-info quickstart runs multirun outputs

@@ -12,9 +12,9 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from benchmarks.data import MissingDataError
-from benchmarks.schemas import register
-from benchmarks.sweeps import SettingsError, check_launcher, close_sweep, run_job
+from benchmarks.core.data import MissingDataError
+from benchmarks.core.schemas import register
+from benchmarks.core.sweeps import SettingsError, check_launcher, close_sweep, run_job
 
 register()
 

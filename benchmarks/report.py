@@ -17,22 +17,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import (
-    acquisition_report,
-    law_plots,
-    law_report,
-    noise_report,
-    preference_plots,
-    preference_report,
-    selection_plots,
-    selection_report,
-    speed_report,
-)
+from benchmarks.acquisition import report as acquisition_report
 from benchmarks.control import families as control_families
 from benchmarks.control import plots as control_plots
 from benchmarks.control import report as control_report
-from benchmarks.runs import Run, collect
-from benchmarks.tables import save_parquet
+from benchmarks.core.runs import Run, collect
+from benchmarks.core.tables import save_parquet
+from benchmarks.laws import plots as law_plots
+from benchmarks.laws import report as law_report
+from benchmarks.preference import noise_report
+from benchmarks.preference import plots as preference_plots
+from benchmarks.preference import report as preference_report
+from benchmarks.selection import plots as selection_plots
+from benchmarks.selection import report as selection_report
+from benchmarks.speed import report as speed_report
 
 __all__ = ["KINDS", "main"]
 

@@ -6,9 +6,9 @@ from typing import Any, cast
 import pytest
 from omegaconf import OmegaConf
 
-from benchmarks.config import RunConfig
-from benchmarks.data import MissingDataError, data_folder
-from benchmarks.schemas import composed
+from benchmarks.core.config import RunConfig
+from benchmarks.core.data import MissingDataError, data_folder
+from benchmarks.core.schemas import composed
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,11 +11,11 @@ import torch
 from bench_settings import configured, needs
 from torch import Tensor
 
-from benchmarks.acquisition_config import AcquisitionMethodConfig
-from benchmarks.acquisition_report import compare, markdown, student_interval
+from benchmarks.acquisition.config import AcquisitionMethodConfig
+from benchmarks.acquisition.report import compare, markdown, student_interval
+from benchmarks.core.runner import run
+from benchmarks.core.runs import collect
 from benchmarks.methods.acquisition import make
-from benchmarks.runner import run
-from benchmarks.runs import collect
 from pfm import EncodedPairs
 from pfm.acquisition import CRITERIA, Beliefs, LaplacePosterior, _expectations, choose_pairs, ensemble_beliefs
 from pfm.preferences import BradleyTerry
@@ -290,3 +290,13 @@ def test_what_is_asked_does_not_depend_on_the_hidden_labels() -> None:
         asked = [acquirer.ask(part, 5, known, outputs, 0) for part in (pool, pool.shuffle_labels(0), pool.swap())]
         assert torch.equal(asked[0], asked[1])
         assert torch.equal(asked[0], asked[2])
+
+
+def test_beliefs_of_models_have_the_mean_and_variance_of_their_scores() -> None:
+    models = [BradleyTerry(10.0**-power).fit(labelled(60, 2, seed=power)[0]) for power in range(1, 5)]
+    y, other = torch.randn(2, 10, 2, generator=torch.Generator().manual_seed(0))
+    scores = torch.stack([model.score(y, other) for model in models]).double()
+    found = ensemble_beliefs(models, y, other)
+    torch.testing.assert_close(found.mean, scores.mean(0))
+    torch.testing.assert_close(found.variance, scores.var(0))  # unbiased: of n - 1
+    torch.testing.assert_close(found.factor @ found.factor.T, torch.cov(scores.T))

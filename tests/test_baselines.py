@@ -14,15 +14,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import AscentConfig, BestOfConfig, RegressionConfig, ShiftConfig
-from benchmarks.laws import Law, Mover
+from benchmarks.baselines.networks import Network, fit_early_stopped, pair_loss
+from benchmarks.baselines.rewards import NetworkReward
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import AscentConfig, BestOfConfig, RegressionConfig, ShiftConfig
+from benchmarks.laws.laws import Law, Mover
 from benchmarks.methods.ascent import Ascent, OffData, climb, log_win
 from benchmarks.methods.best_of import BestOf
 from benchmarks.methods.regression import Regression, fit_ridge
 from benchmarks.methods.shift import Shift
-from benchmarks.networks import Network, fit_early_stopped, pair_loss
-from benchmarks.rewards import NetworkReward
 from pfm import EncodedPairs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,14 +15,15 @@ import pytest
 from bench_settings import ROOT, configured, needs
 from omegaconf import OmegaConf
 
-from benchmarks import report, selection_report
-from benchmarks.bench import Bench
-from benchmarks.data import MissingDataError
-from benchmarks.measures import ChoiceTable, SeedBootstrap
+from benchmarks import report
+from benchmarks.core.bench import Bench
+from benchmarks.core.data import MissingDataError
+from benchmarks.core.measures import ChoiceTable, SeedBootstrap
+from benchmarks.core.runner import run
+from benchmarks.core.runs import collect
 from benchmarks.methods import make_method
-from benchmarks.runner import run
-from benchmarks.runs import collect
-from benchmarks.selection import Selection, draw_candidates, limited, one_hot, split_prompts
+from benchmarks.selection import report as selection_report
+from benchmarks.selection.selection import Selection, draw_candidates, limited, one_hot, split_prompts
 from benchmarks.tasks import load_task
 from pfm.statistics import Bootstrap
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfm import EncodedPairs
-from pfm.flow.couplings import COUPLINGS, BestOf, Coupled, Coupling, make_coupling
+from pfm.flow.couplings import COUPLINGS, BestOf, Coupled, Coupling, Joined, WithoutContext, make_coupling
 
 
 def all_rows(coupling: Coupling) -> Coupled:
@@ -192,3 +192,124 @@ def test_candidate_sets_count_with_the_weights_of_their_pairs():
     assert float(joined.weight.mean()) == pytest.approx(1.0)
     plain = EncodedPairs.from_table(table, first, second, contexts=contexts, context_index=place, candidates=sets)
     assert plain.candidate_weights is None
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", ["paired", "independent"])
+def test_a_pairs_weight_is_its_rows_weight_with_mean_one(name: str, source: str):
+    chosen, rejected = torch.tensor([[1.0], [2.0], [3.0]]), -torch.tensor([[1.0], [2.0], [3.0]])
+    pairs = EncodedPairs(chosen, rejected, weight=[1.0, 3.0, 8.0])
+    rows = all_rows(make_coupling(pairs, source=source, coupling=name))
+    expected = {1.0: 0.25, 2.0: 0.75, 3.0: 2.0}
+    assert rows.weight.tolist() == pytest.approx([expected[abs(value)] for value in rows.source.flatten().tolist()])
+    assert float(rows.weight.mean()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", ["paired", "independent"])
+def test_soft_labels_keep_the_mean_weight_at_one(name: str, source: str):
+    pairs = EncodedPairs(torch.ones(3, 1), torch.zeros(3, 1), weight=[1.0, 3.0, 8.0], probability=[0.9, 0.5, 0.6])
+    rows = all_rows(make_coupling(pairs, source=source, coupling=name))
+    assert float(rows.weight.mean()) == pytest.approx(1.0)
+    ones = float((rows.source.flatten() * rows.weight).sum() / rows.weight.sum())
+    assert ones == pytest.approx(0.5 if source == "reference" else (0.1 + 1.5 + 3.2) / 12)
+
+
+@pytest.mark.parametrize("source", ["reference", "rejected"])
+@pytest.mark.parametrize("name", COUPLINGS)
+def test_items_are_of_the_prompt_that_their_source_is_of(name: str, source: str):
+    """The second coordinate of every output is its context's number, which is the prompt's."""
+    pairs = contextual(40, contexts=4)
+    coupling = make_coupling(pairs, source=source, coupling=name)
+    index = torch.arange(len(coupling)).flip(0)[::3]
+    numbers = {int(group): float(number) for group, number in zip(pairs.group, pairs.chosen[:, 1], strict=True)}
+    group = coupling.group_of(index)
+    rows = coupling.draw(index, torch.Generator().manual_seed(0))
+    assert [numbers[int(each)] for each in group.repeat(rows.repeats)] == rows.source[:, 1].tolist()
+    assert rows.source.shape == (len(index) * coupling.rows_per_item, 2)
+    hidden = WithoutContext(coupling)
+    again = hidden.draw(index, torch.Generator().manual_seed(0))
+    assert again.context is None
+    assert torch.equal(again.source, rows.source)
+    assert torch.equal(again.target, rows.target)
+    assert (len(hidden), hidden.rows_per_item) == (len(coupling), coupling.rows_per_item)
+    assert torch.equal(hidden.group_of(index), group)
+
+
+def test_candidates_are_of_their_sets():
+    table = torch.arange(7.0)[:, None]
+    sets = [(0, torch.tensor([0, 1, 2]), torch.tensor([3.0, 1.0, 2.0])), (1, torch.arange(3, 7), torch.arange(4.0))]
+    pairs = EncodedPairs.from_table(
+        table, [0, 6], [1, 3], contexts=torch.eye(2), context_index=[0, 1], candidates=sets, weight=[1.0, 4.0]
+    )
+    coupling = BestOf(pairs, 3)
+    rows = coupling.draw(torch.arange(7), torch.Generator().manual_seed(0))
+    assert len(coupling) == 7
+    assert coupling.group_of(torch.arange(7)).tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert rows.source.flatten().sort().values.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert rows.target[:3].flatten().tolist() == [0.0] * 3  # of three of three the best is the best of all
+    assert set(rows.target[3:].flatten().tolist()) <= {5.0, 6.0}
+    assert rows.context is not None
+    assert torch.equal(rows.context, torch.eye(2)[[0, 0, 0, 1, 1, 1, 1]])
+    assert rows.weight.tolist() == pytest.approx([7 / 19] * 3 + [28 / 19] * 4)
+    several = torch.zeros(4000, dtype=torch.long) + 3
+    best = coupling.draw(several, torch.Generator().manual_seed(1)).target.flatten()
+    assert float((best == 6).float().mean()) == pytest.approx(0.75, abs=0.03)  # 3 of the 4 sets of three hold it
+
+
+def test_samples_that_are_joined_already_are_gathered_as_they_are():
+    source, target = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    context = torch.arange(6.0)[:, None]
+    rows = Joined(source, target, context).draw(torch.tensor([4, 1]))
+    assert torch.equal(rows.source, source[[4, 1]])
+    assert torch.equal(rows.target, target[[4, 1]])
+    assert rows.context is not None
+    assert rows.context.flatten().tolist() == [4.0, 1.0]
+    assert rows.weight.tolist() == [1.0, 1.0]
+    assert Joined(source, target, None).draw(torch.tensor([0])).context is None
+    assert Joined(source, target, None).group_of(torch.tensor([4, 1])).tolist() == [4, 1]
+
+
+@pytest.mark.parametrize("name", ["independent", "best of"])
+def test_what_is_drawn_depends_on_the_generator_alone(name: str):
+    pairs = contextual(60, contexts=2)
+    if name == "best of":
+        sets = [(0, torch.arange(60), torch.arange(60.0))]
+        pairs = EncodedPairs.from_table(torch.arange(60.0)[:, None], [59], [0], candidates=sets)
+    coupling = BestOf(pairs, 3) if name == "best of" else make_coupling(pairs, source="rejected", coupling=name)
+    drawn = [coupling.draw(torch.arange(60), torch.Generator().manual_seed(seed)).target for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_ot_in_blocks_depends_on_its_seed_alone():
+    pairs = EncodedPairs(torch.arange(2500.0)[:, None] + 1, torch.arange(2500.0)[:, None])
+    targets = [all_rows(make_coupling(pairs, source="rejected", coupling="ot", seed=seed)).target for seed in (0, 0, 1)]
+    assert torch.equal(targets[0], targets[1])
+    assert not torch.equal(targets[0], targets[2])
+
+
+def test_equal_candidates_are_equally_often_the_best_of_their_own_set():
+    table = torch.arange(9.0)[:, None]
+    sets = [(0, torch.arange(first, first + 3), torch.tensor([0.0, 1.0, 1.0])) for first in (0, 3, 6)]
+    pairs = EncodedPairs.from_table(table, [1, 4, 7], [0, 3, 6], group=torch.arange(3), candidates=sets)
+    coupling = BestOf(pairs, 2)
+    assert (coupling.best_of, len(coupling)) == (2, 9)
+    index = torch.arange(9).repeat(2000)
+    drawn = [coupling.draw(index, torch.Generator().manual_seed(seed)).target.flatten() for seed in (0, 0)]
+    assert torch.equal(*drawn)
+    for first in (0, 3, 6):
+        shares = torch.bincount(drawn[0][index // 3 == first // 3].long(), minlength=9).float() / 6000
+        assert shares[first + 1 : first + 3].tolist() == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+def test_a_prompt_of_one_pair_keeps_its_own_target():
+    chosen, rejected = torch.arange(5.0)[:, None] + 10, torch.arange(5.0)[:, None]
+    for group, alone in (([0, 1, 1, 2, 2], 0), ([0, 0, 1, 1, 2], 4)):
+        pairs = EncodedPairs(chosen, rejected, group=torch.tensor(group))
+        coupling = make_coupling(pairs, source="rejected", coupling="independent")
+        rows = coupling.draw(torch.arange(5).repeat(400), torch.Generator().manual_seed(0))
+        targets = [set(rows.target.flatten()[number::5].tolist()) for number in range(5)]
+        for number, own in enumerate(targets):
+            assert own == {10.0 + other for other in range(5) if group[other] == group[number]}
+        assert len(targets[alone]) == 1

@@ -506,7 +506,7 @@ def test_the_environment_chooses_for_auto(monkeypatch):
 
 
 def test_wrapped_generators_reports_and_explanations():
-    from pfm.explain.explanation import explain
+    from pfm.explain import explain
 
     rows = [
         {

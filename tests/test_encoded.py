@@ -182,3 +182,18 @@ def test_small_steps_do_not_chain_contexts_together():
     assert len(numbers.unique()) > 20_000
     assert len(same_rows(torch.eye(40)).unique()) == 40
     assert same_rows(torch.tensor([[1.0], [2.0], [1.0]])).tolist() == [0, 1, 0]
+
+
+def test_swapped_pairs_have_their_candidates_in_the_opposite_order():
+    scores = torch.tensor([0.1, 0.7, -0.3, 2.0])
+    pairs = EncodedPairs.from_table(
+        torch.randn(4, 2), [3, 1], [0, 2], group=[0, 0], candidates=[(0, torch.arange(4), scores)]
+    )
+    swapped = pairs.swap()
+    assert swapped.candidates is not None
+    assert swapped.candidates[0].scores.tolist() == (-scores).tolist()
+    assert swapped.candidates[0].rows.tolist() == [0, 1, 2, 3]
+    torch.testing.assert_close(swapped.chosen, pairs.rejected)
+    again = swapped.swap().candidates
+    assert again is not None
+    assert again[0].scores.tolist() == scores.tolist()

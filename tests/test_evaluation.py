@@ -9,8 +9,8 @@ import torch
 
 from pfm.data import EncodedPairs
 from pfm.encoders import SurfaceEncoder
-from pfm.evaluation.evaluation import Failure, Report, Scored, evaluate
-from pfm.flow.preference_flow import PreferenceFlow
+from pfm.evaluation import Failure, Report, Scored, evaluate
+from pfm.flow import PreferenceFlow
 from pfm.refiner import Refinement, wrap
 from pfm.statistics import Estimate
 

@@ -452,3 +452,12 @@ def test_the_summary_tells_what_was_found(linear):
     assert "residual kept" in linear.summary() or "dropped" in linear.summary()
     assert "of held-out pairs rightly" in linear.summary()
     assert pfm.__all__
+
+
+def test_pairs_that_repeat_each_other_can_be_fitted():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 3, 40, generator=generator).repeat(1, 50, 1)
+    flow = PreferenceFlow.fit(
+        EncodedPairs(chosen, rejected, group=torch.arange(150)), FlowConfig(residual=False), progress=False
+    )
+    assert bool(torch.isfinite(flow.transport(rejected)).all())

@@ -14,17 +14,18 @@ from made_once import made_once
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from benchmarks import law_report, report
-from benchmarks.bench import Bench
-from benchmarks.config import LawConfig, TransportConfig
-from benchmarks.law_task import LawTask
-from benchmarks.laws import Flowing, Law, Mover, Staged
+from benchmarks import report
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import LawConfig, TransportConfig
+from benchmarks.core.runner import run
+from benchmarks.core.runs import collect
+from benchmarks.laws import report as law_report
+from benchmarks.laws.laws import Flowing, Law, Mover, Staged
+from benchmarks.laws.quadrature import Quadrature
+from benchmarks.laws.task import LawTask
 from benchmarks.methods import make_method
 from benchmarks.methods.bounds import LawIdentity, LawOracle
 from benchmarks.methods.transport import FlowMover, joined_across, tournaments
-from benchmarks.quadrature import Quadrature
-from benchmarks.runner import run
-from benchmarks.runs import collect
 from benchmarks.tasks import load_task
 from benchmarks.tasks.cycle import Cycle
 from benchmarks.tasks.line import Line

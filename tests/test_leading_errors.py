@@ -244,11 +244,11 @@ def composed(*overrides: str) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
 
-    import benchmarks.sweeps
-    from benchmarks.schemas import register
+    import benchmarks.core.sweeps
+    from benchmarks.core.schemas import register
 
     register()
-    assert benchmarks.sweeps
+    assert benchmarks.core.sweeps
     conf = Path(__file__).resolve().parents[1] / "conf"
     with initialize_config_dir(str(conf), version_base="1.3"):
         config = compose("config", list(overrides), return_hydra_config=True)
@@ -258,7 +258,7 @@ def composed(*overrides: str) -> Any:
 
 @pytest.mark.parametrize("value", ["../../x", "/etc/x", "..", "a/../../../x", "..\\x"])
 def test_no_setting_of_a_benchmark_leads_out_of_the_folder_of_runs(value):
-    from benchmarks.sweeps import one_folder
+    from benchmarks.core.sweeps import one_folder
 
     folder = Path("runs", one_folder(f"encoder={value}"))
     assert len(folder.parts) == 2
@@ -278,7 +278,7 @@ def test_the_folder_of_a_run_holds_no_path():
 
 
 def test_wrong_settings_of_a_benchmark_are_named():
-    from benchmarks.config import RunConfig
+    from benchmarks.core.config import RunConfig
 
     with pytest.raises(ValueError, match="seed must be a whole number of at least 0: got -1"):
         RunConfig(seed=-1).check()

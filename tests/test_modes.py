@@ -185,6 +185,78 @@ def test_the_win_gradient_raises_b_beyond_the_pass_and_is_a_pass_for_gaussians(c
     assert steered == pytest.approx(2 * still, rel=0.15)
 
 
+# -- one pass, by hand ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stretched() -> PreferenceFlow:
+    """Fit a flow of Euler steps on outputs whose second coordinate is in units a hundred times smaller."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 300, 2, generator=generator) * torch.tensor([1.0, 100.0])
+    first = torch.rand(300, 1, generator=generator) < torch.sigmoid((one - other) @ torch.tensor([[1.0], [0.02]]))
+    pairs = EncodedPairs(torch.where(first, one, other), torch.where(first, other, one))
+    config = FlowConfig(residual=False, solver="euler", steps=3, source="rejected")
+    return PreferenceFlow.fit(pairs, config, progress=False)
+
+
+def test_steps_and_strength_are_those_asked_for(stretched):
+    y = torch.tensor([[0.5, -20.0], [-1.0, 150.0], [2.0, 3.0]])
+    one = y + stretched.velocity(0.0, y)
+    torch.testing.assert_close(stretched.transport(y, steps=1), one)
+    half = y + stretched.velocity(0.0, y) / 2
+    two = half + stretched.velocity(0.5, half) / 2
+    torch.testing.assert_close(stretched.transport(y, steps=2), two)
+    assert not torch.allclose(one, two, rtol=1e-4)
+    torch.testing.assert_close(stretched.transport(y, steps=2, strength=0.5), half)
+    torch.testing.assert_close(stretched.transport(y, steps=2, strength=3.0), y + 3 * (two - y))
+    torch.testing.assert_close(stretched.transport(y), stretched.transport(y, steps=stretched.steps))
+
+
+def test_the_win_gradient_is_in_the_outputs_units(stretched):
+    y = torch.tensor([[0.5, -20.0], [-1.0, 150.0], [2.0, 3.0]])
+    apart = stretched.transport(y, steps=1, win_gradient=0.7) - stretched.transport(y, steps=1)
+    variance = (stretched.normalizer.displacement * stretched.normalizer.scale).cpu().square() / 2
+    assert float(variance[1] / variance[0]) > 1000
+    torch.testing.assert_close(apart, 0.7 * variance * stretched.win_gradient(y), rtol=1e-3, atol=1e-3)
+
+
+def test_a_round_of_a_flow_from_losers_is_gated(stretched):
+    y = torch.randn(200, 2, generator=torch.Generator().manual_seed(1)) * torch.tensor([1.0, 100.0])
+    gated = stretched.transport(y, mode="gated")
+    assert 0.2 < float((gated == y).all(1).float().mean()) < 0.8
+    assert torch.equal(stretched.transport(y, mode="relabel"), gated)
+    assert torch.equal(stretched.transport(y, mode="reapply"), stretched.transport(y))
+    from_both = PreferenceFlow.fit(line_pairs(60), FlowConfig(residual=False), progress=False)
+    u = uniforms(50)
+    assert torch.equal(from_both.transport(u, mode="relabel"), from_both.transport(u))
+
+
+def test_soft_labels_of_a_round_say_how_sure_the_likelier_order_is(stretched, monkeypatch):
+    seen, fit = [], PreferenceFlow.fit
+
+    def watched(pairs, *args, **kwargs):
+        seen.append(pairs)
+        return fit(pairs, *args, **kwargs)
+
+    monkeypatch.setattr(PreferenceFlow, "fit", watched)
+    y, other = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(2))
+    asked = []
+
+    def soft(one, two, context):
+        asked.append((one.clone(), two.clone()))
+        return torch.sigmoid(3 * (one - two)[:, 0])
+
+    stretched.relabel(soft, y, other, check=0, progress=False)
+    one, two = asked[0]
+    label = torch.sigmoid(3 * (one - two)[:, 0])
+    torch.testing.assert_close(seen[0].chosen, torch.where((label >= 0.5)[:, None], one, two))
+    torch.testing.assert_close(seen[0].rejected, torch.where((label >= 0.5)[:, None], two, one))
+    torch.testing.assert_close(seen[0].probability, (label - 0.5).abs() + 0.5)
+    stretched.relabel(lambda one, two, context: (one > two)[:, 0], y, other, check=0, progress=False)
+    assert seen[1].probability is None
+    assert bool((seen[1].chosen[:, 0] >= seen[1].rejected[:, 0]).all())
+
+
 # -- what is said of a pass -----------------------------------------------------------------------------------------
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, softplus
 
-from benchmarks import noise_report
-from benchmarks.bench import Bench
-from benchmarks.config import MethodConfig, RunConfig, TaskConfig
-from benchmarks.measures import ChoiceTable
-from benchmarks.selection import Item, Selection, one_hot
-from benchmarks.selection_report import ChoiceRun
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import MethodConfig, RunConfig, TaskConfig
+from benchmarks.core.measures import ChoiceTable
+from benchmarks.preference import noise_report
+from benchmarks.selection.report import ChoiceRun
+from benchmarks.selection.selection import Item, Selection, one_hot
 from pfm import EncodedPairs, PreferencePairs
 from pfm.preferences import BradleyTerry, corrected, unbiased_label
 from pfm.preferences.logistic import PairwiseLogistic
-from pfm.preferences.noise import Corrected
+from pfm.preferences.noise import Corrected, _Labels, _with_outputs
 
 PROMPTS, EACH, DIMENSION = 60, 6, 6
 
@@ -294,3 +294,47 @@ def test_the_cost_of_wrong_labels_is_told_relative_to_the_plain_fits():
     assert robust.seeds == 2
     assert "25%" in noise_report.markdown([control, plain, robust])
     assert noise_report.costs(runs[::5]) == []  # clean labels only
+
+
+def test_a_pair_is_scored_by_the_outputs_other_labels_and_not_by_its_own():
+    """Every output has a worth of its own; a pair's score must not move when its own label is turned round."""
+    generator = torch.Generator().manual_seed(0)
+    worth = 3 * torch.randn(5, generator=generator).repeat(4)
+    places = torch.triu_indices(5, 5, 1)
+    one, other = ((5 * torch.arange(4)[:, None] + place).flatten() for place in places)
+    first = worth[one] > worth[other]
+    pairs = EncodedPairs.from_table(
+        torch.randn(20, 2, generator=generator), torch.where(first, one, other), torch.where(first, other, one),
+        group=one // 5,
+    )  # fmt: skip
+
+    def scores(probability: torch.Tensor) -> tuple[torch.Tensor, float]:
+        labels = _Labels(probability, torch.ones(40))
+        return _with_outputs(pairs, labels, torch.zeros(40), None, torch.Generator().manual_seed(1), [1.0])[:2]
+
+    before, spread = scores(torch.ones(40))
+    assert spread == 1.0
+    assert float((before > 0).float().mean()) > 0.7
+    for pair in (0, 17, 39):
+        turned_one = torch.ones(40)
+        turned_one[pair] = 0.0
+        after, spread = scores(turned_one)
+        assert spread == 1.0
+        assert float(after[pair]) == pytest.approx(float(before[pair]), abs=1e-6)
+        assert float((after - before).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_by_a_coin_give_no_output_a_worth(seed):
+    """What a coin said of a pair would be found again in its outputs' worth if it were fitted and judged by it."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.triu_indices(5, 5, 1)
+    one, other = ((5 * torch.arange(8)[:, None] + place).flatten() for place in places)
+    first = torch.rand(80, generator=generator) < 0.5
+    pairs = EncodedPairs.from_table(
+        torch.randn(40, 2, generator=generator), torch.where(first, one, other), torch.where(first, other, one),
+        group=one // 5,
+    )  # fmt: skip
+    labels = _Labels(torch.ones(80), torch.ones(80))
+    score, _, _ = _with_outputs(pairs, labels, torch.zeros(80), None, torch.Generator().manual_seed(1), [1.0])
+    assert float((score > 0).float().mean()) < 0.65

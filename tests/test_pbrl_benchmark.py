@@ -13,15 +13,15 @@ from bench_settings import ROOT, configured
 from omegaconf import OmegaConf
 
 from benchmarks import report
-from benchmarks.config import RunConfig
 from benchmarks.control import references
 from benchmarks.control.animation import side_by_side
 from benchmarks.control.report import compare, markdown
 from benchmarks.control.rewards import RewardEnsemble
 from benchmarks.control.task import ControlTask
+from benchmarks.core.config import RunConfig
+from benchmarks.core.runner import find_result, run
+from benchmarks.core.runs import collect
 from benchmarks.methods import make_method
-from benchmarks.runner import find_result, run
-from benchmarks.runs import collect
 from benchmarks.tasks import load_task
 from pfm import EncodedPairs
 

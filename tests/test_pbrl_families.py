@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.control.families import families, markdown
 from benchmarks.control.report import compare
-from benchmarks.runs import Run
+from benchmarks.core.runs import Run
 
 
 def test_a_family_is_what_held_out_episodes_choose(tmp_path: Path):

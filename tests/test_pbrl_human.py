@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.bench import Bench
 from benchmarks.control import door as study
 from benchmarks.control.door_report import estimate, write_report
 from benchmarks.control.learning import ControlData
+from benchmarks.core.bench import Bench
 from pfm.flow.win import WinHead
 from pfm.pbrl.human import HumanSegments, PeopleReward
 from pfm.preferences import BradleyTerry
@@ -270,3 +270,16 @@ def test_the_study_says_which_data_are_absent(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["door", "--out", str(tmp_path), "--report"])
     assert study.main() == 1
     assert "no splits" in capsys.readouterr().err
+
+
+def test_the_penalty_is_on_the_mean_loss_whatever_the_number_of_pairs(recorded):
+    """At the optimum of mean log loss + penalty |w|^2 (columns of unit mean square) the gradient is zero."""
+    few = recorded.select(np.flatnonzero(recorded.label != 0.5)[:12])
+    x = few.differences(few.actions)
+    twice = few.select(np.tile(np.arange(12), 3))
+    ours = PeopleReward.fit(few, x, penalties=(0.1,))
+    theirs = PeopleReward.fit(twice, np.tile(x, (3, 1)), penalties=(0.1,))
+    np.testing.assert_allclose(theirs.weights, ours.weights, rtol=1e-5)
+    scale = np.sqrt(np.square(x).mean(0))
+    gradient = ((1 / (1 + np.exp(-x @ ours.weights)) - few.label) @ (x / scale)) / 12 + 0.2 * ours.weights * scale
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import pfm.pbrl.improvement
 from pfm.pbrl import BatchedPointMass, FlowPolicy, Teacher, episode_returns, improve, load_improvement
 
 FLOW = {"hidden": 32, "layers": 1, "epochs": 4}
@@ -167,3 +168,28 @@ def test_no_round_of_any_seed_asks_for_the_data_of_another(monkeypatch: pytest.M
         improve(BatchedPointMass, Steering(), 12, seed=seed, **few)
     assert len(set(seeds)) == 4
     assert seeds[-2:] == seeds[:2]  # and the same seed for the same
+
+
+def test_every_round_collects_anew_and_is_judged_on_starts_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    collected, judged = [], []
+    collect, measured = pfm.pbrl.improvement.collect, pfm.pbrl.improvement.episode_returns
+
+    def collects(*args, **kwargs):
+        found = collect(*args, **kwargs)
+        collected.append((kwargs["seed"], found.observation))
+        return found
+
+    def judges(environment, policy, episodes, seed, **kwargs):
+        judged.append(seed)
+        return measured(environment, policy, episodes, seed, **kwargs)
+
+    monkeypatch.setattr(pfm.pbrl.improvement, "collect", collects)
+    monkeypatch.setattr(pfm.pbrl.improvement, "episode_returns", judges)
+    light = {"rounds": 2, "episodes": 4, "strengths": (1.0,), "continuation": 5, "config": FLOW | {"epochs": 1}}
+    improve(BatchedPointMass, Steering(), 40, seed=3, **SETTINGS | light)
+    assert len(collected) == 2
+    (first, states), (second, others) = collected
+    assert first != second  # the second round is of other states, whether or not the policy is another
+    assert not np.array_equal(states, others)
+    assert len(set(judged)) == 1  # every choice on the same starts
+    assert judged[0] not in range(3, 3 + 1000)  # which are those of no collection

@@ -412,3 +412,11 @@ def test_disagreeing_arrays_are_refused(segments):
         segments.select([1, 1])
     with pytest.raises(ValueError, match="one trajectory"):
         replace(segments, trajectory=np.zeros(250, dtype=int)).split()
+
+
+def test_rewards_are_discounted_from_the_segments_first_step(segments):
+    discounted = replace(segments, discount=0.5)
+    powers = np.array([1.0, 0.5, 0.25, 0.125])
+    np.testing.assert_allclose(discounted.returns, (segments.rewards * powers).sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(discounted.values, discounted.returns + segments.after, rtol=1e-6)
+    assert not np.allclose(discounted.returns, segments.returns)

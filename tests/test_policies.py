@@ -12,22 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import (
-    DPOConfig,
-    GPOConfig,
-    MRPOConfig,
-    RLHFConfig,
-    SPPOConfig,
-)
-from benchmarks.laws import Law, Mover
-from benchmarks.methods.dpo import DPO, conservative_dpo_loss, dpo_loss, ipo_loss, robust_dpo_loss
-from benchmarks.methods.gpo import CONVEX, GPO
-from benchmarks.methods.mrpo import MRPO, clip_reference, tilted_reference, virtual_reference
-from benchmarks.methods.rlhf import RLHF, RewardPolicy, climb
-from benchmarks.methods.sppo import SPPO, win_rate_rows
-from benchmarks.networks import Network
-from benchmarks.policies import (
+from benchmarks.baselines.networks import Network
+from benchmarks.baselines.policies import (
     Bins,
     Grid,
     NetworkPolicy,
@@ -39,7 +25,21 @@ from benchmarks.policies import (
     reference_of,
     round_divergence,
 )
-from benchmarks.rewards import NetworkReward
+from benchmarks.baselines.rewards import NetworkReward
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import (
+    DPOConfig,
+    GPOConfig,
+    MRPOConfig,
+    RLHFConfig,
+    SPPOConfig,
+)
+from benchmarks.laws.laws import Law, Mover
+from benchmarks.methods.dpo import DPO, conservative_dpo_loss, dpo_loss, ipo_loss, robust_dpo_loss
+from benchmarks.methods.gpo import CONVEX, GPO
+from benchmarks.methods.mrpo import MRPO, clip_reference, tilted_reference, virtual_reference
+from benchmarks.methods.rlhf import RLHF, RewardPolicy, climb
+from benchmarks.methods.sppo import SPPO, win_rate_rows
 from pfm import EncodedPairs
 
 BENCH = Bench("surface", "truncate", 0, False)

@@ -208,6 +208,56 @@ def test_the_guard_judges_one_pair_alike_among_few_candidates_and_many(flow, mod
             assert (chosen.index, chosen.changed) == (int(changed), changed)
 
 
+class Following(PreferenceModel):
+    """Prefers, under a positive context number, the larger first coordinate, and under a negative one the smaller."""
+
+    def _build(self, dimension: int, contexts: int) -> None:
+        self.dimension, self.context_dimension = dimension, contexts
+        self.register_buffer("slope", torch.ones(()))
+
+    def settings(self):
+        return {}
+
+    def fit(self, pairs, validation=None, *, progress=False):
+        self._ready(dimension=pairs.dimension, contexts=pairs.context_dimension)
+        return self
+
+    def embed(self, y, context):
+        assert context is not None
+        return Embedded(y[:, 0] * context[:, 0] * self.slope, torch.zeros(len(y), 0, device=y.device))
+
+    def _rescale(self, slope: float) -> None:
+        self.slope *= slope
+
+
+def test_candidates_are_judged_under_their_own_prompts_context():
+    y = torch.tensor([[0.0], [1.0], [2.0], [0.0], [1.0], [5.0]])
+    context = torch.tensor([[1.0], [1.0], [1.0], [-2.0], [-2.0], [1.0]])
+    pairs = EncodedPairs(y[:5] + 1, y[:5], context[:5])
+    flow = PreferenceFlow.fit(pairs, CLOSED, preference=Following().fit(pairs), progress=False)
+    b = flow.candidate_probabilities(y, context, torch.tensor([0, 0, 0, 1, 1, 2]))
+    one, two = (float(torch.sigmoid(torch.tensor(odds))) for odds in (1.0, 2.0))
+    assert b[:3].tolist() == pytest.approx([1 - (one + two) / 2, 0.5, (one + two) / 2])
+    assert b[3:5].tolist() == pytest.approx([two, 1 - two])
+    assert float(b[5]) == pytest.approx(float(flow.win_probability(y[5:], context[5])))
+
+
+def test_the_guard_is_judged_on_the_validation_pairs():
+    one, other = torch.randn(2, 60, 2, generator=torch.Generator().manual_seed(0))
+    first = (one[:, :1] > other[:, :1]).expand(60, 2)
+    pairs = EncodedPairs(torch.where(first, one, other), torch.where(first, other, one), group=torch.arange(60))
+    train, held = pairs.select(torch.arange(40)), pairs.select(torch.arange(40, 60))
+    model = BradleyTerry(0.1).fit(train)
+    flows = [
+        PreferenceFlow.fit(train, CLOSED, validation=judging, preference=model, progress=False)
+        for judging in (held, held.swap())
+    ]
+    assert flows[0].guard_margin < 0.5
+    assert flows[0].metadata["win"]["accuracy"] > 0.8
+    assert flows[1].guard_margin == math.inf
+    assert flows[1].metadata["win"]["accuracy"] < 0.2
+
+
 # -- best of m ----------------------------------------------------------------------------------------------------
 
 

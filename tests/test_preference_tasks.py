@@ -13,13 +13,14 @@ import pytest
 import torch
 from bench_settings import configured, needs
 
-from benchmarks import preference_report, report
-from benchmarks.bench import Bench
-from benchmarks.comparisons import Comparison, Comparisons, deal_folds
+from benchmarks import report
+from benchmarks.core.bench import Bench
+from benchmarks.core.comparisons import Comparison, Comparisons, deal_folds
+from benchmarks.core.runner import run
+from benchmarks.core.runs import collect
 from benchmarks.methods import make_method
-from benchmarks.prediction_measures import PredictionTable
-from benchmarks.runner import run
-from benchmarks.runs import collect
+from benchmarks.preference import report as preference_report
+from benchmarks.preference.measures import PredictionTable
 from benchmarks.tasks import load_task
 from benchmarks.tasks.cycle_text import kinds
 from benchmarks.tasks.qlora import order_figures

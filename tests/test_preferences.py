@@ -7,10 +7,19 @@ import torch
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.flow.win import WinHead
-from pfm.preferences import BradleyTerry, GeneralPreference, MeanShift, PreferenceEnsemble, load
+from pfm.preferences import (
+    BradleyTerry,
+    Embedded,
+    GeneralPreference,
+    MeanShift,
+    PreferenceEnsemble,
+    PreferenceModel,
+    load,
+)
 from pfm.preferences.base import restored, unfitted
 from pfm.preferences.crossvalidation import Search
-from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, pairwise_log_loss
+from pfm.preferences.ensemble import _stacked
+from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, fit_temperature, pairwise_log_loss
 from pfm.preferences.newton import newton_logistic
 from pfm.preferences.planes import SkewMoments
 from pfm.preferences.ridge import Ridge
@@ -80,6 +89,29 @@ def test_the_solver_is_at_the_penalised_optimum_along_its_path():
         at = solver.fit(l2, iterations=100)
         gradient = -(share * (probability - torch.sigmoid(difference @ at))) @ difference + 2 * l2 * at
         assert float(gradient.abs().max()) < 1e-4
+
+
+def test_rows_of_weight_zero_do_not_decide_which_directions_count():
+    """A huge difference that weighs nothing must not make the one that counts look like rounding."""
+    difference = torch.tensor([[1.0, 0.0], [0.0, 1e6]])
+    at = PairwiseLogistic(difference, torch.tensor([1.0, 0.0])).fit(0.1, iterations=100)
+    alone = PairwiseLogistic(difference[:1]).fit(0.1, iterations=100)
+    assert float(at[0]) == pytest.approx(float(alone[0]))
+    assert float(torch.sigmoid(-at[0]) - 2 * 0.1 * at[0]) == pytest.approx(0, abs=1e-5)
+    assert float(at[1]) == 0
+
+
+def test_the_temperature_is_the_likeliest_for_smoothed_labels():
+    score = torch.tensor([2.0, -1.0, 0.5, 3.0, -0.5, 1.5, -2.0, 1.0, 0.2, -0.3])
+    probability = torch.tensor([1.0, 0.0, 0.7, 1.0, 0.5, 0.9, 0.3, 0.0, 1.0, 0.5])
+    weight = torch.tensor([1.0, 2.0, 1.0, 0.5, 3.0, 1.0, 0.1, 1.0, 1.0, 2.0])
+    found = fit_temperature(score, probability, weight)
+    label = (probability * 5 + 1) / 7  # Platt's smoothing of ten labels: one of each kind more
+    gradient = float((weight * (torch.sigmoid(found * score) - label) * score).sum())
+    assert found > 0
+    assert gradient == pytest.approx(0, abs=1e-3)
+    assert fit_temperature(-score, probability, weight) == 0.0
+    assert fit_temperature(score, probability, torch.ones(10)) != pytest.approx(found, rel=1e-2)
 
 
 def test_platt_recovers_slope_and_offset_and_takes_a_wrong_order_for_no_evidence():
@@ -281,3 +313,78 @@ def test_planes_of_more_features_than_outputs_are_those_of_the_whole_space():
     leading = torch.linalg.eigh(inside.T @ inside)[1][:, -4:]
     expected = root @ leading
     torch.testing.assert_close(axes @ axes.T, expected @ expected.T, rtol=0, atol=1e-5)
+
+
+class Memory(PreferenceModel):
+    """Prefers what was chosen among the pairs it was fitted on, and knows nothing else."""
+
+    seen: torch.Tensor
+    slope: torch.Tensor
+
+    def _build(self, dimension: int, count: int) -> None:
+        self.dimension = dimension
+        self.register_buffer("seen", torch.zeros(count, dimension))
+        self.register_buffer("slope", torch.ones(()))
+
+    def settings(self):
+        return {}
+
+    def fit(self, pairs, validation=None, *, progress=False):
+        self._ready(dimension=pairs.dimension, count=len(pairs))
+        self.seen.copy_(pairs.chosen)
+        return self
+
+    def embed(self, y, context):
+        known = (y[:, None] == self.seen).all(2).any(1)
+        return Embedded(4.0 * known * self.slope, y.new_zeros(len(y), 0))
+
+    def _rescale(self, slope: float) -> None:
+        self.slope *= slope
+
+
+def test_members_of_an_ensemble_are_weighed_on_pairs_left_out():
+    pairs = bradley_terry_pairs(60, 3 * WEIGHTS)
+    found = PreferenceEnsemble([Memory(), MeanShift()]).fit(pairs)
+    assert found.found["weights"][0] == 0
+    assert found.found["weights"][1] > 0
+    y, other = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(1))
+    expected = found.found["weights"][1] * MeanShift().fit(pairs).score(y, other)
+    torch.testing.assert_close(found.score(y, other), expected)
+    told = PreferenceEnsemble([Memory(), MeanShift()]).fit(pairs, validation=pairs)  # judged where it remembers all
+    assert told.found["weights"][0] > 0
+
+
+def test_scores_of_negative_weight_are_left_out_and_the_others_refitted():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(40, generator=generator) + 0.5
+    pairs = EncodedPairs(torch.ones(40, 1), torch.zeros(40, 1))
+    weights = _stacked(torch.stack([right, -right - 0.3 * torch.randn(40, generator=generator)], 1), pairs)
+    alone = _stacked(right[:, None], pairs)
+    assert float(weights[1]) == 0
+    assert float(weights[0]) == pytest.approx(float(alone[0]), rel=1e-4)
+    assert float(alone[0]) > 0
+    assert _stacked(-right[:, None], pairs).tolist() == [0.0]
+    doubled = _stacked(2 * right[:, None], pairs)
+    assert float(doubled[0]) == pytest.approx(float(alone[0]) / 2, rel=1e-4)
+
+
+def test_the_moment_of_a_cycle_counts_a_soft_label_for_what_it_says():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.randn(2, 10, 3, generator=generator)
+    weight, probability = torch.rand(2, 10, generator=generator)
+    every = torch.ones(10, dtype=torch.bool)
+    moment = SkewMoments(chosen, rejected, weight, probability)._moments(every)[2]
+    one_way = chosen.T @ (rejected * (weight * (2 * probability - 1))[:, None]) / weight.sum()
+    torch.testing.assert_close(moment, (one_way - one_way.T).double())
+    nothing = SkewMoments(chosen, rejected, weight, torch.full((10,), 0.5))._moments(every)[2]
+    assert not bool(nothing.any())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reward_below_a_network_is_judged_on_other_prompts(seed):
+    """Eight numbers order twenty pairs of coin labels rightly; what holds on other prompts is next to nothing."""
+    one, other = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(seed))
+    pairs = EncodedPairs(one, other, group=torch.arange(20))
+    alone, below = BradleyTerry(1e-3).fit(pairs), BradleyTerry(1e-3, hidden=4).fit(pairs)
+    assert float(alone.score(one, other).mean()) > 0.5
+    assert float(below.weights.norm()) < 0.2 * float(alone.weights.norm())

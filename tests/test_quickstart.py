@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from pfm import quickstart
 from pfm.cli import app
-from pfm.evaluation.evaluation import Report, Scored
-from pfm.flow.preference_flow import PreferenceFlow
+from pfm.evaluation import Report, Scored
+from pfm.flow import PreferenceFlow
 from pfm.refiner import Refiner
 
 

@@ -7,16 +7,16 @@ import torch
 from spelled import Spelled
 from support.rounding import assert_same
 
-from benchmarks.config import LawConfig
-from benchmarks.law_task import LawTask
+from benchmarks.core.config import LawConfig
+from benchmarks.laws.quadrature import Quadrature
+from benchmarks.laws.task import LawTask
 from benchmarks.methods import make_method
-from benchmarks.pool_config import PoolConfig, PoolMRPOConfig
-from benchmarks.quadrature import Quadrature
+from benchmarks.preference.pool_config import PoolConfig, PoolMRPOConfig
 from benchmarks.tasks.line import Line
 from benchmarks.tasks.two_references import TwoReferences
 from pfm import EncodedPairs, FlowConfig, wrap
 from pfm.generators import GeneratorPool
-from pfm.references import PooledFlow, TaggedPairs, learned_shares, maximin_shares, winners_shares
+from pfm.references import PooledFlow, TaggedEnds, TaggedPairs, learned_shares, maximin_shares, winners_shares
 
 MEANS = torch.tensor([[-1.0, 0.0], [1.0, 0.5]])
 WANTS = torch.tensor([1.0, 1.0])
@@ -269,7 +269,7 @@ def test_tags_drawn_from_the_posterior_are_jointly_distributed_as_those_of_a_poo
 
 @pytest.mark.parametrize("rule", ["weighted", "single"])
 def test_every_rule_runs_on_the_task_with_equal_votes(rule):
-    from benchmarks.bench import Bench
+    from benchmarks.core.bench import Bench
 
     task = LawTask(TwoReferences(), LawConfig("two_references", pairs=300, draws=2, samples=200, energy_samples=100), 0)
     config = PoolConfig("pool", "pool", "Pool", rule=rule, flow={"residual": False})
@@ -284,7 +284,7 @@ def test_every_rule_runs_on_the_task_with_equal_votes(rule):
 
 
 def test_mrpo_on_its_own_references_leaves_what_its_base_never_says():
-    from benchmarks.bench import Bench
+    from benchmarks.core.bench import Bench
 
     task = LawTask(TwoReferences(), LawConfig("two_references", pairs=2000), 0)
     method = make_method(PoolMRPOConfig("pool_mrpo", "pool_mrpo", "MRPO", base=0))
@@ -293,3 +293,24 @@ def test_mrpo_on_its_own_references_leaves_what_its_base_never_says():
     moved = method.move(torch.zeros(2000, 2), None, generator)
     # The weak source has nothing at the right end, where the best mode is; its clipped partner adds nothing there.
     assert float((moved[:, 0] > 1.6).float().mean()) < 0.01
+
+
+def test_tagged_ends_start_from_all_members_or_from_the_losers():
+    chosen, rejected = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[-1.0], [-2.0], [-3.0]])
+    pairs = EncodedPairs(chosen, rejected, weight=[1.0, 2.0, 3.0], group=torch.tensor([7, 8, 9]))
+    tagged = TaggedPairs.of(pairs, torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]))
+    losers = TaggedEnds(tagged, "rejected")
+    rows = losers.draw(torch.arange(len(losers)))
+    assert rows.source.flatten().tolist() == [-1.0, -2.0, -3.0]
+    assert rows.target.flatten().tolist() == [1.0, 2.0, 3.0]
+    assert rows.weight.tolist() == [0.5, 1.0, 1.5]
+    assert rows.context is not None
+    assert rows.context.argmax(1).tolist() == [1, 0, 1]
+    assert losers.group_of(torch.tensor([2, 0])).tolist() == tagged.pairs.group[[2, 0]].tolist()
+    both = TaggedEnds(tagged, "reference")
+    rows = both.draw(torch.arange(len(both)))
+    assert rows.source.flatten().tolist() == [1.0, -1.0, 2.0, -2.0, 3.0, -3.0]
+    assert rows.target.flatten().tolist() == [1.0, 1.0, 2.0, 2.0, 3.0, 3.0]
+    assert rows.context is not None
+    assert rows.context.argmax(1).tolist() == [0, 1, 1, 0, 1, 1]
+    assert both.group_of(torch.tensor([5, 0])).tolist() == tagged.pairs.group[[2, 0]].tolist()

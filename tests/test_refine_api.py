@@ -25,7 +25,7 @@ from support.alike import assert_alike
 from test_cli import FAST, command, interrupt, read_rows, run, write_pairs, write_rows
 from test_openai_generator import KEY
 
-from pfm.flow.preference_flow import PreferenceFlow
+from pfm.flow import PreferenceFlow
 from pfm.generators import OpenAIGenerator, ResponseCache
 from pfm.refiner import Refinement, wrap
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pfm.evaluation.evaluation import Failure, Report, Scored
+from pfm.evaluation import Failure, Report, Scored
 from pfm.evaluation.render import page
 
 EVIL = "<script>alert('x')</script> & \"quoted\" [bold red]"

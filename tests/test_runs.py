@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.runs import code_notes, collect
-from benchmarks.schemas import method_settings
+from benchmarks.core.runs import code_notes, collect
+from benchmarks.core.schemas import method_settings
 
 
 def written(root: Path, seed: int, hour: int, *, name: str = "walk", **settings: Any) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import report
-from benchmarks.clock import Race, race
-from benchmarks.config import FlowMethodConfig, RunConfig, SpeedConfig
+from benchmarks.core.config import FlowMethodConfig, RunConfig, SpeedConfig
+from benchmarks.core.runner import run
 from benchmarks.methods.flow import FlowChoice
 from benchmarks.methods.plain import make as make_plain
-from benchmarks.runner import run
+from benchmarks.speed.clock import Race, race
 from benchmarks.speed.pairs import draw_pairs
 from benchmarks.speed.response import refining
 from benchmarks.speed.storage import feeding, peaks, stored_pairs

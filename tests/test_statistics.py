@@ -13,6 +13,7 @@ from benchmarks.studies.coverage import calibration, covered, length_control, ov
 from pfm.statistics import (
     Bootstrap,
     Estimate,
+    _multiples,
     binned,
     interval,
     length_controlled,
@@ -201,6 +202,19 @@ def test_length_control_weighs_rows_of_one_prompt():
     assert doubled.low == pytest.approx(plain.low)
 
 
+def test_length_control_counts_a_weight_as_that_many_rows():
+    win, gap = drawn(40, 0.5, 1.0, seed=3)
+    bootstrap, times = Bootstrap(40, 100), np.where(gap > np.median(gap), 3, 1)
+    weighted = length_controlled(win, gap, bootstrap, weight=times)
+    repeated = length_controlled(
+        np.repeat(win, times), np.repeat(gap, times), bootstrap, owner=np.repeat(np.arange(40), times)
+    )
+    assert weighted is not None
+    assert repeated is not None
+    for name in ("value", "low", "high"):
+        assert getattr(weighted, name) == pytest.approx(getattr(repeated, name), abs=1e-9)
+
+
 def test_length_control_in_degenerate_cases():
     bootstrap = Bootstrap(6, 100)
     win = np.array([1, 1, 0, 1, 0.5, 1])
@@ -295,6 +309,27 @@ def test_noise_floor_is_the_error_of_a_calibrated_predictor():
     assert np.mean([r.within_noise for r in reports]) > 0.8
     assert np.mean([r.ece.value for r in reports]) < shown / 2
     assert np.mean([r.ece.low == 0 for r in reports]) > 0.9
+
+
+def test_noise_floor_and_ceiling_are_those_of_a_normal_error():
+    """Of one bin the plain error is |N(0, s)|: its mean is s sqrt(2 / pi), its 95% quantile 1.96 s."""
+    y = np.r_[np.ones(200), np.zeros(200)]
+    r = reliability(np.full(400, 0.5), y, np.arange(400), Bootstrap(400, 4000))
+    s = 0.5 / math.sqrt(400)
+    assert r.measured_ece == 0
+    assert r.noise_floor == pytest.approx(s * math.sqrt(2 / math.pi), rel=0.05)
+    assert r.noise_ceiling == pytest.approx(1.96 * s, rel=0.05)
+
+
+def test_multiples_of_the_calibration_gaps_have_closed_forms():
+    gap = np.array([0.1, -0.3])
+    assert _multiples(gap, np.zeros((50, 2)), 0.4) == pytest.approx((1.0, 1.0, 1.0), abs=1e-3)
+    assert _multiples(gap, np.zeros((50, 2)), 1.2) == pytest.approx((3.0, 3.0, 3.0), abs=2e-3)
+    assert _multiples(gap, np.zeros((50, 2)), 0.0) == (0.0, 0.0, 0.0)
+    noise = np.linspace(-0.1, 0.1, 4001)[:, None]  # s |gap| + noise: its quantiles are s |gap| + 0.095, 0 and -0.095
+    low, middle, high = _multiples(np.array([0.5]), noise, 0.5)
+    assert (low, middle, high) == pytest.approx((0.81, 1.0, 1.19), abs=2e-3)
+    assert _multiples(np.array([0.5]), noise, 0.02)[:2] == (0.0, 0.0)
 
 
 def test_overconfidence_is_measured_and_above_the_noise():

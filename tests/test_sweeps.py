@@ -15,9 +15,9 @@ import pytest
 from bench_settings import ROOT
 from omegaconf import OmegaConf
 
-from benchmarks.config import at_most_asked, cores
-from benchmarks.schemas import composed
-from benchmarks.sweeps import LAUNCHERS, check_launcher, threads_of_a_job
+from benchmarks.core.config import at_most_asked, cores
+from benchmarks.core.schemas import composed
+from benchmarks.core.sweeps import LAUNCHERS, check_launcher, threads_of_a_job
 
 SMALL = (
     "task=line", "task.pairs=200", "task.samples=200", "task.draws=2", "task.directions=8", "task.energy_samples=50",

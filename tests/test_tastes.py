@@ -10,10 +10,8 @@ from support.rounding import assert_same
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow, wrap
 from pfm.flow.composition import Composition, compose, simplex
-from pfm.preferences import BradleyTerry
-from pfm.tastes import TasteMixture, append_code, taste_flows, with_code
-
-pytestmark = pytest.mark.slow
+from pfm.preferences import BradleyTerry, MeanShift
+from pfm.tastes import TasteMixture, _held_out, _mixed, append_code, number_raters, taste_flows, with_code
 
 VARIANCE = torch.tensor([1.0, 2.0, 0.5])
 TASTES = (torch.tensor([0.8, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.3]))
@@ -48,6 +46,7 @@ def draws() -> torch.Tensor:
 # -- composition -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5), (0.2, 0.8)])
 def test_composed_displacements_are_the_weighted_sum_of_the_skew_normal_means(flows, draws, weights):
     moved = compose(list(zip(flows, weights, strict=True))).transport(draws) - draws
@@ -58,6 +57,7 @@ def test_composed_displacements_are_the_weighted_sum_of_the_skew_normal_means(fl
     assert float((moved - each).norm() / each.norm()) < 0.05
 
 
+@pytest.mark.slow
 def test_the_composition_of_one_flow_is_that_flow_and_order_and_batch_do_not_matter(flows, draws):
     y = draws[:1500]  # more than one chunk
     composed = compose([(flows[0], 0.3), (flows[1], 0.7)], names=["one", "two"])
@@ -80,6 +80,7 @@ def test_the_composition_of_one_flow_is_that_flow_and_order_and_batch_do_not_mat
     torch.testing.assert_close(composed.velocity(0.5, y), velocity, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_composed_b_is_the_mean_of_the_tastes_and_the_trade_off_runs_from_one_to_the_other(flows, draws):
     composed = compose([(flow, 0.5) for flow in flows], names=["first", "second"])
     each = torch.stack([flow.win_probability(draws[:50]) for flow in flows])
@@ -108,6 +109,7 @@ def test_the_lattice_holds_all_weights():
     assert len(torch.unique(simplex(4, 4), dim=0)) == len(simplex(4, 4)) == math.comb(6, 3)
 
 
+@pytest.mark.slow
 def test_bad_compositions_are_refused_by_name(flows, draws):
     with pytest.raises(ValueError, match=r"weights must sum to 1: got \[0.5, 0.2\] with sum 0.7"):
         compose([(flows[0], 0.5), (flows[1], 0.2)])
@@ -139,6 +141,7 @@ def test_bad_compositions_are_refused_by_name(flows, draws):
         compose([(flow, 0.5) for flow in apart])
 
 
+@pytest.mark.slow
 def test_a_composition_is_loaded_as_it_was_saved(flows, draws, tmp_path):
     composed = compose([(flows[0], 0.3), (flows[1], 0.7)], names=["one", "two"])
     loaded = Composition.load(composed.save(tmp_path / "both"))
@@ -151,6 +154,7 @@ def test_a_composition_is_loaded_as_it_was_saved(flows, draws, tmp_path):
         Composition.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_composition_stands_where_a_flow_does_in_a_wrapped_generator(flows):
     texts = ["0 0 0", "1.5 0 0", "0 2 0.5"]
     for weights, best in (((1.0, 0.0), 1), ((0.0, 1.0), 2)):
@@ -201,6 +205,7 @@ def expected_loss(score: torch.Tensor, y: torch.Tensor, other: torch.Tensor, wan
     return float(torch.nn.functional.binary_cross_entropy_with_logits(score, chance))
 
 
+@pytest.mark.slow
 def test_em_finds_who_wants_what_and_predicts_better_than_one_model_of_all(crowd, mixture):
     pairs, _, taste = crowd
     found = mixture.responsibilities.argmax(1)
@@ -221,6 +226,7 @@ def test_em_finds_who_wants_what_and_predicts_better_than_one_model_of_all(crowd
     assert min(errors) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_shuffled_rater_names_gain_nothing_and_leave_one_taste(crowd, seed):
     pairs, raters, _ = crowd
@@ -232,6 +238,7 @@ def test_shuffled_rater_names_gain_nothing_and_leave_one_taste(crowd, seed):
     assert found.responsibilities.tolist() == [[1.0]] * 48
 
 
+@pytest.mark.slow
 def test_mixed_preferences_are_skew_and_b_is_the_mean_of_the_tastes(mixture):
     y, other = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(mixture.score(y, other), -mixture.score(other, y), atol=1e-5, rtol=0)
@@ -243,6 +250,7 @@ def test_mixed_preferences_are_skew_and_b_is_the_mean_of_the_tastes(mixture):
     torch.testing.assert_close(adapted.win_probability(y, other), mean, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_few_votes_place_a_new_rater_and_none_leave_the_shares(crowd, mixture):
     y, other = torch.randn(2, 500, 6, generator=torch.Generator().manual_seed(5))
     losses: dict[str, list[float]] = {"pooled": [], "one": [], "twenty": [], "scratch": []}
@@ -265,6 +273,7 @@ def test_few_votes_place_a_new_rater_and_none_leave_the_shares(crowd, mixture):
     torch.testing.assert_close(mixture.of_rater("nobody"), mixture.shares)
 
 
+@pytest.mark.slow
 def test_a_correction_learns_what_no_taste_has(mixture):
     wants = torch.tensor([2.0, 0, 0, 1.5, 0, 0])  # the first taste, and one more direction
     y, other = torch.randn(2, 500, 6, generator=torch.Generator().manual_seed(6))
@@ -280,6 +289,7 @@ def test_a_correction_learns_what_no_taste_has(mixture):
     )
 
 
+@pytest.mark.slow
 def test_a_mixture_is_loaded_as_it_was_saved(crowd, mixture, tmp_path):
     pairs = crowd[0].select(torch.arange(12))
     loaded = TasteMixture.load(mixture.save(tmp_path / "tastes"))
@@ -299,6 +309,7 @@ def test_a_mixture_is_loaded_as_it_was_saved(crowd, mixture, tmp_path):
         unnamed.save(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_known_groups_have_a_model_each_and_prompts_may_take_the_place_of_raters(crowd):
     pairs, raters, taste = crowd
     known = TasteMixture.of_groups(pairs, [f"group {t}" for t in taste[raters].tolist()])
@@ -310,6 +321,7 @@ def test_known_groups_have_a_model_each_and_prompts_may_take_the_place_of_raters
     assert len(TasteMixture(3, restarts=1).fit(grouped, grouped.group).models) == 3
 
 
+@pytest.mark.slow
 def test_flows_follow_their_tastes_by_responsibility_and_by_code():
     raters = torch.arange(20).repeat_interleave(50)
     taste = torch.arange(20) % 2
@@ -370,6 +382,7 @@ def test_bad_tastes_are_refused_by_name(crowd):
         TasteMixture(2).infer(pairs)
 
 
+@pytest.mark.slow
 def test_a_rater_of_one_vote_stays_near_the_shares_of_all(crowd):
     pairs, raters, _ = crowd
     wants = WANTS[:1].expand(1, -1)
@@ -378,3 +391,162 @@ def test_a_rater_of_one_vote_stays_near_the_shares_of_all(crowd):
     )
     found = TasteMixture(3, restarts=1, confirm=False).fit(joined, torch.cat([raters, torch.tensor([99])]))
     assert float(found.of_rater(99).max()) < 0.9 < float(found.of_rater(0).max())
+
+
+# -- closed forms ----------------------------------------------------------------------------------------------------
+# Tastes that are known exactly: a mean shift scores y - y' by the mean of chosen - rejected, here a row of CLOSED.
+
+CLOSED = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+
+
+def shift_of(move: list[float], margin: float = 0.1) -> PreferenceFlow:
+    """Make a flow that carries every output by one displacement."""
+    flow = PreferenceFlow((2,), config=LINEAR, metadata={"residual_kept": False, "steps": 1})
+    with torch.no_grad():
+        flow.field.linear.shifts.copy_(torch.tensor(move).expand(12, 2))
+    flow.win.margin.fill_(margin)
+    return flow
+
+
+@pytest.fixture(scope="module")
+def known() -> TasteMixture:
+    """Fit a mean shift a group, of three pairs and of one: the shares are 3/4 and 1/4."""
+    chosen = CLOSED[[0, 0, 0, 1]]
+    pairs = EncodedPairs(chosen, torch.zeros(4, 2))
+    return TasteMixture.of_groups(pairs, ["first", "first", "first", "second"], component=MeanShift)
+
+
+def differences(*rows: list[float], **more) -> EncodedPairs:
+    """Make pairs whose chosen minus rejected outputs are the rows."""
+    chosen = torch.tensor(rows)
+    return EncodedPairs(chosen, torch.zeros(len(chosen), 2), **more)
+
+
+def test_shifts_add_up_by_their_weights_and_a_row_may_have_its_own():
+    flows = [shift_of([2.0, 0.0]), shift_of([0.0, -4.0])]
+    composed = compose([(flows[0], 0.25), (flows[1], 0.75)])
+    y = torch.tensor([[1.0, 1.0], [0.0, 3.0]])
+    torch.testing.assert_close(composed.transport(y), y + torch.tensor([0.5, -3.0]))
+    torch.testing.assert_close(composed.transport(y, strength=0.5), y + torch.tensor([0.25, -1.5]))
+    torch.testing.assert_close(composed.transport(y, strength=2.0), y + torch.tensor([1.0, -6.0]))
+    own = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    torch.testing.assert_close(composed.transport(y, weights=own), y + torch.tensor([[2.0, 0.0], [1.0, -2.0]]))
+    torch.testing.assert_close(composed.velocity(0.3, y), torch.tensor([[0.5, -3.0]] * 2))
+
+
+def test_a_flow_of_no_weight_does_not_close_the_guard():
+    flows = [shift_of([1.0, 0.0], 0.2), shift_of([0.0, 1.0], 0.4), shift_of([0.0, 0.0], math.inf)]
+    for weights, margin in (((1.0, 0.0, 0.0), 0.2), ((0.25, 0.75, 0.0), 0.35), ((0.5, 0.0, 0.5), math.inf)):
+        assert compose(list(zip(flows, weights, strict=True))).guard_margin == pytest.approx(margin)
+
+
+def test_known_groups_have_the_shares_of_their_pairs(known):
+    assert known.shares.tolist() == [0.75, 0.25]
+    assert known.of_rater("second").tolist() == [0.0, 1.0]
+    assert known.of_rater("nobody").tolist() == [0.75, 0.25]
+    y, other = torch.tensor([[1.0, 1.0], [3.0, -1.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    assert known.scores(y, other).tolist() == [[1.0, 0.0], [3.0, -2.0]]
+    chance = torch.sigmoid(known.scores(y, other)) @ known.shares
+    torch.testing.assert_close(known.score(y, other), torch.logit(chance))
+    torch.testing.assert_close(known.score(other, y), -torch.logit(chance))
+    own = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    torch.testing.assert_close(known.score(y, other, weights=own), torch.tensor([0.0, 3.0]), atol=1e-6, rtol=0)
+    opponents = torch.cat([other, y])
+    wins = torch.stack([torch.sigmoid(known.scores(y, one.expand(2, 2))) for one in opponents]).mean(0)
+    torch.testing.assert_close(known.win_probability(y, opponents), wins @ known.shares)
+    torch.testing.assert_close(known.win_probability(y, opponents, weights=[0.0, 1.0]), wins[:, 1])
+
+
+def test_a_raters_taste_is_told_from_its_votes_by_bayes_rule(known):
+    """The posterior is the shares times the chance of the votes, each to the power of its weight."""
+    assert known.infer(differences([0.0, 0.0])).tolist() == pytest.approx([0.75, 0.25])
+    votes_of_one = [[1.0, -1.0], [0.5, 0.5], [2.0, 1.0]]
+    chance = torch.sigmoid(torch.tensor(votes_of_one) @ CLOSED.T)
+    posterior = known.shares * chance.prod(0)
+    torch.testing.assert_close(known.infer(differences(*votes_of_one)), posterior / posterior.sum())
+    soft = torch.tensor([1.0, 0.6, 0.0])
+    weight = torch.tensor([2.0, 1.0, 0.5])
+    likelihood = chance.log() * soft[:, None] + (1 - chance).log() * (1 - soft)[:, None]
+    posterior = known.shares * (likelihood * weight[:, None]).sum(0).exp()
+    found = known.infer(differences(*votes_of_one, probability=soft, weight=weight))
+    torch.testing.assert_close(found, posterior / posterior.sum())
+
+
+def test_an_adapted_taste_is_at_the_most_probable_coefficients(known):
+    """Log-odds are the mixture's at the votes' posterior, plus a.s + u.d; the gradient of loss and prior is zero."""
+    rows, weight = torch.tensor([[1.0, -1.0], [0.5, 0.5], [2.0, 1.0], [-1.0, 2.0]]), torch.tensor([1.0, 2.0, 0.5, 1.0])
+    votes_of_one = differences(*rows.tolist(), probability=[1.0, 0.8, 1.0, 0.3], weight=weight)
+    spread, correction = 0.7, 0.4
+    adapted = known.adapt(votes_of_one, spread=spread, correction=correction)
+    torch.testing.assert_close(adapted.responsibilities, known.infer(votes_of_one))
+    scores = rows @ CLOSED.T
+    log_odds = _mixed(scores, adapted.responsibilities) + scores @ adapted.blend + rows @ adapted.correction
+    torch.testing.assert_close(adapted.score(rows, torch.zeros(4, 2)), log_odds)
+    residual = weight * (torch.sigmoid(log_odds) - torch.tensor([1.0, 0.8, 1.0, 0.3]))
+    torch.testing.assert_close(residual @ scores + adapted.blend / spread**2, torch.zeros(2), atol=1e-4, rtol=0)
+    axes = known._leading(8)
+    along = torch.linalg.lstsq(axes, adapted.correction[:, None]).solution.flatten()
+    torch.testing.assert_close(
+        residual @ (rows @ axes) + along / correction**2, torch.zeros(axes.shape[1]), atol=1e-4, rtol=0
+    )
+    still = known.adapt(votes_of_one, spread=1e-6, correction=1e-6)
+    torch.testing.assert_close(still.score(rows, torch.zeros(4, 2)), _mixed(scores, still.responsibilities), atol=1e-4,
+                               rtol=0)  # fmt: skip
+    assert known.adapt(votes_of_one, rank=0).correction.tolist() == [0.0, 0.0]
+    positive = (adapted.responsibilities + adapted.blend).clamp_min(0)
+    torch.testing.assert_close(adapted.weights, positive / positive.sum())
+
+
+def two_camps(seed: int) -> tuple[EncodedPairs, torch.Tensor]:
+    """Let eight raters want the first coordinate and four the second one's opposite; ten sure votes each."""
+    generator = torch.Generator().manual_seed(seed)
+    raters = torch.arange(12).repeat_interleave(10)
+    want = torch.where((raters < 8)[:, None], torch.tensor([2.0, 0.0]), torch.tensor([0.0, -2.0]))
+    one, other = torch.randn(2, 120, 2, generator=generator)
+    first = (((one - other) * want).sum(1) > 0)[:, None]
+    return EncodedPairs(torch.where(first, one, other), torch.where(first, other, one)), raters
+
+
+def test_two_camps_are_found_and_shuffled_names_leave_one():
+    pairs, raters = two_camps(0)
+    found = TasteMixture(2, MeanShift, restarts=1).fit(pairs, raters)
+    assert found.found["confirmed"] is True
+    assert len(found.models) == 2
+    # One vote of each kind more than there are raters.
+    assert found.shares.tolist() == pytest.approx([9 / 14, 5 / 14], abs=1e-3)
+    assert found.responsibilities.argmax(1).tolist() == [0] * 8 + [1] * 4
+    directions = torch.stack([model.direction.cpu() for model in found.models if isinstance(model, MeanShift)])
+    directions = torch.nn.functional.normalize(directions, dim=1)
+    torch.testing.assert_close(directions, torch.tensor([[1.0, 0.0], [0.0, -1.0]]), atol=0.3, rtol=0)
+    shuffled = raters[torch.randperm(120, generator=torch.Generator().manual_seed(1))]
+    chance = TasteMixture(2, MeanShift, restarts=1).fit(pairs, shuffled)
+    assert chance.found["confirmed"] is False
+    assert len(chance.models) == 1
+    assert chance.shares.tolist() == [1.0]
+    assert len(TasteMixture(2, MeanShift, restarts=1, confirm=False).fit(pairs, shuffled).models) == 2
+
+
+def test_a_fifth_of_each_raters_votes_is_held_out():
+    index = torch.tensor([0] * 10 + [1] * 5 + [2] * 4)
+    held = _held_out(index, torch.Generator().manual_seed(0))
+    assert [int(held[index == rater].sum()) for rater in range(3)] == [2, 1, 0]
+
+
+def test_names_are_numbered_in_order_and_mixtures_of_log_odds_are_skew():
+    assert number_raters(["b", "a", "b"], 3)[0] == ["a", "b"]
+    assert number_raters(["b", "a", "b"], 3)[1].tolist() == [1, 0, 1]
+    scores, weights = torch.tensor([[1.0, -2.0], [0.0, 3.0]]), torch.tensor([0.3, 0.7])
+    torch.testing.assert_close(_mixed(scores, weights), torch.logit(torch.sigmoid(scores) @ weights))
+    torch.testing.assert_close(_mixed(-scores, weights), -_mixed(scores, weights))
+
+
+def test_flows_of_tastes_are_fitted_on_their_raters_pairs_by_weight():
+    y = torch.randn(24, 2, generator=torch.Generator().manual_seed(0))
+    move = torch.tensor([[3.0, 0.0], [0.0, -3.0]])[torch.arange(24) % 2]
+    pairs = EncodedPairs(y + move, y)
+    config = LINEAR.replace(source="rejected", sigma=0.0)
+    composed = taste_flows(pairs, torch.eye(2)[torch.arange(24) % 2], config)
+    assert composed.weights.tolist() == [0.5, 0.5]
+    for weights, expected in (([1.0, 0.0], [3.0, 0.0]), ([0.0, 1.0], [0.0, -3.0]), ([0.5, 0.5], [1.5, -1.5])):
+        moved = composed.transport(y, weights=torch.tensor(weights)) - y
+        torch.testing.assert_close(moved, torch.tensor(expected).expand(24, 2), atol=0.02, rtol=0)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from pfm import EncodedPairs, PreferencePairs
-from pfm.data.rows import PreferenceDataError
+from pfm.data import PreferenceDataError
 from pfm.preferences import BradleyTerry, TieModel, fit_prior, fit_raters, rater_index, reconcile, soft_labels
 from pfm.preferences.logistic import pairwise_log_loss
 

@@ -39,11 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from omegaconf import OmegaConf
 
-    from benchmarks.bench import Bench
-    from benchmarks.config import RunConfig
     from benchmarks.control.task import ControlTask
+    from benchmarks.core.bench import Bench
+    from benchmarks.core.config import RunConfig
+    from benchmarks.core.schemas import composed
     from benchmarks.methods import make_method
-    from benchmarks.schemas import composed
     from benchmarks.tasks import load_task
 
     chosen = composed(f"task=pbrl/{options.task}", "method=control/flow", *options.overrides)

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from benchmarks.config import MethodConfig, TaskConfig
+from benchmarks.core.config import MethodConfig, TaskConfig
 
 __all__ = [
     "METHODS",

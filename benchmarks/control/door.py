@@ -38,7 +38,7 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from torch.nn.functional import softplus
 
-from benchmarks.bench import Bench
+from benchmarks.baselines.networks import Network, fit_early_stopped, pair_loss
 from benchmarks.control.config import (
     ControlAscentConfig,
     ControlBestOfConfig,
@@ -49,14 +49,14 @@ from benchmarks.control.config import (
 )
 from benchmarks.control.door_report import write_report
 from benchmarks.control.learning import ControlData, ControlMethod
-from benchmarks.data import MissingDataError, data_folder
+from benchmarks.core.bench import Bench
+from benchmarks.core.data import MissingDataError, data_folder
 from benchmarks.methods.control.ascent import SegmentAscent
 from benchmarks.methods.control.best_of import SegmentBestOf
 from benchmarks.methods.control.clone import Clone
 from benchmarks.methods.control.flow import FlowRefinement
 from benchmarks.methods.control.reference import Reference
 from benchmarks.methods.control.shift import Shift
-from benchmarks.networks import Network, fit_early_stopped, pair_loss
 from pfm import EncodedPairs
 from pfm._internal.files import replace_json
 from pfm.pbrl import ClonedPolicy, HumanSegments, PeopleReward, SegmentPairs

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.tables import markdown_table
+from benchmarks.core.tables import markdown_table
 from pfm.statistics import Estimate, interval
 
 __all__ = ["estimate", "plain_setting", "summarise", "write_report"]

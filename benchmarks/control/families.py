@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.control.report import ControlReport, Reached, ahead, reached, shown
-from benchmarks.runs import Run
-from benchmarks.tables import markdown_table
+from benchmarks.core.runs import Run
+from benchmarks.core.tables import markdown_table
 from pfm.statistics import Estimate
 
 __all__ = ["FAMILIES", "Family", "families", "markdown"]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.networks import Network
+from benchmarks.baselines.networks import Network
+from benchmarks.core.bench import Bench
 from pfm import EncodedPairs
 from pfm.pbrl.segments import SegmentPairs
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.data import data_folder
+from benchmarks.core.data import data_folder
 from pfm._internal.files import replace_file
 from pfm.pbrl import ActorPolicy, load_policy
 

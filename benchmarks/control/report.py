@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.control.references import normalised_score
-from benchmarks.measures import SeedBootstrap
-from benchmarks.runs import Run, code_notes
-from benchmarks.tables import markdown_table
+from benchmarks.core.measures import SeedBootstrap
+from benchmarks.core.runs import Run, code_notes
+from benchmarks.core.tables import markdown_table
 from pfm.statistics import Estimate
 
 __all__ = ["FLOW", "ControlReport", "Reached", "ahead", "compare", "markdown", "reached", "shown"]

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from benchmarks.rewards import NetworkReward
+from benchmarks.baselines.rewards import NetworkReward
 from pfm import EncodedPairs
 
 __all__ = ["RewardEnsemble"]
@@ -16,7 +16,7 @@ Layers = list[tuple[Tensor, Tensor]]
 
 
 class RewardEnsemble:
-    """Scores outputs by the mean of several :class:`benchmarks.rewards.NetworkReward`.
+    """Scores outputs by the mean of several :class:`benchmarks.baselines.rewards.NetworkReward`.
 
     It gives one score to all outputs unless held-out pairs confirm most of the members: of noise one in twenty is
     confirmed, and a choice by rank makes as much of a small score as of a large one.

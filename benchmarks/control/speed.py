@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box
 
-from benchmarks.clock import Race
 from benchmarks.control.references import load_reference
-from benchmarks.tables import markdown_table
+from benchmarks.core.tables import markdown_table
+from benchmarks.speed.clock import Race
 from pfm.pbrl import ActorPolicy, VectorEnv, collect
 from pfm.pbrl.collection import SHARD, half_range
 from pfm.statistics import Estimate

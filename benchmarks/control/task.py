@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.bench import Bench, Outcome
 from benchmarks.control.config import ControlConfig
 from benchmarks.control.learning import Candidate, ControlData, ControlMethod
 from benchmarks.control.references import load_reference, normalised_score
+from benchmarks.core.bench import Bench, Outcome
 from pfm._internal.files import replace_file
 from pfm.pbrl import BatchedPendulum, FittedValue, Teacher, VectorEnv, episode_returns, episode_seeds
 from pfm.pbrl.collection import collect

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from benchmarks.config import MethodConfig
+from benchmarks.core.config import MethodConfig
 
 __all__ = ["make_method"]
 

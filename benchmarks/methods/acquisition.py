@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.acquisition_config import AcquisitionMethodConfig
+from benchmarks.acquisition.config import AcquisitionMethodConfig
 from pfm import EncodedPairs
 from pfm.acquisition import LaplacePosterior, choose_pairs
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.bench import Bench
-from benchmarks.config import AscentConfig
-from benchmarks.laws import Law
-from benchmarks.rewards import NetworkReward
+from benchmarks.baselines.rewards import NetworkReward
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import AscentConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 from pfm._internal.significance import CONFIRMED
 from pfm.flow.win import WinHead

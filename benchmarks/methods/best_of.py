@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import BestOfConfig
-from benchmarks.laws import Law
+from benchmarks.baselines.rewards import NetworkReward
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import BestOfConfig
+from benchmarks.laws.laws import Law
 from benchmarks.methods.ascent import log_win
-from benchmarks.rewards import NetworkReward
 from pfm import EncodedPairs
 from pfm.preferences import BradleyTerry
 

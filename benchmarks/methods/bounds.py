@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import MethodConfig
-from benchmarks.laws import Law
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import MethodConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 
 __all__ = ["LawIdentity", "LawOracle", "make"]

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.bench import Bench
-from benchmarks.config import DPOConfig
-from benchmarks.laws import Law
-from benchmarks.policies import Grid, PairLoss, PolicyMover, fit_sampled, pair_rows, reference_of
+from benchmarks.baselines.policies import Grid, PairLoss, PolicyMover, fit_sampled, pair_rows, reference_of
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import DPOConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 
 __all__ = ["DPO", "conservative_dpo_loss", "dpo_loss", "ipo_loss", "make", "robust_dpo_loss"]

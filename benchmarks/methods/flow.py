@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pfm
-from benchmarks.bench import Bench
-from benchmarks.config import FlowMethodConfig
-from benchmarks.selection import Item, one_hot
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import FlowMethodConfig
+from benchmarks.selection.selection import Item, one_hot
 from pfm.encoders import Encoder
 
 __all__ = ["make"]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.bench import Bench
-from benchmarks.config import GPOConfig
-from benchmarks.laws import Law
-from benchmarks.policies import Grid, PairLoss, PolicyMover, fit_sampled, pair_rows, reference_of
+from benchmarks.baselines.policies import Grid, PairLoss, PolicyMover, fit_sampled, pair_rows, reference_of
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import GPOConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 
 __all__ = ["CONVEX", "GPO", "make"]

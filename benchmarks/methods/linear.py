@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import BradleyTerryConfig, MethodConfig
-from benchmarks.selection import Item, candidate_vectors, one_hot
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import BradleyTerryConfig, MethodConfig
+from benchmarks.selection.selection import Item, candidate_vectors, one_hot
 from pfm import EncodedPairs
 from pfm.encoders import Encoder
 from pfm.preferences import BradleyTerry, MeanShift

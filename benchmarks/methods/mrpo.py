@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import MRPOConfig
-from benchmarks.laws import Law
+from benchmarks.baselines.policies import Grid, PolicyMover, Reference, fit_sampled, pair_rows, reference_of
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import MRPOConfig
+from benchmarks.laws.laws import Law
 from benchmarks.methods.dpo import dpo_loss
-from benchmarks.policies import Grid, PolicyMover, Reference, fit_sampled, pair_rows, reference_of
 from pfm import EncodedPairs
 
 __all__ = ["MRPO", "clip_reference", "make", "tilted_reference", "virtual_reference"]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.bench import Bench
-from benchmarks.config import MethodConfig
-from benchmarks.selection import Item, one_hot
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import MethodConfig
+from benchmarks.selection.selection import Item, one_hot
 from pfm import EncodedPairs
 from pfm.encoders import Encoder
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import pfm
-from benchmarks.bench import Bench
-from benchmarks.laws import Law
-from benchmarks.pool_config import PoolConfig
+from benchmarks.core.bench import Bench
+from benchmarks.laws.laws import Law
+from benchmarks.preference.pool_config import PoolConfig
 from benchmarks.tasks.two_references import TwoReferences
 from pfm.references import PooledFlow, TaggedPairs, learned_shares
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.laws import Law
+from benchmarks.baselines.policies import Grid, Reference, reference_of
+from benchmarks.laws.laws import Law
 from benchmarks.methods.mrpo import MRPO
 from benchmarks.methods.pool import own_sources
-from benchmarks.policies import Grid, Reference, reference_of
-from benchmarks.pool_config import PoolMRPOConfig
+from benchmarks.preference.pool_config import PoolMRPOConfig
 from benchmarks.tasks.two_references import TwoReferences
 
 __all__ = ["PoolMRPO", "make"]

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.preference_config import PreferenceMethodConfig
-from benchmarks.selection import Item, candidate_vectors, one_hot
+from benchmarks.core.bench import Bench
+from benchmarks.preference.config import PreferenceMethodConfig
+from benchmarks.selection.selection import Item, candidate_vectors, one_hot
 from pfm import EncodedPairs, preferences
 from pfm.encoders import Encoder
 from pfm.preferences import PreferenceModel

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import RegressionConfig
-from benchmarks.laws import Law
-from benchmarks.networks import HELD_OUT, Network, fit_early_stopped
+from benchmarks.baselines.networks import HELD_OUT, Network, fit_early_stopped
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import RegressionConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 
 __all__ = ["Regression", "fit_ridge", "make"]

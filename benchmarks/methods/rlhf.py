@@ -1,6 +1,6 @@
 """Reinforcement learning from human feedback: a learned reward, then a policy that gains by it near the reference.
 
-1. The reward r is a Bradley–Terry network on the same pairs (:class:`benchmarks.rewards.NetworkReward`).
+1. The reward r is a Bradley–Terry network on the same pairs (:class:`benchmarks.baselines.rewards.NetworkReward`).
 2. The policy maximises E_pi[r] - beta KL(pi || pi_ref) (Ziegler et al. 2019, arXiv 1909.08593, eq. 2; Ouyang et al.
    2022, arXiv 2203.02155, eq. 2 without the term on pretraining data). Its maximum is known:
 
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import RLHFConfig
-from benchmarks.laws import Law
-from benchmarks.policies import Grid, Policy, PolicyMover, Reference, TabularPolicy, reference_of
-from benchmarks.rewards import NetworkReward
+from benchmarks.baselines.policies import Grid, Policy, PolicyMover, Reference, TabularPolicy, reference_of
+from benchmarks.baselines.rewards import NetworkReward
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import RLHFConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 
 __all__ = ["RLHF", "RewardPolicy", "climb", "make"]

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from benchmarks.bench import Bench
-from benchmarks.config import RobustConfig, RobustFlowConfig
+from benchmarks.baselines.networks import Network, pair_loss
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import RobustConfig, RobustFlowConfig
 from benchmarks.methods.flow import FlowChoice
-from benchmarks.networks import Network, pair_loss
-from benchmarks.selection import Item, candidate_vectors, one_hot
+from benchmarks.selection.selection import Item, candidate_vectors, one_hot
 from pfm import EncodedPairs
 from pfm.encoders import Encoder
 from pfm.preferences import BradleyTerry

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import ShiftConfig
-from benchmarks.laws import Law
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import ShiftConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 from pfm.preferences import MeanShift
 

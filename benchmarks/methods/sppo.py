@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import SPPOConfig
-from benchmarks.laws import Law
-from benchmarks.policies import Grid, Policy, PolicyMover, Rows, both_energies, fit_sampled, reference_of
+from benchmarks.baselines.policies import Grid, Policy, PolicyMover, Rows, both_energies, fit_sampled, reference_of
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import SPPOConfig
+from benchmarks.laws.laws import Law
 from pfm import EncodedPairs
 
 __all__ = ["SPPO", "make", "vote", "win_rate_rows"]

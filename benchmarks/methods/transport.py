@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import pfm
-from benchmarks.bench import Bench
-from benchmarks.config import TransportConfig
-from benchmarks.laws import Law
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import TransportConfig
+from benchmarks.laws.laws import Law
 
 __all__ = ["FlowMover", "joined_across", "make", "tournaments"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.clock import Contestant
+from benchmarks.speed.clock import Contestant
 from benchmarks.speed.pairs import draw_blocks
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.flow.couplings import make_coupling

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.clock import STEADY
+from benchmarks.speed.clock import STEADY
 
 __all__ = ["TARGETS", "Target"]
 

@@ -9,7 +9,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Contestant
+from benchmarks.speed.clock import Contestant
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.flow import training
 from pfm.flow.fields import FOURIER_FEATURES, ResidualField

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Contestant
+from benchmarks.speed.clock import Contestant
 from pfm import PreferenceFlow
 from pfm.flow.integration import integrate
 

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.measures import SeedBootstrap, interquartile_mean
+from benchmarks.core.measures import SeedBootstrap, interquartile_mean
 from pfm.statistics import Bootstrap, Estimate, interval, length_controlled, reliability
 
 __all__ = ["PARTS", "calibration", "length_control", "main", "over_prompts", "over_seeds"]

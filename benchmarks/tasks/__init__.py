@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, Protocol
 
-from benchmarks.bench import Bench, Outcome
-from benchmarks.config import TaskConfig
+from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.config import TaskConfig
 
 __all__ = ["Task", "load_task"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.acquisition_config import AcquisitionConfig
-from benchmarks.bench import Bench, Outcome
-from benchmarks.config import AlpacaConfig, ArgumentsConfig, CaptionsConfig
+from benchmarks.acquisition.config import AcquisitionConfig
+from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.config import AlpacaConfig, ArgumentsConfig, CaptionsConfig
 from benchmarks.methods.acquisition import Acquirer
-from benchmarks.selection import Selection, candidate_vectors, one_hot
+from benchmarks.selection.selection import Selection, candidate_vectors, one_hot
 from benchmarks.tasks import load_task
 from pfm.acquisition import LaplacePosterior
 from pfm.statistics import Bootstrap, Estimate, win_share

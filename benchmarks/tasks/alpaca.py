@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from benchmarks.config import AlpacaConfig
-from benchmarks.data import data_folder, read_csv, read_jsonl
-from benchmarks.selection import Selection, draw_candidates, limited, split_prompts
+from benchmarks.core.config import AlpacaConfig
+from benchmarks.core.data import data_folder, read_csv, read_jsonl
+from benchmarks.selection.selection import Selection, draw_candidates, limited, split_prompts
 from pfm import PreferencePairs
 
 __all__ = ["load"]

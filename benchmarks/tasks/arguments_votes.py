@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.comparisons import Comparison, Comparisons
-from benchmarks.data import data_folder, read_csv, read_jsonl
-from benchmarks.preference_config import ArgumentsVotesConfig
-from benchmarks.selection import limited
+from benchmarks.core.comparisons import Comparison, Comparisons
+from benchmarks.core.data import data_folder, read_csv, read_jsonl
+from benchmarks.preference.config import ArgumentsVotesConfig
+from benchmarks.selection.selection import limited
 
 __all__ = ["load"]
 

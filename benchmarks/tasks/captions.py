@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.config import CaptionsConfig
-from benchmarks.data import data_folder, read_csv
-from benchmarks.selection import Selection, draw_candidates, limited, split_prompts
+from benchmarks.core.config import CaptionsConfig
+from benchmarks.core.data import data_folder, read_csv
+from benchmarks.selection.selection import Selection, draw_candidates, limited, split_prompts
 from pfm import PreferencePairs
 
 __all__ = ["load"]

@@ -17,10 +17,10 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.comparisons import Comparison, Comparisons
-from benchmarks.data import data_folder, read_jsonl
-from benchmarks.preference_config import CycleTextConfig
-from benchmarks.selection import limited
+from benchmarks.core.comparisons import Comparison, Comparisons
+from benchmarks.core.data import data_folder, read_jsonl
+from benchmarks.preference.config import CycleTextConfig
+from benchmarks.selection.selection import limited
 from pfm.encoders import SurfaceEncoder
 
 __all__ = ["kinds", "load"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.config import LawConfig
-from benchmarks.law_task import LawTask
-from benchmarks.laws import Law
+from benchmarks.core.config import LawConfig
+from benchmarks.laws.laws import Law
+from benchmarks.laws.task import LawTask
 
 __all__ = ["Line", "load"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from benchmarks.comparisons import Comparison, Comparisons
-from benchmarks.data import data_folder, read_jsonl
-from benchmarks.preference_config import ComparisonsConfig
-from benchmarks.selection import limited
+from benchmarks.core.comparisons import Comparison, Comparisons
+from benchmarks.core.data import data_folder, read_jsonl
+from benchmarks.preference.config import ComparisonsConfig
+from benchmarks.selection.selection import limited
 
 __all__ = ["load"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from benchmarks.comparisons import Comparison, Comparisons
-from benchmarks.data import MissingDataError, data_folder
-from benchmarks.preference_config import ComparisonsConfig
-from benchmarks.selection import limited
+from benchmarks.core.comparisons import Comparison, Comparisons
+from benchmarks.core.data import MissingDataError, data_folder
+from benchmarks.preference.config import ComparisonsConfig
+from benchmarks.selection.selection import limited
 
 __all__ = ["load"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.comparisons import Comparison, Comparisons
-from benchmarks.data import data_folder, read_csv, read_jsonl
-from benchmarks.preference_config import QloraConfig
-from benchmarks.selection import limited
+from benchmarks.core.comparisons import Comparison, Comparisons
+from benchmarks.core.data import data_folder, read_csv, read_jsonl
+from benchmarks.preference.config import QloraConfig
+from benchmarks.selection.selection import limited
 from pfm.statistics import Bootstrap, Estimate, interval
 
 __all__ = ["load", "order_figures"]

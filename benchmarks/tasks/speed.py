@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.bench import Bench, Outcome
-from benchmarks.clock import Contestant, Race, device_clock, race
-from benchmarks.config import SpeedConfig
+from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.config import SpeedConfig
+from benchmarks.speed.clock import Contestant, Race, device_clock, race
 from benchmarks.speed.pairs import draw_pairs
 from benchmarks.speed.response import refining
 from benchmarks.speed.storage import feeding, peaks, stored_pairs

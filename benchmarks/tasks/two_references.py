@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.config import LawConfig
-from benchmarks.law_task import LawTask
+from benchmarks.core.config import LawConfig
+from benchmarks.laws.task import LawTask
 from benchmarks.tasks.mixture import Mixture
 
 __all__ = ["TwoReferences", "load"]

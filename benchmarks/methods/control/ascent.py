@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
 from benchmarks.control.config import ControlAscentConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced
 from benchmarks.control.rewards import RewardEnsemble
+from benchmarks.core.bench import Bench
 
 __all__ = ["SegmentAscent", "make"]
 

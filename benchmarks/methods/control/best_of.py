@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
+from benchmarks.baselines.rewards import NetworkReward
 from benchmarks.control.config import ControlBestOfConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced
-from benchmarks.rewards import NetworkReward
+from benchmarks.core.bench import Bench
 from pfm.pbrl.collection import run_on
 from pfm.pbrl.segments import pick_states
 

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
+from benchmarks.baselines.networks import fit_early_stopped
 from benchmarks.control.config import ControlCloneConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced, observation_network
-from benchmarks.networks import fit_early_stopped
+from benchmarks.core.bench import Bench
 from pfm.pbrl import ClonedPolicy
 
 __all__ = ["Clone", "make"]

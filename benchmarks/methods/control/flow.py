@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 import pfm
-from benchmarks.bench import Bench
 from benchmarks.control.config import ControlFlowConfig
 from benchmarks.control.learning import Candidate, ControlData
 from benchmarks.control.rewards import RewardEnsemble
+from benchmarks.core.bench import Bench
 from pfm.pbrl import ClonedPolicy
 from pfm.pbrl.flow_policy import FlowPolicy
 

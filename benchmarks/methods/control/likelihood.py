@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.bench import Bench
+from benchmarks.baselines.networks import Network, fit_early_stopped, pair_loss
 from benchmarks.control.config import ControlLikelihoodConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced, observation_network
-from benchmarks.networks import Network, fit_early_stopped, pair_loss
+from benchmarks.core.bench import Bench
 
 __all__ = ["Likelihood", "make"]
 

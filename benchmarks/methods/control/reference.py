@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.bench import Bench
 from benchmarks.control.config import ControlMethodConfig
 from benchmarks.control.learning import Candidate, ControlData
+from benchmarks.core.bench import Bench
 from pfm.pbrl import NoisyPolicy
 
 __all__ = ["Reference", "make"]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
-from benchmarks.config import RegressionConfig
 from benchmarks.control.config import ControlRegressionConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced
+from benchmarks.core.bench import Bench
+from benchmarks.core.config import RegressionConfig
 from benchmarks.methods.regression import Regression
 
 __all__ = ["SegmentRegression", "make"]

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench import Bench
+from benchmarks.baselines.networks import fit_early_stopped
 from benchmarks.control.config import ControlShiftConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced, observation_network
-from benchmarks.networks import fit_early_stopped
+from benchmarks.core.bench import Bench
 
 __all__ = ["Shift", "make"]
 

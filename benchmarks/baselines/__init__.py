@@ -1,0 +1,1 @@
+"""Networks, policies and rewards that the compared methods are made of."""

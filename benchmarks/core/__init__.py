@@ -1,0 +1,1 @@
+"""What every benchmark needs: configuration, runs and their keys, measures, tables, sweeps."""

@@ -1,0 +1,1 @@
+"""Problems whose exact result is known: laws of outputs before and after."""

@@ -1,0 +1,1 @@
+"""Preference models as such: their measures, reports and plots."""

@@ -1,0 +1,1 @@
+"""Choosing among candidates: the task, its report and plots."""

@@ -1,0 +1,157 @@
+"""The win-probability head against closed forms: its level, its weights, its margin, what held-out prompts judge."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pfm import EncodedPairs
+from pfm._internal.columns import column_statistics
+from pfm.flow.win import CONTEXT_RIDGES, WinHead, _accuracy, _agreement, confirmed_margin
+
+
+def columns(*values: list[float]) -> list[Tensor]:
+    return [torch.tensor(each) for each in values]
+
+
+@pytest.mark.parametrize(
+    ("gap", "weight", "probability", "margin"),
+    [
+        ([0.9, 0.7, 0.5, 0.3], [1.0] * 4, [1.0] * 4, 0.0),
+        ([0.9, 0.7, -0.5, 0.3], [1.0] * 4, [1.0] * 4, 0.7),  # what lies below a bin that is wrong is not trusted
+        ([0.3, -0.5, 0.7, 0.9], [1.0] * 4, [1.0] * 4, 0.7),  # in any order
+        ([-0.9, 0.7, 0.5, 0.3], [1.0] * 4, [1.0] * 4, math.inf),
+        ([0.9, 0.7, -0.5, 0.3], [1.0] * 4, [1.0, 1.0, 0.0, 1.0], 0.0),
+        ([0.9, 0.7, 0.5, 0.3], [1.0] * 4, [1.0, 0.6, 0.4, 1.0], 0.7),  # a soft label counts for what it says
+        ([0.9, 0.7, 0.5, 0.3], [1.0] * 4, [1.0, 0.5, 1.0, 1.0], 0.9),  # as often right as wrong is not more often
+    ],
+)
+def test_the_margin_ends_at_the_first_bin_that_is_not_right_more_often(gap, weight, probability, margin):
+    assert confirmed_margin(*columns(gap, weight, probability), bins=4) == pytest.approx(margin)
+
+
+def test_the_bins_of_the_margin_hold_equally_many_pairs_by_their_weights():
+    gap, weight, probability = columns([0.9, 0.7, 0.6, 0.5], [1.0, 1.0, 3.0, 1.0], [1.0, 1.0, 0.0, 1.0])
+    assert confirmed_margin(gap, weight, probability, bins=2) == pytest.approx(0.7)
+    assert confirmed_margin(gap, torch.tensor([1.0, 1.0, 0.5, 1.0]), probability, bins=2) == 0.0
+    many = torch.linspace(0.99, 0.0, 100)
+    wrong = (torch.arange(100) < 55).float()
+    assert confirmed_margin(many, torch.ones(100), wrong) == pytest.approx(0.5)  # ten bins, the sixth evenly split
+
+
+def test_accuracy_counts_ties_half_and_pairs_by_weight_and_label():
+    gap, weight, probability = columns([0.5, -0.5, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0])
+    assert _accuracy(gap, weight, probability) == pytest.approx(2.5 / 4)
+    assert _accuracy(gap, torch.tensor([3.0, 1.0, 0.0, 0.0]), probability) == pytest.approx(0.75)
+    assert _accuracy(gap, weight, torch.tensor([0.7, 0.2, 1.0, 0.5])) == pytest.approx((0.7 + 0.8 + 0.5 + 0.5) / 4)
+    assert _agreement(gap, 2.0, probability).tolist() == [2.0, -2.0, 0.0, 2.0]
+
+
+# -- the fit --------------------------------------------------------------------------------------------------------
+
+
+def labelled(
+    one: Tensor, other: Tensor, reward: Tensor, against: Tensor, seed: int = 0, **more: Tensor
+) -> EncodedPairs:
+    """Label outputs by a Bradley-Terry reward, one prompt a pair."""
+    uniform = torch.rand(len(one), generator=torch.Generator().manual_seed(seed))
+    first = (uniform < torch.sigmoid(reward - against))[:, None]
+    return EncodedPairs(torch.where(first, one, other), torch.where(first, other, one), group=torch.arange(len(one)))
+
+
+def test_b_is_one_half_on_the_mean_of_the_reference():
+    """A product of correlated coordinates has a mean of its own, which b must not show."""
+    one, other = torch.randn(2, 300, 2, generator=torch.Generator().manual_seed(0))
+    one, other = (torch.stack([y[:, 0], 0.9 * y[:, 0] + 0.4 * y[:, 1]], 1) for y in (one, other))
+    pairs = labelled(one, other, 3 * one.prod(1), 3 * other.prod(1))
+    head = WinHead(2, 0)
+    found = head.fit(pairs, network=False)
+    assert found.accuracy > 0.75
+    b = torch.sigmoid(head(torch.cat([one, other]), None))
+    assert float(b.mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(b.std()) > 0.2
+
+
+def test_pairs_of_little_weight_do_not_make_b_uncertain():
+    y = torch.randn(120, 2, generator=torch.Generator().manual_seed(1))
+    up = y + torch.tensor([2.0, 0.0])
+    weight = torch.ones(120)
+    weight[60:] = 1e-4
+    turned = EncodedPairs(
+        torch.cat([up[:60], y[60:]]), torch.cat([y[:60], up[60:]]), weight=weight, group=torch.arange(120)
+    )
+    evenly = EncodedPairs(turned.chosen, turned.rejected, group=torch.arange(120))
+    heads = [WinHead(2, 0), WinHead(2, 0)]
+    found = [head.fit(pairs, network=False) for head, pairs in zip(heads, (turned, evenly), strict=True)]
+    assert found[0].accuracy > 0.95
+    assert found[0].log_loss < 0.3
+    assert found[1].log_loss > 0.6
+    gaps = [torch.sigmoid(head(up, None)) - torch.sigmoid(head(y, None)) for head in heads]
+    assert float(gaps[0].mean()) > 0.4
+    assert abs(float(gaps[1].mean())) < 0.3
+
+
+def test_the_margin_is_infinite_where_no_order_is_confirmed():
+    one, other = torch.randn(2, 200, 3, generator=torch.Generator().manual_seed(2))
+    told = labelled(one, other, 3 * one[:, 0], 3 * other[:, 0])
+    margins = []
+    for pairs in (told, told.shuffle_labels(0), told.select(torch.arange(4))):
+        head = WinHead(3, 0)
+        found = head.fit(pairs, network=False)
+        margins.append(float(head.margin))
+        assert (found.z > 1.645) == (head.margin < math.inf)
+    assert margins[0] < 0.5
+    assert margins[1:] == [math.inf, math.inf]
+
+
+# -- the level of a context -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seed", "slope"), [(0, 0.0), (1, 0.0), (2, 0.3), (3, 1.0), (4, 1.0), (5, 10.0)])
+def test_a_contexts_level_is_predicted_and_judged_on_other_prompts(seed, slope):
+    """Ridge regressions by hand, each fold by the others; the best of four penalties, or the mean if none is better."""
+    generator = torch.Generator().manual_seed(seed)
+    context, weight = torch.randn(20, 3, generator=generator), torch.rand(20, generator=generator) + 0.2
+    reward = slope * context @ torch.tensor([1.0, -0.5, 0.0]) + torch.randn(20, generator=generator) + 2
+    head, fold = WinHead(1, 3), torch.arange(20) % 5
+    mean, spread = column_statistics(context, weight)
+    head.context_mean.copy_(mean)
+    head.context_spread.copy_(spread)
+    level = head._fit_reference_reward(context, reward, weight, fold)
+
+    share = (weight / weight.sum()).double()
+    mean = float(share @ reward.double())
+    x, left = ((context - head.context_mean) / head.context_spread).double(), reward.double() - mean
+
+    def weights(rows: Tensor, ridge: float) -> Tensor:
+        own = share[rows] / share[rows].sum()
+        gram = (x[rows].T * own) @ x[rows] + ridge * torch.eye(3)
+        return torch.linalg.solve(gram, (x[rows].T * own) @ left[rows])
+
+    found = {math.inf: torch.zeros(20).double()}
+    for ridge in CONTEXT_RIDGES:
+        found[ridge] = torch.zeros(20).double()
+        for number in range(5):
+            found[ridge][fold == number] = x[fold == number] @ weights(fold != number, ridge)
+    best = min(found, key=lambda ridge: float(share @ (left - found[ridge]).square()))
+    assert best < math.inf or slope < 1
+    torch.testing.assert_close(level, (found[best] + mean).float(), atol=1e-4, rtol=1e-4)
+    expected = weights(torch.ones(20, dtype=torch.bool), best) if best < math.inf else torch.zeros(3)
+    torch.testing.assert_close(head.context_weights, expected.float() / head.context_spread, atol=1e-4, rtol=1e-4)
+
+
+def test_without_contexts_the_level_is_the_weighted_mean():
+    head = WinHead(1, 0)
+    reward, weight = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 1.0, 2.0])
+    level = head._fit_reference_reward(None, reward, weight, torch.arange(3))
+    assert level.tolist() == pytest.approx([2.75] * 3)
+
+
+def test_a_head_is_told_as_json_values():
+    head = WinHead(1, 0)
+    one = torch.linspace(1, 2, 12)[:, None]
+    found = head.fit(EncodedPairs(one, -one, group=torch.arange(12)), network=False)
+    assert found.to_dict()["network_kept"] is False
+    assert found.to_dict()["accuracy"] == found.accuracy == 1.0
+    assert all(not isinstance(value, float) or math.isfinite(value) for value in found.to_dict().values())
