@@ -314,8 +314,6 @@ class PooledFlow:
         unit: length of a code beside an output, in b.
     """
 
-    takes_tags = True
-
     def __init__(
         self, flow: PreferenceFlow, win: WinHead, names: Sequence[str], shares: Tensor, rates: Tensor, unit: float
     ) -> None:
@@ -411,11 +409,16 @@ class PooledFlow:
         return {name: self.flow.metadata[name] for name in ("encoder", "dimension")} | own
 
     @property
+    def event_shape(self) -> torch.Size:
+        """Give the shape of one output."""
+        return self.flow.event_shape
+
+    @property
     def guard_margin(self) -> float:
         """Give the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         return float(self.win.margin)
 
-    def transport(self, y: Any, context: Any = None, *, tag: Any, **options: Any) -> Tensor:
+    def transport(self, y: Any, context: Any = None, *, tag: Any = None, **options: Any) -> Tensor:
         """Carry outputs (B, \\*D) of known sources along the flow.
 
         Args:
@@ -439,7 +442,7 @@ class PooledFlow:
         return self.flow.velocity(t, y, append_code(context, self.code(tag, len(y))))
 
     @torch.no_grad()
-    def win_probability(self, y: Any, context: Any = None, *, tag: Any) -> Tensor:
+    def win_probability(self, y: Any, context: Any = None, *, tag: Any = None) -> Tensor:
         """Give b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
         y = as_float_tensor("y", y).float()
         joined = append_code(context, self.code(tag, len(y)))
@@ -453,12 +456,31 @@ class PooledFlow:
 
         return map_rows(judge, y.flatten(1), joined, self.flow.device)[0]
 
+    def candidate_probabilities(
+        self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
+    ) -> Tensor:
+        """Give b(y|x) (B,) of candidates whose generators are named by ``tags`` (B,)."""
+        if tags is None:
+            raise ValueError(
+                f"this flow needs to know which of {', '.join(self.names)} made each candidate: wrap a "
+                "pfm.generators.GeneratorPool with generators of these names, or give generators to .refine"
+            )
+        return self.win_probability(y, context, tag=tags)
+
+    def alignment(self, y: Any, context: Any = None, *, tag: Any = None) -> Tensor:
+        """Give how far candidates (B, \\*D) lie along their displacement, as :meth:`pfm.PreferenceFlow.alignment`."""
+        y = as_float_tensor("y", y)
+        return self.flow.alignment(y, append_code(context, self.code(tag, len(y))))
+
     def code(self, tag: Any, count: int) -> Tensor:
         """Give the one-hot codes (B, K) of a tag for all rows, or of B tags, names or numbers.
 
         Raises:
+            TypeError: there is no tag.
             ValueError: there is no such source, or the number of tags is not that of rows.
         """
+        if tag is None:
+            raise TypeError(f"tag is missing: name the source of the outputs, one or each of {', '.join(self.names)}")
         if isinstance(tag, Tensor):
             tag = tag.tolist()
         listed = [tag] * count if isinstance(tag, str | int) else list(tag)

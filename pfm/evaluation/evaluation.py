@@ -8,7 +8,7 @@ Two floors: ``Report.from_scored`` turns judged candidates (``Scored`` rows, num
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from math import isnan
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from pfm.data.rows import conversation_text
 from pfm.devices import standard_defaults
+from pfm.protocols import Judge
 from pfm.reasoning import checked_reasoning, judged_text
 from pfm.statistics import (
     Array,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
 
 Prompt = str | list[dict[str, Any]]
-Judge = Callable[[Any, list[str]], Sequence[float]]
 
 LABELS = {
     "identity": "Original, unchanged",

@@ -248,7 +248,9 @@ class Composition:
         return (weights * self._wins(y, context)).sum(1)
 
     @torch.no_grad()
-    def candidate_probabilities(self, y: Any, context: Any, prompt: Tensor) -> Tensor:
+    def candidate_probabilities(
+        self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
+    ) -> Tensor:
         """Give sum_k w_k b_k (B,) as :meth:`pfm.PreferenceFlow.candidate_probabilities` gives each b_k."""
         y, context, weights = self._checked(y, context, None)
         found = [flow.candidate_probabilities(y, _own(flow, context), prompt) for flow in self.flows]

@@ -455,7 +455,9 @@ class FlowModel(nn.Module):
         )[0]
 
     @torch.no_grad()
-    def candidate_probabilities(self, y: Any, context: Any, prompt: Tensor) -> Tensor:
+    def candidate_probabilities(
+        self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
+    ) -> Tensor:
         """Give b(y|x) (B,) of the candidates of several prompts, with the other candidates for opponents.
 
         So it is where a preference model gives b and a prompt has two or more candidates: they are draws of its own
@@ -464,6 +466,7 @@ class FlowModel(nn.Module):
         Args:
             y: (B, \\*D) candidates. context: as for :meth:`transport`.
             prompt: (B,) number of each one's prompt.
+            tags: names of their generators, which b does not depend on.
         """
         found = self.win_probability(y, context)
         if not isinstance(self.win, PreferenceWin):

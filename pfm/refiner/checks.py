@@ -15,6 +15,8 @@ from pfm.data.encoded import vector_space
 from pfm.decoders import Decoder, Latent, Rewrite, Select
 from pfm.generators import Prompt
 from pfm.generators.base import Accepts, is_usable_text
+from pfm.protocols import Flow
+from pfm.references import PooledFlow
 
 __all__ = [
     "accepted_outputs",
@@ -58,7 +60,7 @@ def as_decoder(decoder: str | Decoder, options: Mapping[str, Any]) -> Decoder:
     return decoder
 
 
-def check_flow_and_encoder(flow: Any, encoder: Any) -> None:
+def check_flow_and_encoder(flow: Flow, encoder: Any) -> None:
     if not callable(getattr(flow, "win_probability", None)):
         raise TypeError(f"flow must be a PreferenceFlow, got {show(flow)}")
     if isinstance(encoder, type) or not callable(getattr(encoder, "encode", None)):
@@ -82,7 +84,7 @@ def check_flow_and_encoder(flow: Any, encoder: Any) -> None:
         )
 
 
-def check_sources(flow: Any, generator: Any, decoder: Any) -> None:
+def check_sources(flow: PooledFlow, generator: Any, decoder: Decoder) -> None:
     if not (isinstance(decoder, Select) and decoder.by in ("win_probability", "sample")):
         raise ValueError(
             "a flow of a pool knows the outputs of its generators alone: use decoder='select' by 'win_probability' or "

@@ -15,6 +15,7 @@ from pfm.data.outputs import same_output
 from pfm.decoders import Decoder, Judged, Select, Selection
 from pfm.decoders.improve import added
 from pfm.generators.base import Accepts, count
+from pfm.protocols import Flow
 from pfm.reasoning import judged_text
 from pfm.refiner.checks import accepted_outputs, flat_size
 from pfm.refiner.refinement import Refinement
@@ -23,7 +24,7 @@ __all__ = ["judge"]
 
 
 def judge(
-    portion: list[Refinement], keys: list[str], *, flow: Any, encoder: Any, decoder: Decoder, reasoning: str
+    portion: list[Refinement], keys: list[str], *, flow: Flow, encoder: Any, decoder: Decoder, reasoning: str
 ) -> None:
     """Encode all candidates at once, judge them in one call, and decode prompt by prompt, in place."""
     started = time.perf_counter()
@@ -59,7 +60,7 @@ def judge(
         answered.result.seconds += share
 
 
-def _decoded(flow: Any, decoder: Decoder, rows: list[Judged]) -> Iterable[Selection]:
+def _decoded(flow: Flow, decoder: Decoder, rows: list[Judged]) -> Iterable[Selection]:
     """Decode several prompts: together where the decoder can, else one by one."""
     together = getattr(decoder, "decode_many", None)
     if together is not None:
@@ -68,7 +69,7 @@ def _decoded(flow: Any, decoder: Decoder, rows: list[Judged]) -> Iterable[Select
 
 
 def _probabilities(
-    judged: list[_Answered], flow: Any, encoder: Any, decoder: Decoder
+    judged: list[_Answered], flow: Flow, encoder: Any, decoder: Decoder
 ) -> tuple[torch.Tensor, torch.Tensor | None, np.ndarray]:
     """Return vectors (N, D), contexts (G, C) or None, and b (N,), NaN where the encoder's values are.
 
@@ -89,12 +90,9 @@ def _probabilities(
         context_rows = context_rows[usable]
     probabilities = np.full(len(texts), np.nan)
     if usable.any():
-        if getattr(flow, "takes_tags", False):
-            tags = _tags_of(judged, flow.names)
-            tag = [tag for tag, good in zip(tags, usable.tolist(), strict=True) if good]
-            found = flow.win_probability(vectors[usable], context_rows, tag=tag)
-        elif isinstance(decoder, Select) and hasattr(flow, "candidate_probabilities"):
-            found = flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable])
+        if isinstance(decoder, Select) and hasattr(flow, "candidate_probabilities"):
+            tags = _tags(judged, usable)
+            found = flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable], tags=tags)
         else:  # texts that a decoder adds later are to be compared with these: against the reference alike
             found = flow.win_probability(vectors[usable], context_rows)
         probabilities[usable.numpy()] = found.detach().cpu().double().numpy()
@@ -142,21 +140,18 @@ def _encoded(
     return vectors
 
 
-def _event_shape(flow: Any) -> tuple[int, ...]:
+def _event_shape(flow: Flow) -> tuple[int, ...]:
     """Return the shape of one output for flows of matrices and images, () for flows of vectors."""
     shape = tuple(getattr(flow, "event_shape", ()))
     return shape if len(shape) > 1 else ()
 
 
-def _tags_of(judged: list[_Answered], names: Sequence[str]) -> list[str]:
-    """Return the generator of every candidate with an answer, one prompt after the other."""
-    for result in (answered.result for answered in judged):
-        if len(result.generators) != len(result.candidates):
-            raise ValueError(
-                f"this flow needs to know which of {', '.join(names)} made each candidate: wrap a "
-                "pfm.generators.GeneratorPool with generators of these names, or give generators to .refine"
-            )
-    return [answered.result.generators[place] for answered in judged for place in answered.places]
+def _tags(judged: list[_Answered], usable: torch.Tensor) -> list[str] | None:
+    """Return the generator of every usable answer, one prompt after the other; None where one is not known."""
+    if any(len(answered.result.generators) != len(answered.result.candidates) for answered in judged):
+        return None
+    tags = [answered.result.generators[place] for answered in judged for place in answered.places]
+    return [tag for tag, good in zip(tags, usable.tolist(), strict=True) if good]
 
 
 def _take(answered: _Answered, selection: Selection, reasoning: str) -> None:

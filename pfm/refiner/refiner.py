@@ -15,7 +15,9 @@ from pfm.encoders.sentence import as_encoder
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
 from pfm.generators.base import Accepts, first_samples, is_usable_text, numbered_adraws, numbered_draws, occurrences
+from pfm.protocols import Flow
 from pfm.reasoning import checked_reasoning
+from pfm.references import PooledFlow
 from pfm.refiner.checks import (
     accepted_outputs,
     as_decoder,
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 def wrap(
     generator: Any,
-    flow: Any,
+    flow: Flow,
     *,
     encoder: Any,
     decoder: str | Decoder = "select",
@@ -80,7 +82,7 @@ def wrap(
     check_flow_and_encoder(flow, encoder)
     found = None if generator is None else as_generator(generator, accepted_outputs(encoder))
     chooser = as_decoder(decoder, options)
-    if getattr(flow, "takes_tags", False):
+    if isinstance(flow, PooledFlow):
         check_sources(flow, found, chooser)
     return Refiner(found, flow, encoder, chooser, check_n(n), reasoning)
 
@@ -93,7 +95,7 @@ class Refiner:
     """
 
     def __init__(
-        self, generator: Any, flow: Any, encoder: Any, decoder: Decoder, n: int, reasoning: str = "strip"
+        self, generator: Any, flow: Flow, encoder: Any, decoder: Decoder, n: int, reasoning: str = "strip"
     ) -> None:
         self.reasoning = checked_reasoning(reasoning)
         self.generator = generator
