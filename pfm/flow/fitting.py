@@ -17,8 +17,9 @@ from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import Coupled, Coupling
 from pfm.flow.fields import Field, Moments, Normalizer
 from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.problem import FlowProblem
 from pfm.flow.registered_field import RegisteredField
-from pfm.flow.training import FlowProblem, TrainingLog, train_residual
+from pfm.flow.training import TrainingLog, train_residual
 
 __all__ = ["FieldFit", "Steps", "at_most", "choose_steps", "fit_field", "matmul_precision", "on_unit_sphere"]
 

@@ -29,6 +29,7 @@ from pfm.tastes import append_code
 __all__ = ["PooledFlow"]
 
 logger = logging.getLogger(__name__)
+
 DESCRIPTION, TENSORS, FLOW = "pool.json", "pool.safetensors", "flow"
 
 
