@@ -15,16 +15,14 @@ if TYPE_CHECKING:
     from pfm.decoders.select import Selection
     from pfm.generators.base import Draw, Prompt
 
-__all__ = ["Decoder", "Encoder", "Flow", "Generator", "Judge"]
+__all__ = ["CandidateFlow", "Decoder", "Encoder", "Flow", "Generator", "Judge", "TransportingFlow"]
 
 
 class Flow(Protocol):
-    """Moves outputs and judges them.
+    """Judges outputs, and says how sure it is: what :func:`pfm.wrap` with ``decoder="select"`` asks for.
 
-    :class:`pfm.PreferenceFlow`, :class:`pfm.Composition` and :class:`pfm.references.PooledFlow` do.
-    :func:`pfm.wrap` with ``decoder="select"`` asks for ``metadata``, ``guard_margin`` and ``win_probability`` alone;
-    selecting by alignment asks for ``alignment``, and other decoders ask for ``transport``. A flow without
-    ``candidate_probabilities`` is asked for ``win_probability`` in their place.
+    :class:`pfm.PreferenceFlow`, :class:`pfm.Composition` and :class:`pfm.references.PooledFlow` are also
+    :class:`TransportingFlow` and :class:`CandidateFlow`.
     """
 
     @property
@@ -33,22 +31,31 @@ class Flow(Protocol):
         ...
 
     @property
-    def event_shape(self) -> Sequence[int]:
-        """The shape (\\*D) of one output."""
-        ...
-
-    @property
     def guard_margin(self) -> float:
         """The smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         ...
+
+    def win_probability(self, y: Any, context: Any = None) -> Tensor:
+        """Return b(y|x) (B,) in [0, 1]: the chance that y (B, \\*D) beats an independent draw of the reference."""
+        ...
+
+    def alignment(self, y: Any, context: Any = None) -> Tensor:
+        """Return how far each of one prompt's candidates (B, \\*D) lies along their mean displacement, (B,)."""
+        ...
+
+
+@runtime_checkable
+class TransportingFlow(Protocol):
+    """Moves outputs: what decoders ask for that make outputs of their own."""
 
     def transport(self, y: Any, context: Any = None) -> Tensor:
         """Carry outputs (B, \\*D) under contexts (B, C) or None along the flow, (B, \\*D)."""
         ...
 
-    def win_probability(self, y: Any, context: Any = None) -> Tensor:
-        """Return b(y|x) (B,) in [0, 1]: the chance that y beats an independent draw of the reference."""
-        ...
+
+@runtime_checkable
+class CandidateFlow(Protocol):
+    """Judges the candidates of a prompt by each other where it can; a flow that does not gives win probabilities."""
 
     def candidate_probabilities(
         self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
@@ -60,10 +67,6 @@ class Flow(Protocol):
             prompt: (B,) number of each one's prompt.
             tags: the name of each one's generator, where several drew them.
         """
-        ...
-
-    def alignment(self, y: Any, context: Any = None) -> Tensor:
-        """Return how far each of one prompt's candidates (B, \\*D) lies along their mean displacement, (B,)."""
         ...
 
 

@@ -14,7 +14,7 @@ import torch
 
 from pfm.decoders.select import Judged, Select, Selection
 from pfm.generators.base import count, is_usable_text
-from pfm.protocols import Flow
+from pfm.protocols import Flow, TransportingFlow
 from pfm.reasoning import judged_text
 
 __all__ = ["Draft", "Improver", "Proposal"]
@@ -296,7 +296,13 @@ def judged(flow: Flow, vectors: torch.Tensor, contexts: torch.Tensor | None) -> 
 
 
 def targets(flow: Flow, drafts: Sequence[Draft], **options: Any) -> torch.Tensor:
-    """Return where the flow carries the drafts' vectors, (B, D)."""
+    """Return where the flow carries the drafts' vectors, (B, D).
+
+    Raises:
+        TypeError: the flow has no ``transport``.
+    """
+    if not isinstance(flow, TransportingFlow):
+        raise TypeError(f"this decoder needs a flow with .transport(y, context), got {type(flow).__name__}")
     vectors = torch.stack([draft.vector for draft in drafts])
     rows = [draft.row.context for draft in drafts]
     contexts = None if rows[0] is None else torch.stack([row for row in rows if row is not None])

@@ -15,7 +15,7 @@ from pfm.data.outputs import same_output
 from pfm.decoders import Decoder, Judged, Select, Selection
 from pfm.decoders.improve import added
 from pfm.generators.base import Accepts, count
-from pfm.protocols import Flow
+from pfm.protocols import CandidateFlow, Flow
 from pfm.reasoning import judged_text
 from pfm.refiner.checks import accepted_outputs, flat_size
 from pfm.refiner.refinement import Refinement
@@ -90,7 +90,7 @@ def _probabilities(
         context_rows = context_rows[usable]
     probabilities = np.full(len(texts), np.nan)
     if usable.any():
-        if isinstance(decoder, Select) and hasattr(flow, "candidate_probabilities"):
+        if isinstance(decoder, Select) and isinstance(flow, CandidateFlow):
             tags = _tags(judged, usable)
             found = flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable], tags=tags)
         else:  # texts that a decoder adds later are to be compared with these: against the reference alike
