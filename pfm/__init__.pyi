@@ -52,9 +52,9 @@ from .errors import (
 from .errors import (
     PfmError as PfmError,
 )
-from .evaluation.evaluation import Report as Report
-from .evaluation.evaluation import Scored as Scored
 from .evaluation.evaluation import evaluate as evaluate
+from .evaluation.report import Report as Report
+from .evaluation.results import Scored as Scored
 from .flow.composition import Composition as Composition
 from .flow.composition import compose as compose
 from .flow.config import FlowConfig as FlowConfig

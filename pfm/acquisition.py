@@ -31,7 +31,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 
@@ -239,6 +240,10 @@ def choose_pairs(
 
     Raises:
         ValueError: an argument is out of range, shapes disagree, or a value is not finite.
+
+    >>> y, other = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(0))
+    >>> choose_pairs((y, other), 5).index.shape
+    torch.Size([5])
     """
     if by not in CRITERIA:
         raise ValueError(f"by must be one of {', '.join(CRITERIA)}: got {by!r}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.encoded import as_float_tensor, check_finite
+from pfm.data.tensors import as_float_tensor, check_finite
 
 __all__ = [
     "diversity",
@@ -40,6 +40,9 @@ def sliced_wasserstein(x: Any, y: Any, *, directions: int = 128, seed: int = 0) 
 
     Source: Rabin, Peyré, Delon and Bernot, "Wasserstein barycenter and its application to texture mixing" (2011);
     Bonneel, Rabin, Peyré and Pfister, "Sliced and Radon Wasserstein barycenters of measures" (2015).
+
+    >>> sliced_wasserstein([[0.0], [1.0]], [[3.0], [2.0]])
+    2.0
     """
     x, y = _two_sets(x, y)
     one, other = (projections(part, directions=directions, seed=seed) for part in (x, y))
@@ -100,6 +103,9 @@ def energy_distance(x: Any, y: Any) -> float:
         x: (N, \\*D) draws of one law. y: (M, \\*D) of the other. The cost is O((N + M)^2), the memory O(N + M).
 
     Source: Székely and Rizzo, "Energy statistics: a class of statistics based on distances" (2013).
+
+    >>> energy_distance([[0.0], [0.0]], [[1.0], [1.0]])
+    2.0
     """
     x, y = _two_sets(x, y)
     return max(0.0, 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y))
@@ -149,6 +155,10 @@ def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0
 
     Source: the k-nearest-neighbour estimate of a support of Kynkäänniemi et al., "Improved precision and recall
     metric for assessing generative models" (2019), with one radius for all instead of one a draw.
+
+    >>> draws = torch.linspace(0, 1, 100)[:, None]
+    >>> off_support([[0.5], [0.25], [7.0], [8.0]], draws)
+    0.5
     """
     y, reference = _two_sets(y, reference, ("y", "reference"))
     if not 1 <= neighbours < len(reference):

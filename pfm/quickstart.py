@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from pfm.data.pairs import PreferencePairs
 from pfm.encoders import Encoder, encoder_from_name
-from pfm.evaluation.evaluation import Report, Scored
+from pfm.evaluation.report import Report
+from pfm.evaluation.results import Scored
 from pfm.flow.config import FlowConfig
 from pfm.flow.preference_flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, MeanShift

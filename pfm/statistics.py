@@ -24,7 +24,11 @@ _RIDGE = 0.01  # penalty of the length-control fit on a and b: a prior of standa
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its 95% interval."""
+    """A figure and its 95% interval.
+
+    >>> Estimate(0.412, 0.389, 0.437).text()
+    '0.412 [0.389, 0.437]'
+    """
 
     value: float
     low: float
@@ -87,7 +91,13 @@ class Reliability:
 
 
 class Bootstrap:
-    """Resamples n prompts with replacement; the same resamples serve every call."""
+    """Resamples n prompts with replacement; the same resamples serve every call.
+
+    >>> wins = [1, 0, 1, 1, 0, 1, 1, 1]
+    >>> rate = Bootstrap(len(wins)).ratio(wins, [1] * len(wins), bounds=(0, 1))
+    >>> rate.value, rate.low < rate.value < rate.high
+    (0.75, True)
+    """
 
     def __init__(self, n: int, resamples: int = 2000, seed: int = 0):
         if n < 1:
@@ -109,8 +119,7 @@ class Bootstrap:
     def ratios(
         self, numerator: ArrayLike, denominator: ArrayLike, bounds: tuple[float, float] | None = None
     ) -> list[Estimate | None]:
-        """Estimate sum(numerator) / sum(denominator) over prompts, column by column: (n, K) each -> K
-        estimates.
+        """Estimate sum(numerator) / sum(denominator) over prompts, (n, K) each: one ratio a column.
 
         A column whose denominator sums to 0 gives None; resamples where it does are left out of the
         interval. ``bounds`` are limits that the figure cannot exceed, such as (0, 1) of a share.
@@ -183,11 +192,13 @@ def win_share(scores: ArrayLike, opponents: ArrayLike) -> Array:
 
 
 def win_share_among(scores: ArrayLike) -> Array:
-    """Return each candidate's share of wins over the other candidates of its prompt, ties half: (n,) ->
-    (n,), n >= 2.
+    """Return each candidate's share of wins over the other candidates of its prompt: (n,) -> (n,), n >= 2.
 
-    This is the unbiased outcome for b(y|x), the probability that y beats an independent draw; its mean over
-    a prompt is 1/2.
+    A tie counts half. This is the unbiased outcome for b(y|x), the probability that y beats an independent draw; its
+    mean over a prompt is 1/2.
+
+    >>> win_share_among([3, 1, 1]).tolist()
+    [1.0, 0.25, 0.25]
     """
     values = np.asarray(scores, dtype=np.float64)
     ordered = np.sort(values)
@@ -210,7 +221,11 @@ def pairwise_agreement(probabilities: ArrayLike, scores: ArrayLike) -> tuple[flo
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return the exact two-sided p-value of wins against losses under a fair coin; ties are left out."""
+    """Return the exact two-sided p-value of wins against losses under a fair coin; ties are left out.
+
+    >>> round(sign_test(wins=9, losses=1), 4)
+    0.0215
+    """
     n, k = wins + losses, max(wins, losses)
     if n == 0 or wins == losses:
         return 1.0
@@ -329,8 +344,7 @@ def binned(x: ArrayLike, outcome: ArrayLike, owner: ArrayLike, bootstrap: Bootst
 def reliability(
     probability: ArrayLike, outcome: ArrayLike, owner: ArrayLike, bootstrap: Bootstrap, bins: int = 10
 ) -> Reliability:
-    """Compare predicted probabilities with outcomes, both (M,) in [0, 1]; owner (M,) is the prompt of each
-    row.
+    """Compare predicted probabilities with outcomes, both (M,) in [0, 1]; owner (M,) is each row's prompt.
 
     The plain ECE = Σ over bins of (share of rows) · |mean outcome − mean probability| is never below what
     noise alone makes of it. Resampled prompts, after subtracting each bin's own gap, show that noise with

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfm import EncodedPairs
-from pfm.data.same_rows import same_rows
+from pfm.data.tensors import same_rows
 
 
 def some_pairs(count: int = 12, dimension: int = 3, context: int = 2) -> EncodedPairs:

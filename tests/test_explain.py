@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 from pfm import FlowConfig, PreferenceFlow, PreferencePairs
 from pfm.cli import app
 from pfm.encoders import SurfaceEncoder
-from pfm.explain.explanation import PRIOR_TOKENS, Explanation, _moved_traits, contrastive_terms, explain
+from pfm.explain.changes import moved_traits
+from pfm.explain.directions import PRIOR_TOKENS, contrastive_terms
+from pfm.explain.explanation import Explanation, explain
 from pfm.explain.traits import TRAITS, measure_traits
 
 ENCODER = SurfaceEncoder(provides_context=True)
@@ -167,7 +169,7 @@ def test_the_error_of_a_regression_is_that_of_fits_on_other_prompts() -> None:
     place, step = rng.normal(size=(300, 6)), np.tile(rng.normal(size=6), (300, 1))
     weights, noise = rng.normal(size=6), rng.normal(size=300)
     traits = np.stack([place @ weights, place @ weights + 2 * noise], axis=1)
-    changes, errors, told = _moved_traits(place, step, traits, cast(Any, SimpleNamespace(unit=np.arange(300))), 0)
+    changes, errors, told = moved_traits(place, step, traits, cast(Any, SimpleNamespace(unit=np.arange(300))), 0)
     assert told[0] > 0.999 > 0.9 > told[1]
     assert changes[:, 0].mean() == pytest.approx(step[0] @ weights, rel=0.01)
     assert errors[0] < 0.01 * errors[1]
@@ -265,7 +267,7 @@ def test_the_command(longer: Told, shuffled: Told, tmp_path) -> None:
 
 
 def test_a_prompt_is_taken_whole_however_it_is_written() -> None:
-    from pfm.explain.explanation import _some_prompts
+    from pfm.explain.outputs import some_prompts
 
     spellings = ("Why {}?", "why {}? ", "Why  {}\uff1f")
     rows = [
@@ -274,10 +276,10 @@ def test_a_prompt_is_taken_whole_however_it_is_written() -> None:
         for row, spelling in enumerate(spellings)
     ]
     pairs = PreferencePairs.from_rows(rows)
-    kept = _some_prompts(pairs, 60, 0)
+    kept = some_prompts(pairs, 60, 0)
     assert kept is not None
     whole = [sum(number // 3 == prompt for number in kept) for prompt in range(20)]
     assert whole.count(3) == 10  # of six outputs each
     assert set(whole) == {0, 3}
     again = [{**row, "chosen": "a", "rejected": "b"} for row in rows]
-    assert _some_prompts(PreferencePairs.from_rows(again), 40, 0) is None  # two outputs to each of twenty prompts
+    assert some_prompts(PreferencePairs.from_rows(again), 40, 0) is None  # two outputs to each of twenty prompts

@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from pfm.cli import app
 from pfm.data import EncodedPairs, PreferenceDataError, PreferencePairs
-from pfm.data.rows import BadRows, reader_for
+from pfm.data.errors import BadRows
+from pfm.data.readers import reader_for
 from pfm.encoders import SurfaceEncoder
 
 FOLDER = Path(__file__).parent / "wild_rows"

@@ -14,8 +14,8 @@ __all__ = ["MOVED", "install"]
 
 MOVED = {
     **{f"pfm.{name}": f"pfm.data.{name}" for name in (
-        "conversations", "encoded", "identity", "implicit", "labels", "layouts", "pairs", "rows", "same_rows",
-        "spreadsheets", "stringified", "transcripts",
+        "conversations", "encoded", "identity", "implicit", "labels", "layouts", "pairs", "rows", "spreadsheets",
+        "stringified", "transcripts",
     )},
     **{f"pfm.{name}": f"pfm.flow.{name}" for name in (
         "composition", "config", "couplings", "fields", "fitting", "rounds", "streaming", "training", "win",
@@ -26,6 +26,7 @@ MOVED = {
     "pfm.preferences.votes": "pfm.data.votes",
     "pfm.report": "pfm.evaluation.render",
     "pfm.row_errors": "pfm.data.errors",
+    "pfm.same_rows": "pfm.data.tensors",
     "pfm.traits": "pfm.explain.traits",
     "pfm.transport": "pfm.flow.integration",
 }  # fmt: skip

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
     from pfm.data.pairs import PreferencePairs
     from pfm.encoders import Encoder
-    from pfm.evaluation.evaluation import Report
+    from pfm.evaluation.report import Report
     from pfm.refiner import Refinement
 
 

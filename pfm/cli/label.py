@@ -218,7 +218,7 @@ def _pairs(
     path: Path, on_bad_rows: str, judge: Judge, limit: int | None, seed: int, prompt_key: str
 ) -> Iterator[_Pair]:
     """Read the rows, and yield their pairs in order."""
-    from pfm.data.rows import BadRows, PreferenceDataError, show
+    from pfm.data.errors import BadRows, PreferenceDataError, show
     from pfm.judges.base import candidate_pairs
 
     unit = find_reader(path)[1]

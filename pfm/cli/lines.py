@@ -78,7 +78,7 @@ class LineFile:
         self._check_unchanged()
         if self.keys == list(order):
             return
-        from pfm.data.rows import write_lines
+        from pfm.data.readers import write_lines
 
         lines = self.path.read_bytes().decode("utf-8").split("\n")
         if len(lines) != len(self.keys) + 1:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from pfm.data.rows import BadRows
+    from pfm.data.errors import BadRows
 
 __all__ = ["PromptKey", "Row", "checked_row", "find_reader", "numbered_rows", "read_rows"]
 
@@ -36,7 +36,7 @@ class Row:
 
 def find_reader(path: Path) -> tuple[Callable[[Path, BadRows], Iterator[tuple[int, Any]]], str]:
     """Find the reader of a file, and what it counts."""
-    from pfm.data.rows import read_jsonl, reader_for
+    from pfm.data.readers import read_jsonl, reader_for
 
     reader = reader_for(path)
     return reader, "line" if reader is read_jsonl else "row"
@@ -93,7 +93,7 @@ def _with_lists(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool) -> list[Row]:
     """Read the rows to refine, bad ones with their error, in the order of the file."""
-    from pfm.data.rows import BadRows, PreferenceDataError
+    from pfm.data.errors import BadRows, PreferenceDataError
 
     unit = find_reader(path)[1]
     found: list[Row] = []
@@ -125,7 +125,9 @@ def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool)
 
 def checked_row(value: Any, drawn: bool, prompted: bool) -> tuple[Any, list[Any]]:
     """Return the prompt and the candidates of a row, none where they are to be drawn."""
-    from pfm.data.rows import PreferenceDataError, checked_prompt, conversation_text, is_blank, require, show
+    from pfm.data.checks import checked_prompt, require
+    from pfm.data.conversations import conversation_text, is_blank
+    from pfm.data.errors import PreferenceDataError, show
 
     if not isinstance(value, Mapping):
         raise PreferenceDataError(f"got {show(value)}; expected an object with columns")

@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pfm._internal.files import replace_file, replace_json
-from pfm.data.same_rows import same_rows
+from pfm.data.batches import CandidateRows, PairBatch
+from pfm.data.storage import read_arrays, write_arrays
+from pfm.data.tensors import (
+    CHUNK,
+    as_float_tensor,
+    check_finite,
+    checked_column,
+    checked_index,
+    float_rows,
+    group_numbers,
+    row_hash,
+    same_rows,
+)
 from pfm.devices import with_standard_defaults
 
-__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "as_float_tensor", "check_finite", "row_hash", "vector_space"]
-
-CHUNK = 8192
-DESCRIPTION = "pairs.json"
-
-
-class CandidateRows(NamedTuple):
-    """Holds the candidates of one prompt as rows of the output table.
-
-    ``context_index`` is the prompt's row among the contexts - without contexts its group -, ``rows`` (n,) int64 are
-    rows of the output table, ``scores`` (n,) are the candidates' scores, higher is better.
-    """
-
-    context_index: int
-    rows: Tensor
-    scores: Tensor
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """Holds gathered pairs: chosen and rejected (B, D) flat, context (B, C) or None, the rest (B,)."""
-
-    chosen: Tensor
-    rejected: Tensor
-    context: Tensor | None
-    weight: Tensor
-    probability: Tensor
-
-    def to(self, device: Any) -> PairBatch:
-        """Copy to a device; on the same one nothing is copied."""
-        parts = (self.chosen, self.rejected, self.context, self.weight, self.probability)
-        return PairBatch(*(None if part is None else part.to(device, non_blocking=True) for part in parts))  # pyright: ignore[reportArgumentType]
-
-    def joined(self, other: PairBatch) -> PairBatch:
-        """Put another batch behind this one."""
-        context = None
-        if self.context is not None and other.context is not None:
-            context = torch.cat([self.context, other.context])
-        return PairBatch(
-            torch.cat([self.chosen, other.chosen]), torch.cat([self.rejected, other.rejected]), context,
-            torch.cat([self.weight, other.weight]), torch.cat([self.probability, other.probability]),
-        )  # fmt: skip
+__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "vector_space"]
 
 
 @with_standard_defaults
@@ -78,12 +45,16 @@ class EncodedPairs:
             or None for 1.
         group: (N,) identity of the prompt; splits never cut a group. Integers are kept; other numbers and strings
             are numbered in ascending order. None: pairs whose contexts are the same up to rounding
-            (:mod:`pfm.data.same_rows`) form a group; without contexts each pair is its own group.
+            (:func:`pfm.data.tensors.same_rows`) form a group; without contexts each pair is its own group.
         encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
 
     Raises:
         TypeError: an argument is not array-like or holds no numbers.
         ValueError: shapes disagree, the set is empty, or a value is not finite or out of range.
+
+    >>> chosen, rejected = torch.ones(3, 2), torch.zeros(3, 2)
+    >>> EncodedPairs(chosen, rejected, context=torch.eye(3))
+    EncodedPairs(3 pairs of (2,), context 3)
     """
 
     def __init__(
@@ -171,8 +142,8 @@ class EncodedPairs:
             raise ValueError(f"outputs must be (M, *D) with M >= 1: got {tuple(table.shape)}")
         if check:
             check_finite("outputs", table)
-        chosen_rows = _index("chosen_index", chosen_index, table)
-        rejected_rows = _index("rejected_index", rejected_index, table)
+        chosen_rows = checked_index("chosen_index", chosen_index, table)
+        rejected_rows = checked_index("rejected_index", rejected_index, table)
         count = chosen_rows.shape[0]
         if rejected_rows.shape[0] != count:
             raise ValueError(
@@ -189,7 +160,7 @@ class EncodedPairs:
                 check_finite("contexts", contexts)
             if context_index is None:
                 raise ValueError("contexts needs context_index (N,): which context row belongs to which pair")
-            context_rows = _index("context_index", context_index, contexts)
+            context_rows = checked_index("context_index", context_index, contexts)
             if context_rows.shape[0] != count:
                 raise ValueError(f"context_index must have {count} entries: got {context_rows.shape[0]}")
             if group is None:
@@ -203,7 +174,7 @@ class EncodedPairs:
         self.candidates = None
         if candidates is not None:
             self.candidates = [
-                CandidateRows(int(row), _index("candidates", rows, flat), scores.float().to(flat.device))
+                CandidateRows(int(row), checked_index("candidates", rows, flat), scores.float().to(flat.device))
                 for row, rows, scores in candidates
             ]
         self._set_columns(count, weight, probability, group, encoder)
@@ -222,9 +193,6 @@ class EncodedPairs:
         Raises:
             ValueError: a value is too large for float16.
         """
-        folder = Path(folder).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / DESCRIPTION).unlink(missing_ok=True)  # it comes last: without it the folder is unfinished
         one_table = self._tables[0] is self._tables[1]
         large: dict[str, Tensor | None] = {
             "outputs": self._tables[0],
@@ -246,16 +214,8 @@ class EncodedPairs:
                 "candidate_rows": torch.cat([entry.rows for entry in self.candidates]),
                 "candidate_scores": torch.cat([entry.scores for entry in self.candidates]),
             }
-        for name, table in large.items():
-            if table is not None:
-                _write_table(folder / f"{name}.npy", name, table, dtype)
-        for name, column in columns.items():
-            if column is not None:
-                np.save(folder / f"{name}.npy", column.cpu().numpy(), allow_pickle=False)
-        names = [name for name, value in (large | columns).items() if value is not None]
-        described = {"version": 1, "arrays": names, "event_shape": list(self.event_shape), "encoder": self.encoder}
-        replace_json(folder / DESCRIPTION, described)
-        return folder
+        described = {"event_shape": list(self.event_shape), "encoder": self.encoder}
+        return write_arrays(folder, large, columns, described, dtype)
 
     @classmethod
     def load(cls, folder: str | Path) -> EncodedPairs:
@@ -266,17 +226,7 @@ class EncodedPairs:
         Raises:
             FileNotFoundError: the folder holds no finished pairs. ValueError: its files do not fit each other.
         """
-        folder = Path(folder).expanduser()
-        if not (folder / DESCRIPTION).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no {DESCRIPTION}: give a folder that EncodedPairs.save has finished writing"
-            )
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        # Copy-on-write: torch wants writable memory, and nothing ever writes to it.
-        found = {
-            name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))
-            for name in described["arrays"]
-        }
+        described, found = read_arrays(folder)
         event_shape = torch.Size(described["event_shape"])
         candidates = None
         if "candidate_sizes" in found:
@@ -287,7 +237,9 @@ class EncodedPairs:
             )  # fmt: skip
         outputs = found["outputs"]
         if outputs.shape[1:].numel() != event_shape.numel():
-            raise ValueError(f"{folder}/outputs.npy has rows of {outputs.shape[1]} values, expected {event_shape}")
+            raise ValueError(
+                f"{Path(folder).expanduser()}/outputs.npy has rows of {outputs.shape[1]} values, expected {event_shape}"
+            )
         pairs = cls.from_table(
             outputs.unflatten(1, event_shape), found["chosen_index"],
             found["rejected_index"] if "rejected_outputs" not in found else found["chosen_index"],
@@ -301,18 +253,18 @@ class EncodedPairs:
         if "rejected_outputs" in found:
             rejected = found["rejected_outputs"]
             pairs._tables = (pairs._tables[0], rejected)
-            pairs._indices = (pairs._indices[0], _index("rejected_index", found["rejected_index"], rejected))
+            pairs._indices = (pairs._indices[0], checked_index("rejected_index", found["rejected_index"], rejected))
         return pairs
 
     def _set_columns(self, count: int, weight: Any, probability: Any, group: Any, encoder: Any) -> None:
-        self.weight: Tensor | None = _column("weight", weight, count, 0.0, float("inf"), self.device)
+        self.weight: Tensor | None = checked_column("weight", weight, count, 0.0, float("inf"), self.device)
         if self.weight is not None and not bool((self.weight > 0).any()):
             raise ValueError("weight must have at least one entry above zero")
-        self.probability: Tensor | None = _column("probability", probability, count, 0.0, 1.0, self.device)
+        self.probability: Tensor | None = checked_column("probability", probability, count, 0.0, 1.0, self.device)
         self._group: Tensor | None = None
         self._grouped = group is not None
         if group is not None:
-            numbers = _group_numbers(group)
+            numbers = group_numbers(group)
             if numbers.shape != (count,):
                 raise ValueError(f"group must be ({count},): got {tuple(numbers.shape)}")
             self._group = numbers
@@ -399,8 +351,8 @@ class EncodedPairs:
         index = self._here(index)
         ones = torch.ones(len(index), dtype=torch.float32, device=self.device)
         return PairBatch(
-            _rows(self._tables[0], self._indices[0][index]),
-            _rows(self._tables[1], self._indices[1][index]),
+            float_rows(self._tables[0], self._indices[0][index]),
+            float_rows(self._tables[1], self._indices[1][index]),
             self.contexts_of(index),
             ones if self.weight is None else self.weight[index],
             ones if self.probability is None else self.probability[index],
@@ -412,12 +364,14 @@ class EncodedPairs:
         pair, rejected = places // 2, places % 2 == 1
         rows = torch.where(rejected, self._indices[1][pair], self._indices[0][pair])
         if self._tables[0] is self._tables[1]:
-            return _rows(self._tables[0], rows)
+            return float_rows(self._tables[0], rows)
         if self.device.type != "cpu":  # a mask's length is not known on the host: select from both
-            return torch.where(rejected[:, None], *(_rows(t, rows.clamp(max=len(t) - 1)) for t in self._tables[::-1]))
+            return torch.where(
+                rejected[:, None], *(float_rows(t, rows.clamp(max=len(t) - 1)) for t in self._tables[::-1])
+            )
         found = torch.empty(len(places), self.dimension, dtype=torch.float32, device=self.device)
         for table, part in zip(self._tables, (~rejected, rejected), strict=True):
-            found[part] = _rows(table, rows[part])
+            found[part] = float_rows(table, rows[part])
         return found
 
     def _here(self, index: Tensor) -> Tensor:
@@ -427,7 +381,7 @@ class EncodedPairs:
         """Gather the contexts of the pairs at ``index`` as float32, (B, C), or None."""
         if self._contexts is None or self._context_index is None:
             return None
-        return _rows(self._contexts, self._context_index[self._here(index)])
+        return float_rows(self._contexts, self._context_index[self._here(index)])
 
     @property
     def candidate_weights(self) -> Tensor | None:
@@ -446,11 +400,11 @@ class EncodedPairs:
 
     def output_rows(self, rows: Tensor) -> Tensor:
         """Gather rows of the output table as flat float32, (B, D)."""
-        return _rows(self._tables[0], self._here(rows))
+        return float_rows(self._tables[0], self._here(rows))
 
     def context_rows(self, rows: Tensor) -> Tensor | None:
         """Gather rows of the context table as float32, (B, C), or None."""
-        return None if self._contexts is None else _rows(self._contexts, self._here(rows))
+        return None if self._contexts is None else float_rows(self._contexts, self._here(rows))
 
     def select(self, index: Any) -> EncodedPairs:
         """Take the pairs at ``index`` (integers or a mask); the tables are shared, not copied.
@@ -578,40 +532,6 @@ class EncodedPairs:
         return part
 
 
-def _write_table(path: Path, name: str, table: Tensor, dtype: torch.dtype | None) -> None:
-    if dtype is None:
-        dtype = table.dtype if table.dtype in (torch.float16, torch.float32) else torch.float32
-    if dtype not in (torch.float16, torch.float32):
-        raise ValueError(f"dtype must be torch.float16, torch.float32 or None: got {dtype}")
-    kind = np.float16 if dtype == torch.float16 else np.float32
-
-    def write(partial: Path) -> None:
-        array = np.lib.format.open_memmap(partial, mode="w+", dtype=kind, shape=tuple(table.shape))
-        for begin in range(0, len(table), CHUNK):
-            part = table[begin : begin + CHUNK].float()
-            if dtype == torch.float16 and float(part.abs().max()) > torch.finfo(torch.float16).max:
-                raise ValueError(f"{name} holds values up to {float(part.abs().max()):g}, beyond float16: use float32")
-            array[begin : begin + CHUNK] = part.cpu().numpy()
-        array.flush()
-
-    replace_file(path, write)
-
-
-def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    return table[rows].float()
-
-
-def as_float_tensor(name: str, value: Any) -> Tensor:
-    """Turn an array-like into a floating-point tensor (float16, bfloat16 and float64 are kept)."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers: got {type(value).__name__}") from error
-    if tensor.is_complex():
-        raise TypeError(f"{name} must hold real numbers: got {tensor.dtype}")
-    return tensor if tensor.is_floating_point() else tensor.float()
-
-
 def vector_space(description: Any) -> Any:
     """Reduce an encoder's description, at any depth, to what makes its vectors another space.
 
@@ -622,88 +542,3 @@ def vector_space(description: Any) -> Any:
     if isinstance(description, list | tuple):
         return [vector_space(value) for value in description]
     return description
-
-
-def row_hash(rows: Tensor, start: Tensor | int = 0) -> Tensor:
-    """Return a 64-bit hash (B,) int64 of the values of each row (B, D), as float32; -0.0 counts as 0.0.
-
-    Args:
-        rows: (B, D).
-        start: the hash to go on from, one for all rows or (B,) int64.
-    """
-    bits = (rows.float() + 0.0).contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    state = torch.zeros(len(rows), dtype=torch.long, device=rows.device) ^ start
-    for column in bits.T:
-        state = (state ^ column) * 0x2545F4914F6CDD1D
-        state = state ^ ((state >> 29) & 0x7FFFFFFFF)
-    return state * 0x2545F4914F6CDD1D
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity, naming the first row that holds one."""
-    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
-    # A sum is finite whenever every value is (float64 cannot overflow on float32 values): one cheap pass, in
-    # pieces, since summing in another type copies.
-    if rows.device.type == "cpu":
-        fine = all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(CHUNK))
-    else:  # one look at the device; the largest and smallest value are NaN if any is
-        fine = rows.numel() == 0 or bool(torch.isfinite(torch.stack(rows.aminmax())).all())
-    if fine:
-        return
-    bad = torch.cat([(~torch.isfinite(part)).any(1) for part in rows.split(CHUNK)])
-    if not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0])
-    raise ValueError(
-        f"{name} must be finite: {int(bad.sum())} of {len(bad)} rows hold NaN or infinity, "
-        f"the first is row {row} (shape {tuple(tensor.shape)}); remove or repair them"
-    )
-
-
-def _index(name: str, value: Any, table: Tensor) -> Tensor:
-    index, rows = torch.as_tensor(value).to(table.device), len(table)
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"{name} must be a one-dimensional integer tensor: got {index.dtype} {tuple(index.shape)}")
-    index = index.long()
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise ValueError(f"{name} must lie in 0..{rows - 1}: got values from {int(index.min())} to {int(index.max())}")
-    return index
-
-
-def _group_numbers(group: Any) -> Tensor:
-    """Return groups as int64: integers as they are, anything else by its rank among the distinct values.
-
-    Raises:
-        ValueError: a group is NaN or None, which names none.
-    """
-    if isinstance(group, Tensor):
-        group = group.detach().cpu()
-        if not group.is_floating_point():
-            return group.long()
-    values = np.asarray(group)
-    if values.dtype.kind in "iub":
-        return torch.as_tensor(values.astype(np.int64))
-    missing = [place for place, value in enumerate(values.ravel().tolist()) if value is None or value != value]
-    if missing:
-        raise ValueError(
-            f"group must name the group of every pair: row {missing[0]} of {len(missing)} such rows has "
-            f"{values.ravel()[missing[0]]}; give pairs without a group an identity of their own"
-        )
-    if values.dtype.kind == "f" and (values == np.floor(values)).all() and (np.abs(values) < 2**53).all():
-        return torch.as_tensor(values.astype(np.int64))
-    if values.dtype.kind == "O":  # values of several types have no order
-        values = np.array([f"{type(value).__name__} {value}" for value in values.ravel()]).reshape(values.shape)
-    return torch.as_tensor(np.unique(values, return_inverse=True)[1].reshape(values.shape))
-
-
-def _column(name: str, value: Any, count: int, low: float, high: float, device: torch.device) -> Tensor | None:
-    if value is None:
-        return None
-    column = as_float_tensor(name, value).to(device, torch.float32)
-    if column.shape != (count,):
-        raise ValueError(f"{name} must be ({count},), one number a pair: got {tuple(column.shape)}")
-    check_finite(name, column)
-    if bool((column < low).any()) or bool((column > high).any()):
-        row = int(((column < low) | (column > high)).nonzero()[0])
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]: row {row} is {float(column[row]):g}")
-    return column

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -10,68 +9,39 @@ import operator
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from pfm.data.conversations import joined_text
-from pfm.data.identity import PromptIdentity, given_group, prompt_identity
-from pfm.data.rows import (
-    BadRows,
-    Columns,
+from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
+from pfm.data.conversations import Text, conversation_text, joined_text
+from pfm.data.errors import BadRows, PreferenceDataError, show
+from pfm.data.identity import PromptIdentity, prompt_identity
+from pfm.data.readers import (
     NumberedRows,
-    PreferenceDataError,
-    RowOptions,
-    RowParser,
-    Text,
-    check_pair_limit,
-    checked_prompt,
-    checked_response,
-    choose_pairs,
-    conversation_text,
     read_csv,
     read_dataset,
     read_json,
     read_jsonl,
     read_parquet,
     reader_for,
-    show,
-    vote_counts,
-    vote_rows,
     write_lines,
 )
-from pfm.reasoning import checked_reasoning, training_text
+from pfm.data.rows import Columns, RowOptions, RowParser
+from pfm.data.splits import row_numbers, split_keys
+from pfm.data.summary import PairsSummary, extremes, quantiles
+from pfm.data.vote_rows import vote_prior, vote_rows
+from pfm.reasoning import training_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pfm.data.encoded import EncodedPairs
 
 __all__ = ["CandidateGroup", "PairsSummary", "PreferenceDataError", "PreferencePairs", "conversation_text"]
 
 logger = logging.getLogger(__name__)
-
-#: What is encoded for an empty prompt beside others: encoders take no empty text, and all parts of a split must agree.
-EMPTY_PROMPT = "(no prompt)"
-_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
-@dataclass(frozen=True)
-class CandidateGroup:
-    """Hold the scored candidates of one prompt, from which targets beyond best of two are drawn.
-
-    ``texts`` and ``scores`` have equal lengths; higher is better. ``group`` is the prompt's group, if any.
-    """
-
-    prompt: str
-    texts: list[str]
-    scores: list[float]
-    group: Any = None
 
 
 class PreferencePairs:
@@ -155,7 +125,12 @@ class PreferencePairs:
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load a file with one JSON object a line."""
+        """Load a file with one JSON object a line.
+
+        >>> _ = Path("pairs.jsonl").write_text('{"prompt": "Why?", "chosen": "It rains.", "rejected": "No."}')
+        >>> PreferencePairs.from_jsonl("pairs.jsonl").chosen
+        ['It rains.']
+        """
         return cls._from_file(read_jsonl, path, options)
 
     @classmethod
@@ -180,7 +155,11 @@ class PreferencePairs:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load a list of dictionaries."""
+        """Load a list of dictionaries.
+
+        >>> PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "Because it rains.", "rejected": "No."}])
+        PreferencePairs(rows=1, prompts=1)
+        """
         return cls._from_numbered(_numbered(rows), "rows", "row {n} (rows[{i}])", options)
 
     @classmethod
@@ -206,17 +185,10 @@ class PreferencePairs:
         bad = BadRows(source, rest.pop("on_bad_rows", "raise"))
         parser = RowParser(**rest)
         parsed = parser.parse(rows(bad) if callable(rows) else rows, bad, place)
-        columns, groups = parsed.columns, []
-        for entry in parsed.scored:
-            where = place.format(n=entry.number, i=entry.number - 1)
-            limit, seed = parser.max_pairs_per_prompt, (parser.seed, entry.number)
-            try:
-                texts, numbers = _scored(entry.responses, entry.scores, where, "completions[{j}]", bad)
-                better, worse = _ordered_pairs(texts, numbers, limit, seed, where)
-            except PreferenceDataError as error:
-                bad.meet(error, where)
-                continue
-            groups.append(_add_scored(columns, entry.prompt, texts, numbers, (better, worse), entry.group, entry.extra))
+        columns = parsed.columns
+        groups = add_scored_rows(
+            columns, parsed.scored, bad, place, max_pairs_per_prompt=parser.max_pairs_per_prompt, seed=parser.seed
+        )
         bad.finish(len(columns.prompt), way_out)
         logger.info("%s: read as %s", source, parsed.layout)
         for note in parsed.notes:
@@ -258,35 +230,17 @@ class PreferencePairs:
             PreferenceDataError: a score is not a finite number, a text is blank, a prompt has fewer than two
                 candidates or, with ties="drop", only ties; or all prompts have only ties.
             ValueError: the lengths disagree, or a prompt makes millions of pairs without a limit.
+
+        >>> pairs = PreferencePairs.from_scores(["Why?"], [["No.", "It rains.", "Rain."]], [[0, 2, 1]])
+        >>> list(zip(pairs.chosen, pairs.rejected))
+        [('Rain.', 'No.'), ('It rains.', 'No.'), ('It rains.', 'Rain.')]
         """
         _check_choice("ties", ties, ("half", "drop"))
-        check_pair_limit(max_pairs_per_prompt)
-        _check_lengths(prompts, group, candidates=candidates, scores=scores)
         bad = BadRows("scores", on_bad_rows)
-        columns = Columns()
-        groups: list[CandidateGroup] = []
-        for i, prompt in enumerate(prompts):
-            where = f"prompt {i + 1} (prompts[{i}])"
-            of_prompt = None if group is None else given_group(group[i])
-            try:
-                prompt = checked_prompt(prompt, None)
-                if isinstance(candidates[i], str) or len(candidates[i]) != len(scores[i]):
-                    raise ValueError(
-                        f"candidates[{i}] and scores[{i}] must be lists of equal length: got {show(candidates[i])} and "
-                        f"{len(scores[i])} scores"
-                    )
-                texts, numbers = _scored(candidates[i], scores[i], f"prompt {i + 1}", f"candidates[{i}][{{j}}]", bad)
-                better, worse = _ordered_pairs(texts, numbers, max_pairs_per_prompt, (seed, i), where, ties)
-            except PreferenceDataError as error:
-                bad.meet(error, where)
-                continue
-            groups.append(_add_scored(columns, prompt, texts, numbers, (better, worse), of_prompt, {}))
-        if groups and all(len(set(entry.scores)) == 1 for entry in groups):
-            raise PreferenceDataError(
-                f"scores: the candidates of every prompt ({len(groups)}) have equal scores, so that none is known to "
-                "be better; expected two different scores somewhere",
-                reason="all ties",
-            )
+        columns, groups = scored_columns(
+            prompts, candidates, scores, bad,
+            group=group, max_pairs_per_prompt=max_pairs_per_prompt, seed=seed, ties=ties,
+        )  # fmt: skip
         bad.finish(len(columns.prompt))
         return cls(columns, candidates=groups, dropped=bad.dropped)
 
@@ -305,14 +259,11 @@ class PreferencePairs:
         """Make pairs from texts ranked best first; a list of texts in the place of a text is a tie.
 
         The score of a text, and so ``margin``, counts the ranks below it. For the rest see :meth:`from_scores`.
+
+        >>> len(PreferencePairs.from_rankings(["Why?"], [["It rains.", "Rain.", "No."]]))
+        3
         """
-        _check_lengths(prompts, group, rankings=rankings)
-        candidates: list[list[Text]] = []
-        scores: list[list[float]] = []
-        for ranking in rankings:
-            tiers = [list(rank) if _is_tie(rank) else [rank] for rank in ranking]
-            candidates.append([text for tier in tiers for text in tier])
-            scores.append([float(len(tiers) - n) for n, tier in enumerate(tiers, 1) for _ in tier])
+        candidates, scores = ranked_candidates(prompts, rankings, group)
         return cls.from_scores(
             prompts,
             candidates,
@@ -357,6 +308,10 @@ class PreferencePairs:
 
         Raises:
             PreferenceDataError: a row is bad, has no vote at all, or nothing but ties is left.
+
+        >>> row = {"prompt": "Why?", "a": "It rains.", "b": "No.", "votes_a": 3, "votes_b": 1}
+        >>> PreferencePairs.from_votes([row]).probability
+        [0.75]
         """
         _check_choice("weight", weight, ("total", "one", "margin", "effective"))
         ties = ("half" if soft else "drop") if ties is None else ties
@@ -367,7 +322,7 @@ class PreferencePairs:
             raise ValueError(f"prior must be a number of votes >= 0, or None to be found, got {prior}")
         if prior is None:
             rows = list(rows)
-            prior = _vote_prior(rows)
+            prior = vote_prior(rows)
         a_priori = prior
         place = "row {n} (rows[{i}])"
 
@@ -427,7 +382,7 @@ class PreferencePairs:
             TypeError: the indices are neither integers nor booleans.
             ValueError: a mask does not have N entries.
         """
-        taken = _row_numbers(indices, len(self))
+        taken = row_numbers(indices, len(self))
         remaining = {self._identities[i] for i in taken}
         candidates = [c for c in self.candidates if prompt_identity(c.prompt, c.group) in remaining]
         return PreferencePairs(
@@ -495,11 +450,17 @@ class PreferencePairs:
 
         Raises:
             ValueError: ``held_out`` or ``by`` is out of range, or there are not two prompts to separate.
+
+        >>> rows = [{"prompt": str(n // 2), "chosen": f"yes {n}", "rejected": "no"} for n in range(8)]
+        >>> train, held_out = PreferencePairs.from_rows(rows).split(held_out=0.25, seed=0)
+        >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
+        (6, 2, set())
         """
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
         _check_choice("by", by, ("prompt", "group"))
-        keys = self._split_keys(seed, by)
+        groups = self.group or [None] * len(self)
+        keys = split_keys(self.prompts, groups, self._identities, seed, join_groups=by == "group")
         units = sorted(set(keys))
         if len(units) < 2:
             prompts = len(set(self._identities))
@@ -513,33 +474,6 @@ class PreferencePairs:
         mask = np.array([key in out for key in keys])
         return self.select(~mask), self.select(mask)
 
-    def _split_keys(self, seed: int, by: str) -> list[str]:
-        """Return for each row the random key of its unit: its prompt, or all prompts that groups join to it."""
-        prompt_keys: dict[PromptIdentity, str] = {}
-        groups = self.group or [None] * len(self)
-        for identity, (prompt, group) in zip(self._identities, zip(self.prompts, groups, strict=True), strict=True):
-            # Of texts that are one prompt the smallest key counts: neither their order nor the normal form matters.
-            exact = (prompt, None if identity[0] else group)
-            key = hashlib.blake2b(f"{seed}\0{exact}".encode(), digest_size=16).hexdigest()
-            prompt_keys[identity] = min(prompt_keys.get(identity, key), key)
-        if self.group is None or by == "prompt":
-            return [prompt_keys[identity] for identity in self._identities]
-        # union-find over prompt keys; the smallest key of a unit stands for it, so row order does not matter
-        parent = {key: key for key in prompt_keys.values()}
-
-        def root(key: str) -> str:
-            while parent[key] != key:
-                parent[key] = parent[parent[key]]
-                key = parent[key]
-            return key
-
-        of_group: dict[Any, str] = {}
-        for identity, group in zip(self._identities, self.group, strict=True):
-            if group is not None:
-                low, high = sorted((root(prompt_keys[identity]), root(of_group.get(group, prompt_keys[identity]))))
-                parent[high] = of_group[group] = low
-        return [root(prompt_keys[identity]) for identity in self._identities]
-
     def describe(self) -> PairsSummary:
         """Count and measure the rows; print the result, or show it with rich."""
         texts = dict.fromkeys(self.chosen) | dict.fromkeys(self.rejected)
@@ -551,13 +485,13 @@ class PreferencePairs:
             prompts=len(set(self._identities)),
             responses=len(texts),
             without_prompt=sum(not prompt for prompt in self.prompts),
-            chosen_words=_quantiles(chosen),
-            rejected_words=_quantiles(rejected),
+            chosen_words=quantiles(chosen),
+            rejected_words=quantiles(rejected),
             chosen_longer=float((chosen > rejected).mean()) if len(self) else math.nan,
-            weight=_range(self.weight),
-            probability=_range(self.probability),
+            weight=extremes(self.weight),
+            probability=extremes(self.probability),
             groups=0 if self.group is None else len(set(self.group) - {None}),
-            candidates=_quantiles(np.array([len(entry.texts) for entry in self.candidates])),
+            candidates=quantiles(np.array([len(entry.texts) for entry in self.candidates])),
             extra=list(self.extra),
             dropped=dict(self.dropped),
             layout=self.layout,
@@ -585,109 +519,19 @@ class PreferencePairs:
 
         Raises:
             ValueError: the encoder returns another number of vectors than it was given texts.
+
+        >>> from pfm.encoders import SurfaceEncoder
+        >>> pairs = PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "It rains.", "rejected": "No."}])
+        >>> pairs.encode(SurfaceEncoder(), progress=False)
+        EncodedPairs(1 pairs of (28,), context 28)
         """
-        from pfm.data.encoded import EncodedPairs
-        from pfm.encoders import as_encoder
+        from pfm.data.encoding import encode_columns
 
-        encoder, reasoning = as_encoder(encoder), checked_reasoning(reasoning)
-        outputs: dict[str, int] = {}
-        chosen = [outputs.setdefault(text, len(outputs)) for text in self.chosen]
-        rejected = [outputs.setdefault(text, len(outputs)) for text in self.rejected]
-        identities: dict[PromptIdentity, int] = {}
-        groups = [identities.setdefault(identity, len(identities)) for identity in self._identities]
-        with_context = context and self.has_prompts
-        # Without contexts a candidate set is found by its prompt's number, with them by its text's.
-        texts: dict[Any, int] = {}
-        text_index = [texts.setdefault(prompt, len(texts)) for prompt in self.prompts]
-        candidates = [
-            (
-                texts.setdefault(entry.prompt, len(texts))
-                if with_context
-                else identities[prompt_identity(entry.prompt, entry.group)],
-                torch.tensor([outputs.setdefault(text, len(outputs)) for text in entry.texts]),
-                torch.tensor(entry.scores, dtype=torch.float32),
-            )
-            for entry in self.candidates
-        ]
-        contexts = None
-        if with_context:
-            encode_prompts = getattr(encoder, "encode_prompts", encoder.encode)
-            contexts = _encode(encode_prompts, [text or EMPTY_PROMPT for text in texts], progress)
-        return EncodedPairs.from_table(
-            _encode(encoder.encode, [training_text(text, reasoning) for text in outputs], progress),
-            torch.tensor(chosen),
-            torch.tensor(rejected),
-            contexts=contexts,
-            context_index=None if contexts is None else torch.tensor(text_index),
-            weight=self.weight,
-            probability=self.probability,
-            group=torch.tensor(groups),
-            encoder=encoder.describe() or None,
-            candidates=candidates or None,
-        )
-
-
-@dataclass(frozen=True)
-class PairsSummary:
-    """Say in numbers what a set of pairs holds; prints as a table.
-
-    ``chosen_words``, ``rejected_words`` and ``candidates`` (texts in a candidate set) are quantiles by name, empty
-    where there is nothing to measure; ``chosen_longer`` is the share of rows whose chosen response has more
-    words; ``weight`` and ``probability`` give minimum, mean and maximum, or None.
-    """
-
-    rows: int
-    prompts: int
-    responses: int
-    without_prompt: int
-    chosen_words: dict[str, float]
-    rejected_words: dict[str, float]
-    chosen_longer: float
-    weight: dict[str, float] | None
-    probability: dict[str, float] | None
-    groups: int
-    candidates: dict[str, float]
-    extra: list[str]
-    dropped: dict[str, int]
-    layout: str = ""
-    notes: tuple[str, ...] = ()
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Return (label, value) of everything worth showing."""
-        optional = {
-            "layout": self.layout,
-            "rows without a prompt": self.without_prompt and f"{self.without_prompt:,}",
-            "weight": self.weight and _spread(self.weight),
-            "probability": self.probability and _spread(self.probability),
-            "groups": self.groups and f"{self.groups:,}",
-            "candidates a prompt": self.candidates and _spread(self.candidates),
-            "other columns": ", ".join(self.extra),
-            "dropped": ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items()),
-            "note": "; ".join(self.notes),
-        }
-        return [
-            ("rows", f"{self.rows:,}"),
-            ("prompts", f"{self.prompts:,}"),
-            ("distinct responses", f"{self.responses:,}"),
-            ("words of chosen", _spread(self.chosen_words)),
-            ("words of rejected", _spread(self.rejected_words)),
-            ("chosen is longer", f"{self.chosen_longer:.1%}"),
-            *((label, value) for label, value in optional.items() if value),
-        ]
-
-    def __str__(self) -> str:
-        lines = self.lines()
-        width = max(len(label) for label, _ in lines)
-        return "\n".join(f"{label:<{width}}  {value}" for label, value in lines)
-
-    def __rich__(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text as RichText
-
-        table = Table("preference pairs", "", show_edge=False)
-        for label, value in self.lines():
-            table.add_row(label, RichText(value))
-        return table
+        return encode_columns(
+            encoder, self.prompts, self.chosen, self.rejected, self._identities, self.candidates,
+            context=context and self.has_prompts, reasoning=reasoning, progress=progress,
+            weight=self.weight, probability=self.probability,
+        )  # fmt: skip
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
@@ -696,20 +540,6 @@ def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
         raise TypeError(f"rows must be a list of dictionaries, got {show(rows)}; for a path use from_file")
     return enumerate(rows, 1)
-
-
-def _vote_prior(rows: Sequence[Any]) -> float:
-    """Fit the prior to the rows that are sound; the others are met where rows are read."""
-    from pfm.data.votes import fit_prior
-
-    counts = []
-    for row in rows:
-        try:
-            counts.append(vote_counts(row))
-        except PreferenceDataError:
-            continue
-    decided = any(one or two for one, two, _ in counts)
-    return fit_prior(*zip(*counts, strict=True)) if decided else 0.0
 
 
 def _numbers(values: list[float | None]) -> list[float] | None:
@@ -723,142 +553,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def _check_lengths(prompts: Sequence[Text], group: Sequence[Any] | None, **columns: Any) -> None:
-    if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list with one text a prompt, got the string {prompts!r}")
-    for name, column in columns.items():
-        if len(column) != len(prompts):
-            raise ValueError(f"{name} must have one entry a prompt: got {len(column)} for {len(prompts)} prompts")
-    if group is not None and len(group) != len(prompts):
-        raise ValueError(f"group must have one value a prompt: got {len(group)} for {len(prompts)} prompts")
-
-
-def _is_tie(rank: Any) -> bool:
-    """Tell a list of texts from a text: a conversation is a list too, but of mappings."""
-    return isinstance(rank, list | tuple) and not (rank and isinstance(rank[0], Mapping))
-
-
-def _scored(texts: Sequence[Any], scores: Any, where: str, name: str, bad: BadRows) -> tuple[list[Text], np.ndarray]:
-    """Check the candidates of one prompt; return those that are sound, at least two of them."""
-    kept: list[tuple[Text, float]] = []
-    for j, (value, score) in enumerate(zip(texts, scores, strict=True)):
-        try:
-            kept.append((checked_response(value, None), _checked_score(score)))
-        except PreferenceDataError as error:
-            bad.meet(error, f"{where}, candidate {j + 1} ({name.format(j=j)})")
-    if len(kept) < 2:
-        raise PreferenceDataError(
-            f"got {len(kept)} usable candidates; expected at least two", reason="fewer than two candidates"
-        )
-    return [text for text, _ in kept], np.array([score for _, score in kept])
-
-
-def _add_scored(
-    columns: Columns,
-    prompt: Text,
-    texts: list[Text],
-    scores: np.ndarray,
-    pairs: tuple[np.ndarray, np.ndarray],
-    group: Any,
-    extra: Mapping[str, Any],
-) -> CandidateGroup:
-    """Add the pairs of one prompt's candidates, numbered (better, worse), to the columns; return the candidates."""
-    for j, k in zip(*(numbers.tolist() for numbers in pairs), strict=True):
-        margin = float(scores[j] - scores[k])
-        tie = None if margin else 0.5
-        columns.add(prompt, texts[j], texts[k], probability=tie, group=group, extra={**extra, "margin": margin})
-    views = [conversation_text(text) for text in texts]
-    return CandidateGroup(conversation_text(prompt), views, scores.tolist(), group)
-
-
-def _checked_score(score: Any) -> float:
-    try:
-        number = float(score)
-    except (TypeError, ValueError):
-        raise PreferenceDataError(f"the score is {show(score)}; expected a number", reason="wrong type") from None
-    if not math.isfinite(number):
-        raise PreferenceDataError(f"the score is {number}; expected a finite number", reason="score not finite")
-    return number
-
-
-def _ordered_pairs(
-    texts: list[Text],
-    scores: np.ndarray,
-    limit: int | None,
-    seed: tuple[int, int],
-    where: str,
-    ties: str = "half",
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the positions of the better and of the worse candidate of each pair; of a tie either may stand first.
-
-    In ascending order of score the candidate at position p is paired with the first ``below[p]`` ones, which are all
-    before it or, without ties, those it beats; numbering the pairs in that order makes a draw possible without listing
-    all of them.
-    """
-    order = np.argsort(scores, kind="stable")
-    ascending = scores[order]
-    below = np.arange(len(scores)) if ties == "half" else np.searchsorted(ascending, ascending, side="left")
-    ends = np.cumsum(below)
-    total = int(ends[-1])
-    if not total:
-        raise PreferenceDataError(
-            f"all {len(scores)} candidates have the score {scores[0]:g}; expected two different scores",
-            reason="all ties",
-        )
-    numbers = choose_pairs(total, limit, seed, where)
-    numbers = np.arange(total) if numbers is None else numbers
-    position = np.searchsorted(ends, numbers, side="right")
-    better, worse = order[position], order[numbers - (ends - below)[position]]
-    ids: dict[str, int] = {}
-    text_ids = np.array([ids.setdefault(conversation_text(text).strip(), len(ids)) for text in texts])
-    different = text_ids[better] != text_ids[worse]
-    if not different.any():
-        raise PreferenceDataError("all candidates are the same text", reason="identical pair")
-    return better[different], worse[different]
-
-
-def _row_numbers(indices: Iterable[int] | np.ndarray, count: int) -> list[int]:
-    numbers = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices))
-    if numbers.dtype == bool:
-        if numbers.shape != (count,):
-            raise ValueError(f"a mask must have {count} entries, one a row; got shape {numbers.shape}")
-        return np.flatnonzero(numbers).tolist()
-    if not numbers.size:
-        return []
-    if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
-        raise TypeError(f"indices must be row numbers or a mask, got {numbers.dtype} of shape {numbers.shape}")
-    outside = numbers[(numbers < -count) | (numbers >= count)]
-    if outside.size:
-        raise IndexError(f"row {outside[0]} does not exist: there are {count} rows")
-    return (numbers % count).tolist()
-
-
-def _encode(encode: Callable[..., Tensor], texts: list[str], progress: bool) -> Tensor:
-    vectors = torch.as_tensor(encode(texts, progress=progress))
-    if len(vectors) != len(texts):
-        raise ValueError(f"the encoder must return one vector a text: got {len(vectors)} for {len(texts)} texts")
-    return vectors
-
-
 def _json_value(value: Any) -> Any:
     """Give the plain form of numpy values and of dates, which tables of other libraries hold."""
     for method in ("tolist", "isoformat"):
         if hasattr(value, method):
             return getattr(value, method)()
     raise TypeError(f"cannot write {show(value)} as JSON; remove or convert the column that holds it")
-
-
-def _quantiles(values: np.ndarray) -> dict[str, float]:
-    if not len(values):
-        return {}
-    return {f"{q:.0%}": float(np.quantile(values, q)) for q in _QUANTILES}
-
-
-def _range(values: list[float] | None) -> dict[str, float] | None:
-    if not values:
-        return None
-    return {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)}
-
-
-def _spread(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:,.4g}" for name, value in values.items())

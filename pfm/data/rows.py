@@ -1,4 +1,4 @@
-"""Read preference rows from files and bring every common row format to one: prompt, chosen, rejected.
+"""Bring every common row format to one: prompt, chosen, rejected.
 
 A *text* is a string or a conversation (:mod:`pfm.data.conversations`). A null value counts as an absent column
 everywhere, and so does NaN in columns of text, groups and labels.
@@ -17,41 +17,32 @@ How the prompt of rows with ``chosen`` and ``rejected`` is found, decided once f
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import lzma
 import math
-import os
 import reprlib
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from itertools import product
-from numbers import Number, Real
-from pathlib import Path
-from typing import IO, Any, TypeAlias, TypedDict, cast
+from numbers import Number
+from typing import Any, TypedDict
 
 import numpy as np
 
-from pfm._internal.nesting import parse_json
-from pfm.data.conversations import (
-    Message,
-    Text,
-    as_text,
-    conversation_text,
-    is_blank,
-    is_unicode,
-    joined_text,
-    message_texts,
-    shared_turns,
+from pfm.data.checks import (
+    check_pair_limit,
+    checked_prompt,
+    checked_response,
+    choose_pairs,
+    optional_number,
+    require,
+    response,
 )
-from pfm.data.errors import BadRows, PreferenceDataError, not_utf8, show
+from pfm.data.conversations import Text, joined_text, shared_turns
+from pfm.data.errors import BadRows, PreferenceDataError, show
 from pfm.data.identity import PromptIdentity, given_group, is_missing, prompt_identity
 from pfm.data.implicit import ImplicitPrompt, conversational_prompt, opening_prompt, split_prompt
-from pfm.data.labels import class_name, class_names, read_label
+from pfm.data.labels import read_label
 from pfm.data.layouts import (
     REPEATED_LAYOUT,
     SCORED_LAYOUT,
@@ -64,245 +55,17 @@ from pfm.data.layouts import (
     scored_row,
     standard_row,
 )
-from pfm.data.spreadsheets import table_rows
+from pfm.data.readers import NumberedRows
 from pfm.data.stringified import parse_columns
 from pfm.data.transcripts import is_transcript, split_transcript
 
-__all__ = [
-    "BadRows",
-    "Columns",
-    "Message",
-    "NumberedRows",
-    "PreferenceDataError",
-    "PromptIdentity",
-    "RowOptions",
-    "RowParser",
-    "Text",
-    "check_pair_limit",
-    "checked_prompt",
-    "checked_response",
-    "choose_pairs",
-    "conversation_text",
-    "is_blank",
-    "optional_number",
-    "prompt_identity",
-    "read_csv",
-    "read_dataset",
-    "read_json",
-    "read_jsonl",
-    "read_parquet",
-    "reader_for",
-    "require",
-    "response",
-    "separate",
-    "show",
-    "split_prompt",
-    "vote_counts",
-    "vote_rows",
-    "write_lines",
-]
+__all__ = ["Columns", "ParsedRows", "RowOptions", "RowParser", "ScoredCandidates", "separate"]
 
 logger = logging.getLogger(__name__)
 
-NumberedRows: TypeAlias = Iterable[tuple[int, Any]]
 
 #: Names that rows have on the way out; no extra column may take one of them.
 STANDARD_COLUMNS = ("prompt", "chosen", "rejected", "weight", "probability", "group")
-
-#: Pairs that one prompt may give before a limit is asked for: beyond it the lists no longer fit in memory.
-MOST_PAIRS_PER_PROMPT = 2_000_000
-
-_DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
-
-
-# --- files ---------------------------------------------------------------------------------------------------
-
-
-def open_binary(path: Path, mode: str = "rb") -> IO[bytes]:
-    """Open a file of bytes, through gzip or xz when its name ends in ``.gz`` or ``.xz``."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-    return cast(IO[bytes], opener(path, mode))
-
-
-def read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """Yield (line number from 1, value) of each line that is not blank."""
-    number, offset = 0, 0
-    with open_binary(path) as file:
-        lines = iter(file)
-        while True:
-            number += 1
-            try:
-                line = next(lines, None)
-            except _DAMAGE as error:
-                bad.meet(_damaged(error), f"line {number}")
-                return
-            if line is None:
-                return
-            if not line.isspace():
-                try:
-                    yield number, _parse_line(line, number, offset)
-                except PreferenceDataError as error:
-                    bad.meet(error, f"line {number}")
-            offset += len(line)
-
-
-def _parse_line(line: bytes, number: int, offset: int) -> Any:
-    try:
-        return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise not_utf8(error, offset) from None
-    except ValueError as error:
-        if line.endswith(b"\n"):
-            raise PreferenceDataError(
-                f"not valid JSON ({error}); expected one JSON object a line", reason="invalid JSON"
-            ) from None
-        raise PreferenceDataError(
-            f"the last line is cut short ({error}); the file was probably not written to its end",
-            reason="truncated last line",
-        ) from None
-
-
-def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, value) of a file that holds one JSON array."""
-    raw = _read_all(path, bad)
-    try:
-        rows = parse_json(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise not_utf8(error, source=bad.source) from None
-    except ValueError as error:
-        hint = (
-            "; the file holds one object a line: rename it to .jsonl or use from_jsonl"
-            if str(error).startswith("Extra data")
-            else ""
-        )
-        raise PreferenceDataError(f"not valid JSON ({error}){hint}", reason="invalid JSON", source=bad.source) from None
-    if not isinstance(rows, list):
-        raise PreferenceDataError(
-            f"got {show(rows)}; expected a JSON array of row objects", reason="wrong type", source=bad.source
-        )
-    yield from enumerate(rows, 1)
-
-
-def read_csv(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1 after the header, dict) of a table of text with a header (:mod:`pfm.data.spreadsheets`).
-
-    Empty cells are null.
-    """
-    yield from table_rows(_read_all(path, bad), bad)
-
-
-def read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, dict) of a Parquet file."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError('reading Parquet files needs pyarrow: pip install "preference-flow[parquet]"') from error
-    number = 0
-    try:
-        with path.open("rb") as file:
-            table = pyarrow.parquet.ParquetFile(file)
-            classes = class_names(_features(table.schema_arrow.metadata))
-            for batch in table.iter_batches(batch_size=4096):
-                for row in _arrow_rows(batch):
-                    number += 1
-                    if isinstance(row, PreferenceDataError):
-                        bad.meet(row, f"row {number}")
-                    else:
-                        yield number, _with_class_names(row, classes)
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError):
-            raise
-        raise PreferenceDataError(
-            f"not a readable Parquet file ({error})", reason="damaged file", source=bad.source
-        ) from None
-
-
-def _features(metadata: Mapping[bytes, bytes] | None) -> Any:
-    """Return what ``datasets`` writes beside a table about its columns."""
-    try:
-        return json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _with_class_names(row: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    return row | {column: class_name(names, row.get(column)) for column, names in classes.items() if column in row}
-
-
-def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | PreferenceDataError]:
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for position in range(batch.num_rows):
-            try:
-                yield from batch.slice(position, 1).to_pylist()
-            except UnicodeDecodeError as error:
-                yield not_utf8(error)
-
-
-def read_dataset(dataset: Any) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, dict) of a ``datasets.Dataset`` or ``IterableDataset``."""
-    if isinstance(dataset, Mapping):
-        raise PreferenceDataError(
-            f"got a dictionary with the splits {', '.join(map(repr, dataset))}; "
-            'expected one split, as in dataset["train"]',
-            reason="wrong type",
-            source="dataset",
-        )
-    if not hasattr(dataset, "with_format") or not hasattr(dataset, "iter"):
-        raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}; use from_rows for a list")
-    number = 0
-    classes = class_names(getattr(dataset, "features", None))
-    for batch in dataset.with_format(None).iter(batch_size=1000):
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield number, _with_class_names(dict(zip(batch, values, strict=True)), classes)
-
-
-FILE_READERS: dict[str, Callable[[Path, BadRows], Iterator[tuple[int, Any]]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-}
-
-
-def reader_for(path: Path) -> Callable[[Path, BadRows], Iterator[tuple[int, Any]]]:
-    """Find the reader by the suffix that is left after ``.gz`` or ``.xz``."""
-    inner = Path(path.stem) if path.suffix.lower() in (".gz", ".xz") else path
-    try:
-        return FILE_READERS[inner.suffix.lower()]
-    except KeyError:
-        raise ValueError(
-            f"cannot tell the format of {path} by its name; expected one of {', '.join(FILE_READERS)} "
-            "(.gz or .xz may follow), or call from_jsonl, from_json, from_csv, from_parquet"
-        ) from None
-
-
-def _read_all(path: Path, bad: BadRows) -> bytes:
-    try:
-        with open_binary(path) as file:
-            raw = file.read()
-    except _DAMAGE as error:
-        damage = _damaged(error)
-        damage.source = bad.source
-        raise damage from None
-    if not raw.strip():
-        raise PreferenceDataError("the file is empty", reason="empty file", source=bad.source)
-    return raw
-
-
-def _damaged(error: Exception) -> PreferenceDataError:
-    return PreferenceDataError(
-        f"the compressed file is damaged or cut short ({error or type(error).__name__})",
-        reason="damaged file",
-    )
-
-
-# --- rows ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -696,152 +459,3 @@ def separate(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Te
                 shared = [*prompt, *shared]  # such as a system message that stands apart
             return shared, responses[0], responses[1]
     return prompt, chosen, rejected
-
-
-def vote_rows(
-    rows: NumberedRows, bad: BadRows, place: str, *, soft: bool, weight: str, ties: str, prior: float
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Turn rows of vote counts into rows with chosen, rejected, weight and (if ``soft``) probability."""
-    for number, row in rows:
-        where = place.format(n=number, i=number - 1)
-        try:
-            votes_a, votes_b, votes_tie = vote_counts(row)
-            a, b = response(row, "a"), response(row, "b")
-        except PreferenceDataError as error:
-            bad.meet(error, where)
-            continue
-        if votes_a == votes_b and ties == "drop":
-            bad.dropped["tie"] += 1
-            continue
-        pair = {name: value for name, value in row.items() if name not in _VOTE_COLUMNS}
-        pair["chosen"], pair["rejected"] = (a, b) if votes_a >= votes_b else (b, a)
-        total = votes_a + votes_b + votes_tie
-        shared = 1 + max(total - 1, 0) / (2 * prior + 1)
-        worth = {"total": total, "one": 1.0, "margin": abs(votes_a - votes_b), "effective": total / shared}
-        pair["weight"] = worth[weight]
-        if soft:
-            pair["probability"] = (max(votes_a, votes_b) + votes_tie / 2 + prior) / (total + 2 * prior)
-        yield number, pair
-
-
-def vote_counts(row: Any) -> tuple[float, float, float]:
-    """Give the votes for a, for b, and undecided ones, of a row that must have some."""
-    if not isinstance(row, Mapping):
-        raise PreferenceDataError(f"got {show(row)}; expected an object with columns", reason="wrong type")
-    require(row, "votes_a")
-    require(row, "votes_b")
-    a, b, tie = (optional_number(row, name) or 0.0 for name in ("votes_a", "votes_b", "votes_tie"))
-    if not a + b + tie:
-        raise PreferenceDataError("nobody voted; expected at least one vote", reason="no votes")
-    return a, b, tie
-
-
-_VOTE_COLUMNS = {"a", "b", "votes_a", "votes_b", "votes_tie", "weight", "probability", "chosen", "rejected"}
-
-
-# --- values --------------------------------------------------------------------------------------------------
-
-
-def require(row: Mapping[str, Any], column: str, option: str | None = None) -> Any:
-    """Return the value of a column that must be there; a null is as good as absent."""
-    value = row.get(column)
-    if value is None:
-        found = ", ".join(repr(name) for name in row) or "none"
-        rename = f"; if another column holds it, name that one with {option}=" if option else ""
-        state = "the value is null" if column in row else "the column is missing"
-        raise PreferenceDataError(f"{state}; columns found: {found}{rename}", reason="missing column", column=column)
-    return value
-
-
-def response(row: Mapping[str, Any], column: str, option: str | None = None) -> Text:
-    """Return a response that must be there and hold more than white space."""
-    return checked_response(require(row, column, option), column)
-
-
-def checked_response(value: Any, column: str | None) -> Text:
-    """Return a response as a text; refuse one that is blank."""
-    text = as_text(value, column)
-    if is_blank(text):
-        raise PreferenceDataError(
-            f"the text is empty or only white space, {show(value)}; expected at least one character to read",
-            reason="empty text",
-            column=column,
-        )
-    check_unicode(text, column)
-    return text
-
-
-def checked_prompt(value: Any, column: str | None) -> Text:
-    """Return a prompt as a text; "" or [] says that there is none, white space alone is a prompt that got lost."""
-    text = as_text(value, column)
-    if text and is_blank(text):
-        raise PreferenceDataError(
-            f'the prompt is only white space, {show(value)}; expected a text, or "" for no prompt',
-            reason="empty text",
-            column=column,
-        )
-    check_unicode(text, column)
-    return text
-
-
-def check_unicode(text: Text, column: str | None) -> None:
-    """Refuse half surrogate pairs: they can be written in JSON escapes but are no text."""
-    if not all(map(is_unicode, message_texts(text))):
-        raise PreferenceDataError(
-            "the text holds half of a surrogate pair (a character cut in two); expected valid Unicode",
-            reason="invalid Unicode",
-            column=column,
-        )
-
-
-def optional_number(row: Mapping[str, Any], column: str, highest: float = math.inf) -> float | None:
-    """Return a number from 0 to ``highest``, or None when the row has none; text such as "0.5" is read."""
-    value = row.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()) or type(value).__name__ == "NAType":
-        return None
-    try:
-        number = float(value) if isinstance(value, Real | Decimal | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and 0 <= number <= highest):
-        expected = "a finite number ≥ 0" if highest == math.inf else f"a number from 0 to {highest:g}"
-        expected += " with a decimal point" * (isinstance(value, str) and "," in value)
-        raise PreferenceDataError(f"got {show(value)}; expected {expected}", reason="bad number", column=column)
-    return number
-
-
-def check_pair_limit(limit: int | None) -> None:
-    """Refuse a limit of pairs a prompt that is not None or a positive integer."""
-    if limit is not None and (not isinstance(limit, int | np.integer) or limit < 1):
-        raise ValueError(f"max_pairs_per_prompt must be None or an integer ≥ 1, got {limit!r}")
-
-
-def choose_pairs(total: int, limit: int | None, seed: tuple[int, int], where: str) -> np.ndarray | None:
-    """Draw ``limit`` of ``total`` pair numbers, ascending; None means all of them.
-
-    Raises:
-        ValueError: there is no limit, and there are more pairs than memory should hold.
-    """
-    if limit is None:
-        if total > MOST_PAIRS_PER_PROMPT:
-            raise ValueError(
-                f"{where}: the candidates make {total:,} pairs; pass max_pairs_per_prompt= to draw some of them"
-            )
-        return None
-    if total <= limit:
-        return None
-    return np.sort(np.random.default_rng(seed).choice(total, size=limit, replace=False, shuffle=False))
-
-
-def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write lines as UTF-8 so that the file is either whole or, if anything fails, left as it was."""
-    target = Path(path)
-    # the suffix stays last, as it decides about compression
-    temporary = target.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.{target.name}")
-    try:
-        with open_binary(temporary, "wb") as file:
-            for line in lines:
-                file.write(line.encode() + b"\n")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)

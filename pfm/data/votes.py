@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.encoded import as_float_tensor, check_finite
+from pfm.data.tensors import as_float_tensor, check_finite
 
 __all__ = ["VoteLabels", "check_counts", "fit_prior", "soft_labels"]
 
@@ -55,6 +55,10 @@ def soft_labels(
 
     Raises:
         ValueError: shapes disagree, a count is negative or not finite, a pair has no votes, or all votes are ties.
+
+    >>> labels = soft_labels([3, 0], [1, 2])
+    >>> labels.probability.tolist(), labels.weight.tolist()
+    ([0.75, 0.0], [4.0, 2.0])
     """
     if weight not in ("effective", "total", "one"):
         raise ValueError(f"weight must be 'effective', 'total' or 'one', got {weight!r}")

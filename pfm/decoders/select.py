@@ -102,6 +102,12 @@ class Select:
 
     Raises:
         ValueError: an unknown ``by``, a margin that is NaN, or a strength that is negative or not finite.
+
+    >>> import numpy as np
+    >>> select = Select(margin=0.1)
+    >>> b = np.array([0.4, 0.7])
+    >>> select.decode(None, ["a draft", "an answer"], torch.zeros(2, 1), None, b, "key").reason
+    'changed: highest win probability, win probability +0.300'
     """
 
     def __init__(

@@ -38,6 +38,9 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
     Raises:
         ValueError: a part is empty, named twice, or there is no such folder.
         TypeError: SentenceEncoder has no such setting.
+
+    >>> encoder_from_name("surface").dimension
+    28
     """
     if unknown := [key for key in options if key not in _SETTINGS]:
         near = difflib.get_close_matches(unknown[0], _SETTINGS, 1)

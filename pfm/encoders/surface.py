@@ -87,6 +87,11 @@ class SurfaceEncoder(Encoder):
     Args:
         provides_context: whether it encodes prompts too when it is part of a :class:`ConcatEncoder`.
         on_empty: "error" refuses empty texts; "encode" makes them zeros.
+
+    >>> encoder = SurfaceEncoder()
+    >>> vector = encoder.encode(["Is it? It is!"])[0]
+    >>> float(vector[encoder.feature_names.index("questions")])
+    0.5
     """
 
     features: ClassVar[dict[str, str]] = dict(_FEATURES)

@@ -1,9 +1,9 @@
-from .evaluation import Calibration as Calibration
-from .evaluation import Example as Example
-from .evaluation import Failure as Failure
-from .evaluation import GroupRow as GroupRow
-from .evaluation import MethodRow as MethodRow
-from .evaluation import Report as Report
-from .evaluation import Scored as Scored
-from .evaluation import Verdict as Verdict
 from .evaluation import evaluate as evaluate
+from .report import Report as Report
+from .results import Calibration as Calibration
+from .results import Example as Example
+from .results import Failure as Failure
+from .results import GroupRow as GroupRow
+from .results import MethodRow as MethodRow
+from .results import Scored as Scored
+from .results import Verdict as Verdict

@@ -1,15 +1,16 @@
 """Draw a report card: for the terminal with rich, and as one self-contained HTML page.
 
-Texts of prompts, models and users are data: all of them pass through ``escape`` or ``rich.text.Text``.
+Texts of prompts, models and users are data: all of them pass through an escaping template or ``rich.text.Text``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from markupsafe import Markup
 
 from pfm._internal.html import (
     LABELS_END,
@@ -18,19 +19,18 @@ from pfm._internal.html import (
     Axis,
     clipped,
     common_decimals,
-    document,
     dot,
-    figure,
     forest,
     horizontal_axis,
     label_at,
     line,
+    render,
     svg,
 )
+from pfm.evaluation.results import Example, GroupRow, MethodRow, Results
 from pfm.statistics import Bin, Estimate
 
-if TYPE_CHECKING:
-    from pfm.evaluation.evaluation import Calibration, Example, GroupRow, MethodRow, Report
+__all__ = ["page", "terminal"]
 
 SIGNS = {"helps": "▲", "hurts": "▼", "mixed": "◆", "no evidence": "●"}  # colour must not be the only sign
 
@@ -61,11 +61,11 @@ WIDE = 150  # characters that the whole table of methods needs
 GROUP_HEADS = ("Prompts", "Wins vs original", "Gain in score", "Pairs b orders right")
 
 
-def _tested(report: Report) -> MethodRow:
+def _tested(report: Results) -> MethodRow:
     return report.row(report.settings["method"])
 
 
-def _budget(report: Report) -> str:
+def _budget(report: Results) -> str:
     """Write how many candidates a prompt every method chose from."""
     sizes = report.settings["candidates"]
     if sizes["min"] == sizes["max"]:
@@ -73,7 +73,7 @@ def _budget(report: Report) -> str:
     return f"{sizes['min']} to {sizes['max']} candidates a prompt, {sizes['mean']:.1f} on average"
 
 
-def _cell(report: Report, row: MethodRow, column: _Column) -> tuple[str, str]:
+def _cell(report: Results, row: MethodRow, column: _Column) -> tuple[str, str]:
     """Return (value, interval) of a cell, every cell of a column to the same number of decimals."""
     estimate = column.value(row)
     if estimate is None or (column.signed and row is _tested(report)):
@@ -85,7 +85,7 @@ def _cell(report: Report, row: MethodRow, column: _Column) -> tuple[str, str]:
 # ---------------------------------------------------------------------------------------------------- terminal
 
 
-def terminal(report: Report, width: int) -> Iterator[Any]:
+def terminal(report: Results, width: int) -> Iterator[Any]:
     """Yield rich renderables for a console of the given width in characters."""
     from rich.box import ROUNDED, SIMPLE_HEAD
     from rich.panel import Panel
@@ -155,7 +155,7 @@ def _two_lines(cell: tuple[str, str], style: str = "") -> Any:
     return Text.assemble((cell[0], style), "\n", (cell[1], "dim"))
 
 
-def _footnotes(report: Report) -> list[str]:
+def _footnotes(report: Results) -> list[str]:
     settings = report.settings
     notes = [
         f"{settings['prompts']} prompts, {_budget(report)}; judge: {settings.get('judge', 'not named')}; "
@@ -175,36 +175,37 @@ def _footnotes(report: Report) -> list[str]:
 # --------------------------------------------------------------------------------------------------------- page
 
 
-def page(report: Report, examples: int = 5) -> str:
+def page(report: Results, examples: int = 5) -> str:
     """Write the report as one HTML page with up to ``examples`` before/after examples."""
-    title = f"{report.verdict.headline} · Report card"
-    parts = [
-        _banner(report),
-        _tiles(report),
-        _methods(report),
-        _length(report),
-        _believed(report.calibration) if report.calibration else "",
-        _groups(report) if report.groups else "",
-        _examples(report, examples),
-        _measured(report),
-    ]
-    return document(title, parts)
+    tested = _tested(report)
+    shown, losses = _shown(report, examples)
+    return render(
+        "evaluation/page.html",
+        report=report,
+        verdict=report.verdict,
+        sign=SIGNS[report.verdict.outcome],
+        tested=tested,
+        budget=_budget(report),
+        tiles=_tiles(report),
+        columns=COLUMNS,
+        methods=[(row, [_cell(report, row, column) for column in COLUMNS]) for row in report.rows],
+        plots=_method_plots(report),
+        length_plots=_length_plots(report),
+        calibration=report.calibration,
+        reliability=_reliability(report.calibration.reliability.bins) if report.calibration else None,
+        gaps=_gaps(report.calibration.gaps) if report.calibration and report.calibration.gaps else None,
+        group_heads=GROUP_HEADS,
+        groups=_groups(report.groups),
+        group_plot=_group_plot(report) if report.groups else None,
+        examples=shown,
+        losses=losses,
+        number=_number,
+        facts=_facts(report),
+        notes=[*NOTES, *(f"Left out. {reason}." for reason in report.settings.get("left_out", []))],
+    )
 
 
-def _banner(report: Report) -> str:
-    verdict = report.verdict
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict.sentences)
-    warnings = "".join(f"<li>{escape(warning)}</li>" for warning in verdict.warnings)
-    return f"""
-<header class="verdict {escape(verdict.outcome.replace(" ", "-"))}">
-<p class="over">Report card · {escape(_tested(report).label)}</p>
-<h1><span aria-hidden="true">{SIGNS[verdict.outcome]}</span> {escape(report.verdict.headline)}</h1>
-{sentences}
-</header>
-{f'<aside class="warnings" aria-label="Warnings"><ul>{warnings}</ul></aside>' if warnings else ""}"""
-
-
-def _tiles(report: Report) -> str:
+def _tiles(report: Results) -> list[tuple[str, str, str]]:
     tested, rows = _tested(report), {row.name: row for row in report.rows}
     figures = [
         ("Wins vs original", tested.win, True, False),
@@ -216,194 +217,87 @@ def _tiles(report: Report) -> str:
     tiles = []
     for label, estimate, percent, signed in figures:
         value, interval = estimate.parts(percent=percent, signed=signed) if estimate else ("–", "not defined here")
-        tiles.append(f"<div><dt>{label}</dt><dd>{value}<small>{interval}</small></dd></div>")
-    return f'<dl class="tiles">{"".join(tiles)}</dl>'
+        tiles.append((label, value, interval))
+    return tiles
 
 
-def _methods(report: Report) -> str:
-    tested = _tested(report)
-    kinds = {tested.name: "tested", "oracle": "bound"}
-    wins = [(row.label, row.win, kinds.get(row.name, "")) for row in report.rows]
-    scores = [(row.label, row.score, kinds.get(row.name, "")) for row in report.rows]
+def _kind(report: Results, row: MethodRow) -> str:
+    """Return the class with which the marks of a method are drawn."""
+    return {"oracle": "bound", _tested(report).name: "tested"}.get(row.name, "")
+
+
+def _method_plots(report: Results) -> tuple[Markup, Markup]:
+    """Draw the win rate and the mean score of every method."""
+    wins = [(row.label, row.win, _kind(report, row)) for row in report.rows]
+    scores = [(row.label, row.score, _kind(report, row)) for row in report.rows]
     original = report.row("identity").score.value
-    heads = "".join(f'<th scope="col">{column.head}<small>{column.note}</small></th>' for column in COLUMNS)
-    body = []
-    for row in report.rows:
-        cells = "".join("<td>{}<small>{}</small></td>".format(*_cell(report, row, column)) for column in COLUMNS)
-        kind = ' class="tested"' if row is tested else ""
-        body.append(f'<tr{kind}><th scope="row">{escape(row.label)}</th>{cells}</tr>')
-    return f"""
-<section>
-<h2>Every method, choosing from the same {escape(_budget(report))}</h2>
-<p class="lead">Dots are estimates, bars 95% intervals over prompts. The oracle picks by the judge itself: no method can
-pass it.</p>
-<div class="plots">
-{
-        figure(
-            "Win rate against the original",
-            "Right of the line: better than the original more often than worse.",
-            forest(wins, "Win rate of each method against the original, with intervals", 0.5, "even", percent=True),
-        )
-    }
-{
-        figure(
-            "Mean judge score",
-            "The line is the original’s score.",
-            forest(scores, "Mean judge score of each method, with intervals", original, "original"),
-        )
-    }
-</div>
-<div class="scroll" tabindex="0" role="region" aria-label="All figures by method">
-<table>
-<caption class="hidden">All figures by method, with 95% intervals</caption>
-<thead><tr><th scope="col">Method</th>{heads}</tr></thead>
-<tbody>{"".join(body)}</tbody>
-</table>
-</div>
-</section>"""
+    return (
+        forest(wins, "Win rate of each method against the original, with intervals", 0.5, "even", percent=True),
+        forest(scores, "Mean judge score of each method, with intervals", original, "original"),
+    )
 
 
-def _length(report: Report) -> str:
-    tested = _tested(report)
-    kinds = {tested.name: "tested", "oracle": "bound"}
+def _length_plots(report: Results) -> tuple[Markup, Markup] | None:
+    """Draw win rates at equal length, and lengths; None where length cannot be told apart from any method."""
+    others = [row for row in report.rows if row.name != "identity"]
     rows = [
-        (row.label, row.win, row.win_controlled, kinds.get(row.name, ""))
-        for row in report.rows
-        if row.name != "identity" and row.win_controlled is not None
+        (row.label, row.win, row.win_controlled, _kind(report, row)) for row in others if row.win_controlled is not None
     ]
     if not rows:
-        return ""
-    ratios = [(row.label, row.length_ratio, kinds.get(row.name, "")) for row in report.rows if row.name != "identity"]
-    return f"""
-<section>
-<h2>Is it only length?</h2>
-<p class="lead">Judges often favour longer answers. A gain that is gone between outputs of equal length is a gain in
-length alone.</p>
-<div class="plots">
-{
-        figure(
-            "Win rate against the original, at equal length",
-            "Ring: as measured. Dot and bar: at equal length.",
-            _dumbbells(rows),
-        )
-    }
-{
-        figure(
-            "Length of the pick",
-            "Mean ratio to the length of the original, in characters.",
-            forest(ratios, "Mean length of the picks relative to the original", 1.0, "same"),
-        )
-    }
-</div>
-</section>"""
+        return None
+    ratios = [(row.label, row.length_ratio, _kind(report, row)) for row in others]
+    return _dumbbells(rows), forest(ratios, "Mean length of the picks relative to the original", 1.0, "same")
 
 
-def _believed(calibration: Calibration) -> str:
-    accuracy = ""
-    if calibration.accuracy:
-        accuracy = (
-            f" Of two candidates of one prompt that the judge scores differently, b orders "
-            f"{calibration.accuracy.text(percent=True)} right (a coin: 50%)."
+def _groups(groups: Sequence[GroupRow]) -> list[tuple[GroupRow, list[tuple[str, str]]]]:
+    """Return each group with its figures under :data:`GROUP_HEADS` but the first."""
+    decimals = common_decimals(group.gain for group in groups)
+    return [
+        (
+            group,
+            [
+                group.win.parts(percent=True),
+                group.gain.parts(signed=True, decimals=decimals),
+                group.accuracy.parts(percent=True) if group.accuracy else ("–", ""),
+            ],
         )
-    figures = [
-        figure(
-            "Predicted and observed win probability",
-            "On the diagonal b is right. A dot’s size is its number of candidates.",
-            _reliability(calibration.reliability.bins),
-        )
+        for group in groups
     ]
-    if calibration.gaps:
-        figures.append(
-            figure(
-                "What a rise in b is worth",
-                "All candidates beside the original, by how much higher their b is.",
-                _gaps(calibration.gaps),
-            )
-        )
-    return f"""
-<section>
-<h2>Can the win probabilities be believed?</h2>
-<p class="lead">{escape(calibration.sentence)}{escape(accuracy)}</p>
-<div class="plots">{"".join(figures)}</div>
-</section>"""
 
 
-def _groups(report: Report) -> str:
+def _group_plot(report: Results) -> Markup:
     rows = [(f"{clipped(g.name, 16)} ({g.prompts})", g.win, "group") for g in report.groups]
     rows.append(("All prompts", _tested(report).win, ""))
-    decimals = common_decimals(group.gain for group in report.groups)
-    body = "".join(
-        f'<tr><th scope="row">{escape(g.name)}</th><td>{g.prompts}</td>'
-        + "".join(
-            "<td>{}<small>{}</small></td>".format(*parts)
-            for parts in (
-                g.win.parts(percent=True),
-                g.gain.parts(signed=True, decimals=decimals),
-                g.accuracy.parts(percent=True) if g.accuracy else ("–", ""),
-            )
-        )
-        + "</tr>"
-        for g in report.groups
-    )
-    heads = "".join(f'<th scope="col">{head}</th>' for head in GROUP_HEADS)
-    plot = forest(rows, "Win rate against the original in each group of prompts", 0.5, "even", percent=True)
-    return f"""
-<section>
-<h2>By group of prompts</h2>
-<div class="plots">
-{figure("Win rate against the original", "With the number of prompts. Few prompts make wide bars.", plot)}
-<div class="scroll" tabindex="0" role="region" aria-label="Figures by group"><table>
-<thead><tr><th scope="col">Group</th>{heads}</tr></thead><tbody>{body}</tbody>
-</table></div>
-</div>
-</section>"""
+    return forest(rows, "Win rate against the original in each group of prompts", 0.5, "even", percent=True)
 
 
-def _examples(report: Report, number: int) -> str:
+def _shown(report: Results, number: int) -> tuple[list[Example], bool]:
+    """Choose the examples to show, and tell whether the largest loss is among them."""
     losses = [example for example in report.examples if example.kind != "random"][:number]
     shown = [example for example in report.examples if example.kind == "random"][: number - len(losses)] + losses
-    if not shown:
-        return ""
-    drawn = "Drawn at random from the changed outputs" + (", and the largest loss of all." if losses else ".")
-    return f"""
-<section>
-<h2>Before and after</h2>
-<p class="lead">{drawn}</p>
-{"".join(_example(example) for example in shown)}
-</section>"""
-
-
-def _example(example: Example) -> str:
-    gain = example.refined_score - example.original_score
-    kind, sign = ("better", "▲") if gain > 0 else ("worse", "▼") if gain < 0 else ("equal", "●")
-    label = "" if example.kind == "random" else f"{example.kind} · "
-    sides = [
-        ("Original", example.original, example.original_score, example.original_probability),
-        ("Refined", example.refined, example.refined_score, example.refined_probability),
-    ]
-    columns = "".join(
-        f'<div><h4>{name}</h4><p class="figures">judge {_number(score)}'
-        + (f" · b {b:.2f}" if b is not None else "")
-        + f'</p><div class="text" tabindex="0" role="region" aria-label="{name} text">{escape(text)}</div></div>'
-        for name, text, score, b in sides
-    )
-    return f"""
-<article class="example">
-<header><h3>{escape(example.prompt)}</h3>
-<span class="chip {kind}">{escape(label)}<span aria-hidden="true">{sign}</span> {kind}</span></header>
-<div class="sides">{columns}</div>
-</article>"""
+    return shown, bool(losses)
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}".replace("-", "−")
 
 
-def _measured(report: Report) -> str:
+NOTES = (
+    "Prompts are resampled, not candidates, and all methods share the resamples: differences are paired.",
+    "“Random” is the exact expectation over the candidates, not one draw.",
+    "“Helps” and “hurts” need an interval that excludes 50% and a sign test below 0.05.",
+    "Equal length: P(win) = σ(a + b·tanh(Δ/sd Δ)) among changed answers, with Δ the difference in characters; the "
+    "figure is σ(a) for the changed share and one half for the unchanged one.",
+    "The outcome behind b is the share of the other candidates of the same prompt that a candidate beats.",
+    "Strongest baseline and oracle are chosen on these same prompts, which favours them a little.",
+)
+
+
+def _facts(report: Results) -> list[tuple[str, Any]]:
     settings, verdict = report.settings, report.verdict
     lost = sum(not failure.evaluated for failure in report.failures)
     known = ("method", "prompts", "candidates", "independent_draws", "resamples", "seed", "judge", "left_out")
-    facts = [
+    return [
         ("Judge", settings.get("judge", "not named")),
         ("Prompts", f"{settings['prompts']} evaluated, {lost} failed"),
         ("Budget", f"{_budget(report)}, the same for every method"),
@@ -416,38 +310,12 @@ def _measured(report: Report) -> str:
         ("Intervals", f"95%, percentile bootstrap, {settings['resamples']} resamples, seed {settings['seed']}"),
         *((key.replace("_", " ").capitalize(), value) for key, value in settings.items() if key not in known),
     ]
-    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts)
-    notes = [
-        "Prompts are resampled, not candidates, and all methods share the resamples: differences are paired.",
-        "“Random” is the exact expectation over the candidates, not one draw.",
-        "“Helps” and “hurts” need an interval that excludes 50% and a sign test below 0.05.",
-        "Equal length: P(win) = σ(a + b·tanh(Δ/sd Δ)) among changed answers, with Δ the difference in characters; the "
-        "figure is σ(a) for the changed share and one half for the unchanged one.",
-        "The outcome behind b is the share of the other candidates of the same prompt that a candidate beats.",
-        "Strongest baseline and oracle are chosen on these same prompts, which favours them a little.",
-        *(f"Left out. {reason}." for reason in settings.get("left_out", [])),
-    ]
-    failures = "".join(
-        f"<li>Prompt {failure.prompt}: {escape(failure.error)}"
-        + (" (evaluated on the candidates it gave)" if failure.evaluated else " (not evaluated)")
-        + "</li>"
-        for failure in report.failures[:50]
-    )
-    if len(report.failures) > 50:
-        failures += f"<li>… and {len(report.failures) - 50} more, in the JSON report</li>"
-    return f"""
-<footer>
-<h2>How this was measured</h2>
-<dl class="facts">{listed}</dl>
-<ul>{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>
-{f"<h3>Errors</h3><ul>{failures}</ul>" if failures else ""}
-</footer>"""
 
 
 # -------------------------------------------------------------------------------------------------------- plots
 
 
-def _dumbbells(rows: Sequence[tuple[str, Estimate, Estimate, str]]) -> str:
+def _dumbbells(rows: Sequence[tuple[str, Estimate, Estimate, str]]) -> Markup:
     """Draw measured and length-controlled win rates: (label, measured, controlled, class)."""
     values = [v for _, e, c, _ in rows for v in (e.value, c.low, c.high)] + [0.5]
     axis = Axis(values, LABELS_END + 8, PLOT_WIDTH - 66, (0, 1))
@@ -467,12 +335,12 @@ def _dumbbells(rows: Sequence[tuple[str, Estimate, Estimate, str]]) -> str:
         f"{label}: {e.text(percent=True)} measured, {c.text(percent=True)} at equal length" for label, e, c, _ in rows
     )
     description = "Win rate of each method against the original, as measured and at equal length"
-    return svg(PLOT_WIDTH, int(bottom + 26), description, "".join(body), data)
+    return svg(PLOT_WIDTH, int(bottom + 26), description, Markup().join(body), data)
 
 
-def _plane(x: Axis, y: Axis, x_label: str, y_label: str, percent_x: bool) -> str:
+def _plane(x: Axis, y: Axis, x_label: str, y_label: str, percent_x: bool) -> Markup:
     """Draw the frame of a plot of y (a share) against x."""
-    rows = "".join(
+    rows = Markup().join(
         line(x.start, y(tick), x.end, y(tick), "grid")
         + label_at(x.start - 8, y(tick) + 4, y.label(tick, True), "tick", "end")
         for tick in y.ticks
@@ -485,9 +353,9 @@ def _plane(x: Axis, y: Axis, x_label: str, y_label: str, percent_x: bool) -> str
     )
 
 
-def _points(bins: Sequence[Bin], x: Axis, y: Axis) -> str:
+def _points(bins: Sequence[Bin], x: Axis, y: Axis) -> Markup:
     largest = max(b.count for b in bins)
-    return "".join(
+    return Markup().join(
         line(x(b.x), y(b.outcome.low), x(b.x), y(b.outcome.high), "bar tested")
         + dot(
             x(b.x),
@@ -500,7 +368,7 @@ def _points(bins: Sequence[Bin], x: Axis, y: Axis) -> str:
     )
 
 
-def _reliability(bins: Sequence[Bin]) -> str:
+def _reliability(bins: Sequence[Bin]) -> Markup:
     """Draw observed against predicted win probability on equal axes."""
     values = [v for b in bins for v in (b.x, b.outcome.low, b.outcome.high)]
     x, y = Axis(values, 52, PLOT_WIDTH - 16, (0, 1)), Axis(values, 318, 30, (0, 1))
@@ -510,7 +378,7 @@ def _reliability(bins: Sequence[Bin]) -> str:
     return svg(PLOT_WIDTH, 364, "Observed win share against predicted win probability", body, data)
 
 
-def _gaps(bins: Sequence[Bin]) -> str:
+def _gaps(bins: Sequence[Bin]) -> Markup:
     """Draw the share of candidates that beat the original against their rise in b."""
     x = Axis([b.x for b in bins] + [0.0], 52, PLOT_WIDTH - 16)
     y = Axis([v for b in bins for v in (b.outcome.low, b.outcome.high)] + [0.5], 318, 30, (0, 1))

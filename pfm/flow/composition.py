@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from pfm._internal.archive import read_description, read_folder, save_folder
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.encoded import as_float_tensor, check_finite, vector_space
+from pfm.data.encoded import vector_space
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow.fields import Velocity
@@ -416,6 +417,15 @@ def compose(flows: Sequence[tuple[PreferenceFlow, float]], *, names: Sequence[st
     Raises:
         TypeError: not pairs of a flow and a number.
         ValueError: weights are negative, not finite or do not sum to 1, or flows of different outputs or contexts.
+
+    >>> import pfm
+    >>> low, high = torch.randn(2, 40, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
+    >>> config = pfm.FlowConfig(residual=False)
+    >>> up = pfm.PreferenceFlow.fit(pfm.EncodedPairs(high, low), config, progress=False)
+    >>> down = pfm.PreferenceFlow.fit(pfm.EncodedPairs(low, high), config, progress=False)
+    >>> both = compose([(up, 0.8), (down, 0.2)], names=["large", "small"])
+    >>> bool(0 < both.transport(torch.zeros(1, 1)) < up.transport(torch.zeros(1, 1)))
+    True
     """
     pairs = list(flows)
     if not pairs:

@@ -63,6 +63,14 @@ class FlowConfig:
     Raises:
         ValueError, TypeError: a value out of its range, or a misspelt name (with the nearest right one).
         NotRegisteredError: a field, coupling or solver that is not registered.
+
+    >>> config = FlowConfig(source="rejected", epochs=10)
+    >>> config.coupling, config.solver
+    ('paired', 'rk4')
+    >>> FlowConfig(sigma=-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: sigma ...
     """
 
     source: str = "reference"

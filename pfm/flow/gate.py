@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pfm.data.encoded import row_hash
+from pfm.data.tensors import row_hash
 
 __all__ = ["gate_uniforms"]
 

@@ -58,6 +58,18 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         context_dimension: number of values C in a context, 0 for none.
         config: a :class:`pfm.FlowConfig` or its dict.
         metadata: what the fit found and where the vectors come from (JSON values).
+
+    >>> rejected, chosen = torch.randn(2, 40, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
+    >>> pairs = EncodedPairs(chosen, rejected)  # of two numbers the larger is preferred
+    >>> flow = PreferenceFlow.fit(pairs, FlowConfig(residual=False), progress=False)
+    >>> bool((flow.transport(rejected) > rejected).all())
+    True
+    >>> (flow.win_probability([[2.0], [-2.0]]) > 0.5).tolist()
+    [True, False]
+    >>> _ = flow.save_pretrained("my-flow")
+    >>> again = PreferenceFlow.from_pretrained("my-flow")
+    >>> torch.equal(again.transport(rejected), flow.transport(rejected))
+    True
     """
 
     # -- fitting ------------------------------------------------------------------------------------------------

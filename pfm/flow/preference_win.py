@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.significance import confirmed
-from pfm.data.encoded import CandidateRows, EncodedPairs
+from pfm.data.batches import CandidateRows
+from pfm.data.encoded import EncodedPairs
 from pfm.flow.win import confirmed_margin
 from pfm.preferences.base import Embedded, PreferenceModel, restored
 from pfm.preferences.calibration import pair_scores, reliability

@@ -23,7 +23,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm._internal.columns import column_statistics, weighted_mean
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
-from pfm.data.encoded import EncodedPairs, PairBatch
+from pfm.data.batches import PairBatch
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.coordinates import Coordinates
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss

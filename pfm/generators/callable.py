@@ -26,6 +26,10 @@ def as_generator(generator: Any, accepts: Accepts = is_usable_text) -> Generator
 
     Raises:
         TypeError: it is none of these.
+
+    >>> generator = as_generator(lambda prompt: f"An answer to {prompt}")
+    >>> [draw.texts for draw in generator.draws(["A", "B"], 1)]
+    [['An answer to A'], ['An answer to B']]
     """
     if isinstance(generator, type):
         raise TypeError(

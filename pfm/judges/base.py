@@ -12,15 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pfm.data.rows import (
-    PreferenceDataError,
-    checked_prompt,
-    checked_response,
-    choose_pairs,
-    conversation_text,
-    require,
-    show,
-)
+from pfm.data.checks import checked_prompt, checked_response, choose_pairs, require
+from pfm.data.conversations import conversation_text
+from pfm.data.errors import PreferenceDataError, show
 from pfm.errors import GenerationError
 from pfm.generators.base import Prompt
 from pfm.reasoning import judged_text

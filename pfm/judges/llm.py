@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pfm._internal.templates import Template, fence, fence_mark
-from pfm.data.rows import conversation_text
+from pfm.data.conversations import conversation_text
 from pfm.generators import Prompt, as_generator
 from pfm.judges.base import Comparison, Judge, Verdict
 from pfm.reasoning import answer_of, judged_text

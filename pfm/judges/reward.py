@@ -11,7 +11,7 @@ import torch
 
 from pfm._internal.hub import check_folder, loading_problem, location
 from pfm._internal.special_tokens import SpecialTokens
-from pfm.data.rows import conversation_text
+from pfm.data.conversations import conversation_text
 from pfm.devices import best_device
 from pfm.generators.base import Prompt
 from pfm.judges.base import ScoringJudge

@@ -27,6 +27,10 @@ class ScriptedJudge(ScoringJudge):
     Raises:
         TypeError: the rule is nothing of these.
         ValueError: an expression is not valid.
+
+    >>> judge = ScriptedJudge(r"[?]", name="questions")
+    >>> judge.scores(["Hello"] * 2, ["Hello!", "Hello? Who is it?"])
+    [0.0, 2.0]
     """
 
     def __init__(self, rule: Rule, *, temperature: float | None = None, name: str | None = None) -> None:

@@ -316,11 +316,13 @@ class Met:
     trajectory: np.ndarray
 
     def pick(self, index: np.ndarray) -> Met:
+        """Select states by their indices (M,)."""
         memory = None if self.memory is None else tuple(part[index] for part in self.memory)
         return Met(self.observation[index], pick_states(self.states, index), memory, self.trajectory[index])
 
     @classmethod
     def concatenate(cls, parts: list[Met]) -> Met:
+        """Join several sets of states in their order."""
         memory: Memory = None
         if parts[0].memory is not None:
             memory = tuple(np.concatenate(each) for each in zip(*(part.memory or () for part in parts), strict=True))

@@ -141,6 +141,7 @@ class StatefulEnv(gymnasium.Wrapper):
 
     @property
     def can_restore(self) -> bool:
+        """Whether states can be saved and restored exactly."""
         return self._simulator is not None
 
     @property
@@ -159,6 +160,7 @@ class StatefulEnv(gymnasium.Wrapper):
         return None if self._limit is None else self._limit._max_episode_steps
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode; see :meth:`gymnasium.Env.reset`."""
         if self._recorder is not None:
             self._recorder.before_reset(seed, options)
             seed = None
@@ -169,6 +171,7 @@ class StatefulEnv(gymnasium.Wrapper):
         return self._observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Execute an action; see :meth:`gymnasium.Env.step`."""
         if self._observation is None:
             raise gymnasium.error.ResetNeeded("call reset() before the first step")
         if self._limited is None:

@@ -93,7 +93,7 @@ def improve(
     """Refine a frozen policy in rounds of collecting, fitting a flow, and choosing how far to follow it.
 
     Choosing by returns is a search of its own, which rounds repeat: where almost any push helps, answers by a coin lead
-    somewhere too (``benchmarks/README.md``, "Control"). ``episodes=0`` follows labels alone. To learn what labels are
+    somewhere too (``docs/studies/control.md``). ``episodes=0`` follows labels alone. To learn what labels are
     worth in a simulator, improve with ``teacher=Teacher(mistake=0.5)`` as well.
 
     Args:

@@ -50,7 +50,9 @@ class Policy(Protocol):
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
-    ) -> tuple[np.ndarray, Any]: ...
+    ) -> tuple[np.ndarray, Any]:
+        """Choose actions for observations; return them and the new state."""
+        ...
 
 
 def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int = 0, normalize: Any = None) -> Policy:
@@ -202,6 +204,7 @@ class ActorPolicy:
 
     @property
     def stochastic(self) -> bool:
+        """Whether the policy draws its actions."""
         return self._log_std is not None or self._log_std_layer is not None
 
     def predict(

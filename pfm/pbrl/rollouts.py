@@ -29,26 +29,44 @@ class BatchEnv(Protocol):
     action_space: Box
 
     @property
-    def horizon(self) -> int | None: ...
+    def horizon(self) -> int | None:
+        """Steps after which the time limit ends an episode; None without a limit."""
+        ...
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """Number E of episodes."""
+        ...
 
     @property
-    def done(self) -> np.ndarray: ...
+    def done(self) -> np.ndarray:
+        """Which episodes have ended, (E,) bool."""
+        ...
 
     @property
-    def terminated(self) -> np.ndarray: ...
+    def terminated(self) -> np.ndarray:
+        """Which episodes ended by themselves, not by the time limit, (E,) bool."""
+        ...
 
-    def reset(self, count: int, seed: int) -> np.ndarray: ...
+    def reset(self, count: int, seed: int) -> np.ndarray:
+        """Begin ``count`` episodes; return their observations (E, O)."""
+        ...
 
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Execute actions (E, A); return observations (E, O), rewards (E,) and which episodes have ended (E,)."""
+        ...
 
-    def save_states(self) -> Any: ...
+    def save_states(self) -> Any:
+        """Return the exact states of all episodes."""
+        ...
 
-    def restore_states(self, states: Any) -> np.ndarray: ...
+    def restore_states(self, states: Any) -> np.ndarray:
+        """Continue from saved states; return their observations (E, O)."""
+        ...
 
-    def restart_clock(self) -> None: ...
+    def restart_clock(self) -> None:
+        """Put the time limit as far away as after a reset."""
+        ...
 
 
 def episode_seeds(seed: int, count: int, first: int = 0) -> list[int]:
@@ -178,6 +196,7 @@ class VectorEnv:
                 env.restart_clock()
 
     def close(self) -> None:
+        """Close all environments."""
         for env in self._made:
             env.close()
 

@@ -153,6 +153,7 @@ def correlated_noise(
 
 
 def follow(before: np.ndarray, fresh: np.ndarray, correlation: float) -> np.ndarray:
+    """Return noise (..., A) that follows the noise ``before``, of unit variance."""
     return correlation * before + math.sqrt(1 - correlation**2) * fresh
 
 
@@ -179,6 +180,11 @@ def clipper(space: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def check_actions(action: Any, env: Any, count: int) -> None:
+    """Check the actions of a policy.
+
+    Raises:
+        ValueError: they are not (count, A) of the environment's action space, or not finite.
+    """
     wanted = (count, *env.action_space.shape)
     if np.shape(action) != wanted:
         raise ValueError(
@@ -203,6 +209,11 @@ def check_observation(observation: np.ndarray, alive: np.ndarray, where: str) ->
 
 
 def expected_value(value: Value, observation: np.ndarray) -> np.ndarray:
+    """Return what a value expects after observations (B, O), (B,) float64.
+
+    Raises:
+        ValueError: it gives another shape, or numbers that are not finite.
+    """
     expected = np.asarray(value(observation), dtype=np.float64)
     if expected.shape not in ((len(observation),), (len(observation), 1)):
         raise ValueError(f"value must give ({len(observation)},), one number an observation: got {expected.shape}")

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.files import replace_json, require_files
-from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import with_standard_defaults
 from pfm.preferences.logistic import fit_temperature
 

@@ -32,6 +32,11 @@ class BradleyTerry(PreferenceModel):
             a column's unit does not matter.
         hidden: width of the network; 0 for none.
         seed: of the network.
+
+    >>> rejected, chosen = torch.randn(2, 200, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
+    >>> model = BradleyTerry().fit(EncodedPairs(chosen, rejected))
+    >>> model.win_probability([[2.0], [-2.0]], chosen).round(decimals=1).tolist()
+    [1.0, 0.0]
     """
 
     mean: Tensor

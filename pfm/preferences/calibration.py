@@ -119,6 +119,13 @@ def pair_scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:
 
 @standard_defaults
 def calibration(model: PreferenceModel, pairs: EncodedPairs, *, bins: int = 10) -> Calibration:
-    """Measure a fitted model on pairs, best of prompts it has not seen."""
+    """Measure a fitted model on pairs, best of prompts it has not seen.
+
+    >>> rejected, chosen = torch.randn(2, 200, 1, generator=torch.Generator().manual_seed(0)).sort(0).values
+    >>> from pfm.preferences import BradleyTerry
+    >>> pairs = EncodedPairs(chosen, rejected)
+    >>> calibration(BradleyTerry().fit(pairs), pairs).accuracy
+    1.0
+    """
     pairs = pairs.to("cpu")
     return reliability(pair_scores(model, pairs), pairs.probability, pairs.weight, bins=bins)

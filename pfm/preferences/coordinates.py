@@ -15,9 +15,9 @@ NEGLIGIBLE = 1e-6  # share of the largest variance below which a component is le
 
 
 class Coordinates(nn.Module):
-    """Gives the linear coordinates (..., D), of unit mean square length, and the products (..., P) of the leading
-    principal components, each component of unit variance; fitted by :meth:`fit`.
+    """Gives linear coordinates (..., D) and the products (..., P) of the leading principal components.
 
+    Coordinates have unit mean square length, components unit variance; both are fitted by :meth:`fit`.
     Every column is divided by its own spread (:mod:`pfm._internal.columns`): the units of the outputs do not matter.
     """
 

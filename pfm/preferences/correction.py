@@ -13,7 +13,7 @@ from torch.nn.functional import normalize, softplus
 
 from pfm._internal.columns import column_statistics
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
-from pfm.data.encoded import PairBatch
+from pfm.data.batches import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.coordinates import component_axes
 from pfm.preferences.logistic import drawn_in
@@ -105,9 +105,9 @@ class Correction(nn.Module):
 
 @dataclass(frozen=True)
 class FittedCorrection:
-    """Holds a fitted network, or None if it was not confirmed; the corrections (N,) of all pairs' scores; and the gain
-    in log loss of the held-out pairs, nats a pair.
+    """Holds a fitted network, the corrections (N,) of all pairs' scores, and the held-out gain.
 
+    The network is None if it was not confirmed. The gain is that in log loss of the held-out pairs, in nats a pair.
     A held-out pair's correction, and the gain, come of what was chosen on the other half of the held-out prompts.
     """
 

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from pfm._internal.significance import confirmed
-from pfm.data.encoded import EncodedPairs, PairBatch
+from pfm.data.batches import PairBatch
+from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates, component_axes
 from pfm.preferences.correction import Correction, fit_correction, label_loss
@@ -58,6 +59,13 @@ class GeneralPreference(PreferenceModel):
             strength.
         temperature: of the network's planes.
         seed: of folds and network.
+
+    >>> import math
+    >>> angle = 2 * math.pi / 3 * torch.arange(3)  # rock, paper, scissors
+    >>> sign = torch.stack([angle.cos(), angle.sin()], 1).repeat(50, 1)
+    >>> model = GeneralPreference(hidden=0).fit(EncodedPairs(sign.roll(-1, 0)[:-1], sign[:-1]))
+    >>> (model.table(sign[:3]) > 0).int().tolist()  # row beats column
+    [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
     """
 
     _scalar = False  # whether a reward stands beside the planes, with products and a network of its own

@@ -153,6 +153,13 @@ def corrected(
     Raises:
         TypeError: ``pairs`` is not EncodedPairs.
         ValueError: ``flip_rate`` is out of range, all pairs are ties, or ``rater`` has not one entry a pair.
+
+    >>> one, other = torch.randn(2, 400, 2, generator=torch.Generator().manual_seed(0))
+    >>> first = (one[:, :1] > other[:, :1])
+    >>> pairs = EncodedPairs(torch.where(first, one, other), torch.where(first, other, one))
+    >>> cleaned = corrected(pairs.flip_labels(0.2))
+    >>> round(cleaned.report.flip_rate, 1)
+    0.2
     """
     check_pairs(pairs)
     if flip_rate is not None:

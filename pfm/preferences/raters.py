@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm.data.encoded import as_float_tensor, check_finite
 from pfm.data.identity import prompt_identity
+from pfm.data.tensors import as_float_tensor, check_finite
 
 if TYPE_CHECKING:
     from pfm.data.pairs import PreferencePairs

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm.data.encoded import as_float_tensor, check_finite
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.data.votes import check_counts
 
 __all__ = ["TieModel"]

@@ -152,6 +152,11 @@ class TaggedPairs:
 
 
 def source_number(name: Any, names: Sequence[str]) -> int:
+    """Return the number of a source by its name or number.
+
+    Raises:
+        ValueError: there is no such source.
+    """
     if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(names) and str(name) not in names:
         return name
     if str(name) not in names:

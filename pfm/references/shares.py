@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.encoded import as_float_tensor
+from pfm.data.tensors import as_float_tensor
 from pfm.devices import standard_defaults
 
 __all__ = ["WinRates", "learned_shares", "maximin_shares", "winners_shares"]

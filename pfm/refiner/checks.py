@@ -36,6 +36,11 @@ DECODERS: dict[str, Callable[..., Decoder]] = {"select": Select, "rewrite": Rewr
 
 
 def as_decoder(decoder: str | Decoder, options: Mapping[str, Any]) -> Decoder:
+    """Return the decoder that is named, with its options, or the given one.
+
+    Raises:
+        TypeError: no decoder, or a setting is missing. ValueError: an unknown name or setting.
+    """
     names = " or ".join(f"'{name}'" for name in DECODERS)
     if isinstance(decoder, str):
         if decoder not in DECODERS:
@@ -61,6 +66,11 @@ def as_decoder(decoder: str | Decoder, options: Mapping[str, Any]) -> Decoder:
 
 
 def check_flow_and_encoder(flow: Flow, encoder: Any) -> None:
+    """Check that flow and encoder have what is needed and belong together.
+
+    Raises:
+        TypeError: a method is missing. ValueError: their dimensions differ.
+    """
     if not callable(getattr(flow, "win_probability", None)):
         raise TypeError(f"flow must be a PreferenceFlow, got {show(flow)}")
     if isinstance(encoder, type) or not callable(getattr(encoder, "encode", None)):
@@ -85,6 +95,11 @@ def check_flow_and_encoder(flow: Flow, encoder: Any) -> None:
 
 
 def check_sources(flow: PooledFlow, generator: Any, decoder: Decoder) -> None:
+    """Check that a pooled flow can judge what this generator and decoder give it.
+
+    Raises:
+        ValueError: the decoder makes outputs of its own, or the pool has generators that the flow does not know.
+    """
     if not (isinstance(decoder, Select) and decoder.by in ("win_probability", "sample")):
         raise ValueError(
             "a flow of a pool knows the outputs of its generators alone: use decoder='select' by 'win_probability' or "
@@ -99,6 +114,11 @@ def check_sources(flow: PooledFlow, generator: Any, decoder: Decoder) -> None:
 
 
 def check_n(n: Any) -> int:
+    """Return a number of candidates as an int.
+
+    Raises:
+        TypeError: it is no integer. ValueError: it is below 1.
+    """
     if isinstance(n, bool) or not isinstance(n, int | np.integer):
         raise TypeError(f"n must be an integer, got {show(n)}")
     if n < 1:
@@ -169,6 +189,7 @@ def accepted_outputs(encoder: Any) -> Accepts:
 
 
 def is_conversation(prompt: Any) -> bool:
+    """Return whether a prompt is a list of messages with role and content."""
     return (
         isinstance(prompt, list | tuple | np.ndarray)
         and len(prompt) > 0
@@ -177,6 +198,7 @@ def is_conversation(prompt: Any) -> bool:
 
 
 def flat_size(dimension: int | Sequence[int]) -> int:
+    """Return the number of values in an output of this dimension or shape."""
     return dimension if isinstance(dimension, int) else math.prod(dimension)
 
 

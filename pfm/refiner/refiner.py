@@ -77,6 +77,18 @@ def wrap(
 
     Warns:
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
+
+    >>> import pfm
+    >>> from pfm.encoders import SurfaceEncoder
+    >>> rows = [{"prompt": f"Ask {n}", "chosen": f"Yes, {n} times!", "rejected": f"no {n}"} for n in range(40)]
+    >>> encoder = SurfaceEncoder()
+    >>> pairs = pfm.PreferencePairs.from_rows(rows).encode(encoder, progress=False)
+    >>> flow = pfm.PreferenceFlow.fit(pairs, pfm.FlowConfig(residual=False), progress=False)
+    >>> refiner = wrap(lambda prompt: ["no thanks", "Yes, please!"], flow, encoder=encoder, n=2)
+    >>> refiner("Tea?").text
+    'Yes, please!'
+    >>> [result.changed for result in refiner.batch(["Tea?", "Milk?"], progress=False)]
+    [True, True]
     """
     encoder = as_encoder(encoder)
     check_flow_and_encoder(flow, encoder)

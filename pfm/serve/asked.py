@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pfm._internal.nesting import parse_json
-from pfm.data.rows import conversation_text
+from pfm.data.conversations import conversation_text
 from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text

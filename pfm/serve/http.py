@@ -60,6 +60,7 @@ class Guard:
         self.send_timeout = send_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on whose host and path are allowed."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -113,6 +114,7 @@ class LoopErrors:
         self._silent_until = -math.inf
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log an error; those of missing file descriptors once in a while."""
         error = context.get("exception")
         if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
             loop.default_exception_handler(context)
@@ -132,6 +134,7 @@ class Owning(Response):
         self._owned = owned
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer, and give back what it stands on."""
         try:
             await self.response(scope, receive, send)
         except (TimeoutError, httpx2.RequestError, httpx2.StreamError) as error:
@@ -144,12 +147,15 @@ class Owning(Response):
 
 
 def plain_response(content: bytes, status: int, headers: list[Header]) -> Response:
+    """Return an answer with these headers beside its own."""
     response = Response(content, status)
     response.raw_headers += headers
     return response
 
 
 def streamed_response(pieces: Iterator[bytes], headers: list[Header]) -> Response:
+    """Return an answer of server-sent events, sent piece by piece."""
+
     async def each() -> AsyncIterator[bytes]:
         for number, piece in enumerate(pieces):
             yield piece
@@ -293,14 +299,17 @@ def _error_response(error: Refused) -> Response:
 
 
 async def answer_refusal(_: Request, error: Exception) -> Response:
+    """Answer a request that was refused."""
     assert isinstance(error, Refused)
     return _error_response(error)
 
 
 async def answer_not_found(request: Request, _: Exception) -> Response:
+    """Answer a request for a path that is not served."""
     hint = "; the base URL for clients ends in /v1" if "completions" in request.url.path else ""
     return _error_response(Refused(404, f"there is /v1/..., /healthz and /metrics here{hint}", outcome="not_found"))
 
 
 async def answer_nobody(_: Request, __: Exception) -> Response:
+    """Answer a client that has gone."""
     return Response(status_code=499)  # read by nobody

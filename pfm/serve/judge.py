@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pfm.data.rows import conversation_text
+from pfm.data.conversations import conversation_text
 from pfm.reasoning import judged_text
 from pfm.refiner import Refinement, Refiner
 from pfm.serve.asked import Rule

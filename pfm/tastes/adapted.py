@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from pfm.data.encoded import as_float_tensor
+from pfm.data.tensors import as_float_tensor
 from pfm.devices import with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 from pfm.tastes.likelihood import mixed_log_odds
@@ -73,6 +73,7 @@ class Votes:
     weight: Tensor
 
     def select(self, index: Tensor) -> Votes:
+        """Select votes by their indices (m,)."""
         return Votes(self.scores[index], self.axes[index], self.probability[index], self.weight[index])
 
     def coefficients(self, shares: Tensor, spread: float, correction: float) -> tuple[Tensor, Tensor]:

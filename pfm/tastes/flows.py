@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.encoded import EncodedPairs, as_float_tensor, check_finite
+from pfm.data.encoded import EncodedPairs
+from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults
 from pfm.flow.composition import Composition, check_weights
 from pfm.flow.config import FlowConfig

@@ -17,6 +17,7 @@ NEGLIGIBLE = 1e-4  # responsibility below which a rater's votes are left out of 
 
 
 def vote_weight(pairs: EncodedPairs) -> Tensor:
+    """Return the weight (N,) of each pair, 1 where none is given."""
     ones = torch.ones(len(pairs), dtype=torch.float32, device=pairs.device)
     return ones if pairs.weight is None else pairs.weight
 

@@ -46,6 +46,11 @@ def number_raters(raters: Any, count: int, name: str = "raters") -> tuple[list[H
 
 
 def renumber(present: list[Hashable], index: Tensor, names: list[Hashable]) -> Tensor:
+    """Return numbers (N,) in the order of ``names``, from numbers in that of ``present``.
+
+    Raises:
+        ValueError: a group is not named, or a named one has no pairs.
+    """
     unknown = [value for value in present if value not in names]
     if unknown:
         raise ValueError(f"groups must be among {names}: pairs are of {unknown} too")

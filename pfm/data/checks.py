@@ -1,0 +1,118 @@
+"""Values of rows: texts that must be there, numbers in their range, and how many pairs one prompt may make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from pfm.data.conversations import Text, as_text, is_blank, is_unicode, message_texts
+from pfm.data.errors import PreferenceDataError, show
+
+__all__ = [
+    "check_pair_limit",
+    "checked_prompt",
+    "checked_response",
+    "choose_pairs",
+    "optional_number",
+    "require",
+    "response",
+]
+
+#: Pairs that one prompt may give before a limit is asked for: beyond it the lists no longer fit in memory.
+MOST_PAIRS_PER_PROMPT = 2_000_000
+
+
+def require(row: Mapping[str, Any], column: str, option: str | None = None) -> Any:
+    """Return the value of a column that must be there; a null is as good as absent."""
+    value = row.get(column)
+    if value is None:
+        found = ", ".join(repr(name) for name in row) or "none"
+        rename = f"; if another column holds it, name that one with {option}=" if option else ""
+        state = "the value is null" if column in row else "the column is missing"
+        raise PreferenceDataError(f"{state}; columns found: {found}{rename}", reason="missing column", column=column)
+    return value
+
+
+def response(row: Mapping[str, Any], column: str, option: str | None = None) -> Text:
+    """Return a response that must be there and hold more than white space."""
+    return checked_response(require(row, column, option), column)
+
+
+def checked_response(value: Any, column: str | None) -> Text:
+    """Return a response as a text; refuse one that is blank."""
+    text = as_text(value, column)
+    if is_blank(text):
+        raise PreferenceDataError(
+            f"the text is empty or only white space, {show(value)}; expected at least one character to read",
+            reason="empty text",
+            column=column,
+        )
+    check_unicode(text, column)
+    return text
+
+
+def checked_prompt(value: Any, column: str | None) -> Text:
+    """Return a prompt as a text; "" or [] says that there is none, white space alone is a prompt that got lost."""
+    text = as_text(value, column)
+    if text and is_blank(text):
+        raise PreferenceDataError(
+            f'the prompt is only white space, {show(value)}; expected a text, or "" for no prompt',
+            reason="empty text",
+            column=column,
+        )
+    check_unicode(text, column)
+    return text
+
+
+def check_unicode(text: Text, column: str | None) -> None:
+    """Refuse half surrogate pairs: they can be written in JSON escapes but are no text."""
+    if not all(map(is_unicode, message_texts(text))):
+        raise PreferenceDataError(
+            "the text holds half of a surrogate pair (a character cut in two); expected valid Unicode",
+            reason="invalid Unicode",
+            column=column,
+        )
+
+
+def optional_number(row: Mapping[str, Any], column: str, highest: float = math.inf) -> float | None:
+    """Return a number from 0 to ``highest``, or None when the row has none; text such as "0.5" is read."""
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()) or type(value).__name__ == "NAType":
+        return None
+    try:
+        number = float(value) if isinstance(value, Real | Decimal | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and 0 <= number <= highest):
+        expected = "a finite number ≥ 0" if highest == math.inf else f"a number from 0 to {highest:g}"
+        expected += " with a decimal point" * (isinstance(value, str) and "," in value)
+        raise PreferenceDataError(f"got {show(value)}; expected {expected}", reason="bad number", column=column)
+    return number
+
+
+def check_pair_limit(limit: int | None) -> None:
+    """Refuse a limit of pairs a prompt that is not None or a positive integer."""
+    if limit is not None and (not isinstance(limit, int | np.integer) or limit < 1):
+        raise ValueError(f"max_pairs_per_prompt must be None or an integer ≥ 1, got {limit!r}")
+
+
+def choose_pairs(total: int, limit: int | None, seed: tuple[int, int], where: str) -> np.ndarray | None:
+    """Draw ``limit`` of ``total`` pair numbers, ascending; None means all of them.
+
+    Raises:
+        ValueError: there is no limit, and there are more pairs than memory should hold.
+    """
+    if limit is None:
+        if total > MOST_PAIRS_PER_PROMPT:
+            raise ValueError(
+                f"{where}: the candidates make {total:,} pairs; pass max_pairs_per_prompt= to draw some of them"
+            )
+        return None
+    if total <= limit:
+        return None
+    return np.sort(np.random.default_rng(seed).choice(total, size=limit, replace=False, shuffle=False))

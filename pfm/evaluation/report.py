@@ -1,0 +1,194 @@
+"""The report card: made of judged candidates, printed, and saved as JSON or as one HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from pfm.evaluation.candidates import COMPUTED, Candidates, by_group, calibrate, measure, pick_examples
+from pfm.evaluation.render import page, terminal
+from pfm.evaluation.results import Failure, Results, Scored
+from pfm.evaluation.verdict import find_warnings, judge_method
+from pfm.statistics import Bootstrap
+
+__all__ = ["Report"]
+
+FORMAT = 1
+
+
+@dataclass
+class Report(Results):
+    """The report card: print it, save it as JSON, or as one self-contained HTML page.
+
+    For the attributes see :class:`pfm.evaluation.results.Results`.
+    """
+
+    @classmethod
+    def from_scored(
+        cls,
+        rows: Sequence[Scored],
+        *,
+        method: str = "pfm",
+        baselines: Sequence[str] = COMPUTED,
+        failures: Sequence[Failure] = (),
+        settings: Mapping[str, Any] | None = None,
+        examples: int = 20,
+        resamples: int = 2000,
+        seed: int = 0,
+    ) -> Report:
+        """Compare the picks of all methods on judged candidates.
+
+        Args:
+            rows: one ``Scored`` a prompt, all with picks of the same methods.
+            method: the method under test, one of the picks.
+            baselines: which of "random", "longest", "oracle" to show; the original ("identity") is always
+                shown.
+            failures: prompts that could not be evaluated, or only in part; listed in the report.
+            settings: further JSON values to state in the report, such as the judge's name.
+            examples: how many before/after examples to keep, drawn at random from the changed prompts.
+            resamples: bootstrap resamples of the prompts.
+            seed: seed of resamples and examples.
+
+        Raises:
+            ValueError: no rows, a row with inconsistent shapes or values out of range, or an unknown
+                method.
+        """
+        rows = [_checked(row, number) for number, row in enumerate(rows)]
+        methods = _method_order(rows, method, baselines)
+        bootstrap = Bootstrap(len(rows), resamples, seed)
+        table = Candidates(rows)
+        measured = [measure(name, table, method, bootstrap) for name in methods]
+        sizes = [len(row.candidates) for row in rows]
+        return cls(
+            rows=measured,
+            verdict=judge_method(measured, table, method, find_warnings(rows, failures)),
+            calibration=calibrate(rows, bootstrap),
+            groups=by_group(rows, method, resamples, seed),
+            failures=list(failures),
+            settings={
+                "method": method,
+                "prompts": len(rows),
+                "candidates": {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)},
+                "independent_draws": sum(row.independent is not None for row in rows),
+                "resamples": resamples,
+                "seed": seed,
+                **(settings or {}),
+            },
+            examples=pick_examples(rows, method, examples, seed),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def save_json(self, path: str | Path) -> Path:
+        """Write the report as strict JSON, and return the path."""
+        path = Path(path).expanduser()
+        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load_json(cls, path: str | Path) -> Report:
+        """Read a report written by ``save_json``.
+
+        Raises:
+            ValueError: the file is not such a report.
+        """
+        try:
+            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+            if values["format"] != FORMAT:
+                raise ValueError(f"format {values['format']!r} where {FORMAT} is expected")
+            return _decode(cls, values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a report written by Report.save_json: {error}") from error
+
+    def save_html(self, path: str | Path, examples: int = 5) -> Path:
+        """Write the report as one HTML page that needs no network and no scripts, and return the path."""
+        path = Path(path).expanduser()
+        # texts may hold lone surrogates, which no UTF-8 file can
+        path.write_text(page(self, examples), encoding="utf-8", errors="replace")
+        return path
+
+    def print(self, console: Any = None) -> None:
+        """Print the report on a rich console; default: standard output."""
+        from rich.console import Console
+
+        (console or Console()).print(self)
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield from terminal(self, options.max_width)
+
+
+def _checked(row: Scored, number: int) -> Scored:
+    """Return the row with arrays in place, or say what is wrong with it."""
+    n = len(row.candidates)
+    scores = np.asarray(row.scores, dtype=np.float64)
+    if n == 0:
+        raise ValueError(f"row {number} has no candidates")
+    if scores.shape != (n,):
+        raise ValueError(f"row {number}: scores must be ({n},), one a candidate, got {scores.shape}")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"row {number}: scores must be finite, got {scores[~np.isfinite(scores)][0]}")
+    for name, index in {"original": row.original, **row.picks}.items():
+        if not 0 <= index < n:
+            raise ValueError(f"row {number}: {name} must index its {n} candidates, got {index}")
+    probabilities = row.probabilities
+    if probabilities is not None:
+        probabilities = np.asarray(probabilities, dtype=np.float64)
+        if probabilities.shape != (n,):
+            raise ValueError(f"row {number}: probabilities must be ({n},), got {probabilities.shape}")
+        if not ((probabilities >= 0) & (probabilities <= 1)).all():
+            raise ValueError(f"row {number}: probabilities must lie between 0 and 1")
+    if row.independent is not None and not np.isfinite(row.independent):
+        raise ValueError(f"row {number}: independent must be finite or None, got {row.independent}")
+    return Scored(
+        row.prompt,
+        row.candidates,
+        scores,
+        row.picks,
+        row.original,
+        probabilities,
+        row.independent,
+        row.group,
+    )
+
+
+def _method_order(rows: Sequence[Scored], method: str, baselines: Sequence[str]) -> list[str]:
+    if not rows:
+        raise ValueError("rows is empty: nothing to evaluate")
+    picked = list(rows[0].picks)
+    for number, row in enumerate(rows):
+        if set(row.picks) != set(picked):
+            raise ValueError(f"row {number} has picks of {sorted(row.picks)}, row 0 of {sorted(picked)}: give all")
+    taken = sorted(set(picked) & {"identity", *COMPUTED})
+    if taken:
+        raise ValueError(f"picks holds {', '.join(taken)}: the report computes these itself, leave them out")
+    if method not in picked:
+        raise ValueError(f"method {method!r} has no picks: rows pick by {', '.join(sorted(picked)) or 'nothing'}")
+    unknown = sorted(set(baselines) - set(COMPUTED))
+    if unknown:
+        raise ValueError(f"baselines holds unknown names {', '.join(unknown)}: choose from {', '.join(COMPUTED)}")
+    before, after = ([name for name in group if name in baselines] for group in (("random", "longest"), ("oracle",)))
+    return ["identity", *before, *(name for name in picked if name != method), method, *after]
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    """Rebuild a dataclass, or a list or option of such, from plain JSON values."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        # A field that an earlier version did not write keeps its default.
+        return kind(
+            **{item.name: _decode(hints[item.name], value[item.name]) for item in fields(kind) if item.name in value}
+        )
+    if get_origin(kind) is list:
+        return [_decode(get_args(kind)[0], item) for item in value]
+    if isinstance(kind, UnionType):
+        inner = next(option for option in get_args(kind) if option is not NoneType)
+        return None if value is None else _decode(inner, value)
+    return value
