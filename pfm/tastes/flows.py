@@ -86,13 +86,8 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
     context = pairs.context
     joined = code if context is None else torch.cat([context.float(), code], dim=1)
     contexts, context_index = torch.unique(joined, dim=0, return_inverse=True)
-    one_table = pairs._tables[0] is pairs._tables[1]
-    outputs = pairs._tables[0] if one_table else torch.cat(pairs._tables)
-    chosen, rejected = pairs._indices
     return EncodedPairs.from_table(
-        outputs.unflatten(1, pairs.event_shape),
-        chosen,
-        rejected if one_table else rejected + len(pairs._tables[0]),
+        pairs.output_table().unflatten(1, pairs.event_shape), *pairs.row_numbers(),
         contexts=contexts, context_index=context_index,
         weight=pairs.weight, probability=pairs.probability, group=pairs.group, encoder=pairs.encoder, check=False,
     )  # fmt: skip
