@@ -37,7 +37,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fitting": (("pfm/flow/fitting.py",), ("tests/test_fitting.py",)),
     "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py",)),
     "confirmation": (("pfm/_internal/significance.py",), ("tests/test_confirmation.py",)),
-    "training": (("pfm/flow/training.py",), ("tests/test_training.py", "tests/test_fields.py")),
+    "training": (("pfm/flow/problem.py", "pfm/flow/training.py"), ("tests/test_training.py", "tests/test_fields.py")),
     "win": (("pfm/flow/win.py",), ("tests/test_win.py",)),
     "flow": (
         ("pfm/flow/model.py", "pfm/flow/preference_flow.py"),

@@ -23,7 +23,7 @@ from pfm.evaluation.results import Scored
 from pfm.flow.config import FlowConfig
 from pfm.flow.preference_flow import PreferenceFlow
 from pfm.preferences import BradleyTerry, MeanShift
-from pfm.refiner.refiner import Refinement, wrap
+from pfm.refiner import Refinement, wrap
 
 if TYPE_CHECKING:
     from rich.console import Console

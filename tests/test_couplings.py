@@ -139,7 +139,7 @@ def test_what_does_not_go_together_is_refused():
     pairs = EncodedPairs(chosen, rejected)
     with pytest.raises(ValueError, match="these pairs have none: use 'ot'"):
         make_coupling(pairs, source="rejected", coupling="c2ot")
-    with pytest.raises(ValueError, match="coupling must be one of paired, independent, ot, c2ot.*: got 'ott'"):
+    with pytest.raises(ValueError, match=r"coupling must be one of paired, independent, ot, c2ot.*: got 'ott'"):
         make_coupling(pairs, source="rejected", coupling="ott")
     with pytest.raises(ValueError, match="goes with source='reference' and coupling='paired'"):
         make_coupling(pairs, source="reference", coupling="ot", best_of=4)

@@ -8,7 +8,7 @@ import torch
 from pfm import EncodedPairs
 from pfm.flow.couplings import BestOf, Coupled, Paired, make_coupling
 from pfm.flow.fields import REMEMBERED, SMALL, Field, LinearField, Moments, Normalizer, ResidualField
-from pfm.flow.training import flow_matching_loss, path_sample
+from pfm.flow.problem import flow_matching_loss, path_sample
 
 
 def gaussian_pairs(count: int, correlation: float, seed: int = 0):

@@ -11,7 +11,8 @@ import pfm
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.flow.couplings import make_coupling
 from pfm.flow.fields import Field, Normalizer
-from pfm.flow.training import FlowProblem, train_residual
+from pfm.flow.problem import FlowProblem
+from pfm.flow.training import train_residual
 
 QUICK = FlowConfig(epochs=20, hidden=64, layers=3)
 

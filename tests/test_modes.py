@@ -12,7 +12,8 @@ from test_flow import QUICK, compass_gain, compass_pairs, ks_to_square_law, line
 
 import pfm
 from pfm import EncodedPairs, FlowConfig, NonFiniteWarning, PreferenceFlow
-from pfm.flow.preference_flow import _gate_uniforms, _held_out_first
+from pfm.flow.gate import gate_uniforms
+from pfm.flow.holdout import held_out_first
 
 LIGHT = FlowConfig(epochs=12, hidden=96, layers=3)  # the default is twice as near, at five times the work
 
@@ -382,12 +383,12 @@ def test_cuda_learns_the_same(name):
 def test_the_gate_draws_anew_for_contexts_rounds_and_seeds():
     same_row = torch.zeros(20_000, 3)
     contexts = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
-    by_context = _gate_uniforms(same_row, contexts, 0, 0)
+    by_context = gate_uniforms(same_row, contexts, 0, 0)
     assert float(by_context.mean()) == pytest.approx(0.5, abs=0.01)
     assert float(by_context.var()) == pytest.approx(1 / 12, rel=0.03)
     rows = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(2))
-    draws = [_gate_uniforms(rows, None, seed, number) for seed, number in ((0, 0), (0, 1), (1, 0), (-1, 0))]
-    assert torch.equal(draws[0], _gate_uniforms(rows, None, 0, 0))
+    draws = [gate_uniforms(rows, None, seed, number) for seed, number in ((0, 0), (0, 1), (1, 0), (-1, 0))]
+    assert torch.equal(draws[0], gate_uniforms(rows, None, 0, 0))
     for first, second in itertools.combinations([by_context, *draws], 2):
         assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 0.03
 
@@ -398,7 +399,7 @@ def test_rounds_of_gates_reach_the_best_of_four():
     y = torch.rand(40_000, 1, generator=generator)
     for number in range(2):
         power = 2**number  # the law so far is that of best of this many
-        kept = _gate_uniforms(y, None, 0, number) < (y**power).flatten()
+        kept = gate_uniforms(y, None, 0, number) < (y**power).flatten()
         # From losers, law p0, the exact map carries to winners; its quantile function is known.
         loser_rank = 1 - (1 - y**power) ** 2
         winner = loser_rank ** (1 / (2 * power))
@@ -409,11 +410,11 @@ def test_rounds_of_gates_reach_the_best_of_four():
 def test_distillation_is_judged_on_prompts_it_has_not_seen():
     config = LIGHT.replace(validation_share=0.25, seed=4)
     prompt = torch.tensor([5, 5, 9, 9, 2, 2, 7, 7]).repeat(2)
-    order, count = _held_out_first(16, prompt, config)
+    order, count = held_out_first(16, prompt, config)
     assert sorted(order.tolist()) == list(range(16))
     assert not set(prompt[order[:count]].tolist()) & set(prompt[order[count:]].tolist())
     assert count == 4
-    order, count = _held_out_first(16, None, config)
+    order, count = held_out_first(16, None, config)
     assert (count, len(order)) == (4, 16)
 
 

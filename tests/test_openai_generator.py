@@ -488,7 +488,7 @@ def refiner_of(generator: Any, n: int = 2):
 
 
 def test_abatch_is_concurrent_keeps_the_order_and_calls_back(monkeypatch):
-    monkeypatch.setattr("pfm.refiner.refiner.WAITING_SECONDS", 0.05)
+    monkeypatch.setattr("pfm.refiner.run.WAITING_SECONDS", 0.05)
     saved = []
     go_on = threading.Event()
 
@@ -552,7 +552,7 @@ async def default_generator(prompt: str):
 
 
 def test_an_interrupted_abatch_has_handed_over_what_is_finished(monkeypatch):
-    monkeypatch.setattr("pfm.refiner.refiner.WAITING_SECONDS", 0.0)
+    monkeypatch.setattr("pfm.refiner.run.WAITING_SECONDS", 0.0)
 
     async def reply(prompt: str) -> str:
         await asyncio.sleep(0 if prompt < "Question 3" else 60)

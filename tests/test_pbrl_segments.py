@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from pfm.pbrl.arrays import BatchedPendulum, BatchedPointMass
-from pfm.pbrl.collection import clip_action, collect, correlated_noise, run_on
+from pfm.pbrl.collection import collect
 from pfm.pbrl.environments import UnsupportedEnvironmentError
 from pfm.pbrl.finite import all_finite
 from pfm.pbrl.rollouts import VectorEnv
-from pfm.pbrl.segments import SegmentPairs, pick_states
+from pfm.pbrl.running import clip_action, correlated_noise, run_on
+from pfm.pbrl.segments import SegmentPairs
+from pfm.pbrl.states import pick_states
 from pfm.pbrl.teachers import Teacher
 
 

@@ -9,8 +9,9 @@ import pytest
 from gymnasium.spaces import Box
 
 from pfm.pbrl.arrays import BatchedPendulum, _Batched
-from pfm.pbrl.collection import collect, run_on
+from pfm.pbrl.collection import collect
 from pfm.pbrl.rollouts import VectorEnv
+from pfm.pbrl.running import run_on
 from pfm.pbrl.segments import SegmentPairs
 from pfm.pbrl.values import FittedValue, monte_carlo_returns
 

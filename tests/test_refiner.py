@@ -713,7 +713,7 @@ def test_failing_encoder_hands_back_the_candidates():
 
 
 def test_results_of_a_slow_generator_arrive_while_it_goes_on(monkeypatch):
-    monkeypatch.setattr("pfm.refiner.refiner.WAITING_SECONDS", 0.01)
+    monkeypatch.setattr("pfm.refiner.run.WAITING_SECONDS", 0.01)
     saved, seen = [], []
 
     def generate(prompt):
@@ -728,7 +728,7 @@ def test_results_of_a_slow_generator_arrive_while_it_goes_on(monkeypatch):
 
 
 def test_large_batches_are_judged_in_portions(monkeypatch):
-    monkeypatch.setattr("pfm.refiner.refiner.WAITING_CANDIDATES", 6)
+    monkeypatch.setattr("pfm.refiner.run.WAITING_CANDIDATES", 6)
     flow = LinearFlow()
     prompts = [f"b{i}" for i in range(7)]
     results = wrap(letters_of, flow, encoder=LetterEncoder(), n=3).batch(prompts, progress=False)

@@ -25,10 +25,11 @@ from pfm.serve import ServeConfig, create_app
 from pfm.serve import app as serve_app
 from pfm.serve.answer import events, to_json
 from pfm.serve.asked import Rule
+from pfm.serve.drawn import summed
+from pfm.serve.http import LoopErrors, streamed_response
 from pfm.serve.judge import SLICE_CHARACTERS, Judge
 from pfm.serve.places import Memory
 from pfm.serve.redaction import Redactor
-from pfm.serve.upstream import summed
 
 
 @pytest.fixture(scope="module")
@@ -552,7 +553,7 @@ def _healthy(url: str) -> bool:
 
 def test_at_the_limit_of_file_descriptors_it_logs_once(caplog):
     async def many() -> None:
-        handler = serve_app._LoopErrors()
+        handler = LoopErrors()
         for _ in range(1000):
             handler(asyncio.get_running_loop(), {"message": "accept", "exception": OSError(errno.EMFILE, "too many")})
 
@@ -805,7 +806,7 @@ def test_a_long_streamed_answer_leaves_the_event_loop_to_others():
         await asyncio.Event().wait()
 
     async def both() -> None:
-        response = serve_app._streamed(iter([b"piece"] * 1000), [])
+        response = streamed_response(iter([b"piece"] * 1000), [])
         sending = asyncio.create_task(response({"type": "http"}, receive, send))
         while not sending.done():
             await asyncio.sleep(0)

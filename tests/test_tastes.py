@@ -11,7 +11,9 @@ from support.rounding import assert_same
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow, wrap
 from pfm.flow.composition import Composition, compose, simplex
 from pfm.preferences import BradleyTerry, MeanShift
-from pfm.tastes import TasteMixture, _held_out, _mixed, append_code, number_raters, taste_flows, with_code
+from pfm.tastes import TasteMixture, append_code, number_raters, taste_flows, with_code
+from pfm.tastes.likelihood import mixed_log_odds
+from pfm.tastes.mixture import held_out_votes
 
 VARIANCE = torch.tensor([1.0, 2.0, 0.5])
 TASTES = (torch.tensor([0.8, 0.0, 0.0]), torch.tensor([0.0, 0.5, 0.3]))
@@ -480,7 +482,7 @@ def test_an_adapted_taste_is_at_the_most_probable_coefficients(known):
     adapted = known.adapt(votes_of_one, spread=spread, correction=correction)
     torch.testing.assert_close(adapted.responsibilities, known.infer(votes_of_one))
     scores = rows @ CLOSED.T
-    log_odds = _mixed(scores, adapted.responsibilities) + scores @ adapted.blend + rows @ adapted.correction
+    log_odds = mixed_log_odds(scores, adapted.responsibilities) + scores @ adapted.blend + rows @ adapted.correction
     torch.testing.assert_close(adapted.score(rows, torch.zeros(4, 2)), log_odds)
     residual = weight * (torch.sigmoid(log_odds) - torch.tensor([1.0, 0.8, 1.0, 0.3]))
     torch.testing.assert_close(residual @ scores + adapted.blend / spread**2, torch.zeros(2), atol=1e-4, rtol=0)
@@ -490,8 +492,8 @@ def test_an_adapted_taste_is_at_the_most_probable_coefficients(known):
         residual @ (rows @ axes) + along / correction**2, torch.zeros(axes.shape[1]), atol=1e-4, rtol=0
     )
     still = known.adapt(votes_of_one, spread=1e-6, correction=1e-6)
-    torch.testing.assert_close(still.score(rows, torch.zeros(4, 2)), _mixed(scores, still.responsibilities), atol=1e-4,
-                               rtol=0)  # fmt: skip
+    expected = mixed_log_odds(scores, still.responsibilities)
+    torch.testing.assert_close(still.score(rows, torch.zeros(4, 2)), expected, atol=1e-4, rtol=0)
     assert known.adapt(votes_of_one, rank=0).correction.tolist() == [0.0, 0.0]
     positive = (adapted.responsibilities + adapted.blend).clamp_min(0)
     torch.testing.assert_close(adapted.weights, positive / positive.sum())
@@ -528,7 +530,7 @@ def test_two_camps_are_found_and_shuffled_names_leave_one():
 
 def test_a_fifth_of_each_raters_votes_is_held_out():
     index = torch.tensor([0] * 10 + [1] * 5 + [2] * 4)
-    held = _held_out(index, torch.Generator().manual_seed(0))
+    held = held_out_votes(index, torch.Generator().manual_seed(0))
     assert [int(held[index == rater].sum()) for rater in range(3)] == [2, 1, 0]
 
 
@@ -536,8 +538,8 @@ def test_names_are_numbered_in_order_and_mixtures_of_log_odds_are_skew():
     assert number_raters(["b", "a", "b"], 3)[0] == ["a", "b"]
     assert number_raters(["b", "a", "b"], 3)[1].tolist() == [1, 0, 1]
     scores, weights = torch.tensor([[1.0, -2.0], [0.0, 3.0]]), torch.tensor([0.3, 0.7])
-    torch.testing.assert_close(_mixed(scores, weights), torch.logit(torch.sigmoid(scores) @ weights))
-    torch.testing.assert_close(_mixed(-scores, weights), -_mixed(scores, weights))
+    torch.testing.assert_close(mixed_log_odds(scores, weights), torch.logit(torch.sigmoid(scores) @ weights))
+    torch.testing.assert_close(mixed_log_odds(-scores, weights), -mixed_log_odds(scores, weights))
 
 
 def test_flows_of_tastes_are_fitted_on_their_raters_pairs_by_weight():

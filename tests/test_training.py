@@ -9,15 +9,8 @@ from torch import Tensor
 from pfm import FlowConfig
 from pfm.flow.couplings import Coupled
 from pfm.flow.fields import Field, Normalizer
-from pfm.flow.training import (
-    FlowProblem,
-    TrainingLog,
-    _best_multiple,
-    _Order,
-    _schedule,
-    _ValidationRows,
-    train_residual,
-)
+from pfm.flow.problem import FlowProblem
+from pfm.flow.training import TrainingLog, _best_multiple, _Order, _schedule, _ValidationRows, train_residual
 
 SHORT = FlowConfig(epochs=80, patience=1000, batch_size=64, device="cpu")
 

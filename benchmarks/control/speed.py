@@ -37,7 +37,8 @@ from benchmarks.control.references import load_reference
 from benchmarks.core.tables import markdown_table
 from benchmarks.speed.clock import Race
 from pfm.pbrl import ActorPolicy, VectorEnv, collect
-from pfm.pbrl.collection import SHARD, half_range
+from pfm.pbrl.collection import SHARD
+from pfm.pbrl.running import half_range
 from pfm.statistics import Estimate
 
 __all__ = ["ENVIRONMENTS", "Case", "measure"]

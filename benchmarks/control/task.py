@@ -18,7 +18,8 @@ from benchmarks.core.bench import Bench, Outcome
 from pfm._internal.files import replace_file
 from pfm.pbrl import BatchedPendulum, FittedValue, Teacher, VectorEnv, episode_returns, episode_seeds
 from pfm.pbrl.collection import collect
-from pfm.pbrl.segments import SegmentPairs, pick_states, unpack_states
+from pfm.pbrl.segments import SegmentPairs
+from pfm.pbrl.states import pick_states, unpack_states
 from pfm.statistics import Bootstrap, Estimate
 
 __all__ = ["ControlTask", "open_simulator"]

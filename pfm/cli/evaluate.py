@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pfm.data.pairs import PreferencePairs
     from pfm.encoders import Encoder
     from pfm.evaluation.report import Report
-    from pfm.refiner.refiner import Refinement
+    from pfm.refiner import Refinement
 
 
 @app.command(
@@ -72,7 +72,7 @@ def evaluate(
     with guarded(traceback) as session:
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.data.pairs import PreferencePairs
-        from pfm.refiner.refiner import wrap
+        from pfm.refiner import wrap
 
         context = bool(fitted.metadata.get("context_dimension"))
         scored = _read_scored(rows, on_bad_rows.value, prompted=context, prompt_key=prompt_key)
@@ -113,7 +113,7 @@ class _ScoredRow:
 
 
 def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: str) -> list[_ScoredRow]:
-    from pfm.data.errors import BadRows, PreferenceDataError
+    from pfm.data.rows import BadRows, PreferenceDataError
 
     unit = find_reader(path)[1]
     bad = BadRows(str(path), on_bad_rows)
@@ -128,10 +128,8 @@ def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: st
 
 
 def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
-    from pfm.data.checks import checked_response, require
-    from pfm.data.conversations import conversation_text
-    from pfm.data.errors import PreferenceDataError
     from pfm.data.identity import given_group
+    from pfm.data.rows import PreferenceDataError, checked_response, conversation_text, require
 
     prompt, candidates = checked_row(value, False, prompted)
     texts = [conversation_text(checked_response(text, "candidates")) for text in candidates]
@@ -152,7 +150,7 @@ def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
 def _score(value: Any, column: str) -> float:
     from math import isfinite
 
-    from pfm.data.errors import PreferenceDataError, show
+    from pfm.data.rows import PreferenceDataError, show
 
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise PreferenceDataError(f"got {show(value)}; expected a finite number", column=column)
@@ -206,8 +204,8 @@ def _report(
 
 
 def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: PreferencePairs) -> None:
-    from pfm.data.conversations import conversation_text
     from pfm.data.identity import normal_form
+    from pfm.data.rows import conversation_text
 
     seen = set(map(normal_form, training.prompts))
     leaked = sum(normal_form(conversation_text(row.prompt)) in seen for row in rows)

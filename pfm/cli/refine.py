@@ -53,7 +53,7 @@ from pfm.cli.shell import (
 )
 
 if TYPE_CHECKING:
-    from pfm.refiner.refiner import Refinement
+    from pfm.refiner import Refinement
 
 
 @app.command(
@@ -110,7 +110,7 @@ def refine(
     with guarded(traceback) as session:
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.generators.base import first_samples
-        from pfm.refiner.refiner import wrap
+        from pfm.refiner import wrap
 
         source = make_generator(
             generator=generator,
@@ -257,7 +257,7 @@ class _Results(LineFile):
 
 def _unusable(row: Row) -> dict[str, Any]:
     """Give the result of a bad row, in the columns of any other."""
-    from pfm.refiner.refiner import Refinement
+    from pfm.refiner import Refinement
 
     prompt = row.columns.get("prompt")
     result = Refinement(prompt or "", "", "", [], float("nan"), [], -1, False, "no candidate", 0.0, 0, row.error)

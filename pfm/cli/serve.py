@@ -176,7 +176,7 @@ def serve(
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
             served.secret(name)
-        from pfm.refiner.refiner import wrap
+        from pfm.refiner import wrap
 
         # A proxy runs for months and candidates hardly ever repeat: what it encodes is not kept on disk.
         for part in getattr(with_encoder, "encoders", [with_encoder]):

@@ -308,6 +308,16 @@ class EncodedPairs:
         """Gather the outputs they were preferred to, (N, \\*D)."""
         return self._tables[1][self._indices[1]].unflatten(1, self.event_shape)
 
+    def output_table(self) -> Tensor:
+        """Return the outputs (M, D) as they are stored: one that several pairs hold may stand there once."""
+        one, other = self._tables
+        return one if one is other else torch.cat([one, other])
+
+    def row_numbers(self) -> tuple[Tensor, Tensor]:
+        """Return the rows of the chosen and of the rejected outputs in :meth:`output_table`, (N,) each."""
+        (one, other), (chosen, rejected) = self._tables, self._indices
+        return chosen, rejected if one is other else rejected + len(one)
+
     @property
     def context(self) -> Tensor | None:
         """Gather the contexts, (N, C), or None."""

@@ -14,6 +14,7 @@ import torch
 
 from pfm.decoders.select import Judged, Select, Selection
 from pfm.generators.base import count, is_usable_text
+from pfm.protocols import Flow, TransportingFlow
 from pfm.reasoning import judged_text
 
 __all__ = ["Draft", "Improver", "Proposal"]
@@ -116,10 +117,10 @@ class Improver(ABC):
         return self.select.margin
 
     @abstractmethod
-    def propose(self, flow: Any, drafts: Sequence[Draft], number: int) -> list[Proposal]:
+    def propose(self, flow: Flow, drafts: Sequence[Draft], number: int) -> list[Proposal]:
         """Propose texts in place of each draft, in round ``number``, from 1."""
 
-    def bind(self, generator: Any, flow: Any, encoder: Any) -> Self:
+    def bind(self, generator: Any, flow: Flow, encoder: Any) -> Self:
         """Return a copy that works with these; see :class:`pfm.decoders.Decoder`."""
         bound = copy.copy(self)
         bound.encoder = encoder
@@ -127,7 +128,7 @@ class Improver(ABC):
 
     def decode(
         self,
-        flow: Any,
+        flow: Flow,
         candidates: Sequence[str],
         vectors: torch.Tensor,
         context: torch.Tensor | None,
@@ -138,7 +139,7 @@ class Improver(ABC):
         (selection,) = self.decode_many(flow, [Judged(key, key, list(candidates), vectors, context, probabilities)])
         return selection
 
-    def decode_many(self, flow: Any, rows: Sequence[Judged]) -> list[Selection]:
+    def decode_many(self, flow: Flow, rows: Sequence[Judged]) -> list[Selection]:
         """Improve the outputs of several prompts, round by round together."""
         if self.encoder is None:
             raise ValueError(f"{self!r} is not bound: pass it to pfm.wrap(..., decoder=...), or call bind first")
@@ -158,10 +159,10 @@ class Improver(ABC):
             self._judge(flow, active, self.propose(flow, active, number), number)
         return [self._selection(draft, start, margin) for draft, start in zip(drafts, starts, strict=True)]
 
-    def _start(self, flow: Any, row: Judged) -> Selection:
+    def _start(self, flow: Flow, row: Judged) -> Selection:
         return self.select.decode(flow, row.candidates, row.vectors, row.context, row.probabilities, row.key)
 
-    def _judge(self, flow: Any, drafts: Sequence[Draft], proposals: Sequence[Proposal], number: int) -> None:
+    def _judge(self, flow: Flow, drafts: Sequence[Draft], proposals: Sequence[Proposal], number: int) -> None:
         """Encode and judge what is new among the proposals, and settle the round of each draft."""
         fresh = [self._fresh(draft, proposal) for draft, proposal in zip(drafts, proposals, strict=True)]
         texts = [draft.judged(text) for draft, found in zip(drafts, fresh, strict=True) for text in found]
@@ -194,7 +195,7 @@ class Improver(ABC):
 
     def _settle(
         self,
-        flow: Any,
+        flow: Flow,
         draft: Draft,
         proposal: Proposal,
         texts: list[str],
@@ -284,7 +285,7 @@ def added(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
-def judged(flow: Any, vectors: torch.Tensor, contexts: torch.Tensor | None) -> np.ndarray:
+def judged(flow: Flow, vectors: torch.Tensor, contexts: torch.Tensor | None) -> np.ndarray:
     """Return b(y|x) (B,) float64 of vectors (B, D), NaN where a vector is not finite."""
     found = np.full(len(vectors), np.nan)
     usable = vectors.isfinite().all(dim=1)
@@ -294,8 +295,14 @@ def judged(flow: Any, vectors: torch.Tensor, contexts: torch.Tensor | None) -> n
     return found
 
 
-def targets(flow: Any, drafts: Sequence[Draft], **options: Any) -> torch.Tensor:
-    """Return where the flow carries the drafts' vectors, (B, D)."""
+def targets(flow: Flow, drafts: Sequence[Draft], **options: Any) -> torch.Tensor:
+    """Return where the flow carries the drafts' vectors, (B, D).
+
+    Raises:
+        TypeError: the flow has no ``transport``.
+    """
+    if not isinstance(flow, TransportingFlow):
+        raise TypeError(f"this decoder needs a flow with .transport(y, context), got {type(flow).__name__}")
     vectors = torch.stack([draft.vector for draft in drafts])
     rows = [draft.row.context for draft in drafts]
     contexts = None if rows[0] is None else torch.stack([row for row in rows if row is not None])

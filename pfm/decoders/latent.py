@@ -11,6 +11,7 @@ import torch
 
 from pfm.decoders.improve import Draft, Improver, Proposal, targets
 from pfm.encoders.base import check_texts
+from pfm.protocols import Flow
 
 __all__ = ["Latent", "TextAutoencoder", "weights_identity"]
 
@@ -142,7 +143,7 @@ class Latent(Improver):
             f"rounds={self.rounds}, by={self.by!r}, margin={self.margin})"
         )
 
-    def bind(self, generator: Any, flow: Any, encoder: Any) -> Self:
+    def bind(self, generator: Any, flow: Flow, encoder: Any) -> Self:
         """Return a copy that encodes and decodes with these.
 
         Raises:
@@ -164,7 +165,7 @@ class Latent(Improver):
             )
         return bound
 
-    def propose(self, flow: Any, drafts: Sequence[Draft], number: int) -> list[Proposal]:
+    def propose(self, flow: Flow, drafts: Sequence[Draft], number: int) -> list[Proposal]:
         """Transport and decode all drafts at once; see :meth:`Improver.propose`."""
         assert self.autoencoder is not None  # bind has set it
         settings = [(strength, slope) for strength in self.strengths for slope in self.win_gradients]

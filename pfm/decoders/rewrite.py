@@ -14,6 +14,7 @@ from pfm._internal.templates import Template, fence, fence_mark, prompt_hash
 from pfm.decoders.exemplars import ExemplarBank
 from pfm.decoders.improve import Draft, Improver, Proposal, targets, whole
 from pfm.generators import Draw, Prompt
+from pfm.protocols import Flow
 
 __all__ = ["Rewrite"]
 
@@ -89,7 +90,7 @@ class Rewrite(Improver):
             f"template={self.template.source!r}, by={self.by!r}, margin={self.margin}, max_calls={self.max_calls})"
         )
 
-    def bind(self, generator: Any, flow: Any, encoder: Any) -> Self:
+    def bind(self, generator: Any, flow: Flow, encoder: Any) -> Self:
         """Return a copy that draws from this generator.
 
         Raises:
@@ -117,7 +118,7 @@ class Rewrite(Improver):
         bound.generator = generator
         return bound
 
-    def propose(self, flow: Any, drafts: Sequence[Draft], number: int) -> list[Proposal]:
+    def propose(self, flow: Flow, drafts: Sequence[Draft], number: int) -> list[Proposal]:
         """Ask for revisions of all drafts at once; see :meth:`Improver.propose`."""
         points = targets(flow, drafts, strength=self.strength, win_gradient=self.win_gradient)
         proposals: list[Proposal] = []
@@ -144,7 +145,7 @@ class Rewrite(Improver):
                 request.take(draw)
         return proposals
 
-    def _examples(self, flow: Any, draft: Draft, point: Tensor) -> list[int]:
+    def _examples(self, flow: Flow, draft: Draft, point: Tensor) -> list[int]:
         """Choose the rows of exemplars to show: near the point, and good under the draft's context."""
         bank, context = self.exemplars, draft.row.context
         shown = {row for entry in draft.trace for row in entry.get("exemplars", ())}

@@ -7,12 +7,15 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from pfm.data.outputs import first_equal, same_output
+from pfm.protocols import Decoder, Flow
+
+__all__ = ["Decoder", "Judged", "Select", "Selection"]
 
 RULES = ("win_probability", "alignment", "sample", "combined")
 # Below this distance from 0 and 1 the log-odds of b say nothing that held-out pairs could confirm.
@@ -70,36 +73,6 @@ class Judged:
     context: torch.Tensor | None
     probabilities: np.ndarray
     reasoning: str = "strip"
-
-
-class Decoder(Protocol):
-    """Chooses the output of one prompt; other prompts of a batch have no influence.
-
-    Two methods are optional. ``bind(generator, flow, encoder)`` is called once by the Refiner and returns the decoder
-    to use, for one that draws or encodes by itself. ``decode_many(flow, rows)`` takes a list of :class:`Judged` and
-    returns a :class:`Selection` for each, for one that saves time when prompts are worked on together.
-    """
-
-    def decode(
-        self,
-        flow: Any,
-        candidates: Sequence[str],
-        vectors: torch.Tensor,
-        context: torch.Tensor | None,
-        probabilities: np.ndarray,
-        key: str,
-    ) -> Selection:
-        """Choose among the candidates of one prompt.
-
-        Args:
-            flow: the preference flow.
-            candidates: n ≥ 1 texts; the first is the original.
-            vectors: (n, D) their embeddings, finite.
-            context: (C,) embedding of the prompt, or None when the flow takes no context.
-            probabilities: (n,) float64, b(y|x) of each, in [0, 1].
-            key: text of the prompt, from which anything random must be derived.
-        """
-        ...
 
 
 class Select:
@@ -167,7 +140,7 @@ class Select:
 
     def decode(
         self,
-        flow: Any,
+        flow: Flow,
         candidates: Sequence[str],
         vectors: torch.Tensor,
         context: torch.Tensor | None,
@@ -202,7 +175,7 @@ class Select:
         return {"combined": "combined score"}.get(self.by, self.by.replace("_", " "))
 
     def _scores(
-        self, flow: Any, vectors: torch.Tensor, context: torch.Tensor | None, probabilities: np.ndarray
+        self, flow: Flow, vectors: torch.Tensor, context: torch.Tensor | None, probabilities: np.ndarray
     ) -> np.ndarray:
         if self.by == "win_probability":
             return probabilities
@@ -234,7 +207,7 @@ class Select:
 
 
 def _gain(
-    flow: Any, vectors: torch.Tensor, context: torch.Tensor | None, probabilities: np.ndarray, best: int
+    flow: Flow, vectors: torch.Tensor, context: torch.Tensor | None, probabilities: np.ndarray, best: int
 ) -> float:
     """Return by how much the best candidate beats the original, in the unit of the guard margin.
 

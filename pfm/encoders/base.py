@@ -6,7 +6,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pfm.encoders.cache import EmbeddingCache, text_keys
 from pfm.errors import EncodingError
+from pfm.protocols import Encoder
 
 __all__ = ["CachedEncoder", "Encoder", "Kind", "check_texts"]
 
@@ -22,32 +23,6 @@ Kind = Literal["document", "query"]
 
 # What stands for an empty text where one is allowed: endpoints refuse "", and some models make it NaN.
 EMPTY_TEXT = "(empty)"
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """Turns texts into vectors. Any object with these members is one; subclassing is not needed.
-
-    All but :meth:`encode` are optional (:func:`pfm.encoders.as_encoder` adds them). An encoder of other outputs than
-    texts - images, arrays - also has ``accepts(output)``, which tells those that it encodes.
-    """
-
-    @property
-    def dimension(self) -> int:
-        """The length D of the vectors that :meth:`encode` returns."""
-        ...
-
-    def encode(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Encode N responses as (N, D) float32, in the order given."""
-        ...
-
-    def encode_prompts(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
-        """Encode N prompts as (N, C) float32; unless overridden, in the same way as responses."""
-        return self.encode(texts, progress=progress)
-
-    def describe(self) -> dict[str, Any]:
-        """Describe the encoder in JSON values, so that a saved flow can tell whether it meets another."""
-        ...
 
 
 def check_texts(texts: Sequence[str], on_empty: Literal["error", "encode"]) -> list[str]:

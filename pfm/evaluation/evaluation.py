@@ -7,7 +7,7 @@ Two floors: ``Report.from_scored`` turns judged candidates (``Scored`` rows, num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import isnan
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from pfm.devices import standard_defaults
 from pfm.evaluation.candidates import COMPUTED, LABELS
 from pfm.evaluation.report import Report
 from pfm.evaluation.results import Failure, Prompt, Scored
+from pfm.protocols import Judge
 from pfm.reasoning import checked_reasoning, judged_text
 from pfm.statistics import Array
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-Judge = Callable[[Any, list[str]], Sequence[float]]
 
 VECTOR_BASELINES = ("mean_shift", "bradley_terry")  # those that need training pairs and their encoder
 RECORD = ("prompt", "candidates", "index", "original", "probabilities", "error")  # read of a Refinement

@@ -34,6 +34,7 @@ from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow.fields import Velocity
+from pfm.flow.inputs import check_inputs, check_times
 from pfm.flow.integration import integrate
 from pfm.flow.preference_flow import PreferenceFlow
 
@@ -218,9 +219,7 @@ class Composition:
     @torch.no_grad()
     def trajectory(self, y: Any, context: Any = None, *, times: Any, weights: Any = None) -> Tensor:
         """Give the states (T, B, \\*D) along a pass at ``times`` (T,), increasing in [0, 1]."""
-        marks = [float(t) for t in torch.as_tensor(times).flatten().tolist()]
-        if not marks or any(not 0 <= t <= 1 for t in marks) or marks != sorted(set(marks)):
-            raise ValueError(f"times must be increasing numbers in [0, 1]: got {marks}")
+        marks = check_times(times)
         y, context, weights = self._checked(y, context, weights)
         path = marks if marks[0] == 0 else [0.0, *marks]
         flat = y.flatten(1)
@@ -250,7 +249,9 @@ class Composition:
         return (weights * self._wins(y, context)).sum(1)
 
     @torch.no_grad()
-    def candidate_probabilities(self, y: Any, context: Any, prompt: Tensor) -> Tensor:
+    def candidate_probabilities(
+        self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
+    ) -> Tensor:
         """Give sum_k w_k b_k (B,) as :meth:`pfm.PreferenceFlow.candidate_probabilities` gives each b_k."""
         y, context, weights = self._checked(y, context, None)
         found = [flow.candidate_probabilities(y, _own(flow, context), prompt) for flow in self.flows]
@@ -393,33 +394,13 @@ class Composition:
         return y
 
     def _checked(self, y: Any, context: Any, weights: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        y = as_float_tensor("y", y).float()
-        if y.shape[1:] != self.event_shape or y.ndim < 2:
-            wanted = ", ".join(["B", *map(str, self.event_shape)])
-            raise ValueError(f"y must be ({wanted}), as these flows were fitted: got {tuple(y.shape)}")
-        check_finite("y", y)
+        y, context = check_inputs(y, context, self.event_shape, self.context_dimension, "these flows were fitted")
         weights = self.weights if weights is None else check_weights("weights", weights, len(self.flows))
         if weights.ndim == 2 and len(weights) != len(y):
             raise ValueError(
                 f"weights must be ({len(self.flows)},) or ({len(y)}, {len(self.flows)}): got {tuple(weights.shape)}"
             )
-        weights = weights.to(y.device).expand(len(y), -1)
-        wanted = self.context_dimension
-        if wanted == 0:
-            if context is not None:
-                raise ValueError("context must be None: these flows were fitted without contexts")
-            return y, None, weights
-        if context is None:
-            raise ValueError(f"context (B, {wanted}) is missing: at least one flow was fitted with contexts")
-        context = as_float_tensor("context", context).to(y.device, torch.float32)
-        if context.ndim == 1:
-            context = context[None]
-        if context.ndim != 2 or context.shape[1] != wanted or len(context) not in (1, len(y)):
-            raise ValueError(
-                f"context must be ({len(y)}, {wanted}), one row an output, or one for all: got {tuple(context.shape)}"
-            )
-        check_finite("context", context)
-        return y, context.expand(len(y), -1), weights
+        return y, context, weights.to(y.device).expand(len(y), -1)
 
 
 def _join(context: Tensor | None, weights: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,13 @@ from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import Coupled, Coupling
 from pfm.flow.fields import Field, Moments, Normalizer
 from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.problem import FlowProblem
 from pfm.flow.registered_field import RegisteredField
-from pfm.flow.training import FlowProblem, TrainingLog, train_residual
+from pfm.flow.training import TrainingLog, train_residual
 
-__all__ = ["FieldFit", "at_most", "choose_steps", "fit_field", "matmul_precision"]
+__all__ = ["FieldFit", "Steps", "at_most", "choose_steps", "fit_field", "matmul_precision", "on_unit_sphere"]
 
+STATISTICS_ROWS = 20_000  # that means and scales are taken from
 MOMENT_ROWS = 200_000
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
 STEP_CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -102,25 +104,41 @@ def at_most(count: int, most: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")[:most].sort().values
 
 
-@torch.no_grad()
-def choose_steps(
-    field: Field, normalizer: Normalizer, check: Coupling, config: FlowConfig
-) -> tuple[int, float | None, int]:
-    """Give the fewest steps within the tolerance of a tight adaptive solution, on held-out rows.
+def on_unit_sphere(chosen: Tensor, rejected: Tensor, config: FlowConfig) -> bool:
+    """Return whether results go to the unit sphere: as configured, or because all outputs (N, D) lie on it."""
+    if config.unit_norm != "auto":
+        return config.unit_norm == "on"
+    # Below a handful of dimensions, outputs of norm one are more likely labels or signs than embeddings.
+    both = torch.cat([chosen[:4096], rejected[:4096]])
+    return both.shape[1] >= 8 and bool((both.norm(dim=1) - 1).abs().max() < 1e-3)
 
-    Returns:
-        the steps of a pass, their error relative to the distance moved (None where nothing was chosen), and the
-        evaluations of the field that a pass takes.
+
+class Steps(NamedTuple):
+    """Holds the steps of a pass, under the names that a flow's metadata have for them.
+
+    Attributes:
+        steps: fixed steps of a pass.
+        steps_error: relative to the distance moved; None where nothing was chosen.
+        evaluations: of the field in a pass.
     """
+
+    steps: int
+    steps_error: float | None
+    evaluations: int
+
+
+@torch.no_grad()
+def choose_steps(field: Field, normalizer: Normalizer, check: Coupling, config: FlowConfig) -> Steps:
+    """Return the fewest steps within the tolerance of a tight adaptive solution, on held-out rows."""
     device = normalizer.mean.device
     rows = check.draw(at_most(len(check), STEP_ROWS, config.seed), torch.Generator().manual_seed(0)).to(device)
     y, context = normalizer(rows.source), normalizer.context(rows.row_context())
     velocity = field.at(context)
     if config.solver in ADAPTIVE_SOLVERS:
-        return 1, None, integrate(velocity, y, (0.0, 1.0), solver=config.solver).evaluations
+        return Steps(1, None, integrate(velocity, y, (0.0, 1.0), solver=config.solver).evaluations)
     stages = STAGES[config.solver]
     if config.steps != "auto":
-        return config.steps, None, config.steps * stages
+        return Steps(config.steps, None, config.steps * stages)
     exact = integrate(
         copy.deepcopy(field).double().at(None if context is None else context.double()),
         y.double(), (0.0, 1.0), solver="dopri5", rtol=1e-6, atol=1e-8,
@@ -132,14 +150,14 @@ def choose_steps(
         result = integrate(velocity, y, (0.0, 1.0), solver=config.solver, steps=steps).states[-1]
         error = float((result - exact).square().mean().sqrt()) / moved
         if error <= config.tolerance:
-            return steps, error, steps * stages
+            return Steps(steps, error, steps * stages)
     warnings.warn(
         f"{STEP_CHOICES[-1]} steps of {config.solver} are {error:.3g} from the exact solution, above "
         f"tolerance={config.tolerance:g}: the field is rough; use solver='dopri5' or a larger sigma",
         RuntimeWarning,
         stacklevel=5,
     )
-    return STEP_CHOICES[-1], error, STEP_CHOICES[-1] * stages
+    return Steps(STEP_CHOICES[-1], error, STEP_CHOICES[-1] * stages)
 
 
 class matmul_precision:

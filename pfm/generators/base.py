@@ -25,9 +25,10 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from pfm.errors import GenerationError
+from pfm.protocols import Generator as Generator
 
 Prompt = str | list[dict[str, Any]]
 """A text, or a conversation as a list of ``{"role": ..., "content": ...}``."""
@@ -132,17 +133,6 @@ def draw_of(samples: Sequence[Sample]) -> Draw:
         draw.calls += sample.calls
         add_usage(draw.usage, sample.usage)
     return draw
-
-
-class Generator(Protocol):
-    """Draws candidate outputs for prompts from a frozen policy."""
-
-    def draws(self, prompts: Sequence[Prompt], n: int) -> Iterator[Draw]:
-        """Yield one :class:`Draw` of up to ``n`` texts for each prompt, in order.
-
-        A failure that concerns one prompt is recorded in its draw. KeyboardInterrupt passes through.
-        """
-        ...
 
 
 class GeneratesTexts:

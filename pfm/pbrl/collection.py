@@ -25,34 +25,30 @@ import gymnasium
 import numpy as np
 
 from pfm._internal.files import claim_folder
-from pfm.pbrl.finite import all_finite
 from pfm.pbrl.policies import check_policy
-from pfm.pbrl.segments import SegmentPairs, join_states, pack_states, pick_states
+from pfm.pbrl.running import (
+    Continued,
+    Memory,
+    Value,
+    check_actions,
+    check_observation,
+    clipper,
+    correlated_noise,
+    expected_value,
+    follow,
+    half_range,
+    run_on,
+)
+from pfm.pbrl.segments import SegmentPairs
+from pfm.pbrl.states import join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
-__all__ = [
-    "Continued",
-    "Met",
-    "check_observation",
-    "clip_action",
-    "collect",
-    "correlated_noise",
-    "half_range",
-    "open_environment",
-    "run_on",
-    "visit",
-]
+__all__ = ["Met", "collect", "fingerprint", "open_environment", "visit"]
 
 SHARD = 100  # states; a constant of the format: results depend on it
 LARGE = 4096  # rows of an environment in array code that are stepped together
 TRAJECTORIES = 1_000_000  # more than a shard has
 MANIFEST = "collection.json"
-
-Value = Callable[[np.ndarray], np.ndarray]
-"""What is still to come after observations (B, O), discounted: (B,)."""
-
-Memory = tuple[np.ndarray, ...] | None
-"""What a policy's ``predict`` hands on from step to step: arrays with one row an episode."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +186,6 @@ def _check(pairs: int, length: int, continuation: int, members: int, noise: floa
         raise ValueError(f"discount must lie in (0, 1]: got {discount}")
     if design not in ("all", "knockout"):
         raise ValueError(f"design must be 'all' or 'knockout': got {design!r}")
-
-
-# -- shards -----------------------------------------------------------------------------------------------------
 
 
 def _shards(work: _Work, sizes: list[int], env: Any, workers: int) -> Iterator[tuple[int, SegmentPairs]]:
@@ -380,10 +373,10 @@ def visit(
                 kept[slot : slot + 1] = [seen.pick(np.flatnonzero(alive))]
             action, memory = policy.predict(observation, memory, start, deterministic)
             memory, start = _checked_memory(memory, count), going_on
-            _check_actions(action, env, count)
+            check_actions(action, env, count)
             fresh = random.standard_normal((count, *env.action_space.shape))
             if step == 0 or correlation < 1:
-                noise = fresh if step == 0 else _follow(noise, fresh, correlation)
+                noise = fresh if step == 0 else follow(noise, fresh, correlation)
                 offset = spread * noise
             action = clip(action)
             action += offset
@@ -414,183 +407,6 @@ def _checked_memory(memory: Any, count: int) -> Memory:
         "a policy's state must be None or a tuple of arrays with one row an episode, so that it can be kept with the "
         f"environment's: got {type(memory).__name__}"
     )
-
-
-# -- running segments -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Continued:
-    """Holds B segments that were run from restored states, and what followed them.
-
-    ``actions`` and ``reference_actions`` (B, H, A), ``rewards`` (B, H), 0 after an episode's end; ``after`` (B,)
-    discounted to the segment's first step; ``steps`` (B,) before the episode's end; ``simulated`` steps were taken.
-    """
-
-    actions: np.ndarray
-    reference_actions: np.ndarray
-    rewards: np.ndarray
-    after: np.ndarray
-    steps: np.ndarray
-    simulated: int
-
-    @classmethod
-    def concatenate(cls, parts: list[Continued]) -> Continued:
-        """Join runs of equal length."""
-        names = ("actions", "reference_actions", "rewards", "after", "steps")
-        joined = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-        return cls(**joined, simulated=sum(part.simulated for part in parts))
-
-
-def run_on(
-    env: Any,
-    policy: Any,
-    states: Any,
-    segments: np.ndarray,
-    continuation: int,
-    *,
-    form: str = "residual",
-    memory: Memory = None,
-    stochastic: np.ndarray | None = None,
-    discount: float = 1.0,
-    value: Value | None = None,
-) -> Continued:
-    """Run segments from saved states, then the deterministic reference, and add up the rewards.
-
-    Args:
-        env: a batch environment. policy: the reference.
-        states: B states as ``env.save_states`` gives them.
-        segments: (B, H, A), in the form that ``form`` names: what is added to the reference's own actions at the
-            observations met on the way (``"residual"``), or the actions themselves (``"actions"``).
-        continuation: steps of the reference after the segment. value: what is expected after those, or after the last
-            observation of an episode that the time limit cut; nothing after a termination.
-        memory: the reference's own state at the saved states, a tuple of arrays (B, ...); None if it keeps none.
-        stochastic: (B,) rows whose reference acts stochastically during the segment; None for none.
-        discount: of rewards a step.
-
-    Raises:
-        ValueError: shapes disagree, or an observation is not finite.
-    """
-    observation = env.restore_states(states)
-    count, length, size = segments.shape
-    if count != env.count or size != env.action_space.shape[0]:
-        raise ValueError(
-            f"segments must be ({env.count}, H, {env.action_space.shape[0]}), one a state: got {segments.shape}"
-        )
-    alive = ~env.done
-    start, going_on = np.full(count, memory is None), np.zeros(count, dtype=bool)
-    actions, reference_actions = np.zeros((2, count, length, size))
-    rewards, after = np.zeros((count, length)), np.zeros(count)
-    steps, taken = None, np.zeros(count, dtype=np.int64)  # in the segment, and in all
-    simulated = 0
-    clip, dtype = clipper(env.action_space), env.action_space.dtype
-    draws = stochastic is not None and bool(stochastic.any())
-    for step in range(length + continuation):
-        left = int(np.count_nonzero(alive))
-        if left == 0:
-            break
-        if step == length:
-            steps = taken.copy()
-        reference, following = policy.predict(observation, memory, start, True)
-        _check_actions(reference, env, count)
-        reference = clip(reference)
-        action = reference
-        if step < length:
-            if draws:
-                assert stochastic is not None
-                drawn, _ = policy.predict(observation, memory, start, False)
-                action = np.where(stochastic[:, None], clip(drawn), reference)
-            action = clip(action + segments[:, step] if form == "residual" else segments[:, step])
-            actions[:, step], reference_actions[:, step] = action, reference
-            if step and left < count:
-                actions[~alive, step] = actions[~alive, step - 1]
-                reference_actions[~alive, step] = reference_actions[~alive, step - 1]
-        memory, start = following, going_on
-        simulated += left
-        taken += alive
-        observation, reward, done = env.step(action.astype(dtype))
-        if left < count:
-            reward = np.where(alive, reward, 0.0)
-        if step < length:
-            rewards[:, step] = reward
-        else:
-            after += discount**step * reward
-        alive &= ~done
-        check_observation(observation, alive, f"step {step + 1} of a segment")
-    if steps is None:  # the segment was all there was
-        steps = taken.copy()
-    ran = int(steps.max())
-    if 0 < ran < length:  # every episode had ended
-        for each in (actions, reference_actions):
-            each[:, ran:] = each[:, ran - 1 : ran]
-    if value is not None:
-        open_ended = ~env.terminated  # what a time limit cut off would still have earned
-        if open_ended.any():
-            after[open_ended] += discount ** taken[open_ended] * _expected(value, observation[open_ended])
-    return Continued(actions, reference_actions, rewards, after, steps, simulated)
-
-
-def correlated_noise(
-    random: np.random.Generator, shape: tuple[int, ...], scale: float, correlation: float
-) -> np.ndarray:
-    """Draw Gaussian noise (..., H, A) of standard deviation ``scale``, correlated from step to step along H."""
-    noise = random.standard_normal(shape)
-    for step in range(1, shape[-2]):
-        noise[..., step, :] = _follow(noise[..., step - 1, :], noise[..., step, :], correlation)
-    return scale * noise
-
-
-def _follow(before: np.ndarray, fresh: np.ndarray, correlation: float) -> np.ndarray:
-    return correlation * before + math.sqrt(1 - correlation**2) * fresh
-
-
-def half_range(space: Any) -> np.ndarray:
-    """Give half the range of each action (A,), 1 where it is unbounded."""
-    half = (space.high.astype(np.float64) - space.low.astype(np.float64)) / 2
-    return np.where(np.isfinite(half), half, 1.0)
-
-
-def clip_action(action: np.ndarray, env: Any) -> np.ndarray:
-    """Clip actions (..., A) to the bounds, in float64."""
-    return clipper(env.action_space)(action)
-
-
-def clipper(space: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Give what clips actions (..., A) to the bounds of a space, in float64: for few rows faster than ``np.clip``."""
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-
-    def clip(action: np.ndarray) -> np.ndarray:
-        clipped = np.maximum(action, low)
-        return np.minimum(clipped, high, out=clipped)
-
-    return clip
-
-
-def _check_actions(action: Any, env: Any, count: int) -> None:
-    wanted = (count, *env.action_space.shape)
-    if np.shape(action) != wanted:
-        raise ValueError(
-            f"the policy gives actions {np.shape(action)} and the environment takes {wanted}: it was made for another "
-            "action space"
-        )
-    if not all_finite(np.asarray(action)):
-        raise ValueError("the policy gives actions that are NaN or infinite")
-
-
-def check_observation(observation: np.ndarray, alive: np.ndarray, where: str) -> None:
-    """Refuse observations (B, O) that are not finite in rows that are ``alive`` (B,)."""
-    if all_finite(observation):
-        return
-    finite = np.isfinite(observation)
-    bad = alive & ~finite.all(1)
-    if bad.any():
-        raise ValueError(
-            f"the environment gives NaN or infinite observations in {where} ({int(bad.sum())} of {int(alive.sum())} "
-            "rows): less noise, or another seed; shards that were finished are kept"
-        )
-
-
-# -- environments, settings, progress ---------------------------------------------------------------------------
 
 
 def open_environment(environment: Any) -> tuple[Any, str]:
@@ -642,7 +458,7 @@ def fingerprint(env: Any, policy: Any) -> str:
     """
     check_policy(policy, env)
     action, _ = policy.predict(env.reset(8, 0), None, np.ones(8, dtype=bool), True)
-    _check_actions(action, env, 8)
+    check_actions(action, env, 8)
     return _digest(np.asarray(action, dtype=np.float64))
 
 
@@ -659,21 +475,12 @@ def _fingerprints(env: Any, policy: Any, value: Value | None, discount: float) -
     theirs = getattr(value, "discount", discount)
     if not math.isclose(theirs, discount):
         raise ValueError(f"the value has discount {theirs} and the collection {discount}: give both the same")
-    expected = _expected(value, env.reset(8, 0))
+    expected = expected_value(value, env.reset(8, 0))
     return acts, _digest(expected / max(float(np.abs(expected).max()), 1e-12))
 
 
 def _digest(numbers: np.ndarray) -> str:
     return hashlib.sha256(np.round(numbers, 4).tobytes()).hexdigest()[:16]
-
-
-def _expected(value: Value, observation: np.ndarray) -> np.ndarray:
-    expected = np.asarray(value(observation), dtype=np.float64)
-    if expected.shape not in ((len(observation),), (len(observation), 1)):
-        raise ValueError(f"value must give ({len(observation)},), one number an observation: got {expected.shape}")
-    if not np.isfinite(expected).all():
-        raise ValueError("value gives NaN or infinity")
-    return expected.reshape(-1)
 
 
 def _bar(items: Iterator[Any], total: int, progress: bool) -> Any:

@@ -16,10 +16,12 @@ import torch
 
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.flow.preference_flow import PreferenceFlow
-from pfm.pbrl.collection import Continued, Memory, correlated_noise, open_environment, run_on
+from pfm.pbrl.collection import open_environment
 from pfm.pbrl.environments import STATELESS
 from pfm.pbrl.fast import FastTransport
-from pfm.pbrl.segments import FORMS, SegmentPairs, pick_states
+from pfm.pbrl.running import Continued, Memory, correlated_noise, run_on
+from pfm.pbrl.segments import FORMS, SegmentPairs
+from pfm.pbrl.states import pick_states
 
 __all__ = ["FlowPolicy", "PolicyCounts", "RoundsChoice", "choose_rounds"]
 

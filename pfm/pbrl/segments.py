@@ -18,16 +18,16 @@ import torch
 
 from pfm._internal.files import replace_file
 from pfm.data.encoded import EncodedPairs
+from pfm.pbrl.states import join_states, pack_states, pick_states, unpack_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
-__all__ = ["FORMS", "SegmentPairs", "SegmentStatistics", "join_states", "pack_states", "pick_states", "unpack_states"]
+__all__ = ["FORMS", "SegmentPairs", "SegmentStatistics"]
 
 FORMS = ("residual", "directions", "actions")
 SUPPORT = 0.99  # quantile of the members' distances from the proposal that counts as the data's support
 SMALL = 0.1  # variance of a direction, against that of the largest, from which on something was tried in it
 STATE = "state."
 MEMORY = "memory."
-ROWS = "rows"
 VERSION = 1
 
 
@@ -493,36 +493,6 @@ class SegmentPairs:
             )  # fmt: skip
         except (zipfile.BadZipFile, KeyError, EOFError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or holds no segments ({error}): collect them again") from error
-
-
-def pack_states(states: Any) -> dict[str, np.ndarray]:
-    """Turn what ``save_states`` of a batch environment gave, a list of dicts or an array (N, S), into named arrays."""
-    if isinstance(states, np.ndarray):
-        return {ROWS: states}
-    from pfm.pbrl.environments import stack_states
-
-    return stack_states(states)
-
-
-def unpack_states(packed: dict[str, np.ndarray]) -> Any:
-    """Undo :func:`pack_states`: what ``restore_states`` of a batch environment takes."""
-    if ROWS in packed:
-        return packed[ROWS]
-    from pfm.pbrl.environments import unstack_states
-
-    return unstack_states(packed)
-
-
-def join_states(parts: Sequence[Any]) -> Any:
-    """Concatenate what ``save_states`` gave several times."""
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts)
-    return [state for part in parts for state in part]
-
-
-def pick_states(states: Any, index: np.ndarray) -> Any:
-    """Take the states at ``index`` of what ``save_states`` gave."""
-    return states[index] if isinstance(states, np.ndarray) else [states[each] for each in index]
 
 
 def _half_right(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -17,16 +17,9 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_module
-from pfm.pbrl.collection import (
-    SHARD,
-    check_observation,
-    clip_action,
-    correlated_noise,
-    half_range,
-    open_environment,
-    visit,
-)
+from pfm.pbrl.collection import SHARD, open_environment, visit
 from pfm.pbrl.networks import load_network, perceptron, save_network
+from pfm.pbrl.running import check_observation, clip_action, correlated_noise, half_range
 
 __all__ = ["FittedValue", "monte_carlo_returns"]
 

@@ -337,10 +337,7 @@ def _turned(probability: Tensor, correct: Tensor) -> Tensor:
 
 def _outputs(pairs: EncodedPairs) -> tuple[Tensor, Tensor, int]:
     """Number the outputs, those of different prompts apart: chosen and rejected of each pair (N,), and how many."""
-    tables, (chosen, rejected) = pairs._tables, pairs._indices
-    apart = 0 if tables[0] is tables[1] else len(tables[0])
-    rows = torch.cat([chosen, rejected + apart])
-    keys = torch.stack([pairs.group.repeat(2), rows], 1)
+    keys = torch.stack([pairs.group.repeat(2), torch.cat(pairs.row_numbers())], 1)
     names, member = torch.unique(keys, dim=0, return_inverse=True)
     return member[: len(pairs)], member[len(pairs) :], len(names)
 

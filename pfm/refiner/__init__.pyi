@@ -1,3 +1,3 @@
-from .refiner import Refinement as Refinement
+from .refinement import Refinement as Refinement
 from .refiner import Refiner as Refiner
 from .refiner import wrap as wrap

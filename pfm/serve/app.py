@@ -3,47 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import math
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
-import httpx2
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from pfm._internal.proxies import proxy_of
-from pfm.refiner.refiner import Refiner
+from pfm.refiner import Refiner
 from pfm.serve.access import LOOPBACK_ORIGIN, Access
 from pfm.serve.answer import envelope, events, to_json
 from pfm.serve.asked import EXTENSION, HEADER, Asked, read
 from pfm.serve.config import ServeConfig
 from pfm.serve.connections import limited_protocol
-from pfm.serve.errors import Disconnected, Refused, error_body
+from pfm.serve.drawn import Drawn, Reply, summed
+from pfm.serve.errors import Disconnected, Refused
+from pfm.serve.http import (
+    Body,
+    Guard,
+    LoopErrors,
+    Owning,
+    answer_nobody,
+    answer_not_found,
+    answer_refusal,
+    escaped_path,
+    own_headers,
+    plain_response,
+    streamed_response,
+    unless_gone,
+    whole_body,
+)
 from pfm.serve.judge import Judge, Judged
 from pfm.serve.metrics import Metrics
 from pfm.serve.places import HeldBytes, Memory, Place, Places
-from pfm.serve.upstream import Drawn, Header, Reply, Upstream, in_background, summed
+from pfm.serve.upstream import Upstream, in_background
 
 __all__ = ["create_app", "run"]
 
 logger = logging.getLogger(__name__)
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
-PIECE_BYTES = 64 * 2**10  # of an answer, which a client takes within the deadline on sending
-PIECES_AT_ONCE = 32  # of a streamed answer, before other requests have their turn
-LOG_SECONDS = 60.0  # between two lines about one and the same lasting trouble
-T = TypeVar("T")
 
 
 def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
@@ -73,10 +83,10 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
     app.add_api_route("/metrics", proxy.show_metrics, methods=["GET"], response_model=None)
     app.add_api_route("/v1/chat/completions", proxy.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/{path:path}", proxy.other, methods=METHODS, response_model=None)
-    app.add_exception_handler(Refused, _refusal)
-    app.add_exception_handler(404, _not_found)
+    app.add_exception_handler(Refused, answer_refusal)
+    app.add_exception_handler(404, answer_not_found)
     for gone in (Disconnected, ClientDisconnect):
-        app.add_exception_handler(gone, _nobody)
+        app.add_exception_handler(gone, answer_nobody)
     # The last one added is the first to see a request.
     app.add_middleware(
         CORSMiddleware,
@@ -87,7 +97,7 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
         expose_headers=["*", "authorization", *(f"{HEADER}{name}" for name in ("refined", "changed", "reason"))],
         allow_private_network=True,
     )
-    app.add_middleware(_Guard, access=proxy.access, send_timeout=config.send_timeout)
+    app.add_middleware(Guard, access=proxy.access, send_timeout=config.send_timeout)
     return app
 
 
@@ -156,7 +166,7 @@ class _Proxy:
         self._usual_seconds = 1.0  # of a request, a running mean
 
     async def open(self) -> None:
-        asyncio.get_running_loop().set_exception_handler(_LoopErrors())
+        asyncio.get_running_loop().set_exception_handler(LoopErrors())
         self.places = Places(self.config.concurrency, self.config.queue)
         self.memory = Memory(self.config.held_bytes)
         self.upstream = Upstream(self.config, self._key, self._token is not None, self.access.instance, self.metrics)
@@ -180,12 +190,12 @@ class _Proxy:
 
     async def other(self, request: Request, path: str) -> Response:
         """Pass a request through, its body as it comes."""
-        path = _escaped_path(request)
+        path = escaped_path(request)
         with self._counted("other", request) as note:
             self.access.check(request)
             async with AsyncExitStack() as owned:
                 place = self._admitted(owned)
-                body = _Body(request, self.config.read_timeout)
+                body = Body(request, self.config.read_timeout)
                 await body.begin()
                 deadline = self._deadline()
                 content = body.first if body.ended.is_set() else aiter(body)
@@ -194,8 +204,8 @@ class _Proxy:
                     await place.start(deadline)
                     return await self._relayed(request, path, content, deadline, note, owned)
 
-                response = await _unless_gone(request, relayed(), body.ended)
-                return _Owning(response, owned.pop_all())
+                response = await unless_gone(request, relayed(), body.ended)
+                return Owning(response, owned.pop_all())
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request by the best of its candidates, or pass it through."""
@@ -205,9 +215,9 @@ class _Proxy:
                 place = self._admitted(owned)
                 held = self.memory.held()
                 owned.callback(held.close)
-                content = await _whole_body(request, self.config, held)
-                response = await _unless_gone(request, self._chat(request, content, place, held, note, owned))
-                return _Owning(response, owned.pop_all())
+                content = await whole_body(request, self.config, held)
+                response = await unless_gone(request, self._chat(request, content, place, held, note, owned))
+                return Owning(response, owned.pop_all())
 
     async def _chat(
         self, request: Request, content: bytes, place: Place, held: HeldBytes, note: _Note, owned: AsyncExitStack
@@ -264,7 +274,7 @@ class _Proxy:
                 yield piece
 
         relayed = StreamingResponse(pieces(), response.status_code)
-        relayed.raw_headers = [*headers, *_own_headers({"refined": "false", "reason": reason})]
+        relayed.raw_headers = [*headers, *own_headers({"refined": "false", "reason": reason})]
         return relayed
 
     # -- refining ------------------------------------------------------------------------------------------
@@ -302,8 +312,8 @@ class _Proxy:
             raise failure or Refused(502, "the upstream gave nothing", outcome="upstream_failed")
         note.outcome, note.status = "upstream_error", failure.status
         kind = [(b"content-type", failure.kind)] if failure.kind else []
-        headers = [*failure.headers, *kind, *_own_headers({"refined": "false"})]
-        return _response(failure.content, failure.status, headers)
+        headers = [*failure.headers, *kind, *own_headers({"refined": "false"})]
+        return plain_response(failure.content, failure.status, headers)
 
     async def _judged(self, drawn: Drawn, asked: Asked) -> tuple[Judged | None, str | None]:
         """Choose, or say why the original must do: an answer that is there is not lost to the judge's trouble."""
@@ -381,11 +391,11 @@ class _Proxy:
         told = {"refined": str(judged is not None).lower(), "changed": str(evidence["changed"]).lower()}
         if judged is None:
             told["reason"] = str(plain)
-        headers = [*reply.headers, *_own_headers(told)]
+        headers = [*reply.headers, *own_headers(told)]
         if asked.stream:
-            return _streamed(events(whole, evidence, include_usage=asked.include_usage), headers)
+            return streamed_response(events(whole, evidence, include_usage=asked.include_usage), headers)
         content = to_json({**whole, EXTENSION: evidence})
-        return _response(content, 200, [*headers, (b"content-type", b"application/json")])
+        return plain_response(content, 200, [*headers, (b"content-type", b"application/json")])
 
     def _margin(self, asked: Asked) -> float | None:
         if asked.rule is None or asked.rule.by == "sample":  # it has no guard
@@ -464,266 +474,5 @@ class _Note:
         )
 
 
-# ------------------------------------------------------------------------------------------------ HTTP's own affairs
-
-
-class _Guard:
-    """Checks the host of every request, and bounds how long a client may take for each piece of its answer.
-
-    An error that nothing else has handled ends here: its traceback could quote what a client sent.
-    """
-
-    def __init__(self, app: ASGIApp, access: Access, send_timeout: float) -> None:
-        self.app = app
-        self.access = access
-        self.send_timeout = send_timeout
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        started = False
-
-        async def send_in_time(message: Message) -> None:
-            nonlocal started
-            started = True
-            for part in _parts(message):
-                try:
-                    async with asyncio.timeout(self.send_timeout):
-                        await send(part)
-                except TimeoutError:
-                    logger.warning("a client took more than %g seconds for a piece of its answer", self.send_timeout)
-                    raise Disconnected from None
-
-        try:
-            host = next((value for name, value in scope["headers"] if name == b"host"), None)
-            try:
-                _check_path(scope["path"])
-                self.access.check_host(None if host is None else host.decode("latin-1"))
-            except Refused as error:
-                await _error_response(error)(scope, receive, send_in_time)
-                return
-            await self.app(scope, receive, send_in_time)
-        except (Disconnected, ClientDisconnect):
-            logger.debug("a client has gone in the middle of its answer")
-        except Exception as error:
-            logger.error("a request failed: %s", type(error).__name__)
-            logger.debug("a request failed", exc_info=True)
-            if not started:
-                failure = Refused(500, "the proxy failed on this request", outcome="error")
-                await _error_response(failure)(scope, receive, send_in_time)
-
-
-def _parts(message: Message) -> Iterator[Message]:
-    """Cut a message with a large piece of a body into several, since only between them is waited for the client."""
-    body = message.get("body", b"")
-    if len(body) <= PIECE_BYTES:
-        yield message
-        return
-    for start in range(0, len(body), PIECE_BYTES):
-        more = start + PIECE_BYTES < len(body) or message.get("more_body", False)
-        yield {**message, "body": body[start : start + PIECE_BYTES], "more_body": more}
-
-
-class _LoopErrors:
-    """Handles errors that belong to no request. At the limit on file descriptors there are hundreds a second."""
-
-    def __init__(self) -> None:
-        self._silent_until = -math.inf
-
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        error = context.get("exception")
-        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
-            loop.default_exception_handler(context)
-        elif loop.time() >= self._silent_until:
-            self._silent_until = loop.time() + LOG_SECONDS
-            logger.error("no file descriptor is left for further clients (ulimit -n); they wait until one is free")
-
-
-class _Owning(Response):
-    """Is an answer together with what it stands on, which is given back however sending ends."""
-
-    def __init__(self, response: Response, owned: AsyncExitStack) -> None:
-        self.response = response
-        self.status_code = response.status_code
-        self.raw_headers = response.raw_headers
-        self.background = None
-        self._owned = owned
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await self.response(scope, receive, send)
-        except (TimeoutError, httpx2.RequestError, httpx2.StreamError) as error:
-            # The client sees the connection break off, as the proxy saw the upstream's.
-            logger.warning("the upstream broke off in the middle of an answer: %s", type(error).__name__)
-        except (Disconnected, ClientDisconnect):
-            logger.debug("the client has gone in the middle of an answer")
-        finally:
-            await self._owned.aclose()
-
-
-def _response(content: bytes, status: int, headers: list[Header]) -> Response:
-    response = Response(content, status)
-    response.raw_headers += headers
-    return response
-
-
-def _streamed(pieces: Iterator[bytes], headers: list[Header]) -> Response:
-    async def each() -> AsyncIterator[bytes]:
-        for number, piece in enumerate(pieces):
-            yield piece
-            if number % PIECES_AT_ONCE == PIECES_AT_ONCE - 1:  # a client that reads fast never makes it wait
-                await asyncio.sleep(0)
-
-    response = StreamingResponse(each(), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-    response.raw_headers += [(name, value) for name, value in headers if name != b"cache-control"]
-    return response
-
-
-def _own_headers(values: dict[str, str]) -> list[Header]:
-    """Write the proxy's own headers."""
-    return [
-        ((HEADER + name).encode(), " ".join(value.split()).encode("latin-1", "replace"))
-        for name, value in values.items()
-    ]
-
-
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-class _Body:
-    """Reads the body of a request piece by piece, each within a deadline.
-
-    Attributes:
-        first: the first piece.
-        ended: set when the last piece has been read.
-    """
-
-    def __init__(self, request: Request, seconds: float) -> None:
-        self.first = b""
-        self.ended = asyncio.Event()
-        self._request = request
-        self._seconds = seconds
-
-    async def begin(self) -> None:
-        """Read the first piece.
-
-        Raises:
-            Refused: it does not arrive in time; status 408.
-            ClientDisconnect: the client has gone.
-        """
-        self.first = await self._next()
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self.first
-        while not self.ended.is_set():
-            yield await self._next()
-
-    async def _next(self) -> bytes:
-        try:
-            async with asyncio.timeout(self._seconds):
-                message = await self._request.receive()
-        except TimeoutError:
-            raise _late(self._seconds) from None
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        if not message.get("more_body", False):
-            self.ended.set()
-        return message.get("body", b"")
-
-
-async def _whole_body(request: Request, config: ServeConfig, held: HeldBytes) -> bytes:
-    """Read the body of a chat request.
-
-    Raises:
-        Refused: it is too large (413), too slow (408), or all bodies together would be too large (503).
-        ClientDisconnect: the client has gone.
-    """
-    message = f"the request is larger than {config.request_bytes} bytes"
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and len(said) < 20 and int(said) > config.request_bytes:
-        raise Refused(413, message, outcome="bad_request")
-    pieces, size = [], 0
-    try:
-        async with asyncio.timeout(config.read_timeout):
-            async for piece in request.stream():
-                size += len(piece)
-                if size > config.request_bytes:
-                    raise Refused(413, message, outcome="bad_request")
-                held.add(len(piece))
-                pieces.append(piece)
-    except TimeoutError:
-        raise _late(config.read_timeout) from None
-    return b"".join(pieces)
-
-
-def _late(seconds: float) -> Refused:
-    return Refused(408, f"the body did not arrive within {seconds:g} seconds", outcome="bad_request")
-
-
-def _check_path(path: str) -> None:
-    """Refuse a decoded path that might leave the upstream's base URL.
-
-    Raises:
-        Refused: it has a segment ``.`` or ``..``.
-    """
-    if {".", ".."} & set(path.replace("\\", "/").split("/")):
-        raise Refused(400, "the path must hold no segments . or ..", outcome="bad_request")
-
-
-def _escaped_path(request: Request) -> str:
-    """Return the path after /v1/ as the client wrote it."""
-    raw = request.scope.get("raw_path") or request.scope["path"].encode()
-    return raw.decode("latin-1").partition("?")[0].removeprefix("/v1/")
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T], body_ended: asyncio.Event | None = None) -> T:
-    """Await work on a request; stop it when the client goes.
-
-    Args:
-        request: the request; what it still has to send is read by the work alone.
-        work: what is to be done.
-        body_ended: set when the body has been read, from when on the client is watched; None: it has been.
-
-    Raises:
-        Disconnected: the client has gone.
-    """
-    working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_gone(request, body_ended))
-    try:
-        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Disconnected
-        return working.result()
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def _gone(request: Request, body_ended: asyncio.Event | None) -> None:
-    if body_ended is not None:
-        await body_ended.wait()
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _error_response(error: Refused) -> Response:
-    headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    headers += [(b"content-type", b"application/json"), *_own_headers({"refined": "false"})]
-    return _response(to_json(error_body(error)), error.status, headers)
-
-
-async def _refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return _error_response(error)
-
-
-async def _not_found(request: Request, _: Exception) -> Response:
-    hint = "; the base URL for clients ends in /v1" if "completions" in request.url.path else ""
-    return _error_response(Refused(404, f"there is /v1/..., /healthz and /metrics here{hint}", outcome="not_found"))
-
-
-async def _nobody(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # read by nobody

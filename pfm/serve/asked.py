@@ -14,8 +14,9 @@ from pfm.data.conversations import conversation_text
 from pfm.decoders import Select
 from pfm.decoders.select import RULES
 from pfm.generators.base import is_usable_text
+from pfm.protocols import Flow
 from pfm.reasoning import read_content
-from pfm.refiner.refiner import Refiner
+from pfm.refiner import Refiner
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 
@@ -128,7 +129,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
     return asked
 
 
-def _plain(body: Mapping[str, Any], refine: bool, n: int, rule: Rule | None, flow: Any) -> str | None:
+def _plain(body: Mapping[str, Any], refine: bool, n: int, rule: Rule | None, flow: Flow) -> str | None:
     """Say why the answer to a request is not refined, or return None."""
     if not refine:
         return "the request asks for it"

@@ -17,7 +17,7 @@ import torch
 
 from pfm.data.conversations import conversation_text
 from pfm.reasoning import judged_text
-from pfm.refiner.refiner import Refinement, Refiner
+from pfm.refiner import Refinement, Refiner
 from pfm.serve.asked import Rule
 
 __all__ = ["Judge", "Judged", "RememberingEncoder"]

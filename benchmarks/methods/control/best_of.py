@@ -12,8 +12,8 @@ from benchmarks.baselines.rewards import NetworkReward
 from benchmarks.control.config import ControlBestOfConfig
 from benchmarks.control.learning import Candidate, ControlData, Displaced
 from benchmarks.core.bench import Bench
-from pfm.pbrl.collection import run_on
-from pfm.pbrl.segments import pick_states
+from pfm.pbrl.running import run_on
+from pfm.pbrl.states import pick_states
 
 __all__ = ["SegmentBestOf", "make"]
 

@@ -1,50 +1,31 @@
-"""Several tastes: raters who want different things, in known groups or found by votes alone.
-
-A *taste* is a preference model; K of them make a mixture. Each rater i holds one, taste k with probability pi_k, and
-votes independently by it:
-
-    P(votes of i) = sum over k of pi_k prod over i's pairs n of P_k(label_n).
-
-Where groups are known, :meth:`TasteMixture.of_groups` fits one model a group. Where they are not, EM (Dempster et al.
-1977) alternates between each rater's responsibilities r_ik ~ pi_k prod_n P_k(label_n) and weighted fits of the models.
-A mixture is kept only if it predicts held-out votes of its raters better than one model of all: raters whose names
-mean nothing give one taste.
-
-For a new rater of few votes, :meth:`TasteMixture.adapt` fits K + r coefficients with a prior at what the votes say
-under the mixture. Fields follow tastes: :func:`taste_flows` fits one a taste, to be blended at run time
-(:class:`pfm.flow.composition.Composition`), :func:`with_code` conditions a single field on a code of the rater.
-"""
+"""Preference models as tastes in a mixture, found by EM or given by groups."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
 
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
-from pfm.devices import standard_defaults, with_standard_defaults
-from pfm.flow.composition import Composition, check_weights
-from pfm.flow.config import FlowConfig
-from pfm.flow.preference_flow import PreferenceFlow
+from pfm.devices import with_standard_defaults
+from pfm.flow.composition import check_weights
 from pfm.preferences import BradleyTerry, PreferenceModel, load
 from pfm.preferences.base import unfitted
-from pfm.preferences.newton import newton_logistic
+from pfm.tastes.adapted import AdaptedTaste, Votes
+from pfm.tastes.likelihood import NEGLIGIBLE, mixed_log_odds, rater_likelihood, vote_loss, vote_scores, vote_weight
+from pfm.tastes.raters import number_raters, renumber
 
-__all__ = ["AdaptedTaste", "TasteMixture", "append_code", "check_names", "number_raters", "taste_flows", "with_code"]
+__all__ = ["TasteMixture", "held_out_votes"]
 
 DESCRIPTION, TENSORS = "tastes.json", "tastes.safetensors"
-NEGLIGIBLE = 1e-4  # responsibility below which a rater's votes are left out of a taste's fit
 HELD_OUT = 0.2  # share of each rater's pairs by which a mixture is judged
 CONVERGED = 1e-5  # nats a pair
 RANK = 8  # axes of a correction
@@ -155,12 +136,12 @@ class TasteMixture:
         """
         present, index = number_raters(groups, len(pairs), "groups")
         if names is not None:
-            index = _renumbered(present, index, list(names))
+            index = renumber(present, index, list(names))
             present = list(names)
         self, pairs = cls(len(present), component, confirm=False), pairs.to("cpu")
         self._set_axes(pairs)
         for name, number in zip(present, range(len(present)), strict=True):
-            if float(_weight(pairs)[index == number].sum()) <= 0:
+            if float(vote_weight(pairs)[index == number].sum()) <= 0:
                 raise ValueError(f"group {name!r} has only pairs of weight 0: leave the group out or give it votes")
         self.models = [component().fit(pairs.select(index == number)) for number in range(len(present))]
         self.shares = torch.bincount(index, minlength=len(present)).float() / len(pairs)
@@ -189,12 +170,12 @@ class TasteMixture:
         self, pairs: EncodedPairs, index: Tensor, responsibilities: Tensor
     ) -> tuple[list[PreferenceModel], Tensor, Tensor, list[float]]:
         trace: list[float] = []
-        total = float(_weight(pairs).sum())
+        total = float(vote_weight(pairs).sum())
         while True:
             models = [self._fitted(pairs, share[index]) for share in responsibilities.T]
             # One vote of each kind more than there are: no taste dies out for want of raters.
             shares = (responsibilities.sum(0) + 1) / (len(responsibilities) + len(models))
-            likelihood = _likelihood(models, pairs, index, len(responsibilities)) + shares.log()
+            likelihood = rater_likelihood(models, pairs, index, len(responsibilities)) + shares.log()
             responsibilities = likelihood.softmax(1).float()
             trace.append(float(likelihood.logsumexp(1).sum()) / total)
             if len(trace) >= self.iterations or (len(trace) > 1 and trace[-1] - trace[-2] < CONVERGED):
@@ -206,7 +187,7 @@ class TasteMixture:
         if not bool(kept.any()):
             kept = share >= share.max()
         part = pairs.select(kept)
-        part.weight = (_weight(pairs) * share)[kept]
+        part.weight = (vote_weight(pairs) * share)[kept]
         return self.component().fit(part)
 
     def _start(self, pairs: EncodedPairs, index: Tensor, raters: int, generator: torch.Generator) -> Tensor:
@@ -233,16 +214,16 @@ class TasteMixture:
     def _judged(self, pairs: EncodedPairs, index: Tensor) -> tuple[float, Confirmation]:
         """Fit on four fifths of each rater's pairs; give the gain on the others over one model of all, and its test."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        held = _held_out(index, generator)
+        held = held_out_votes(index, generator)
         if not bool(held.any()) or len(torch.unique(index[~held])) < self.tastes:
             return 0.0, confirmed(torch.zeros(0), torch.zeros(0))
         train, test = pairs.select(~held), pairs.select(held)
         pooled = self.component().fit(train)
         models, _, responsibilities, _ = self._run(train, index[~held], len(self.raters))
-        score = torch.stack([_scores(model, test) for model in models], dim=1)
-        mixed = _mixed(score, responsibilities[index[held]])
-        weight = _weight(test)
-        better = _loss(_scores(pooled, test), test) - _loss(mixed, test)
+        score = torch.stack([vote_scores(model, test) for model in models], dim=1)
+        mixed = mixed_log_odds(score, responsibilities[index[held]])
+        weight = vote_weight(test)
+        better = vote_loss(vote_scores(pooled, test), test) - vote_loss(mixed, test)
         return float((better * weight).sum() / weight.sum()), confirmed(better, index[held], weight)
 
     # -- using --------------------------------------------------------------------------------------------------
@@ -257,7 +238,7 @@ class TasteMixture:
         self._check_fitted()
         pairs = pairs.to("cpu")
         every = torch.zeros(len(pairs), dtype=torch.long)
-        return (_likelihood(self.models, pairs, every, 1)[0] + self.shares.log()).softmax(0).float()
+        return (rater_likelihood(self.models, pairs, every, 1)[0] + self.shares.log()).softmax(0).float()
 
     def scores(self, y: Any, other: Any, context: Any = None) -> Tensor:
         """Give each taste's log-odds (B, K) that y (B, \\*D) is preferred to other (B, \\*D)."""
@@ -271,7 +252,7 @@ class TasteMixture:
             weights: (K,), or (B, K) for every row its own: a rater's responsibilities; None for the shares.
         """
         scores = self.scores(y, other, context)
-        return _mixed(scores, self._weights(weights).to(scores.device))
+        return mixed_log_odds(scores, self._weights(weights).to(scores.device))
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None, *, weights: Any = None) -> Tensor:
         """Give the mean probability (B,) that y is preferred to opponents (M, \\*D) or (B, M, D), by such a rater."""
@@ -311,7 +292,7 @@ class TasteMixture:
             raise ValueError(f"pairs must hold outputs of {self._axes.shape[0]} values: got {pairs.dimension}")
         axes, pairs = self._leading(rank), pairs.to("cpu")
         batch = pairs.gather(torch.arange(len(pairs)))
-        votes = _Votes(
+        votes = Votes(
             self.scores(batch.chosen, batch.rejected, batch.context), (batch.chosen - batch.rejected) @ axes,
             batch.probability, batch.weight,
         )  # fmt: skip
@@ -325,7 +306,7 @@ class TasteMixture:
     def _choose_prior(self, pairs: EncodedPairs, index: Tensor) -> None:
         """Choose the prior of :meth:`adapt` with which some votes of a rater of the fit predict its others best."""
         batch = pairs.gather(torch.arange(len(pairs)))
-        every = _Votes(
+        every = Votes(
             self.scores(batch.chosen, batch.rejected, batch.context),
             (batch.chosen - batch.rejected) @ self._leading(RANK), batch.probability, batch.weight,
         )  # fmt: skip
@@ -401,217 +382,7 @@ class TasteMixture:
             raise RuntimeError("TasteMixture is not fitted: call fit(pairs, raters) first")
 
 
-@with_standard_defaults
-class AdaptedTaste:
-    """Is one rater's taste, made by :meth:`TasteMixture.adapt`.
-
-    Attributes:
-        responsibilities: (K,) of the rater's pairs for each taste.
-        blend: (K,) coefficients of the tastes' log-odds beyond them. correction: (D,) the linear part.
-    """
-
-    def __init__(self, mixture: TasteMixture, responsibilities: Tensor, blend: Tensor, correction: Tensor) -> None:
-        self.mixture, self.responsibilities = mixture, responsibilities
-        self.blend, self.correction = blend, correction
-
-    def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
-        y = as_float_tensor("y", y).float()
-        difference = y - as_float_tensor("other", other).to(y.device, torch.float32)
-        scores = self.mixture.scores(y, other, context)
-        own, blend, correction = (part.to(y.device) for part in (self.responsibilities, self.blend, self.correction))
-        return _mixed(scores, own) + scores @ blend + difference.flatten(1) @ correction
-
-    def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) for all of y."""
-        y, opponents = (as_float_tensor(n, v).float() for n, v in (("y", y), ("opponents", opponents)))
-        if opponents.shape[1:] != y.shape[1:] or len(opponents) == 0:
-            raise ValueError(f"opponents must be (M, {', '.join(map(str, y.shape[1:]))}): got {tuple(opponents.shape)}")
-        wins = y.new_zeros(len(y))
-        for one in opponents:
-            wins += torch.sigmoid(self.score(y, one.expand_as(y), context))
-        return wins / len(opponents)
-
-    @property
-    def weights(self) -> Tensor:
-        """Give weights (K,) for a composition of the tastes' flows: what is positive of both parts, with sum 1."""
-        positive = (self.responsibilities + self.blend).clamp_min(0)
-        return positive / positive.sum() if float(positive.sum()) > 0 else self.responsibilities
-
-
-# -- fields of tastes ------------------------------------------------------------------------------------------------
-
-
-@standard_defaults
-def taste_flows(
-    pairs: EncodedPairs,
-    memberships: Any,
-    config: FlowConfig | Mapping[str, Any] | None = None,
-    *,
-    names: Sequence[Hashable] | None = None,
-    progress: bool = False,
-) -> Composition:
-    """Fit one flow a taste, each on all pairs of its raters, and compose them with equal weights.
-
-    Args:
-        pairs: N labelled pairs.
-        memberships: (N,) the group of each pair's rater; or (N, K) its rater's responsibilities, each row with sum 1,
-            as ``mixture.responsibilities[index]`` gives them: pairs count for a taste with that weight.
-        config: settings of all flows.
-        names: of the tastes; with groups, those that there should be.
-
-    Raises:
-        ValueError: a group or taste has no pairs.
-    """
-    if isinstance(memberships, Tensor) and memberships.ndim == 2:
-        share = check_weights("memberships", memberships, memberships.shape[1])
-        names = list(range(share.shape[1])) if names is None else list(names)
-        if len(names) != share.shape[1]:
-            raise ValueError(f"names must be {share.shape[1]}, one a taste: got {len(names)}")
-    else:
-        present, index = number_raters(memberships, len(pairs), "memberships")
-        if names is not None:
-            index, present = _renumbered(present, index, list(names)), list(names)
-        names, share = present, torch.nn.functional.one_hot(index, len(present)).float()
-    if len(share) != len(pairs):
-        raise ValueError(f"memberships must be of the {len(pairs)} pairs: got {len(share)}")
-    share = share.cpu()
-    held = share * _weight(pairs)[:, None].cpu() > NEGLIGIBLE
-    for name, kept in zip(names, held.T, strict=True):
-        if int(kept.sum()) < 2:
-            raise ValueError(f"taste {name!r} has {int(kept.sum())} pairs: at least two are needed to fit a flow")
-    flows = []
-    for column, kept in zip(share.T, held.T, strict=True):
-        part = pairs.select(kept)
-        if bool((column[kept] < 1).any()) or pairs.weight is not None:
-            part.weight = (_weight(pairs).cpu() * column)[kept].to(pairs.device)
-        flows.append(PreferenceFlow.fit(part, config, progress=progress))
-    return Composition(flows, torch.full((len(flows),), 1 / len(flows)), [str(name) for name in names])
-
-
-def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
-    """Append a code of the rater to each pair's context, for a single flow that is conditioned on it.
-
-    The code may be one-hot in the groups, a rater's responsibilities, or any numbers that tell raters apart;
-    :func:`append_code` makes the contexts to apply such a flow under. Its closed-form field shifts outputs with the
-    code, and its network may turn them; the reward in its b is linear in the outputs alone, so that opposite tastes
-    cancel there: for b by taste ask the models of a :class:`TasteMixture`.
-
-    Args:
-        pairs: N labelled pairs, with contexts or without.
-        code: (N, K).
-    """
-    code = as_float_tensor("code", code).to(pairs.device, torch.float32)
-    if code.ndim != 2 or len(code) != len(pairs):
-        raise ValueError(f"code must be ({len(pairs)}, K), one row a pair: got {tuple(code.shape)}")
-    check_finite("code", code)
-    context = pairs.context
-    joined = code if context is None else torch.cat([context.float(), code], dim=1)
-    contexts, context_index = torch.unique(joined, dim=0, return_inverse=True)
-    one_table = pairs._tables[0] is pairs._tables[1]
-    outputs = pairs._tables[0] if one_table else torch.cat(pairs._tables)
-    chosen, rejected = pairs._indices
-    return EncodedPairs.from_table(
-        outputs.unflatten(1, pairs.event_shape),
-        chosen,
-        rejected if one_table else rejected + len(pairs._tables[0]),
-        contexts=contexts, context_index=context_index,
-        weight=pairs.weight, probability=pairs.probability, group=pairs.group, encoder=pairs.encoder, check=False,
-    )  # fmt: skip
-
-
-def append_code(context: Any, code: Any, count: int | None = None) -> Tensor:
-    """Give contexts (B, C + K), on their device, from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
-    code = as_float_tensor("code", code).float()
-    code = code.to(context.device) if isinstance(context, Tensor) else code
-    code = code[None] if code.ndim == 1 else code
-    if context is None:
-        return code if count is None else code.expand(count, -1)
-    context = as_float_tensor("context", context).float()
-    context = context[None] if context.ndim == 1 else context
-    rows = max(len(context), len(code), count or 1)
-    if len(context) not in (1, rows) or len(code) not in (1, rows):
-        raise ValueError(f"context and code must have equally many rows, or one: got {len(context)} and {len(code)}")
-    return torch.cat([context.expand(rows, -1), code.expand(rows, -1)], dim=1)
-
-
-# -- names, likelihoods ----------------------------------------------------------------------------------------------
-
-
-def check_names(name: str, values: Any, count: int) -> list[Any]:
-    """Give names (N,) as a list, one a pair.
-
-    Raises:
-        ValueError: there are not ``count`` of them, or one is missing (None or NaN).
-    """
-    if isinstance(values, Tensor) and values.ndim != 1:
-        raise ValueError(f"{name} must be ({count},), one a pair: got {tuple(values.shape)}")
-    listed: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
-    if len(listed) != count:
-        raise ValueError(f"{name} must be {count}, one a pair: got {len(listed)}")
-    for row, value in enumerate(listed):
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            raise ValueError(f"{name} must name every pair's: number {row} is {value!r}; leave such pairs out")
-    return listed
-
-
-def number_raters(raters: Any, count: int, name: str = "raters") -> tuple[list[Hashable], Tensor]:
-    """Number names: give the distinct ones, sorted, and each pair's number (N,) int64.
-
-    Raises:
-        ValueError: as :func:`check_names`.
-    """
-    listed = check_names(name, raters, count)
-    distinct = set(listed)
-    try:
-        ordered = sorted(distinct)
-    except TypeError:
-        ordered = sorted(distinct, key=str)
-    places = {value: place for place, value in enumerate(ordered)}
-    return ordered, torch.tensor([places[value] for value in listed])
-
-
-def _renumbered(present: list[Hashable], index: Tensor, names: list[Hashable]) -> Tensor:
-    unknown = [value for value in present if value not in names]
-    if unknown:
-        raise ValueError(f"groups must be among {names}: pairs are of {unknown} too")
-    empty = [name for name in names if name not in present]
-    if empty:
-        raise ValueError(f"group {empty[0]!r} has no pairs: leave it out of names, or give it pairs")
-    return torch.tensor([names.index(value) for value in present])[index]
-
-
-def _weight(pairs: EncodedPairs) -> Tensor:
-    ones = torch.ones(len(pairs), dtype=torch.float32, device=pairs.device)
-    return ones if pairs.weight is None else pairs.weight
-
-
-def _scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:
-    """Give the log-odds (N,) of chosen over rejected."""
-    batch = pairs.gather(torch.arange(len(pairs)))
-    return model.score(batch.chosen, batch.rejected, batch.context)
-
-
-def _loss(score: Tensor, pairs: EncodedPairs) -> Tensor:
-    """Give -log P(label) (N,) at log-odds (N,)."""
-    each = softplus(-score)
-    return each if pairs.probability is None else each + (1 - pairs.probability) * score
-
-
-def _likelihood(models: Sequence[PreferenceModel], pairs: EncodedPairs, index: Tensor, raters: int) -> Tensor:
-    """Give the log-likelihood (R, K) of each rater's votes under each model, float64."""
-    weight = _weight(pairs).double()
-    each = torch.stack([-_loss(_scores(model, pairs), pairs).double() * weight for model in models], dim=1)
-    return torch.zeros(raters, len(models), dtype=torch.float64).index_add_(0, index, each)
-
-
-def _mixed(scores: Tensor, weights: Tensor) -> Tensor:
-    """Give the log-odds (B,) of sum_k w_k sigmoid(s_k), s (B, K); skew, as 1 - sigmoid(s) = sigmoid(-s)."""
-    log = weights.clamp_min(1e-30).log()
-    return (log + logsigmoid(scores)).logsumexp(1) - (log + logsigmoid(-scores)).logsumexp(1)
-
-
-def _held_out(index: Tensor, generator: torch.Generator) -> Tensor:
+def held_out_votes(index: Tensor, generator: torch.Generator) -> Tensor:
     """Mark a share of each rater's pairs (N,); raters of few pairs give one in so many by chance."""
     order = torch.randperm(len(index), generator=generator)
     held = torch.zeros(len(index), dtype=torch.bool)
@@ -627,38 +398,3 @@ def _rank_within(index: Tensor) -> Tensor:
     rank = torch.empty_like(index)
     rank[order] = torch.arange(len(index)) - starts[index[order]]
     return rank
-
-
-@dataclass(frozen=True)
-class _Votes:
-    """Holds some votes as a rater's few coefficients see them.
-
-    ``scores`` (n, K) log-odds of chosen over rejected by taste, ``axes`` (n, r) their difference on the axes,
-    ``probability`` and ``weight`` (n,).
-    """
-
-    scores: Tensor
-    axes: Tensor
-    probability: Tensor
-    weight: Tensor
-
-    def select(self, index: Tensor) -> _Votes:
-        return _Votes(self.scores[index], self.axes[index], self.probability[index], self.weight[index])
-
-    def coefficients(self, shares: Tensor, spread: float, correction: float) -> tuple[Tensor, Tensor]:
-        """Give the responsibilities (K,) of the votes, and the MAP coefficients (K + r,) beyond them."""
-        each = logsigmoid(self.scores) - (1 - self.probability[:, None]) * self.scores
-        start = ((each * self.weight[:, None]).double().sum(0) + shares.double().log()).softmax(0).float()
-        deviation = torch.cat([torch.full_like(start, spread), torch.full((self.axes.shape[1],), correction)]).double()
-        rows = torch.cat([self.scores, self.axes], dim=1)
-        # In units of the prior, whose curvature is then 1 whatever its scale.
-        at, _ = newton_logistic(
-            rows.double() * deviation, self.probability, self.weight, 1.0, offset=_mixed(self.scores, start)
-        )
-        return start, (at * deviation).float()
-
-    def loss(self, start: Tensor, coefficients: Tensor) -> float:
-        """Give the weighted mean of -log P(label); 0 for votes of no weight."""
-        score = _mixed(self.scores, start) + torch.cat([self.scores, self.axes], dim=1) @ coefficients
-        each = softplus(-score) + (1 - self.probability) * score
-        return float((each * self.weight).sum() / self.weight.sum().clamp_min(1e-12))

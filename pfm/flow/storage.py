@@ -1,0 +1,122 @@
+"""A flow as two files, safetensors and JSON, checked against each other before anything is built from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from pfm._internal.archive import load_module, read_description, read_folder, save_tensors, tensor_shapes
+from pfm._internal.files import replace_json, require_files
+from pfm.flow.model import FlowModel
+from pfm.flow.preference_win import PreferenceWin
+
+__all__ = ["download", "load_files", "load_folder", "save_files"]
+
+DESCRIPTION, TENSORS = "config.json", "model.safetensors"  # the hub's names
+DESCRIBED = ("event_shape", "context_dimension", "config", "metadata")
+
+F = TypeVar("F", bound=FlowModel)
+
+
+def save_files(flow: FlowModel, folder: Path) -> None:
+    """Write a flow's two files to a folder."""
+    save_tensors(folder / TENSORS, flow.state_dict())
+    replace_json(folder / DESCRIPTION, _describe(flow))
+
+
+def load_folder(kind: type[F], folder: Path, device: torch.device) -> F:
+    """Load a flow of class ``kind`` from a folder.
+
+    Raises:
+        FileNotFoundError: one of the files is not there. ValueError: as :func:`load_files`.
+    """
+
+    def load() -> F:
+        require_files(folder, (DESCRIPTION, TENSORS), "PreferenceFlow.save_pretrained")
+        return load_files(kind, folder / DESCRIPTION, folder / TENSORS, device)
+
+    return read_folder(folder, (DESCRIPTION, TENSORS), load)
+
+
+def load_files(kind: type[F], description: Path, tensors: Path, device: torch.device) -> F:
+    """Load a flow of class ``kind`` from its two files.
+
+    Raises:
+        ValueError: a file is damaged, or the two do not belong together.
+    """
+    described = read_description(description)
+    missing = [key for key in DESCRIBED if key not in described]
+    if missing:
+        raise ValueError(f"{description} is damaged or is not a preference flow's: it lacks {', '.join(missing)}")
+    shapes = tensor_shapes(tensors)
+    try:
+        _check_sizes(described, shapes)
+    except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{tensors} does not fit its {DESCRIPTION} at {error}") from error
+    return load_module(
+        lambda: kind(**{key: described[key] for key in DESCRIBED}), tensors, DESCRIPTION, device=device
+    ).eval()
+
+
+def download(name: str, **options: Any) -> tuple[Path, Path]:
+    """Return where the hub's files of a flow lie on this machine, fetched if they are not here yet.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or the hub was not reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        first, second = (Path(hf_hub_download(name, file, **options)) for file in (DESCRIPTION, TENSORS))
+    except (OSError, ValueError) as error:  # all errors of the hub are one of these
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{name} is no folder here, and was not loaded from the hub ({type(error).__name__}: {reason}): give a "
+            "folder written by PreferenceFlow.save_pretrained, or a repository on the hub that you can reach"
+        ) from error
+    return first, second
+
+
+def _describe(flow: FlowModel) -> dict[str, Any]:
+    metadata = dict(flow.metadata)
+    if isinstance(flow.win, PreferenceWin):
+        metadata["preference"] = flow.win.describe()
+    rounds = [_describe(later) for later in flow.later if isinstance(later, FlowModel)]
+    if rounds:
+        metadata["later"] = [{name: found[name] for name in ("config", "metadata")} for found in rounds]
+    return {
+        "event_shape": list(flow.event_shape),
+        "context_dimension": flow.context_dimension,
+        "config": flow.config.to_dict(),
+        "metadata": metadata,
+    }
+
+
+def _check_sizes(described: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    """Compare the sizes in a description with the shapes of the tensors, before a module is made by them."""
+    event_shape, context_dimension = described["event_shape"], described["context_dimension"]
+    if not isinstance(event_shape, list):
+        raise TypeError(f"event_shape: expected a list of whole numbers, got {event_shape!r}")
+    for number in (*event_shape, context_dimension):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise TypeError(f"event_shape or context_dimension: expected whole numbers of at least 0, got {number!r}")
+    for name, size in (("normalizer.mean", math.prod(event_shape)), ("normalizer.context_mean", context_dimension)):
+        found = shapes[name][0] if name in shapes else None
+        if found != (size,):
+            raise ValueError(f"{name}: expected shape {(size,)}, got {found}")
+    # A field has a tensor and more for each of its layers, and a normalizer for each of its rounds.
+    flows = sum(name.endswith("normalizer.mean") for name in shapes)
+    pending = [described]
+    while pending:
+        part = pending.pop()
+        flows -= 1
+        if flows < 0:
+            raise ValueError("later: expected no more rounds than there are tensors of")
+        layers = dict(part["config"]).get("layers", 1)
+        if isinstance(layers, int) and layers > len(shapes):
+            raise ValueError(f"layers: expected at most {len(shapes)}, the number of its tensors, got {layers}")
+        pending += part["metadata"].get("later", [])
