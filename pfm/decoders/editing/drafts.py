@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +42,8 @@ class EditData:
     texts: list[str]
     tokens: list[TokenRow]
     vectors: Tensor
-    neighbours: Tensor
-    corrupted: Tensor
+    neighbours: np.ndarray
+    corrupted: np.ndarray
     dropped: int = 0
 
     def __len__(self) -> int:
@@ -95,21 +96,19 @@ class EditData:
             )
         found = encode(kept) if vectors is None else vectors[[first[text] for text in kept]]
         found = torch.nn.functional.normalize(found.float(), dim=1).half()
-        near = nearest_neighbours(found, neighbours, similarity, device)
-        rng = np.random.default_rng(seed)
+        near = nearest_neighbours(found, neighbours, similarity, device).numpy()
+        rng = random.Random(seed)
         words = [text.split() for text in kept]
-        broken: list[str] = []
-        for place, own in enumerate(words):
-            others = near[place]
-            other = words[int(others[rng.integers(len(others))])] if bool((others >= 0).any()) else own
-            anywhere = words[rng.integers(len(words))]
-            broken.append(corrupted(own, other, anywhere, rng))
+        broken = [
+            corrupted(own, words[rng.choice(others)], words[rng.randrange(len(words))], rng)
+            for own, others in zip(words, _present(near), strict=True)
+        ]
         broken_rows = tokenize(broken)
-        places = torch.full((len(kept),), -1, dtype=torch.long)
+        places = np.full(len(kept), -1)
         sound = [
             place for place, row in enumerate(broken_rows) if 0 < len(row) < window and broken[place] != kept[place]
         ]
-        places[sound] = torch.arange(len(kept), len(kept) + len(sound))
+        places[sound] = np.arange(len(kept), len(kept) + len(sound))
         more = [broken[place] for place in sound]
         if more:
             extra = torch.nn.functional.normalize(encode(more).float(), dim=1).half()
@@ -143,21 +142,20 @@ class EditData:
         return target
 
     def edits(
-        self, targets: Sequence[int], drafts: Sequence[int], noise: Tensor | float, generator: torch.Generator
+        self, targets: Sequence[int], drafts: Sequence[int], noise: Tensor, generator: torch.Generator
     ) -> tuple[Edits, list[TokenRow]]:
         """Return the edits from drafts to targets, and the targets' tokens.
 
         Args:
             targets, drafts: B places each.
-            noise: (B, 1) or a number: the point is the direction of e(target) + noise · ε / sqrt(D), with ε standard
+            noise: (B, 1): the point is the direction of e(target) + noise · ε / sqrt(D), with ε standard
                 normal, so that points near a sentence are written as that sentence.
             generator: of ε, on the CPU.
         """
-        points = self.vectors[list(targets)].float()
+        points = self.vectors[torch.as_tensor(targets)].float()
         eps = torch.randn(points.shape, generator=generator).to(points.device)
-        scale = noise.to(points.device) if isinstance(noise, Tensor) else noise
-        points = torch.nn.functional.normalize(points + scale * eps / points.shape[1] ** 0.5, dim=1)
-        edits = Edits([self.tokens[place] for place in drafts], self.vectors[list(drafts)].float(), points)
+        points = torch.nn.functional.normalize(points + noise.to(points.device) * eps / points.shape[1] ** 0.5, dim=1)
+        edits = Edits([self.tokens[place] for place in drafts], self.vectors[torch.as_tensor(drafts)].float(), points)
         return edits, [self.tokens[place] for place in targets]
 
 
@@ -189,7 +187,12 @@ def nearest_neighbours(
     return found
 
 
-def corrupted(words: Sequence[str], near: Sequence[str], far: Sequence[str], rng: np.random.Generator) -> str:
+def _present(near: np.ndarray) -> list[list[int]]:
+    """Return the neighbours of each row; the row itself where there is none."""
+    return [[other for other in row if other >= 0] or [place] for place, row in enumerate(near.tolist())]
+
+
+def corrupted(words: Sequence[str], near: Sequence[str], far: Sequence[str], rng: random.Random) -> str:
     """Return a text with one to a quarter of its words dropped, moved, added, or replaced.
 
     Args:
@@ -197,17 +200,16 @@ def corrupted(words: Sequence[str], near: Sequence[str], far: Sequence[str], rng
         rng: decides.
     """
     found = list(words)
-    for _ in range(int(rng.integers(1, max(2, len(words) // 4 + 1)))):
-        place = int(rng.integers(len(found)))
-        source = near if rng.random() < 0.7 else far
-        word = source[int(rng.integers(len(source)))]
+    for _ in range(rng.randint(1, max(1, len(words) // 4))):
+        place = rng.randrange(len(found))
+        word = rng.choice(near if rng.random() < 0.7 else far)
         action = rng.random()
         if action < 0.5:
             found[place] = word
         elif action < 0.65:
             found.insert(place, word)
         elif action < 0.85 and len(found) > 2:
-            del found[place : place + int(rng.integers(1, 4))]
+            del found[place : place + rng.randint(1, 3)]
             found = found or [word]
         else:
             other = min(place + 1, len(found) - 1)

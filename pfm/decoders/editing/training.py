@@ -214,7 +214,7 @@ def held_out_losses(writer: Writer, data: EditData, count: int, config: Training
         for start in range(0, count, config.batch_size):
             targets = list(range(start, min(count, start + config.batch_size)))
             drafts = [data.draft(target, kind, rng) for target in targets]
-            edits, wanted = data.edits(targets, drafts, config.noise / 2, generator)
+            edits, wanted = data.edits(targets, drafts, torch.full((len(targets), 1), config.noise / 2), generator)
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 parts.append(-writer.log_probabilities(edits, wanted).float())
         if parts:

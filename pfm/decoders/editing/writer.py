@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Edits", "Writer", "condition", "sample_edits"]
+__all__ = ["Edits", "Writer", "condition", "draw_tokens", "sample_edits"]
 
 TokenRow = np.ndarray  # (T,) int64 token ids without special tokens
 
@@ -140,7 +140,7 @@ def sample_edits(
         tokens: list[Tensor] = []
         done = torch.zeros(len(limits), dtype=torch.bool, device=writer.device)
         for position in range(int(limits.max())):
-            token = _draw(logp, draws[:, position], temperature, top_k, top_p)
+            token = draw_tokens(logp, draws[:, position], temperature, top_k, top_p)
             token = torch.where(done | (limit <= position), writer.end, token)
             done |= token == writer.end
             tokens.append(token)
@@ -156,8 +156,14 @@ def sample_edits(
     return texts, written
 
 
-def _draw(logp: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Draw token ids (B,) by inversion of the cumulative probabilities, likeliest tokens first."""
+def draw_tokens(logp: Tensor, uniform: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Draw token ids (B,) by inversion of the cumulative probabilities, likeliest tokens first.
+
+    Args:
+        logp: (B, V) log-probabilities, up to a constant a row.
+        uniform: (B,) in [0, 1); 0 draws the likeliest token.
+        temperature, top_k, top_p: as for :func:`sample_edits`.
+    """
     values, ids = logp.float().topk(min(top_k, logp.shape[1]), dim=1)
     p = torch.softmax(values / temperature, dim=1)
     before = p.cumsum(1) - p
