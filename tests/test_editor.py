@@ -295,6 +295,15 @@ def test_training_that_was_interrupted_ends_with_the_same_weights(kind: str, tmp
         train_writer(fresh(), data, other, folder=tmp_path, progress=False)
 
 
+def test_a_run_by_minutes_sets_its_number_of_updates(tmp_path: Path) -> None:
+    texts, writer = corpus()[:40], language_model()
+    data = EditData.from_texts(texts, Bag().encode, writer.tokenize, window=16)
+    config = TrainingConfig(steps=None, minutes=1e-6, batch_size=2)
+    found = train_writer(writer, data, config, folder=tmp_path, progress=False)
+    assert found["steps"] == 61  # the time was up when it was known how long an update takes
+    assert train_writer(writer, data, config, folder=tmp_path, progress=False)["steps"] == 61
+
+
 def test_settings_out_of_range_are_refused() -> None:
     for wrong, said_of in (
         ({"steps": None}, "either steps or minutes"),
