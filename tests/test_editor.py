@@ -96,7 +96,7 @@ def language_model(**settings: Any) -> LanguageModelWriter:
             num_key_value_heads=2, initializer_range=0.2,
         )
     )  # fmt: skip
-    defaults = {"rank": 4, "prefix": 3, "prefix_hidden": 16, "window": 16}
+    defaults: dict[str, Any] = {"rank": 4, "prefix": 3, "prefix_hidden": 16, "window": 16}
     return LanguageModelWriter(model, tokenizer, D, **(defaults | settings))
 
 

@@ -47,7 +47,13 @@ def best_of(labels: Array, scores: Array, n: int, count: int, seed: int) -> Arra
 
 
 def estimates(
-    scores: Array, before: Array, draws: Array, cosine: Array, same: Array, loss: Array | None, tokens: Array | None
+    scores: Array,
+    before: Array,
+    draws: Array,
+    cosine: Array,
+    same: NDArray[np.bool_],
+    loss: Array | None,
+    tokens: Array | None,
 ) -> dict[str, Estimate | None]:
     """Return the figures of one setting, with intervals over drafts.
 

@@ -114,8 +114,9 @@ def _built(source: Path, described: dict[str, Any], base: Any, device: torch.dev
 
 def _elements(settings: dict[str, Any], width: int) -> int:
     """Return how many numbers the prefix network alone has, which a description could make huge."""
-    sizes = [settings.get(name) for name in ("dimension", "prefix_hidden", "prefix", "rank")]
-    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+    given = [settings.get(name) for name in ("dimension", "prefix_hidden", "prefix", "rank")]
+    sizes = [size for size in given if isinstance(size, int) and not isinstance(size, bool) and size > 0]
+    if len(sizes) < len(given):
         raise ValueError(f"its settings are damaged: {str(settings)[:300]}")
     dimension, hidden, prefix, rank = sizes
     return 2 * dimension * hidden + hidden * prefix * width + 2 * rank * width

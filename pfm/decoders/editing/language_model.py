@@ -262,7 +262,7 @@ def load_base(
         unpacked = {"use_safetensors": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options, **unpacked)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options, **unpacked)
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot load the base model {base!s}: {loading_problem(place, error)}") from error
     return model.to(device).eval(), tokenizer
