@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from pfm.decoders.editing.writer import Edits, TokenRow, Writer, condition
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["PointerWriter"]
 
@@ -88,7 +90,7 @@ class PointerWriter(Writer):
     @staticmethod
     def train_tokenizer(texts: Iterable[str], vocabulary: int = 8000) -> Tokenizer:
         """Train byte-level byte-pair encoding on texts, with the end of text at id 0."""
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
