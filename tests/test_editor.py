@@ -199,6 +199,24 @@ def test_draws_have_the_truncated_softmax_frequencies() -> None:
     assert draw_tokens(logp, torch.zeros(1), 5.0, 5, 1.0).tolist() == [4]
 
 
+def test_guidance_copies_at_the_draft_s_own_point_and_makes_more_of_a_move(
+    trained: tuple[Writer, EditData, dict[str, Any]],
+) -> None:
+    texts, encoder = trained[1].texts[:40], Bag()
+    z = encoder.encode(texts)
+    goals = encoder.encode(texts[::-1])
+    part = torch.nn.functional.normalize(z + 0.35 * (goals - z), dim=1)  # not half of the way to another text
+
+    def moved(guidance: float, points: torch.Tensor) -> tuple[list[str], float]:
+        edits, _ = Editor(trained[0], samples=1, guidance=guidance).edit(texts, z, points)
+        written = [row[0] for row in edits]
+        distance = (encoder.encode([text or "the" for text in written]) - z).norm(dim=1)
+        return written, float(distance.mean())
+
+    assert moved(3.0, z)[0] == moved(1.0, z)[0]
+    assert moved(3.0, part)[1] > 1.2 * moved(1.0, part)[1]
+
+
 # -- data ------------------------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,8 @@ class Editor(Improver):
         strength, win_gradient: see :meth:`pfm.PreferenceFlow.transport`.
         rounds: how often to go on from the edit that was taken.
         margin: change only if b rises by at least this much; None takes ``flow.guard_margin``.
+        guidance: how much to make of the move, see :func:`pfm.decoders.editing.sample_edits`; above 1 it costs twice
+            as much.
         temperature: of sampling; the first edit always takes the likeliest tokens.
         long_texts: "split" or "refuse" drafts beyond the window; what is refused stays as it is and says so.
         seed: of sampling.
@@ -75,6 +77,7 @@ class Editor(Improver):
         rounds: int = 1,
         margin: float | None = None,
         temperature: float = 0.7,
+        guidance: float = 1.0,
         long_texts: str = "split",
         seed: int = 0,
         batch_size: int = 256,
@@ -82,7 +85,11 @@ class Editor(Improver):
         super().__init__(rounds=rounds, by="win_probability", margin=margin)
         if long_texts not in LONG_TEXTS:
             raise ValueError(f"long_texts must be 'split' or 'refuse': got {long_texts!r}")
-        for name, value, low in (("strength", strength, 0.0), ("win_gradient", win_gradient, -math.inf)):
+        for name, value, low in (
+            ("strength", strength, 0.0),
+            ("guidance", guidance, 0.0),
+            ("win_gradient", win_gradient, -math.inf),
+        ):
             if not (math.isfinite(value) and value >= low):
                 raise ValueError(f"{name} must be a finite number{' of at least 0' if low == 0 else ''}: got {value!r}")
         if not (math.isfinite(temperature) and temperature > 0):
@@ -92,7 +99,7 @@ class Editor(Improver):
         self.samples = whole("samples", samples)
         self.batch_size = whole("batch_size", batch_size)
         self.strength, self.win_gradient, self.temperature = float(strength), float(win_gradient), float(temperature)
-        self.long_texts, self.seed = long_texts, seed
+        self.guidance, self.long_texts, self.seed = float(guidance), long_texts, seed
 
     @classmethod
     def from_pretrained(
@@ -116,7 +123,8 @@ class Editor(Improver):
     def __repr__(self) -> str:
         return (
             f"Editor({type(self.writer).__name__}, samples={self.samples}, strength={self.strength}, "
-            f"win_gradient={self.win_gradient}, rounds={self.rounds}, margin={self.margin})"
+            f"win_gradient={self.win_gradient}, guidance={self.guidance}, rounds={self.rounds}, "
+            f"margin={self.margin})"
         )
 
     def bind(self, generator: Any, flow: Any, encoder: Any) -> Self:
@@ -205,6 +213,7 @@ class Editor(Improver):
             self.samples,
             uniforms=uniforms,
             temperature=self.temperature,
+            guidance=self.guidance,
             batch_size=self.batch_size,
         )
 
