@@ -80,7 +80,7 @@ def pointer(texts: list[str], window: int = 16) -> PointerWriter:
     return PointerWriter(PointerWriter.train_tokenizer(texts, 320), D, width=32, hidden=64, window=window)
 
 
-def language_model(**settings: Any) -> LanguageModelWriter:
+def language_model(*, dtype: torch.dtype = torch.float32, **settings: Any) -> LanguageModelWriter:
     """Make a writer on a random Llama of two layers with a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def language_model(**settings: Any) -> LanguageModelWriter:
         )
     )  # fmt: skip
     defaults: dict[str, Any] = {"rank": 4, "prefix": 3, "prefix_hidden": 16, "window": 16}
-    return LanguageModelWriter(model, tokenizer, D, **(defaults | settings))
+    return LanguageModelWriter(model.to(dtype), tokenizer, D, **(defaults | settings))
 
 
 def stirred(writer: Writer) -> Writer:
@@ -311,6 +311,16 @@ def test_training_that_was_interrupted_ends_with_the_same_weights(kind: str, tmp
     other = TrainingConfig(steps=14, batch_size=8, checkpoint_every=4, seed=1)
     with pytest.raises(ValueError, match="another run: its config differs"):
         train_writer(fresh(), data, other, folder=tmp_path, progress=False)
+
+
+def test_a_base_in_bfloat16_trains_adapters_in_float32() -> None:
+    texts = corpus()[:60]
+    writer = language_model(dtype=torch.bfloat16)
+    data = EditData.from_texts(texts, Bag().encode, writer.tokenize, window=16)
+    found = train_writer(writer, data, TrainingConfig(steps=60, batch_size=16, learning_rate=2e-2), progress=False)
+    assert {value.dtype for value in writer.trained().values()} == {torch.float32}
+    assert writer.model.dtype == torch.bfloat16
+    assert found["losses"][-1][1] < 0.8 * found["losses"][0][1]
 
 
 def test_a_run_by_minutes_sets_its_number_of_updates(tmp_path: Path) -> None:

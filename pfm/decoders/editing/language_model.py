@@ -77,6 +77,7 @@ class LanguageModelWriter(Writer):
     """
 
     kind = "language_model"
+    autocast = False  # the base is in bfloat16 there
 
     def __init__(
         self,

@@ -167,7 +167,7 @@ def train_writer(
             edits, targets = batches.get(step)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * _schedule(step, state["steps"], config.warmup)
-            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            with torch.autocast("cuda", torch.bfloat16, enabled=cuda and writer.autocast):
                 loss = -writer.log_probabilities(edits, targets).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -215,7 +215,7 @@ def held_out_losses(writer: Writer, data: EditData, count: int, config: Training
             targets = list(range(start, min(count, start + config.batch_size)))
             drafts = [data.draft(target, kind, rng) for target in targets]
             edits, wanted = data.edits(targets, drafts, torch.full((len(targets), 1), config.noise / 2), generator)
-            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+            with torch.autocast("cuda", torch.bfloat16, enabled=cuda and writer.autocast):
                 parts.append(-writer.log_probabilities(edits, wanted).float())
         if parts:
             found[name] = round(float(torch.cat(parts).mean()), 5)

@@ -49,9 +49,12 @@ class Writer(nn.Module, ABC):
         dimension: D of vectors and points.
         window: most tokens of a draft, and of a text that is written.
         end: id of the token that ends a text.
+        autocast: whether training on CUDA computes in bfloat16 by autocast; a network that casts by itself saves the
+            dispatch of every operation.
     """
 
     kind: ClassVar[str]
+    autocast: ClassVar[bool] = True
     dimension: int
     window: int
     end: int
