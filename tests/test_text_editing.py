@@ -121,7 +121,7 @@ def test_the_table_joins_seeds(tmp_path: Path) -> None:
             f"{name}.{part}": figure(win) for name in ("copy", "flow x1", "ascent 0.2") for part in ("win", "cosine")
         }
         names |= {f"best of {n}.win": figure(0.6) for n in (2, 8)}
-        about = {"editor": "PointerWriter", "drafts": 4, "samples": 2, "independent_accuracy": 0.7}
+        about = {"editor": "PointerWriter", "drafts": 4, "samples": 2, "guidance": 1.0, "independent_accuracy": 0.7}
         described = {"task": {"name": "text_editing"}, "method": {"name": "pfm"}, "seed": seed}
         return Run(tmp_path, {"kind": "text_editing", "figures": names, "about": about, "settings": described})
 

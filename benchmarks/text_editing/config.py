@@ -17,7 +17,7 @@ class TextEditingConfig(TaskConfig):
         ``python -m benchmarks.text_editing.sentences`` writes. device: where it writes.
     drafts: of each corpus, other ones for every seed. draws: sentences that an edit is compared with.
     labelled: sentences that the labelling judge is fitted on. reference: sentences that preferences are drawn from.
-    samples: edits of a draft. perplexity: by the base SmolLM2, where it is installed.
+    samples: edits of a draft. guidance: of the editor. perplexity: by the base SmolLM2, where it is installed.
     """
 
     decoder: str = "runs/decoder"
@@ -27,6 +27,7 @@ class TextEditingConfig(TaskConfig):
     labelled: int = 6000
     reference: int = 6000
     samples: int = 4
+    guidance: float = 1.0
     perplexity: bool = True
 
 

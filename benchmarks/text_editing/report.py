@@ -40,7 +40,8 @@ def _section(editor: str, runs: Sequence[Run]) -> list[str]:
     return [
         f"## text_editing ({editor})",
         "",
-        f"{len(runs)} seeds of {about['drafts']} drafts, {about['samples']} samples a draft. Each cell is the mean "
+        f"{len(runs)} seeds of {about['drafts']} drafts, {about['samples']} samples a draft, guidance "
+        f"{about['guidance']:g}. Each cell is the mean "
         "over seeds; with several seeds ± is half of the 95% interval over them by Student's t, with one it is that "
         "over drafts. win: against an independent sentence by the judge on words, which tells "
         f"{accuracy:.0%} of held-out "

@@ -128,6 +128,7 @@ class TextEditing:
                 "drafts": len(texts),
                 "draws": len(draws),
                 "samples": self.config.samples,
+                "guidance": self.config.guidance,
                 "editor": type(editor.writer).__name__,
                 "independent_accuracy": judge.accuracy([s.text for s in draws], [s.liked for s in draws]),
                 "tokens_written": tokens,
@@ -148,7 +149,13 @@ class TextEditing:
                 f"no editor at {folder}: python -m benchmarks.text_editing.sentences --films --out sentences.jsonl, "
                 f"then pfm train-decoder sentences.jsonl --out {folder}"
             )
-        return Editor.from_pretrained(folder, device=self.config.device, samples=self.config.samples, seed=self.seed)
+        return Editor.from_pretrained(
+            folder,
+            device=self.config.device,
+            samples=self.config.samples,
+            guidance=self.config.guidance,
+            seed=self.seed,
+        )
 
     def _held_out(self, rng: np.random.Generator) -> tuple[list[Sentence], list[Sentence]]:
         """Return the drafts of this seed and the draws of every seed, as many of each corpus."""
