@@ -97,12 +97,11 @@ class EditData:
         found = encode(kept) if vectors is None else vectors[[first[text] for text in kept]]
         found = torch.nn.functional.normalize(found.float(), dim=1).half()
         near = nearest_neighbours(found, neighbours, similarity, device).numpy()
-        rng = random.Random(seed)
         words = [text.split() for text in kept]
-        broken = [
-            corrupted(own, words[rng.choice(others)], words[rng.randrange(len(words))], rng)
-            for own, others in zip(words, _present(near), strict=True)
-        ]
+        broken: list[str] = []
+        for text, own, others in zip(kept, words, _present(near), strict=True):
+            rng = random.Random(f"{seed}\n{text}")  # of the text alone, so that other texts change little of the cache
+            broken.append(corrupted(own, words[rng.choice(others)], words[rng.randrange(len(words))], rng))
         broken_rows = tokenize(broken)
         places = np.full(len(kept), -1)
         sound = [
