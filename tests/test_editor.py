@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -303,6 +304,10 @@ def test_training_that_was_interrupted_ends_with_the_same_weights(kind: str, tmp
     first = fresh()
     with pytest.raises(KeyboardInterrupt):
         train_writer(first, Stopped(**vars(data)), config, folder=tmp_path, progress=False)
+    with safe_open(tmp_path / "training.safetensors", "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    assert state["step"] == 8  # the last checkpoint before the tenth update
+    assert state["seconds"] > 0
     resumed = fresh()
     train_writer(resumed, data, config, folder=tmp_path, progress=False)
     for name, value in whole.trained().items():

@@ -184,6 +184,7 @@ def train_writer(
                 state["steps"] = _planned(config, time.perf_counter() - began, time.perf_counter() - mark)
                 bar.total = state["steps"]
             if path is not None and state["step"] % config.checkpoint_every == 0:
+                state["seconds"] = time.perf_counter() - began
                 _save(path, run, state, parameters, optimizer)
     finally:
         bar.close()
