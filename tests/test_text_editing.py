@@ -18,7 +18,8 @@ from benchmarks.text_editing import report
 from benchmarks.text_editing.judges import LabellingJudge, WordJudge
 from benchmarks.text_editing.measures import best_of, estimates, read_out, wins
 from benchmarks.text_editing.moves import ASCENT_STEP, ascent, preference_pairs, shift
-from benchmarks.text_editing.sentences import held_out, sentences_of, training
+from benchmarks.text_editing.sentences import Sentence, held_out, sentences_of, training
+from benchmarks.text_editing.task import halves
 
 
 def test_wins_count_ties_half() -> None:
@@ -104,6 +105,16 @@ def test_nothing_held_out_is_trained_on() -> None:
         pytest.skip(str(error))
     assert len(apart) > 10_000
     assert not apart & {text.lower() for text in training(films=True)}
+
+
+def test_the_judgeshalves_share_no_review_and_hold_both_kinds() -> None:
+    rows = [Sentence(f"text {number}", number % 2 == 1, number // 3) for number in range(60)]  # as they alternate
+    rows += [Sentence(f"other {number}", number % 2 == 1, 20 + number) for number in range(8)]
+    first, second = halves(rows)
+    assert not {s.review for s in first} & {s.review for s in second}
+    assert sorted(s.text for s in first + second) == sorted(s.text for s in rows)
+    alternating = halves(rows[60:])
+    assert all({s.liked for s in half} == {False, True} for half in alternating)
 
 
 def test_a_missing_editor_is_named_with_the_way_to_one(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from pfm.decoders import Editor
 from pfm.encoders import SentenceEncoder
 from pfm.statistics import Bootstrap, Estimate
 
-__all__ = ["TextEditing"]
+__all__ = ["TextEditing", "halves"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ WORDS = (6, 24)  # of drafts, draws and the reference
 class TextEditing:
     """Moves held-out sentences and rewrites them; its score is the win rate of the best-of-8 flow at strength 2.
 
-    Preferences come from a judge on embeddings, fitted on IMDB reviews of even number; results from a judge on words,
-    fitted on IMDB reviews of odd number and on rt_polarity. Drafts and the draws that they are compared with are of
+    Preferences come from a judge on embeddings, fitted on one half of the IMDB reviews; results from a judge on words,
+    fitted on the other half and on rt_polarity. Drafts and the draws that they are compared with are of
     reviews that none of the judges, flows and editors has seen, half of each corpus.
     """
 
@@ -60,11 +60,12 @@ class TextEditing:
         bound = editor.bind(None, None, encoder)
         films = {name: of_films()[name][0] for name in ("imdb", "rt_polarity")}
         rng = np.random.default_rng(0)  # not the run's seed: the cached embeddings serve every run
-        labelled = _some([s for s in films["imdb"] if s.review % 2 == 0], self.config.labelled, rng)
-        other = [s for s in films["imdb"] if s.review % 2] + films["rt_polarity"] * 3
+        half_of_imdb, others = halves(films["imdb"])
+        labelled = _some(half_of_imdb, self.config.labelled, rng)
+        other = others + films["rt_polarity"] * 3
         judge = WordJudge([s.text for s in other], [s.liked for s in other])
         used = {s.text for s in labelled}
-        spare = [s for s in films["imdb"] if s.review % 2 == 0 and s.text not in used]
+        spare = [s for s in half_of_imdb if s.text not in used]
         half = self.config.reference // 2
         reference = _some(_sized(spare), half, rng) + _some(_sized(films["rt_polarity"]), half, rng)
         labels = LabellingJudge(encoder.encode([s.text for s in labelled]), [s.liked for s in labelled])
@@ -170,6 +171,12 @@ class TextEditing:
             draws += [found[place] for place in order[:half]]
             drafts += [found[place] for place in rest[start : start + self.config.drafts]]
         return drafts, draws
+
+
+def halves(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
+    """Cut sentences in two by review; disliked and liked reviews alternate in the file, so pairs go together."""
+    first = [s for s in sentences if s.review // 2 % 2 == 0]
+    return first, [s for s in sentences if s.review // 2 % 2]
 
 
 def _sized(sentences: list[Sentence]) -> list[Sentence]:
