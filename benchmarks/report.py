@@ -31,6 +31,7 @@ from benchmarks.preference import report as preference_report
 from benchmarks.selection import plots as selection_plots
 from benchmarks.selection import report as selection_report
 from benchmarks.speed import report as speed_report
+from benchmarks.text_editing import report as text_editing_report
 
 __all__ = ["KINDS", "main"]
 
@@ -81,6 +82,11 @@ def _speed(runs: Sequence[Run], folder: Path) -> Written:
     return speed_report.markdown(runs), [{"kind": "speed", **run.metrics} for run in runs]
 
 
+def _text_editing(runs: Sequence[Run], folder: Path) -> Written:
+    text_editing_report.save_plot(runs, folder / "text_editing.png")
+    return text_editing_report.markdown(runs), [{"kind": "text_editing", **run.metrics} for run in runs]
+
+
 KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "selection": _selection,
     "preference": _preference,
@@ -88,6 +94,7 @@ KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "control": _control,
     "acquisition": _acquisition,
     "speed": _speed,
+    "text_editing": _text_editing,
 }
 
 

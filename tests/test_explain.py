@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from pfm import FlowConfig, PreferenceFlow, PreferencePairs
 from pfm.cli import app
 from pfm.encoders import SurfaceEncoder
+from pfm.explain import Explanation, explain
 from pfm.explain.changes import moved_traits
 from pfm.explain.directions import PRIOR_TOKENS, contrastive_terms
-from pfm.explain.explanation import Explanation, explain
 from pfm.explain.traits import TRAITS, measure_traits
 
 ENCODER = SurfaceEncoder(provides_context=True)

@@ -19,11 +19,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pfm.data import PreferenceDataError, PreferencePairs
 from pfm.data.candidates import CandidateGroup
 from pfm.data.conversations import conversation_text
-from pfm.data.errors import PreferenceDataError
 from pfm.data.implicit import split_prompt
-from pfm.data.pairs import PreferencePairs
 
 ROWS = [
     {"prompt": "Name a colour.", "chosen": "Blue, like the sea.", "rejected": "No.", "margin": 2.5},

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 METRICS, ERROR = "metrics.json", "error.txt"
 # what a run of a kind keeps beside its metrics
 ARRAYS = {"selection": "picks.npz", "law": "draws.npz", "speed": "seconds.npz", "preference": "predictions.npz",
-          "acquisition": "curves.npz",
+          "acquisition": "curves.npz", "text_editing": "edits.npz",
           "control": "returns.npz"}  # fmt: skip
 
 

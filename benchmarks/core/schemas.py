@@ -15,12 +15,13 @@ from benchmarks.control import config as control_config
 from benchmarks.core import config
 from benchmarks.preference import config as preference_config
 from benchmarks.preference import pool_config
+from benchmarks.text_editing import config as text_editing_config
 
 __all__ = ["composed", "method_settings", "register"]
 
 _CONF = Path(__file__).resolve().parents[2] / "conf"
 
-_WITH_TASKS = (config, acquisition_config, preference_config, control_config)
+_WITH_TASKS = (config, acquisition_config, preference_config, control_config, text_editing_config)
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
 
 

@@ -73,6 +73,7 @@ class Proposal:
         calls, usage: of the generator, and tokens by kind.
         stop: why no further round makes sense after this one, or None.
         error: type and message of what failed, or None.
+        point: (D,) where the flow carries the draft, for a decoder that compares with it.
     """
 
     texts: list[str]
@@ -82,6 +83,7 @@ class Proposal:
     usage: dict[str, int] = field(default_factory=dict)
     stop: str | None = None
     error: str | None = None
+    point: torch.Tensor | None = None
 
 
 class Improver(ABC):
@@ -220,9 +222,7 @@ class Improver(ABC):
             judged_b = np.array([draft.probabilities[before], *probabilities])
             along = flow.alignment(stacked, draft.row.context).double().tolist()
             alignment = [value - along[0] for value in along[1:]]
-            selection = self.select.decode(
-                flow, [draft.texts[before], *texts], stacked, draft.row.context, judged_b, draft.row.key
-            )
+            selection = self._choose(flow, draft, proposal, [draft.texts[before], *texts], stacked, judged_b)
             reason = selection.reason.replace("the original", "the draft")
             if selection.changed:
                 accepted = places[selection.index - 1]
@@ -245,6 +245,18 @@ class Improver(ABC):
                 "error": proposal.error,
             }
         )
+
+    def _choose(
+        self,
+        flow: Any,
+        draft: Draft,
+        proposal: Proposal,
+        texts: list[str],
+        vectors: torch.Tensor,
+        probabilities: np.ndarray,
+    ) -> Selection:
+        """Choose among the draft, which comes first, and what is new of its proposals."""
+        return self.select.decode(flow, texts, vectors, draft.row.context, probabilities, draft.row.key)
 
     def _selection(self, draft: Draft, start: Selection, margin: float) -> Selection:
         given = len(draft.row.candidates)
