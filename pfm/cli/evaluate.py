@@ -205,7 +205,7 @@ def _report(
 
 def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: PreferencePairs) -> None:
     from pfm.data.identity import normal_form
-    from pfm.data.rows import conversation_text
+    from pfm.data.conversations import conversation_text
 
     seen = set(map(normal_form, training.prompts))
     leaked = sum(normal_form(conversation_text(row.prompt)) in seen for row in rows)
