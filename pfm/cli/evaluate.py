@@ -113,7 +113,7 @@ class _ScoredRow:
 
 
 def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: str) -> list[_ScoredRow]:
-    from pfm.data.rows import BadRows, PreferenceDataError
+    from pfm.data.errors import BadRows, PreferenceDataError
 
     unit = find_reader(path)[1]
     bad = BadRows(str(path), on_bad_rows)
@@ -128,8 +128,10 @@ def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: st
 
 
 def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
+    from pfm.data.checks import checked_response, require
+    from pfm.data.conversations import conversation_text
+    from pfm.data.errors import PreferenceDataError
     from pfm.data.identity import given_group
-    from pfm.data.rows import PreferenceDataError, checked_response, conversation_text, require
 
     prompt, candidates = checked_row(value, False, prompted)
     texts = [conversation_text(checked_response(text, "candidates")) for text in candidates]
@@ -150,7 +152,7 @@ def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
 def _score(value: Any, column: str) -> float:
     from math import isfinite
 
-    from pfm.data.rows import PreferenceDataError, show
+    from pfm.data.errors import PreferenceDataError, show
 
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
         raise PreferenceDataError(f"got {show(value)}; expected a finite number", column=column)
@@ -204,8 +206,8 @@ def _report(
 
 
 def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: PreferencePairs) -> None:
-    from pfm.data.identity import normal_form
     from pfm.data.conversations import conversation_text
+    from pfm.data.identity import normal_form
 
     seen = set(map(normal_form, training.prompts))
     leaked = sum(normal_form(conversation_text(row.prompt)) in seen for row in rows)

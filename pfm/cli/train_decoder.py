@@ -108,7 +108,8 @@ def _read(path: Path, key: str) -> list[str]:
     if path.suffix == ".txt":
         found: list[Any] = path.read_text(encoding="utf-8").splitlines()
     else:
-        from pfm.data.rows import BadRows, reader_for
+        from pfm.data.errors import BadRows
+        from pfm.data.readers import reader_for
 
         found = []
         for number, row in reader_for(path)(path, BadRows(str(path), "raise")):
