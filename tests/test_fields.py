@@ -53,7 +53,7 @@ def test_linear_part_contains_the_mean_shift_at_infinite_ridge():
 def test_scalar_and_row_times_agree_with_context_and_without():
     for context_dimension in (0, 3):
         field = Field(4, context_dimension, 16, 2)
-        assert field.residual is not None
+        assert isinstance(field.residual, ResidualField)
         with torch.no_grad():
             for tensor in (field.linear.matrices, field.linear.shifts, field.residual.last.weight, field.gain):
                 tensor.copy_(torch.randn_like(tensor))
@@ -387,6 +387,7 @@ def test_what_a_field_remembers_follows_its_parameters():
         for number in range(2 * REMEMBERED + 1):
             at(number / 100, y)
     assert len(field.linear._at) <= REMEMBERED
+    assert isinstance(field.residual, ResidualField)
     assert len(field.residual._at) <= REMEMBERED
     torch.testing.assert_close(hoisted(), rows())
 

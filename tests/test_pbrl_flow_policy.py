@@ -12,6 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
+from pfm.flow.fields import ResidualField
 from pfm.pbrl.arrays import BatchedPendulum, BatchedPointMass
 from pfm.pbrl.cloning import ClonedPolicy
 from pfm.pbrl.collection import collect
@@ -378,7 +379,7 @@ def test_few_rows_are_carried_as_the_flow_carries_them(solver, residual):
     flow.field.linear.shifts.normal_()
     flow.field.gain.fill_(0.7)
     flow.field.unit.uniform_(0.5, 1.5)
-    assert flow.field.residual is not None
+    assert isinstance(flow.field.residual, ResidualField)
     torch.nn.init.normal_(flow.field.residual.last.weight)
     if not residual:
         flow.field.drop_residual()

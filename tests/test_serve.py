@@ -186,6 +186,9 @@ def test_over_many_requests_b_rises_and_never_falls_and_swapped_labels_choose_th
         def win_probability(self, y, context=None):
             return 1 - flow.win_probability(y, context)
 
+        def alignment(self, y, context=None):
+            return flow.alignment(y, context)
+
     swapped = pfm.Refiner(None, Swapped(), pfm.encoders.SurfaceEncoder(), pfm.decoders.Select(), 8)
     with proxy(swapped, upstream) as turned:
         answers = [ask(turned, messages=[{"role": "user", "content": f"Question {k}?"}]) for k in range(10)]
