@@ -282,13 +282,31 @@ def _present(places: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return places[kept], weight[kept]
 
 
-class Independent:
+class _Sources:
+    """What couplings share whose items are source samples of pairs, places in the sense of `EncodedPairs.members`."""
+
+    rows_per_item = 1
+    pairs: EncodedPairs
+    _sources: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of the samples."""
+        return self.pairs.device
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def group_of(self, index: Tensor) -> Tensor:
+        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
+
+
+class Independent(_Sources):
     """Joins each source sample to any target sample of its context, by their weights.
 
     Of use where a context holds many samples; :func:`make_coupling` refuses pairs of which each has its own.
     """
-
-    rows_per_item = 1
 
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
         self.pairs = pairs
@@ -304,18 +322,6 @@ class Independent:
         self._high = self._sum[self._last.clamp_min(0)]
         self._low = torch.cat([self._high.new_zeros(1), self._high[:-1]])
 
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the samples."""
-        return self.pairs.device
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
-        return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
-
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Join the source samples at ``index`` (B,) with targets of their contexts, drawn afresh."""
         index = index.to(self.pairs.device, non_blocking=True)
@@ -326,7 +332,7 @@ class Independent:
         return _joined(self.pairs, self._sources[index], self._targets[target], self._weight[index])
 
 
-class Transported:
+class Transported(_Sources):
     """Joins source and target samples by optimal transport: the least total squared distance of outputs.
 
     ``across=False`` (``ot``): within a context only, exactly for up to :data:`BLOCK` samples, larger contexts in
@@ -334,8 +340,6 @@ class Transported:
     contexts' squared distance in the cost (C2OT, Cheng and Schwing 2503.10636), the smallest power of two at which
     joined contexts are within :data:`CONTEXT_BLUR` of their spread; rows carry the source's context.
     """
-
-    rows_per_item = 1
 
     def __init__(self, pairs: EncodedPairs, source: str, *, across: bool = False, seed: int = 0) -> None:
         self.pairs = pairs
@@ -358,18 +362,6 @@ class Transported:
                 sources.append(some)
                 targets.append(others[self._assign(some, others, across).to(device)])
         self._sources, self._targets = torch.cat(sources), torch.cat(targets)
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the samples."""
-        return self.pairs.device
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
-        return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Gather the joined samples at ``index`` (B,)."""
