@@ -176,14 +176,15 @@ def train_writer(
             state["step"] = step + 1
             state["tokens"] += sum(map(len, edits.drafts)) + sum(map(len, targets))
             bar.update()
-            if state["step"] % _LOGGED == 0 or state["step"] == state["steps"]:
+            saving = path is not None and state["step"] % config.checkpoint_every == 0
+            if saving or state["step"] % _LOGGED == 0 or state["step"] == state["steps"]:
                 _look(state, float(loss.detach()), began, bar)
             if state["steps"] is None and state["step"] == _TIMED[0]:
                 mark = time.perf_counter()
             if state["steps"] is None and state["step"] == _TIMED[1]:
                 state["steps"] = _planned(config, time.perf_counter() - began, time.perf_counter() - mark)
                 bar.total = state["steps"]
-            if path is not None and state["step"] % config.checkpoint_every == 0:
+            if path is not None and saving:  # looked at first: a loss that is not finite is never saved
                 state["seconds"] = time.perf_counter() - began
                 _save(path, run, state, parameters, optimizer)
     finally:
