@@ -24,7 +24,7 @@ from pfm.data.tensors import (
 )
 from pfm.devices import with_standard_defaults
 
-__all__ = ["CandidateRows", "EncodedPairs", "PairBatch", "vector_space"]
+__all__ = ["CandidateRows", "EncodedPairs", "PairBatch"]
 
 
 @with_standard_defaults
@@ -540,15 +540,3 @@ class EncodedPairs:
         part._indices = (torch.where(flip, second, first), torch.where(flip, first, second))
         part.candidates = None
         return part
-
-
-def vector_space(description: Any) -> Any:
-    """Reduce an encoder's description, at any depth, to what makes its vectors another space.
-
-    The number type is left out: the same model in bfloat16 gives the same vectors but for rounding.
-    """
-    if isinstance(description, Mapping):
-        return {name: vector_space(value) for name, value in description.items() if name != "dtype"}
-    if isinstance(description, list | tuple):
-        return [vector_space(value) for value in description]
-    return description

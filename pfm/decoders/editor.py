@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pfm.data.encoded import vector_space
+from pfm.data.vector_spaces import space_differences
 from pfm.decoders.editing.folder import load_writer
 from pfm.decoders.editing.writer import Edits, Writer, sample_edits
 from pfm.decoders.improve import Draft, Improver, Proposal, targets, whole
@@ -139,15 +139,11 @@ class Editor(Improver):
                 f"gives {encoder.dimension}: use the encoder {_name(self.trained_on)}, or train "
                 "a decoder on its vectors"
             )
-        if self.trained_on is not None:
-            ours, theirs = vector_space(self.trained_on), vector_space(encoder.describe())
-            differing = [name for name in ours if name in theirs and ours[name] != theirs[name]]
-            if differing:
-                differences = ", ".join(f"{name} {ours[name]!r} against {theirs[name]!r}" for name in differing)
-                raise ValueError(
-                    f"the editor was trained on vectors of another encoder: {differences}; use that encoder, or train "
-                    "a decoder on this one's vectors with pfm train-decoder"
-                )
+        if differences := space_differences(self.trained_on, encoder.describe()):
+            raise ValueError(
+                f"the editor was trained on vectors of another encoder: {differences}; use that encoder, or train "
+                "a decoder on this one's vectors with pfm train-decoder"
+            )
         return super().bind(generator, flow, encoder)
 
     def propose(self, flow: Any, drafts: Sequence[Draft], number: int) -> list[Proposal]:

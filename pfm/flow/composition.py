@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from pfm._internal.archive import read_description, read_folder, save_folder
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.encoded import vector_space
 from pfm.data.tensors import as_float_tensor, check_finite
+from pfm.data.vector_spaces import vector_space
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow.fields import Velocity

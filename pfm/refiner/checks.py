@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfm.data.encoded import vector_space
+from pfm.data.vector_spaces import space_differences
 from pfm.decoders import Decoder, Latent, Rewrite, Select
 from pfm.generators import Prompt
 from pfm.generators.base import Accepts, is_usable_text
@@ -83,10 +83,7 @@ def check_flow_and_encoder(flow: Flow, encoder: Any) -> None:
             f"encoder has dimension {encoder.dimension}, but the flow was fitted on dimension {expected}; "
             f"use the encoder of the fit: {_name(flow.metadata.get('encoder'))}"
         )
-    fitted, given = vector_space(flow.metadata.get("encoder") or {}), vector_space(encoder.describe())
-    differing = [name for name in fitted if name in given and fitted[name] != given[name]]
-    if differing:
-        differences = ", ".join(f"{name} {fitted[name]!r} against {given[name]!r}" for name in differing)
+    if differences := space_differences(flow.metadata.get("encoder"), encoder.describe()):
         warnings.warn(
             f"the flow was fitted with another encoder than the one given: {differences}; "
             "vectors of different encoders cannot be compared",
