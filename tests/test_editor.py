@@ -577,3 +577,15 @@ def test_the_command_trains_a_decoder(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(app, ["train-decoder", str(rows), "--out", str(out)])
     assert wrong.exit_code == 2
     assert "--text-key" in wrong.output
+
+
+def test_texts_one_a_line_are_read_in_the_encoding_that_their_mark_says(tmp_path: Path) -> None:
+    from pfm.cli.train_decoder import _read
+
+    path = tmp_path / "texts.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text("First one.\nÜber uns.\n", encoding=encoding)
+        assert _read(path, "text") == ["First one.", "Über uns."]
+    path.write_bytes("Über uns.\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"texts\.txt, line 1"):
+        _read(path, "text")

@@ -105,14 +105,16 @@ def train_decoder(
 
 def _read(path: Path, key: str) -> list[str]:
     """Read the texts of a file, one a row."""
-    if path.suffix == ".txt":
-        found: list[Any] = path.read_text(encoding="utf-8").splitlines()
-    else:
-        from pfm.data.errors import BadRows
-        from pfm.data.readers import reader_for
+    from pfm.data.errors import BadRows
+    from pfm.data.readers import reader_for
+    from pfm.data.spreadsheets import decode_text
 
-        found = []
-        for number, row in reader_for(path)(path, BadRows(str(path), "raise")):
+    bad = BadRows(str(path), "raise")
+    found: list[str] = []
+    if path.suffix == ".txt":
+        found += decode_text(path.read_bytes(), bad).splitlines()
+    else:
+        for number, row in reader_for(path)(path, bad):
             text = row if isinstance(row, str) else row.get(key) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise ValueError(f"{path}, row {number}: there is no text in column {key!r}; name it with --text-key")

@@ -18,7 +18,7 @@ from typing import Any
 from pfm.data.conversations import is_unicode
 from pfm.data.errors import BadRows, PreferenceDataError, not_utf8
 
-__all__ = ["table_rows"]
+__all__ = ["decode_text", "table_rows"]
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SEPARATOR_LINE = re.compile(r'\s*"?sep=(.)"?[,;\t| ]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
@@ -38,7 +38,7 @@ def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | 
     Raises:
         PreferenceDataError: the bytes are no text, the header is bad, or a row is and bad rows are raised.
     """
-    text = _decoded(raw, bad)
+    text = decode_text(raw, bad)
     declared = _SEPARATOR_LINE.match(text)
     text = text[declared.end() :] if declared else text
     separator = declared[1] if declared else _likeliest_separator(text)
@@ -60,7 +60,12 @@ _OTHER_KINDS = {
 }
 
 
-def _decoded(raw: bytes, bad: BadRows) -> str:
+def decode_text(raw: bytes, bad: BadRows) -> str:
+    """Decode the bytes of a text file: UTF-8, or what a byte order mark says.
+
+    Raises:
+        PreferenceDataError: it is another kind of file, or not valid in its encoding.
+    """
     for start, problem in _OTHER_KINDS.items():
         if raw.startswith(start):
             raise PreferenceDataError(problem, reason="not CSV", source=bad.source)
