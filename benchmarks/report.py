@@ -23,6 +23,8 @@ from benchmarks.control import plots as control_plots
 from benchmarks.control import report as control_report
 from benchmarks.core.runs import Run, collect
 from benchmarks.core.tables import save_parquet
+from benchmarks.images import plots as image_plots
+from benchmarks.images import report as image_report
 from benchmarks.laws import plots as law_plots
 from benchmarks.laws import report as law_report
 from benchmarks.preference import noise_report
@@ -87,6 +89,13 @@ def _text_editing(runs: Sequence[Run], folder: Path) -> Written:
     return text_editing_report.markdown(runs), [{"kind": "text_editing", **run.metrics} for run in runs]
 
 
+def _images(runs: Sequence[Run], folder: Path) -> Written:
+    for task, some in image_report.of_task(runs).items():
+        image_plots.save_frontier(some, folder / f"{task}.png")
+        image_plots.save_grid(some, folder / f"{task}-images.png")
+    return image_report.markdown(runs), [{"kind": "images", **run.metrics} for run in runs]
+
+
 KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "selection": _selection,
     "preference": _preference,
@@ -95,6 +104,7 @@ KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "acquisition": _acquisition,
     "speed": _speed,
     "text_editing": _text_editing,
+    "images": _images,
 }
 
 

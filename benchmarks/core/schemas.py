@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from benchmarks.acquisition import config as acquisition_config
 from benchmarks.control import config as control_config
 from benchmarks.core import config
+from benchmarks.images import config as images_config
 from benchmarks.preference import config as preference_config
 from benchmarks.preference import pool_config
 from benchmarks.text_editing import config as text_editing_config
@@ -21,7 +22,8 @@ __all__ = ["composed", "method_settings", "register"]
 
 _CONF = Path(__file__).resolve().parents[2] / "conf"
 
-_WITH_TASKS = (config, acquisition_config, preference_config, control_config, text_editing_config)
+_WITH_TASKS = (config, acquisition_config, preference_config, control_config, text_editing_config,
+               images_config)  # fmt: skip
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
 
 

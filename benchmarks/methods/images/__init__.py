@@ -1,0 +1,1 @@
+"""Methods that move images of ``task=mnist`` and ``task=digits``: one module a family, with ``make(config)``."""
