@@ -20,7 +20,7 @@ from pfm.refiner import Refiner
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 
-__all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read"]
+__all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read", "read_messages", "shown"]
 
 EXTENSION = "pfm"
 HEADER = "x-pfm-"
@@ -116,7 +116,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
     )
     if asked.plain is not None:
         return asked
-    prompt = _prompt(body.get("messages"))
+    prompt = read_messages(body.get("messages"))
     if prompt is None:
         return dataclasses.replace(asked, plain="a message is not text")
     asked = dataclasses.replace(asked, prompt=prompt)
@@ -156,7 +156,7 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
 
 
-def _prompt(messages: Any) -> list[dict[str, str]] | None:
+def read_messages(messages: Any) -> list[dict[str, str]] | None:
     """Return the conversation with its contents as text, or None where one is something else."""
     if not isinstance(messages, list) or not messages:
         return None
@@ -198,7 +198,7 @@ def _options(extension: Any, headers: Mapping[str, str]) -> dict[str, Any]:
         raise _bad("", f"must be an object or a boolean, got {type(extension).__name__}")
     unknown = [name for name in extension if name not in _OPTIONS]
     if unknown:
-        raise _bad(_shown(unknown[0])[1:-1], f"is unknown; known are {', '.join(_OPTIONS)}")
+        raise _bad(shown(unknown[0])[1:-1], f"is unknown; known are {', '.join(_OPTIONS)}")
     return found | extension
 
 
@@ -207,18 +207,18 @@ def _from_header(name: str, text: str) -> Any:
         return text
     if name == "refine":
         if text.lower() not in _TRUE + _FALSE:
-            raise _bad(name, f"must be true or false, got {_shown(text)}")
+            raise _bad(name, f"must be true or false, got {shown(text)}")
         return text.lower() in _TRUE
     try:
         return int(text) if name == "n" else float(text)
     except ValueError:
-        raise _bad(name, f"must be a number, got {_shown(text)}") from None
+        raise _bad(name, f"must be a number, got {shown(text)}") from None
 
 
 def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -> tuple[int, Rule | None]:
     n, most, decoder = options.get("n", refiner.n), max(config.max_n, refiner.n), refiner.decoder
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-        raise _bad("n", f"must be an integer from 1 to {most}, got {_shown(n)}")
+        raise _bad("n", f"must be an integer from 1 to {most}, got {shown(n)}")
     asked = {name: options[name] for name in ("by", "margin", "strength") if name in options}
     if not isinstance(decoder, Select):
         if asked:
@@ -228,12 +228,12 @@ def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -
     if "strength" in asked and "by" not in asked:
         by = "sample"  # the one rule that strength has a meaning for
     if not isinstance(by, str) or by not in RULES:
-        raise _bad("by", f"must be one of {', '.join(RULES)}, got {_shown(by)}")
+        raise _bad("by", f"must be one of {', '.join(RULES)}, got {shown(by)}")
     margin, strength = asked.get("margin", decoder.margin), asked.get("strength", decoder.strength)
     if margin is not None and not _is_number(margin):
-        raise _bad("margin", f"must be a number, or null for the flow's own, got {_shown(margin)}")
+        raise _bad("margin", f"must be a number, or null for the flow's own, got {shown(margin)}")
     if not (_is_number(strength) and 0 <= strength < math.inf):
-        raise _bad("strength", f"must be a finite number of at least 0, got {_shown(strength)}")
+        raise _bad("strength", f"must be a finite number of at least 0, got {shown(strength)}")
     if "strength" in asked and strength != 1 and by != "sample":
         raise _bad("strength", f"has no effect with by={by}: the highest score stays the highest; use by=sample")
     return n, Rule(by, margin, float(strength) if by == "sample" else 1.0, decoder.seed)
@@ -248,7 +248,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Write a value of a request for a message: in ASCII, since it may hold half a character, and not at any length."""
     text = ascii(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -217,7 +217,7 @@ class Body:
 
 
 async def whole_body(request: Request, config: ServeConfig, held: HeldBytes) -> bytes:
-    """Read the body of a chat request.
+    """Read the body of a request that is held in memory.
 
     Raises:
         Refused: it is too large (413), too slow (408), or all bodies together would be too large (503).
@@ -307,7 +307,11 @@ async def answer_refusal(_: Request, error: Exception) -> Response:
 async def answer_not_found(request: Request, _: Exception) -> Response:
     """Answer a request for a path that is not served."""
     hint = "; the base URL for clients ends in /v1" if "completions" in request.url.path else ""
-    return _error_response(Refused(404, f"there is /v1/..., /healthz and /metrics here{hint}", outcome="not_found"))
+    return _error_response(
+        Refused(
+            404, f"there is /v1/..., /score, /rerank, /classify, /healthz and /metrics here{hint}", outcome="not_found"
+        )
+    )
 
 
 async def answer_nobody(_: Request, __: Exception) -> Response:
