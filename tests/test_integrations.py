@@ -7,12 +7,15 @@ langchain_core 1.8.4.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import math
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+from bench_settings import ROOT
 from chat_server import ChatServer, running
 from test_serve import fitted
 
@@ -142,9 +145,11 @@ def test_dspy_evaluates_with_the_metric(flow):
 def test_inspect_scores_samples_and_means(flow, tmp_path):
     inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
     from inspect_ai.dataset import Sample
-    from inspect_ai.model import ChatMessageUser, ModelOutput, get_model
+    from inspect_ai.model import ChatMessageUser, ModelOutput, ModelUsage, get_model
 
     outputs = [ModelOutput.from_content("mockllm/model", text) for text in (BAD, GOOD)]
+    for output in outputs:
+        output.usage = ModelUsage()  # else its tokens are counted with a table that is fetched
     samples = [Sample(input=PROMPT, target=""), Sample(input=[ChatMessageUser(content=PROMPT)], target="")]
     task = inspect_ai.Task(dataset=samples, scorer=inspect_scorer(flow, ENCODER))
     (log,) = inspect_ai.eval(
@@ -199,3 +204,21 @@ def test_without_the_library_the_way_out_is_said(flow, monkeypatch):
     refiner: Any = pfm.wrap(None, flow, encoder=ENCODER)
     with pytest.raises(ImportError, match="pip install langchain-core"):
         langchain_runnable(refiner)
+
+
+# --------------------------------------------------------------------------------------------------------- the page
+
+
+def test_the_snippets_of_the_page_run(flow, tmp_path, monkeypatch, capsys):
+    flow.save_pretrained(tmp_path / "my-flow")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 5
+    known: dict[str, Any] = {}
+    for snippet in snippets:
+        needed = {name for name in ("dspy", "inspect_ai") if f"import {name}" in snippet or f"from {name}" in snippet}
+        needed |= {"langchain_core"} if "langchain_runnable" in snippet else set()
+        if all(importlib.util.find_spec(name) for name in needed):
+            exec(compile(snippet, "docs/integrations.md", "exec"), known)
+    assert 0 < float(capsys.readouterr().out.split()[0].strip("[]")) < 1
