@@ -144,8 +144,8 @@ def test_dspy_evaluates_with_the_metric(flow):
 
 def test_inspect_scores_samples_and_means(flow, tmp_path):
     inspect_ai = pytest.importorskip("inspect_ai", reason="inspect_ai is not installed")
-    from inspect_ai.dataset import Sample
-    from inspect_ai.model import ChatMessageUser, ModelOutput, ModelUsage, get_model
+    from inspect_ai.dataset import Sample  # pyright: ignore[reportMissingImports]
+    from inspect_ai.model import ChatMessageUser, ModelOutput, ModelUsage, get_model  # pyright: ignore[reportMissingImports]
 
     outputs = [ModelOutput.from_content("mockllm/model", text) for text in (BAD, GOOD)]
     for output in outputs:
@@ -172,9 +172,9 @@ def test_inspect_scores_samples_and_means(flow, tmp_path):
 
 def test_langchain_runs_a_refined_endpoint_in_a_chain(flow):
     pytest.importorskip("langchain_core", reason="langchain_core is not installed")
-    from langchain_core.messages import AIMessage, HumanMessage
-    from langchain_core.output_parsers import StrOutputParser
-    from langchain_core.prompts import ChatPromptTemplate
+    from langchain_core.messages import AIMessage, HumanMessage  # pyright: ignore[reportMissingImports]
+    from langchain_core.output_parsers import StrOutputParser  # pyright: ignore[reportMissingImports]
+    from langchain_core.prompts import ChatPromptTemplate  # pyright: ignore[reportMissingImports]
 
     with running(ChatServer().app) as url:
         generator = pfm.generators.OpenAIGenerator("heeds-n", base_url=url, api_key="none", cache=None)

@@ -22,7 +22,7 @@ CHOICE = ("n", "by", "margin", "strength", "seed", "reasoning")
     epilog=examples(
         "pfm serve flow/ --upstream http://localhost:8000/v1",
         "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
-        "pfm serve flow/ --port 9000   # no upstream: a scorer at /v1/score, /v1/rerank and /v1/classify",
+        "pfm serve flow/ --port 9000",
         "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
     )
 )
@@ -187,7 +187,8 @@ def serve(
         settings = _settings(config, given)
         choice = {name: settings.pop(name) for name in CHOICE if name in settings}
         fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder)
-        settings.setdefault("score_model", flow.resolve().name or "pfm")
+        name = flow.resolve().name
+        settings.setdefault("score_model", name if name.strip() and name.isprintable() else "pfm")
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
             served.secret(name)
