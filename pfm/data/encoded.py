@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.batches import CandidateRows, PairBatch
-from pfm.data.storage import read_arrays, write_arrays
-from pfm.data.tensors import (
-    CHUNK,
+from pfm._internal.checks import (
     as_float_tensor,
     check_finite,
+    check_length,
+    check_number,
+    check_shape,
     checked_column,
     checked_index,
-    float_rows,
-    group_numbers,
-    row_hash,
-    same_rows,
 )
+from pfm.data.batches import CandidateRows, PairBatch
+from pfm.data.storage import read_arrays, write_arrays
+from pfm.data.tensors import CHUNK, float_rows, group_numbers, row_hash, same_rows
 from pfm.devices import with_standard_defaults
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch"]
@@ -75,11 +74,7 @@ class EncodedPairs:
                 f"chosen and rejected must have equal shapes: got chosen {tuple(chosen.shape)} "
                 f"and rejected {tuple(rejected.shape)}"
             )
-        if chosen.ndim < 2:
-            raise ValueError(
-                f"chosen and rejected must be (N, *D) with at least one dimension after N: got "
-                f"{tuple(chosen.shape)}; for scalar outputs use tensor[:, None]"
-            )
+        check_shape("chosen and rejected", chosen, ("N", "*D"), hint="for scalar outputs use tensor[:, None]")
         count = chosen.shape[0]
         if count == 0:
             raise ValueError("chosen and rejected hold no pairs: at least one is needed")
@@ -88,11 +83,8 @@ class EncodedPairs:
         check_finite("rejected", rejected)
         if context is not None:
             context = as_float_tensor("context", context).to(chosen.device)
-            if context.ndim != 2 or context.shape[0] != count:
-                raise ValueError(
-                    f"context must be ({count}, C), one row a pair: got {tuple(context.shape)}"
-                    + ("; for scalar contexts use tensor[:, None]" if context.ndim == 1 else "")
-                )
+            hint = "for scalar contexts use tensor[:, None]" if context.ndim == 1 else ""
+            check_shape("context", context, (count, "C"), "one row a pair", hint=hint)
             check_finite("context", context)
         every = torch.arange(count, device="cpu").to(chosen.device)
         self._tables = (chosen.flatten(1), rejected.flatten(1))
@@ -154,15 +146,13 @@ class EncodedPairs:
         context_rows = None
         if contexts is not None:
             contexts = as_float_tensor("contexts", contexts).to(table.device)
-            if contexts.ndim != 2:
-                raise ValueError(f"contexts must be (G, C): got {tuple(contexts.shape)}")
+            check_shape("contexts", contexts, ("G", "C"))
             if check:
                 check_finite("contexts", contexts)
             if context_index is None:
                 raise ValueError("contexts needs context_index (N,): which context row belongs to which pair")
             context_rows = checked_index("context_index", context_index, contexts)
-            if context_rows.shape[0] != count:
-                raise ValueError(f"context_index must have {count} entries: got {context_rows.shape[0]}")
+            check_length("context_index", context_rows, count, "pair")
             if group is None:
                 group = context_rows
         flat = table.flatten(1)
@@ -265,8 +255,7 @@ class EncodedPairs:
         self._grouped = group is not None
         if group is not None:
             numbers = group_numbers(group)
-            if numbers.shape != (count,):
-                raise ValueError(f"group must be ({count},): got {tuple(numbers.shape)}")
+            check_shape("group", numbers, (count,))
             self._group = numbers
         self.encoder: dict[str, Any] | None = dict(encoder) if encoder else None
 
@@ -486,8 +475,7 @@ class EncodedPairs:
         Raises:
             ValueError: fewer than two groups, or ``held_out`` out of range.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        check_number("held_out", held_out, above=0, below=1)
         names, member = torch.unique(self.group, return_inverse=True)
         if len(names) < 2:
             raise ValueError(
@@ -522,8 +510,7 @@ class EncodedPairs:
         Raises:
             ValueError: ``share`` does not lie in [0, 1].
         """
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must lie in [0, 1]: got {share}")
+        check_number("share", share, least=0, most=1)
         # Not the stream of data that were drawn with the same small seed.
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
         flip = self._here(torch.rand(len(self), generator=generator, dtype=torch.float32, device="cpu") < share)

@@ -7,6 +7,7 @@ import reprlib
 from collections import Counter
 from typing import Any
 
+from pfm._internal.checks import check_choice
 from pfm.errors import PfmError
 
 __all__ = ["BadRows", "PreferenceDataError", "not_utf8", "show"]
@@ -48,8 +49,7 @@ class BadRows:
     """Deal with bad rows as asked: raise at the first one, or count them by reason."""
 
     def __init__(self, source: str, on_bad_rows: str):
-        if on_bad_rows not in ("raise", "drop"):
-            raise ValueError(f'on_bad_rows must be "raise" or "drop", got {on_bad_rows!r}')
+        check_choice("on_bad_rows", on_bad_rows, ("raise", "drop"))
         self.source = source
         self.raises = on_bad_rows == "raise"
         self.dropped: Counter[str] = Counter()

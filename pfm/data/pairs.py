@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
+from pfm._internal.checks import check_choice, check_number
 from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
 from pfm.data.conversations import Text, conversation_text, joined_text
 from pfm.data.errors import BadRows, PreferenceDataError, show
@@ -235,7 +236,7 @@ class PreferencePairs:
         >>> list(zip(pairs.chosen, pairs.rejected))
         [('Rain.', 'No.'), ('It rains.', 'No.'), ('It rains.', 'Rain.')]
         """
-        _check_choice("ties", ties, ("half", "drop"))
+        check_choice("ties", ties, ("half", "drop"))
         bad = BadRows("scores", on_bad_rows)
         columns, groups = scored_columns(
             prompts, candidates, scores, bad,
@@ -313,13 +314,12 @@ class PreferencePairs:
         >>> PreferencePairs.from_votes([row]).probability
         [0.75]
         """
-        _check_choice("weight", weight, ("total", "one", "margin", "effective"))
+        check_choice("weight", weight, ("total", "one", "margin", "effective"))
         ties = ("half" if soft else "drop") if ties is None else ties
-        _check_choice("ties", ties, ("drop", "half"))
+        check_choice("ties", ties, ("drop", "half"))
         if ties == "half" and not soft:
             raise ValueError('ties="half" needs soft=True: a hard label has no half; use ties="drop"')
-        if prior is not None and not (math.isfinite(prior) and prior >= 0):
-            raise ValueError(f"prior must be a number of votes >= 0, or None to be found, got {prior}")
+        check_number("prior", prior, least=0, also=(None,))
         if prior is None:
             rows = list(rows)
             prior = vote_prior(rows)
@@ -456,9 +456,8 @@ class PreferencePairs:
         >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
         (6, 2, set())
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
-        _check_choice("by", by, ("prompt", "group"))
+        check_number("held_out", held_out, above=0, below=1)
+        check_choice("by", by, ("prompt", "group"))
         groups = self.group or [None] * len(self)
         keys = split_keys(self.prompts, groups, self._identities, seed, join_groups=by == "group")
         units = sorted(set(keys))
@@ -536,9 +535,9 @@ class PreferencePairs:
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
     if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
-        raise TypeError("rows must be a list of dictionaries, got a DataFrame; pass frame.to_dict('records')")
+        raise TypeError("rows must be a list of dictionaries: got a DataFrame; pass frame.to_dict('records')")
     if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise TypeError(f"rows must be a list of dictionaries, got {show(rows)}; for a path use from_file")
+        raise TypeError(f"rows must be a list of dictionaries: got {show(rows)}; for a path use from_file")
     return enumerate(rows, 1)
 
 
@@ -546,11 +545,6 @@ def _numbers(values: list[float | None]) -> list[float] | None:
     if all(value is None for value in values):
         return None
     return [1.0 if value is None else value for value in values]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _json_value(value: Any) -> Any:

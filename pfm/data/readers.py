@@ -166,7 +166,7 @@ def read_dataset(dataset: Any) -> Iterator[tuple[int, Any]]:
             source="dataset",
         )
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "iter"):
-        raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}; use from_rows for a list")
+        raise TypeError(f"dataset must be a datasets.Dataset: got {type(dataset).__name__}; use from_rows for a list")
     number = 0
     classes = class_names(getattr(dataset, "features", None))
     for batch in dataset.with_format(None).iter(batch_size=1000):

@@ -11,14 +11,13 @@ n / (1 + (n - 1) / (2 a + 1)) single votes on different pairs. A tie is half a v
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor, check_finite
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_number
 
 __all__ = ["VoteLabels", "check_counts", "fit_prior", "soft_labels"]
 
@@ -60,13 +59,11 @@ def soft_labels(
     >>> labels.probability.tolist(), labels.weight.tolist()
     ([0.75, 0.0], [4.0, 2.0])
     """
-    if weight not in ("effective", "total", "one"):
-        raise ValueError(f"weight must be 'effective', 'total' or 'one', got {weight!r}")
+    check_choice("weight", weight, ("effective", "total", "one"))
+    check_number("prior", prior, least=0, also=(None,))
     one, two, undecided = check_counts(first, second, tie)
     if prior is None:
         prior = fit_prior(one, two, undecided)
-    elif not (math.isfinite(prior) and prior >= 0):
-        raise ValueError(f"prior must be a number of votes >= 0, or None to be found, got {prior}")
     total = one + two + undecided
     probability = (one + undecided / 2 + prior) / (total + 2 * prior)
     worth = {
