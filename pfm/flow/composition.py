@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,15 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.archive import read_description, read_folder, save_folder
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_length, check_number, check_shape
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.data.vector_spaces import vector_space
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow.fields import Velocity
 from pfm.flow.inputs import check_inputs, check_times
 from pfm.flow.integration import integrate
+from pfm.flow.model import FAILURES
 from pfm.flow.preference_flow import PreferenceFlow
 
 __all__ = ["Composition", "TradeOff", "check_weights", "compose", "simplex"]
@@ -125,8 +125,7 @@ class Composition:
         device = self.flows[0].device
         self.flows = tuple(flow if flow.device == device else copy.deepcopy(flow).to(device) for flow in self.flows)
         self.weights = check_weights("weights", weights, len(self.flows))
-        if self.weights.ndim != 1:
-            raise ValueError(f"weights must be ({len(self.flows)},), one a flow: got {tuple(self.weights.shape)}")
+        check_shape("weights", self.weights, (len(self.flows),), "one a flow")
         self.names = tuple(map(str, range(len(self.flows)) if names is None else names))
         if len(self.names) != len(self.flows) or len(set(self.names)) != len(self.names):
             raise ValueError(f"names must be {len(self.flows)} different names, one a flow: got {list(self.names)}")
@@ -197,10 +196,8 @@ class Composition:
         Returns:
             (B, \\*D) float32, on the device of ``y``; on flows of unit vectors projected to the sphere.
         """
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a number >= 0: got {strength}")
-        if on_failure not in ("keep", "raise"):
-            raise ValueError(f"on_failure must be one of keep, raise: got {on_failure!r}")
+        check_number("strength", strength, least=0)
+        check_choice("on_failure", on_failure, FAILURES)
         y, context, weights = self._checked(y, context, weights)
         if strength == 0:
             return y.clone()
@@ -232,8 +229,7 @@ class Composition:
     @torch.no_grad()
     def velocity(self, t: float, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
         """Give sum_k w_k v_k(t, y | x) (B, \\*D) at one time, in the outputs' units a pass."""
-        if not 0 <= t <= 1:
-            raise ValueError(f"t must lie in [0, 1]: got {t}")
+        check_number("t", t, least=0, most=1)
         y, context, weights = self._checked(y, context, weights)
 
         def evaluate(rows: Tensor, joined: Tensor | None) -> tuple[Tensor]:
@@ -295,15 +291,12 @@ class Composition:
                 the flows' own b, which were fitted on the same pairs as the fields: for a claim give models that
                 were fitted on other pairs.
         """
-        if judges is not None and len(judges) != len(self.flows):
-            raise ValueError(f"judges must be {len(self.flows)}, one a flow: got {len(judges)}")
+        if judges is not None:
+            check_length("judges", judges, len(self.flows), "flow")
         if weights is None:
             weights = simplex(len(self.flows), points)
         weights = check_weights("weights", weights, len(self.flows))
-        if weights.ndim != 2:
-            raise ValueError(
-                f"weights must be (M, {len(self.flows)}), one row a composition: got {tuple(weights.shape)}"
-            )
+        check_shape("weights", weights, ("M", len(self.flows)), "one row a composition")
         y, context, _ = self._checked(y, context, None)
         wins, distances = [], []
         for row in weights:

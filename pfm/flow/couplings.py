@@ -22,6 +22,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.registry import Registry
 from pfm.data.encoded import EncodedPairs
 
@@ -111,8 +112,7 @@ class Paired:
     """
 
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
+        check_choice("source", source, SOURCES)
         self.pairs = pairs
         self.source = source
         self.soft = pairs.probability is not None
@@ -262,8 +262,7 @@ class _Ends:
     """
 
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
+        check_choice("source", source, SOURCES)
         count, device = len(pairs), pairs.device
         chosen = 2 * torch.arange(count, device="cpu").to(device)
         rejected = chosen + 1
@@ -524,8 +523,7 @@ def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: i
             pairs of one context where each has its own.
     """
     check_coupling(coupling)
-    if best_of < 2:
-        raise ValueError(f"best_of must be at least 2: got {best_of}")
+    check_whole("best_of", best_of, 2)
     if best_of > 2:
         if source != "reference" or coupling != "paired":
             raise ValueError(

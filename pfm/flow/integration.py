@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_whole
 from pfm._internal.registry import Registry
 from pfm.flow.fields import Velocity
 
@@ -93,8 +94,7 @@ def register_solver(name: str, *, stages: int) -> Callable[[B], B]:
     ...     first = velocity(t, y)
     ...     return y + h / 4 * (first + 3 * velocity(t + 2 * h / 3, y + 2 * h / 3 * first))
     """
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ValueError(f"stages must be a whole number of at least 1: got {stages!r}")
+    check_whole("stages", stages, 1)
 
     def register(step: B) -> B:
         _STEPS.add(name, step)

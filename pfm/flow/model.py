@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm._internal.chunks import Work, map_rows
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
@@ -196,17 +197,13 @@ class FlowModel(nn.Module):
             ValueError: shapes disagree with the flow's, values are not finite, or an argument is out of range.
             FloatingPointError: the field left the finite numbers and ``on_failure="raise"``.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}: got {mode!r}")
-        if on_failure not in FAILURES:
-            raise ValueError(f"on_failure must be one of {', '.join(FAILURES)}: got {on_failure!r}")
+        check_choice("mode", mode, MODES)
+        check_choice("on_failure", on_failure, FAILURES)
         rounds = self._checked_rounds(rounds, mode)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed must be a whole number: got {seed!r}")
-        for name, value, low in (("strength", strength, 0.0), ("guidance", guidance, 0.0),
-                                 ("win_gradient", win_gradient, -math.inf)):  # fmt: skip
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"{name} must be a {'finite number' if low else 'number >= 0'}: got {value}")
+        seed = check_whole("seed", seed)
+        check_number("strength", strength, least=0)
+        check_number("guidance", guidance, least=0)
+        check_number("win_gradient", win_gradient)
         if guidance != 1 and self.context_free is None:
             raise ValueError(
                 f"guidance={guidance:g} needs a field without contexts: fit the flow with "
@@ -283,8 +280,7 @@ class FlowModel(nn.Module):
     def _checked_rounds(self, rounds: int | None, mode: str) -> int:
         if rounds is None:
             return self.rounds if mode == "relabel" else 1
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise ValueError(f"rounds must be a whole number of at least 1: got {rounds!r}")
+        rounds = check_whole("rounds", rounds, 1)
         if mode == "relabel" and rounds > self.rounds:
             raise ValueError(
                 f"rounds={rounds} is more than the {self.rounds} this flow has: add rounds with PreferenceFlow.relabel"
@@ -393,8 +389,7 @@ class FlowModel(nn.Module):
         Args:
             t: one time for all rows. y: (B, \\*D) outputs. context: as for :meth:`transport`.
         """
-        if not 0 <= t <= 1:
-            raise ValueError(f"t must lie in [0, 1]: got {t}")
+        check_number("t", t, least=0, most=1)
 
         def evaluate(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor]:
             velocity = self.field.at(self.normalizer.context(contexts))
@@ -505,8 +500,7 @@ class FlowModel(nn.Module):
     def _checked_steps(self, steps: int | None) -> int:
         if steps is None:
             return self.steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1: got {steps!r}")
+        steps = check_whole("steps", steps, 1)
         if steps > 1 and "distilled" in self.metadata:
             raise ValueError(f"steps={steps} has no meaning for a distilled flow, whose pass is one evaluation")
         return steps

@@ -18,6 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
 from pfm._internal.archive import save_folder
+from pfm._internal.checks import check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.flow.config import FlowConfig, refuse_options
@@ -234,8 +235,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         two = self._checked(other, context)[0].to(one.device)
         if len(one) != len(two):
             raise ValueError(f"y and other must hold equally many draws: got {len(one)} and {len(two)}")
-        if isinstance(check, bool) or not isinstance(check, int) or check < 0:
-            raise ValueError(f"check must be a whole number of at least 0: got {check!r}")
+        check_whole("check", check, 0)
         ask = as_labeller(labeller)
         draws = one[:check], two[:check], None if contexts is None else contexts[:check]
         one, two = (self.transport(draws, contexts, mode="relabel") for draws in (one, two))
