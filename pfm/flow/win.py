@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm._internal.columns import column_statistics, weighted_mean
+from pfm._internal.networks import Perceptron
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.coordinates import Coordinates
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss
-from pfm.preferences.networks import GAINS, Perceptron, train_network
+from pfm.preferences.networks import GAINS, train_network
 from pfm.preferences.ridge import fit_ridge
 
 __all__ = ["WinFit", "WinHead", "confirmed_margin"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from gymnasium.spaces import Box
 from torch import Tensor, nn
 
 from pfm._internal.archive import load_module
-from pfm.pbrl.networks import load_network, perceptron, save_network
+from pfm._internal.networks import Perceptron, train_epochs
+from pfm.pbrl.networks import load_network, save_network
 
 __all__ = ["ClonedPolicy"]
 
@@ -60,7 +60,7 @@ class ClonedPolicy(nn.Module):
         self.register_buffer("scale", torch.ones(observation_size))
         self.register_buffer("middle", torch.from_numpy((high + low) / 2))
         self.register_buffer("reach", torch.from_numpy((high - low) / 2))
-        self.network = perceptron(observation_size, horizon * low.size, hidden=hidden, layers=layers, seed=seed)
+        self.network = Perceptron(observation_size, hidden, horizon * low.size, layers=layers, seed=seed)
         self.log_std = nn.Parameter(torch.zeros(horizon, low.size))
         self._noise = np.random.default_rng(seed)
 
@@ -118,28 +118,13 @@ class ClonedPolicy(nn.Module):
             return (policy.network(seen[rows]) - target[rows]).square() * counts[rows, None]
 
         with torch.no_grad():  # the network starts at the mean, and learns what differs from it
-            last: Any = policy.network[-1]
+            last = policy.network.last
             last.weight.mul_(0.1)
             last.bias.copy_((target[train] * counts[train, None]).sum(0) / counts[train].sum())
-        optimizer = torch.optim.Adam(policy.network.parameters(), lr=learning_rate)
-        batches = math.ceil(len(train) / batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-        best, best_loss, waited = copy.deepcopy(policy.network.state_dict()), math.inf, 0
-        for _ in range(epochs):
-            for rows in train[torch.randperm(len(train), generator=generator)].chunk(batches):
-                optimizer.zero_grad()
-                squares(rows).mean().backward()
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                loss = float(squares(check).mean())
-            if loss < best_loss * (1 - 1e-4):
-                best, best_loss, waited = copy.deepcopy(policy.network.state_dict()), loss, 0
-            else:
-                waited += 1
-                if waited >= patience:
-                    break
-        policy.network.load_state_dict(best)
+        train_epochs(
+            policy.network, lambda rows: squares(rows).mean(), lambda: squares(check).mean(), train, generator,
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, margin=1e-4,
+        )  # fmt: skip
         with torch.no_grad():
             variance = squares(check).sum(0) / counts[check].sum().clamp_min(1e-12)
             policy.log_std.copy_(variance.sqrt().clamp_min(FLOOR).log().unflatten(0, acted.shape[1:]))
@@ -160,7 +145,7 @@ class ClonedPolicy(nn.Module):
         """Give the log density (B,) of segments (B, H, A), in units of the action, with gradients."""
         mean = self(observation)
         if segments.shape != mean.shape:
-            raise ValueError(f"segments must have shape {tuple(mean.shape)}, got {tuple(segments.shape)}")
+            raise ValueError(f"segments must have shape {tuple(mean.shape)}: got {tuple(segments.shape)}")
         log_std = self.log_std + self.reach.log()
         z = (segments - mean) * torch.exp(-log_std)
         return -(z.square() / 2 + log_std + math.log(2 * math.pi) / 2).sum((-2, -1))
@@ -171,7 +156,7 @@ class ClonedPolicy(nn.Module):
         observation = np.asarray(observation)
         rows = np.atleast_2d(observation)
         if rows.shape[1:] != self.mean.shape:
-            raise ValueError(f"observation must have {len(self.mean)} numbers, got shape {observation.shape}")
+            raise ValueError(f"observation must have {len(self.mean)} numbers: got shape {observation.shape}")
         if not np.isfinite(rows).all():
             raise ValueError("observation holds NaN or infinity")
         segments = self(torch.as_tensor(rows, dtype=self.mean.dtype, device=self.mean.device)).cpu().numpy()
@@ -219,7 +204,7 @@ class ClonedPolicy(nn.Module):
 def _bounds(space: Box) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
     if low.ndim != 1 or not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError(f"action_space must be a box (A,) with finite bounds, got {space}")
+        raise ValueError(f"action_space must be a box (A,) with finite bounds: got {space}")
     return low, high
 
 
@@ -235,10 +220,10 @@ def _checked_data(observations: Any, segments: Any, space: Box, weight: Any) -> 
             f"got {tuple(np.shape(observations))} and {tuple(np.shape(segments))}"
         )
     if len(seen) < 10:
-        raise ValueError(f"cloning needs at least 10 rows, got {len(seen)}")
+        raise ValueError(f"cloning needs at least 10 rows: got {len(seen)}")
     counts = torch.ones(len(seen)) if weight is None else torch.as_tensor(np.asarray(weight, np.float32))
     if counts.shape != (len(seen),) or not (counts >= 0).all() or counts.sum() <= 0:
-        raise ValueError(f"weight must be ({len(seen)},) numbers >= 0, not all 0, got shape {tuple(counts.shape)}")
+        raise ValueError(f"weight must be ({len(seen)},) numbers >= 0, not all 0: got shape {tuple(counts.shape)}")
     for name, tensor in (("observations", seen), ("segments", acted)):
         whole = tensor.flatten(1).isfinite().all(1)
         if not whole.all():

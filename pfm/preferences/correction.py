@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from pfm._internal.columns import column_statistics
+from pfm._internal.networks import Perceptron
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.data.batches import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.coordinates import component_axes
 from pfm.preferences.logistic import drawn_in
-from pfm.preferences.networks import GAINS, Perceptron, train_network
+from pfm.preferences.networks import GAINS, train_network
 
 __all__ = ["Correction", "FittedCorrection", "fit_correction", "label_loss"]
 
@@ -72,7 +73,7 @@ class Correction(nn.Module):
 
     def restart(self) -> None:
         """Draw the weights anew: no reward, small planes - between none the slope would be zero -, equal strengths."""
-        self.body.restart(alive=2 * self.blocks)
+        self.body.restart(nonzero=2 * self.blocks)
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
