@@ -150,7 +150,7 @@ def test_log_loss_of_a_coin_is_log_two():
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda: BradleyTerry(0.0), "l2 must be positive"),
+        (lambda: BradleyTerry(0.0), "l2 must be a positive number: got 0.0"),
         (
             lambda: BradleyTerry().fit(bradley_terry_pairs(50, WEIGHTS)).reward(torch.zeros(2, 3)),
             "4 values a row: got 3",

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import as_float_tensor, check_finite, check_shape
 from pfm._internal.files import replace_json, require_files
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import with_standard_defaults
 from pfm.preferences.logistic import fit_temperature
 
@@ -245,8 +245,7 @@ class PreferenceModel(nn.Module, ABC):
         if self.layout is None:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(pairs) first")
         y = as_float_tensor(name, y).to(self._device, torch.float32)
-        if y.ndim < 2:
-            raise ValueError(f"{name} must be (B, *D), one row an output: got {tuple(y.shape)}")
+        check_shape(name, y, ("B", "*D"), "one row an output")
         if y.flatten(1).shape[1] != self.dimension:
             raise ValueError(f"{name} must have {self.dimension} values a row: got {y.flatten(1).shape[1]}")
         y = y.flatten(1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
 from pfm.preferences.base import PreferenceModel
@@ -78,8 +79,7 @@ def reliability(
     """
     if score.ndim != 1 or len(score) == 0 or not bool(torch.isfinite(score).all()):
         raise ValueError(f"score must be (N,) finite log-odds, N >= 1: got {tuple(score.shape)}")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1: got {bins}")
+    check_whole("bins", bins, 1)
     label = torch.ones_like(score) if probability is None else probability
     weight = torch.ones_like(score) if weight is None else weight
     if not label.shape == weight.shape == score.shape:

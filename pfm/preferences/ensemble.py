@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pfm._internal.checks import check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, unfitted
 from pfm.preferences.bradley_terry import BradleyTerry
@@ -45,8 +46,7 @@ class PreferenceEnsemble(PreferenceModel):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
-            raise ValueError(f"folds must be a whole number of at least 2: got {folds!r}")
+        folds = check_whole("folds", folds, 2)
         if members is None:
             members = [BradleyTerry(1e-3), HybridPreference()]
         if len(members) == 0:

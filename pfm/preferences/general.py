@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.significance import confirmed
 from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
@@ -85,11 +86,8 @@ class GeneralPreference(PreferenceModel):
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for name, value, low in (("blocks", blocks, 1), ("hidden", hidden, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}: got {value!r}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be positive: got {temperature}")
+        blocks, hidden = check_whole("blocks", blocks, 1), check_whole("hidden", hidden, 0)
+        check_number("temperature", temperature, above=0)
         super().__init__()
         self.blocks, self.hidden, self.gate = blocks, hidden, gate
         self.normalise, self.temperature, self.seed = normalise, temperature, seed

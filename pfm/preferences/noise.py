@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from pfm._internal.checks import check_number
 from pfm._internal.columns import column_statistics
 from pfm._internal.significance import CONFIRMED
 from pfm.data.encoded import EncodedPairs
@@ -39,6 +40,7 @@ __all__ = ["Corrected", "NoiseReport", "RaterFlips", "corrected", "unbiased_labe
 
 SPREADS = (0.5, 1.0, 2.0, 4.0)  # of outputs' rewards around the linear one, in log-odds
 FOLDS = 5
+RATE_HINT = "from one half on labels say nothing, or the opposite: swap the pairs"
 RATER_PRIOR = 10.0  # labels that a rater's prior counts for
 ROUNDS = 3
 RATER_ROUNDS = 100
@@ -113,7 +115,7 @@ def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
     Raises:
         ValueError: ``flip_rate`` is out of range: from one half on labels say nothing.
     """
-    _check_rate(flip_rate)
+    check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     return (torch.as_tensor(probability).float() - flip_rate) / (1 - 2 * flip_rate)
 
 
@@ -163,7 +165,7 @@ def corrected(
     """
     check_pairs(pairs)
     if flip_rate is not None:
-        _check_rate(flip_rate)
+        check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     device, pairs = pairs.device, pairs.to("cpu")
     names, index = ([], torch.zeros(0)) if rater is None else numbered(rater, len(pairs))
     generator = torch.Generator().manual_seed(seed)
@@ -373,11 +375,3 @@ def _rater_rates(odds: Tensor, labels: _Labels, rater: Tensor, count: int, rate:
         if float((rates - last).abs().max()) < 1e-5:
             break
     return rates
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 <= rate < 0.5:
-        raise ValueError(
-            f"flip_rate must lie in [0, 0.5), got {rate}: from one half on labels say nothing, or the opposite (swap "
-            "the pairs)"
-        )

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_length, check_number, check_shape
 from pfm.data.identity import prompt_identity
-from pfm.data.tensors import as_float_tensor, check_finite
 
 if TYPE_CHECKING:
     from pfm.data.pairs import PreferencePairs
@@ -102,18 +102,15 @@ def fit_raters(
         ValueError: lengths disagree, a vote is none of 0, 1/2, 1, all votes are ties, or no pair has two votes and
             ``log_odds`` is None: nothing could then tell a good rater from a bad one.
     """
-    if model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(map(repr, MODELS))}, got {model!r}")
-    if not (math.isfinite(prior) and prior > 0):
-        raise ValueError(f"prior must be a number of votes above 0, got {prior}")
+    check_choice("model", model, MODELS)
+    check_number("prior", prior, above=0)
     cast, said, classes = _checked_votes(pair, vote)
     raters, of = numbered(rater, len(said))
     pairs = int(cast.max()) + 1
     odds = torch.zeros(pairs, dtype=torch.float64)
     if log_odds is not None:
         odds = as_float_tensor("log_odds", log_odds).double()
-        if odds.shape != (pairs,):
-            raise ValueError(f"log_odds must be ({pairs},), one a pair: got {tuple(odds.shape)}")
+        check_shape("log_odds", odds, (pairs,), "one a pair")
         check_finite("log_odds", odds)
     elif int(torch.bincount(cast).max()) < 2:
         raise ValueError(
@@ -214,8 +211,7 @@ def _checked_votes(pair: Any, vote: Any) -> tuple[Tensor, Tensor, int]:
     if not len(cast) or int(cast.min()) < 0:
         raise ValueError(f"pair must hold at least one number, none below 0: got {cast.tolist()[:5]}")
     said = as_float_tensor("vote", vote)
-    if said.shape != cast.shape:
-        raise ValueError(f"vote must be ({len(cast)},), one for each entry of pair: got {tuple(said.shape)}")
+    check_shape("vote", said, (len(cast),), "one for each entry of pair")
     check_finite("vote", said)
     odd = ~((said == 0) | (said == 0.5) | (said == 1))
     if bool(odd.any()):
@@ -237,8 +233,7 @@ def numbered(rater: Sequence[Hashable] | Tensor, count: int) -> tuple[list[Any],
         ValueError: there is not one name a vote, or one is None or NaN.
     """
     names = rater.tolist() if isinstance(rater, Tensor) else list(rater)
-    if len(names) != count:
-        raise ValueError(f"rater must have one entry a vote: got {len(names)} for {count} votes")
+    check_length("rater", names, count, "vote")
     if any(name is None or (isinstance(name, float) and math.isnan(name)) for name in names):
         row = next(i for i, name in enumerate(names) if name is None or name != name)
         raise ValueError(f"rater of vote {row} is {names[row]}: every vote needs its rater's name")

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.columns import column_statistics
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, restored, unfitted
@@ -128,10 +129,9 @@ class ViewPreference(_Viewing):
         standardise: bool = False,
     ) -> None:
         super().__init__(member)
-        for name, value in (("start", start), ("stop", stop)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name} must be a whole number or None: got {value!r}")
-        self.start, self.stop, self.standardise = start, stop, standardise
+        self.start: int | None = check_whole("start", start, also=(None,))
+        self.stop: int | None = check_whole("stop", stop, also=(None,))
+        self.standardise = standardise
 
     def settings(self) -> dict[str, Any]:
         """Give the arguments of the constructor."""
@@ -180,8 +180,7 @@ class RelevancePreference(_Viewing):
 
     def __init__(self, member: PreferenceModel | dict[str, Any], share: float = 0.3) -> None:
         super().__init__(member)
-        if not share > 0:
-            raise ValueError(f"share must be positive: got {share}")
+        check_number("share", share, above=0)
         self.share = share
 
     def settings(self) -> dict[str, Any]:
