@@ -31,8 +31,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_number, check_whole
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 
@@ -93,8 +93,7 @@ class LaplacePosterior:
     """
 
     def __init__(self, precision: float | None = None) -> None:
-        if precision is not None and not (precision > 0 and math.isfinite(precision)):
-            raise ValueError(f"precision must be a positive number, or None to choose it: got {precision}")
+        check_number("precision", precision, above=0, also=(None,))
         self.given = precision
         self.precision = precision or 1.0
         self.evidence = math.nan
@@ -245,14 +244,11 @@ def choose_pairs(
     >>> choose_pairs((y, other), 5).index.shape
     torch.Size([5])
     """
-    if by not in CRITERIA:
-        raise ValueError(f"by must be one of {', '.join(CRITERIA)}: got {by!r}")
+    check_choice("by", by, CRITERIA)
     y, other, context = _outputs(candidates)
     total = len(y)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= total:
-        raise ValueError(f"count must be a whole number from 1 to {total}, the number of candidates: got {count!r}")
-    if not 0 < most_similar <= 1:
-        raise ValueError(f"most_similar must lie in (0, 1]: got {most_similar}")
+    check_whole("count", count, 1, total, hint=f"there are {total} candidates")
+    check_number("most_similar", most_similar, above=0, most=1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
     if model is None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor, check_finite
+from pfm._internal.checks import as_float_tensor, check_finite, check_number, check_whole
 
 __all__ = [
     "diversity",
@@ -55,8 +55,7 @@ def projections(y: Any, *, directions: int = 128, seed: int = 0) -> Tensor:
     Sets that are compared with many others are sorted once this way; :func:`projected_wasserstein` compares them.
     """
     y = _draws("y", y)
-    if directions < 1:
-        raise ValueError(f"directions must be at least 1: got {directions}")
+    check_whole("directions", directions, 1)
     if y.shape[1] == 1:
         return y.T.sort(1).values
     generator = torch.Generator().manual_seed(seed)
@@ -161,10 +160,10 @@ def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0
     0.5
     """
     y, reference = _two_sets(y, reference, ("y", "reference"))
-    if not 1 <= neighbours < len(reference):
-        raise ValueError(f"neighbours must lie in 1..{len(reference) - 1}, below the reference draws: got {neighbours}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1: got {level}")
+    check_whole(
+        "neighbours", neighbours, 1, len(reference) - 1, hint="there must be more reference draws than neighbours"
+    )
+    check_number("level", level, above=0, below=1)
     # The nearest neighbour of a draw among all draws is itself.
     own = _nearest(reference, reference, neighbours + 1)
     radius = own.kthvalue(max(1, round(level * len(own)))).values

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pfm._internal.checks import check_whole
 from pfm._internal.significance import CONFIRMED
 from pfm.devices import standard_defaults
 from pfm.explain.changes import accuracy_of, correlations, moved_traits, pair_labels, trait_changes, varying_traits
@@ -111,8 +112,7 @@ def explain(
     """
     for name, value, least in (("directions", directions, 0), ("contrasts", contrasts, 0), ("terms", terms, 0),
                                ("max_outputs", max_outputs, 4), ("resamples", resamples, 20)):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}: got {value!r}")
+        check_whole(name, value, least)
     kept = some_prompts(pairs, max_outputs, seed)
     shown = pairs if kept is None else pairs.select(kept)
     encoded = shown.encode(encoder, context=flow.context_dimension > 0, progress=progress)

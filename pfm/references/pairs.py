@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_number
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import with_standard_defaults
 from pfm.references.shares import WinRates
@@ -123,8 +123,7 @@ class TaggedPairs:
         Args:
             prior: votes for either side that are added to those cast: sources that hardly met stay near 1/2.
         """
-        if not (math.isfinite(prior) and prior > 0):
-            raise ValueError(f"prior must be a positive number of votes: got {prior}")
+        check_number("prior", prior, above=0)
         probability = self.pairs.probability
         won = self._weight.double() if probability is None else (self._weight * probability.cpu()).double()
         lost = self._weight.double() - won
@@ -159,6 +158,5 @@ def source_number(name: Any, names: Sequence[str]) -> int:
     """
     if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(names) and str(name) not in names:
         return name
-    if str(name) not in names:
-        raise ValueError(f"tag must be one of {', '.join(names)}: got {name!r}")
+    check_choice("tag", str(name), names)
     return names.index(str(name))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import as_float_tensor
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.tensors import as_float_tensor
 from pfm.devices import resolve_device, with_standard_defaults
 from pfm.flow.config import FlowConfig
 from pfm.flow.fitting import STATISTICS_ROWS, at_most, choose_steps, fit_field, on_unit_sphere

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor
+from pfm._internal.checks import as_float_tensor, check_number, check_shape
 from pfm.devices import standard_defaults
 
 __all__ = ["WinRates", "learned_shares", "maximin_shares", "winners_shares"]
@@ -53,8 +52,7 @@ def learned_shares(rates: Any, shares: Any = None, *, temperature: float = 0.1) 
     rates = _checked_rates(rates)
     shares = torch.full((len(rates),), 1 / len(rates)) if shares is None else shares
     shares = _checked_shares(shares, rates)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a positive number: got {temperature}")
+    check_number("temperature", temperature, above=0)
     return (shares.log() + rates @ shares / temperature).softmax(0).float()
 
 
@@ -103,6 +101,5 @@ def _checked_shares(shares: Any, rates: Tensor) -> Tensor:
     from pfm.flow.composition import check_weights
 
     found = check_weights("shares", shares, len(rates))
-    if found.ndim != 1:
-        raise ValueError(f"shares must be ({len(rates)},), one a source: got {tuple(found.shape)}")
+    check_shape("shares", found, (len(rates),), "one a source")
     return found.double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from pfm.data.tensors import as_float_tensor
+from pfm._internal.checks import as_float_tensor
 from pfm.devices import with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 from pfm.tastes.likelihood import mixed_log_odds

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import as_float_tensor, check_finite, check_length, check_shape
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults
 from pfm.flow.composition import Composition, check_weights
 from pfm.flow.config import FlowConfig
@@ -44,15 +44,13 @@ def taste_flows(
     if isinstance(memberships, Tensor) and memberships.ndim == 2:
         share = check_weights("memberships", memberships, memberships.shape[1])
         names = list(range(share.shape[1])) if names is None else list(names)
-        if len(names) != share.shape[1]:
-            raise ValueError(f"names must be {share.shape[1]}, one a taste: got {len(names)}")
+        check_length("names", names, share.shape[1], "taste")
     else:
         present, index = number_raters(memberships, len(pairs), "memberships")
         if names is not None:
             index, present = renumber(present, index, list(names)), list(names)
         names, share = present, torch.nn.functional.one_hot(index, len(present)).float()
-    if len(share) != len(pairs):
-        raise ValueError(f"memberships must be of the {len(pairs)} pairs: got {len(share)}")
+    check_length("memberships", share, len(pairs), "pair")
     share = share.cpu()
     held = share * vote_weight(pairs)[:, None].cpu() > NEGLIGIBLE
     for name, kept in zip(names, held.T, strict=True):
@@ -80,8 +78,7 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
         code: (N, K).
     """
     code = as_float_tensor("code", code).to(pairs.device, torch.float32)
-    if code.ndim != 2 or len(code) != len(pairs):
-        raise ValueError(f"code must be ({len(pairs)}, K), one row a pair: got {tuple(code.shape)}")
+    check_shape("code", code, (len(pairs), "K"), "one row a pair")
     check_finite("code", code)
     context = pairs.context
     joined = code if context is None else torch.cat([context.float(), code], dim=1)

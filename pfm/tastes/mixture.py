@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.data.encoded import EncodedPairs
@@ -70,11 +71,10 @@ class TasteMixture:
         confirm: bool = True,
         seed: int = 0,
     ) -> None:
-        for name, value in (("tastes", tastes), ("restarts", restarts), ("iterations", iterations)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1: got {value!r}")
-        self.tastes, self.component = tastes, component
-        self.restarts, self.iterations, self.confirm, self.seed = restarts, iterations, confirm, seed
+        self.tastes: int = check_whole("tastes", tastes, 1)
+        self.restarts: int = check_whole("restarts", restarts, 1)
+        self.iterations: int = check_whole("iterations", iterations, 1)
+        self.component, self.confirm, self.seed = component, confirm, seed
         self.models: list[PreferenceModel] = []
         self.shares = torch.zeros(0)
         self.names: tuple[str, ...] = ()
@@ -281,13 +281,11 @@ class TasteMixture:
             ValueError: an argument is out of range, or the pairs are of other outputs.
         """
         self._check_fitted()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"rank must be a whole number of at least 0: got {rank!r}")
+        rank = check_whole("rank", rank, 0)
         spread = self.prior[0] if spread is None else spread
         correction = self.prior[1] if correction is None else correction
         for name, value in (("spread", spread), ("correction", correction)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number: got {value}")
+            check_number(name, value, above=0)
         if pairs.dimension != self._axes.shape[0]:
             raise ValueError(f"pairs must hold outputs of {self._axes.shape[0]} values: got {pairs.dimension}")
         axes, pairs = self._leading(rank), pairs.to("cpu")
