@@ -101,9 +101,9 @@ class Bootstrap:
 
     def __init__(self, n: int, resamples: int = 2000, seed: int = 0):
         if n < 1:
-            raise ValueError(f"n must be at least 1 prompt, got {n}")
+            raise ValueError(f"n must be at least 1 prompt: got {n}")
         if resamples < 1:
-            raise ValueError(f"resamples must be at least 1, got {resamples}; 2000 is usual")
+            raise ValueError(f"resamples must be at least 1: got {resamples}; 2000 is usual")
         self.n, self.resamples, self.seed = n, resamples, seed
         self._counts = list(self._draw()) if n * resamples <= _CACHED_COUNTS else None
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pfm._internal.checks import check_length
 from pfm.data.conversations import conversation_text
 from pfm.devices import standard_defaults
 from pfm.evaluation.candidates import COMPUTED, LABELS
@@ -94,8 +95,8 @@ def evaluate(
     if scores is not None and refiner is not None:
         raise ValueError("scores needs records whose candidates are known; with a refiner give judge")
     for name, column in (("scores", scores), ("groups", groups)):
-        if column is not None and len(column) != len(asked):
-            raise ValueError(f"{name} must have one entry a prompt: got {len(column)} for {len(asked)} prompts")
+        if column is not None:
+            check_length(name, column, len(asked), "prompt")
     vector, computed, left_out = _wanted_baselines(methods, training, encoder)
     reasoning = checked_reasoning(getattr(refiner, "reasoning", "strip") if reasoning is None else reasoning)
 
@@ -156,11 +157,11 @@ def _checked_source(source: Any, refiner: Any, prompts: Sequence[Prompt] | None)
         if prompts is None:
             raise ValueError("a refiner needs prompts: evaluate(refiner, prompts, judge=...)")
         if isinstance(prompts, str) or not len(prompts):
-            raise ValueError(f"prompts must be a sequence of one prompt or more, got {prompts!r:.80}")
+            raise ValueError(f"prompts must be a sequence of one prompt or more: got {prompts!r:.80}")
         return list(prompts)
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise TypeError(
-            f"refiner_or_records must be a Refiner or a sequence of Refinement, got {type(source).__name__}"
+            f"refiner_or_records must be a Refiner or a sequence of Refinement: got {type(source).__name__}"
         )
     if prompts is not None:
         raise ValueError("prompts goes with a refiner; records carry their own")
@@ -170,7 +171,7 @@ def _checked_source(source: Any, refiner: Any, prompts: Sequence[Prompt] | None)
         missing = [name for name in RECORD if not hasattr(record, name)]
         if missing:
             raise TypeError(
-                f"record {number} must be a Refinement, got {type(record).__name__} without {', '.join(missing)}"
+                f"record {number} must be a Refinement: got {type(record).__name__} without {', '.join(missing)}"
             )
     return list(source)
 

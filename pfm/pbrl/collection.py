@@ -24,6 +24,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm._internal.files import claim_folder
 from pfm.pbrl.policies import check_policy
 from pfm.pbrl.running import (
@@ -174,18 +175,12 @@ def _check(pairs: int, length: int, continuation: int, members: int, noise: floa
         "states_per_trajectory": (states_per_trajectory, 1), "workers": (workers, 1), "batch": (batch, 1),
     }  # fmt: skip
     for name, (number, low) in whole.items():
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}: got {number!r}")
-    if noise is not None and not 0 < noise < math.inf:
-        raise ValueError(f"noise must be above 0, or None for the reference's own stochastic actions: got {noise}")
-    if explore is not None and not 0 <= explore < math.inf:
-        raise ValueError(f"explore must be >= 0: got {explore}")
-    if not 0 <= correlation <= 1:
-        raise ValueError(f"correlation must lie in [0, 1]: got {correlation}")
-    if not 0 < discount <= 1:
-        raise ValueError(f"discount must lie in (0, 1]: got {discount}")
-    if design not in ("all", "knockout"):
-        raise ValueError(f"design must be 'all' or 'knockout': got {design!r}")
+        check_whole(name, number, low)
+    check_number("noise", noise, above=0, also=(None,), hint="None takes the reference's own stochastic actions")
+    check_number("explore", explore, least=0, also=(None,))
+    check_number("correlation", correlation, least=0, most=1)
+    check_number("discount", discount, above=0, most=1)
+    check_choice("design", design, ("all", "knockout"))
 
 
 def _shards(work: _Work, sizes: list[int], env: Any, workers: int) -> Iterator[tuple[int, SegmentPairs]]:

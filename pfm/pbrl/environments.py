@@ -371,7 +371,7 @@ class _Box2d:
 
     def before_reset(self, seed: int | None, options: Any) -> None:
         if options:
-            raise ValueError(f"options of reset are not part of the state, got {options!r}: leave them out")
+            raise ValueError(f"options of reset are not part of the state: got {options!r}; leave them out")
         if seed is not None:
             self.env._np_random, self.env._np_random_seed = seeding.np_random(seed)
         self.generator = _pack(self.env.np_random)

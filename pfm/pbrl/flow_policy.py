@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.flow.preference_flow import PreferenceFlow
 from pfm.pbrl.collection import open_environment
@@ -131,14 +132,11 @@ class FlowPolicy:
         if rounds is not None and rounds > 1 and mode == "single":
             raise ValueError(f"rounds={rounds} needs mode='reapply' or mode='relabel': got mode='single'")
         for name, value, known in (("mode", mode, MODES), ("guard", guard, GUARDS), ("form", self.form, FORMS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}: got {value!r}")
-        if isinstance(proposal, str) and proposal not in PROPOSALS:
-            raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}, or a policy: got {proposal!r}")
-        if isinstance(execute, bool) or not isinstance(execute, int) or not 1 <= execute <= self.length:
-            raise ValueError(f"execute must be a whole number from 1 to the segments' {self.length}: got {execute!r}")
-        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
-            raise ValueError(f"candidates must be a whole number of at least 1: got {candidates!r}")
+            check_choice(name, value, known)
+        if isinstance(proposal, str):
+            check_choice("proposal", proposal, PROPOSALS, hint="or give a policy")
+        check_whole("execute", execute, 1, self.length, hint=f"the segments have {self.length} steps")
+        check_whole("candidates", candidates, 1)
         if guard != "off" and math.isinf(self._radius):
             raise ValueError(f"guard={guard!r} needs to know how far the data lay from the proposals, and they carried "
                              "no plan: use guard='off'")  # fmt: skip
@@ -146,10 +144,8 @@ class FlowPolicy:
         if self._unit is None and not offline and (proposal == "stochastic" or candidates > 1):
             raise ValueError("drawn proposals need the noise of the data, and they carried no plan: use "
                              "proposal='deterministic' and candidates=1")  # fmt: skip
-        if not (math.isfinite(guidance) and guidance >= 0):
-            raise ValueError(f"guidance must be a number >= 0: got {guidance!r}")
-        if not math.isfinite(win_gradient):
-            raise ValueError(f"win_gradient must be a finite number: got {win_gradient!r}")
+        check_number("guidance", guidance, least=0)
+        check_number("win_gradient", win_gradient)
         if guidance != 1 and flow.context_free is None:
             raise ValueError(f"guidance={guidance!r} needs a field without states: fit the flow with "
                              "FlowConfig(context_free=True), or use guidance=1")  # fmt: skip
@@ -466,8 +462,7 @@ def choose_rounds(
     Raises:
         ValueError: what is asked for needs a simulator, states or plans that are not there.
     """
-    if by not in ("value", "win"):
-        raise ValueError(f"by must be 'value' or 'win': got {by!r}")
+    check_choice("by", by, ("value", "win"))
     observation = held_out.observation
     if policy.form == "residual":
         start = policy._unchanged(len(held_out))

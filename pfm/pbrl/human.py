@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_finite, check_number, check_shape
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.logistic import pairwise_log_loss
 from pfm.preferences.newton import newton_logistic
@@ -65,8 +66,7 @@ class HumanSegments:
             if value.ndim != ndim or len(value) != rows:
                 raise ValueError(f"{name} must have {ndim} dimensions and {rows} rows: got {value.shape}")
         for name in ("observations", "actions"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"{name} must be finite")
+            check_finite(name, getattr(self, name))
         if not ((self.label >= 0) & (self.label <= 1)).all():
             raise ValueError("label must lie in [0, 1]: 0.5 is a tie")
         for name in ("first", "second"):
@@ -125,8 +125,7 @@ class HumanSegments:
         Raises:
             ValueError: ``held_out`` is not in (0, 1), or a side would hold no pairs.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.episode)
         out = np.random.default_rng(seed).permutation(names)[: max(round(held_out * len(names)), 1)]
         inside = np.isin(self.episodes(), out)
@@ -156,8 +155,7 @@ class HumanSegments:
             ValueError: ``values`` has not one row a transition, or ``steps`` is not in 1..length.
         """
         count = self.length if steps is None else steps
-        if np.ndim(values) != 2 or len(values) != len(self.observations):
-            raise ValueError(f"values must be ({len(self.observations)}, F), a row a step: got {np.shape(values)}")
+        check_shape("values", values, (len(self.observations), "F"), "one row a step")
         if not 1 <= count <= self.length:
             raise ValueError(f"steps must lie in 1..{self.length}, the segments' length: got {steps}")
         total = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values, axis=0, dtype=np.float64)])
@@ -171,10 +169,8 @@ class HumanSegments:
             part: ``"both"`` observations and actions, or one of them.
             pooling: ``"mean"``, on which a linear reward is a reward a step; ``"mean+std"`` appends the spread.
         """
-        if part not in PARTS:
-            raise ValueError(f"part must be one of {', '.join(PARTS)}: got {part!r}")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}: got {pooling!r}")
+        check_choice("part", part, PARTS)
+        check_choice("pooling", pooling, POOLINGS)
         kept = {"observations": [self.observations], "actions": [self.actions]}.get(
             part, [self.observations, self.actions]
         )
@@ -257,10 +253,8 @@ class PeopleReward:
         Raises:
             ValueError: shapes disagree, values are not finite, or all pairs are ties.
         """
-        if differences.ndim != 2 or len(differences) != len(segments):
-            raise ValueError(f"differences must be ({len(segments)}, F), a row a pair: got {differences.shape}")
-        if not np.isfinite(differences).all():
-            raise ValueError("differences must be finite")
+        check_shape("differences", differences, (len(segments), "F"), "one row a pair")
+        check_finite("differences", differences)
         if (segments.label == 0.5).all():
             raise ValueError(f"all {len(segments)} pairs are ties: nothing can be learned from them")
         scale = np.sqrt(np.square(differences).mean(0))

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.files import claim_folder, replace_json
 from pfm.flow.config import FlowConfig
 from pfm.flow.preference_flow import PreferenceFlow
@@ -119,12 +120,9 @@ def improve(
         TypeError: an argument that :func:`collect` does not take.
     """
     for name, count, least in (("rounds", rounds, 1), ("episodes", episodes, 0)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}: got {count!r}")
-    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < rounds:
-        raise ValueError(f"pairs must be a whole number of at least the {rounds} rounds: got {pairs!r}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
+        check_whole(name, count, least)
+    check_whole("pairs", pairs, rounds, hint="each round needs a pair")
+    check_choice("form", form, FORMS)
     if not strengths or not all(math.isfinite(each) and each > 0 for each in strengths):
         raise ValueError(f"strengths must be numbers above 0, at least one: got {list(strengths)}")
     if not episodes and len(strengths) > 1:

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from gymnasium.spaces import Box
 
+from pfm._internal.checks import check_choice, check_number
 from pfm.pbrl.cloning import ClonedPolicy
 from pfm.pbrl.environments import make_env
 from pfm.pbrl.finite import all_finite
@@ -108,7 +109,7 @@ def check_policy(policy: Any, env: Any) -> None:
         ValueError: another action or observation space.
     """
     if not callable(getattr(policy, "predict", None)):
-        raise TypeError(f"a policy needs predict(observation, ...), got {type(policy).__name__}")
+        raise TypeError(f"a policy needs predict(observation, ...): got {type(policy).__name__}")
     theirs, ours = getattr(policy, "action_space", None), env.action_space
     if theirs is not None:
         same = (
@@ -259,7 +260,7 @@ class ActorPolicy:
             # 84 contact forces at the end, which were 0 in Ant-v3 and which Ant-v4 leaves out
             rows = np.pad(rows, ((0, 0), (0, expected - rows.shape[1])))
         if rows.shape[1] != expected:
-            raise ValueError(f"observation must have {expected} numbers, got {rows.shape[1]}: use {self.env_name}")
+            raise ValueError(f"observation must have {expected} numbers: got {rows.shape[1]}; use {self.env_name}")
         if self._statistics is not None:
             mean, scale, clip = self._statistics
             rows = np.minimum(np.maximum((rows - mean) / scale, -clip), clip)
@@ -279,9 +280,8 @@ class NoisyPolicy:
     def __init__(self, policy: Policy, sigma: float, seed: int = 0, action_space: Box | None = None) -> None:
         space = action_space if action_space is not None else getattr(policy, "action_space", None)
         if not isinstance(space, Box) or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(f"action_space must be a box with finite bounds, got {space}")
-        if not (np.isfinite(sigma) and sigma >= 0):
-            raise ValueError(f"sigma must be a number >= 0, got {sigma}")
+            raise ValueError(f"action_space must be a box with finite bounds: got {space}")
+        check_number("sigma", sigma, least=0)
         self.policy = policy
         self.sigma = sigma
         self.action_space = space
@@ -315,8 +315,7 @@ def _runnable(name: str) -> str:
 
 
 def _choose(name: str, value: Any, known: dict[str, Any]) -> Any:
-    if value not in known:
-        raise ValueError(f"{name} of the actor must be one of {', '.join(known)}, got {value!r}")
+    check_choice(f"{name} of the actor", value, known)
     return known[value]
 
 

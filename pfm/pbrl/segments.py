@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_choice, check_finite, check_number, check_shape
 from pfm._internal.files import replace_file
 from pfm.data.encoded import EncodedPairs
 from pfm.pbrl.states import join_states, pack_states, pick_states, unpack_states
@@ -121,15 +122,13 @@ class SegmentPairs:
         }  # fmt: skip
         for name, shape in wanted.items():
             value = getattr(self, name)
-            if value is not None and value.shape != shape:
-                raise ValueError(f"{name} must be {shape} for actions {self.actions.shape}: got {value.shape}")
-        if self.observation.ndim != 2 or len(self.observation) != n:
-            raise ValueError(f"observation must be ({n}, O), one row a state: got {self.observation.shape}")
+            if value is not None:
+                check_shape(name, value, shape, f"for actions {self.actions.shape}")
+        check_shape("observation", self.observation, (n, "O"), "one row a state")
         for name in ("observation", "actions", "rewards", "after", "reference_actions", "plan"):
             value = getattr(self, name)
-            if value is not None and not np.isfinite(value).all():
-                row = int(np.argwhere(~np.isfinite(value))[0, 0])
-                raise ValueError(f"{name} must be finite: the first bad row is {row}; leave that state out")
+            if value is not None:
+                check_finite(name, value)
         compared = self.comparisons
         if compared.ndim != 2 or compared.shape[1] != 3 or (compared < 0).any() or (compared >= [n, m, m]).any():
             raise ValueError(f"compared must be (L, 3) rows (state < {n}, first < {m}, second < {m})")
@@ -269,10 +268,8 @@ class SegmentPairs:
             ValueError: there are no labels, none of them prefers anything, or the form's actions are missing.
         """
         label = self._labelled()
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
-        if ties not in ("keep", "drop"):
-            raise ValueError(f"ties must be 'keep' or 'drop': got {ties!r}")
+        check_choice("form", form, FORMS)
+        check_choice("ties", ties, ("keep", "drop"))
         outputs = self.outputs("actions" if form == "actions" else "residual")
         used = np.isfinite(label) if ties == "keep" else np.isfinite(label) & (label != 0.5)
         if not (used & (label != 0.5)).any():
@@ -400,8 +397,7 @@ class SegmentPairs:
         Raises:
             ValueError: fewer than two trajectories, or ``held_out`` not in (0, 1).
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.trajectory)
         if len(names) < 2:
             raise ValueError("all states lie on one trajectory, so none can be held out: collect from more of them")

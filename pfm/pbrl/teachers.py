@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_number
+
 __all__ = ["TEACHERS", "Teacher", "all_comparisons", "difference_unit"]
 
 TEACHERS: dict[str, dict[str, float]] = {
@@ -53,15 +55,11 @@ class Teacher:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, fits, wanted in (
-            ("beta", self.beta > 0, "above 0"),
-            ("mistake", 0 <= self.mistake <= 1, "in [0, 1]"),
-            ("skip", 0 <= self.skip < 1, "in [0, 1)"),
-            ("equal", 0 <= self.equal < math.inf, ">= 0"),
-            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {wanted}: got {getattr(self, name)!r}")
+        check_number("beta", self.beta, above=0, also=(math.inf,))
+        check_number("mistake", self.mistake, least=0, most=1)
+        check_number("skip", self.skip, least=0, below=1)
+        check_number("equal", self.equal, least=0)
+        check_number("gamma", self.gamma, above=0, most=1)
 
     @classmethod
     def named(cls, name: str | Teacher, **changes: float) -> Teacher:
