@@ -19,10 +19,12 @@ import numpy as np
 from pfm._internal.checks import check_choice, check_number
 from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
 from pfm.data.conversations import Text, conversation_text, joined_text
-from pfm.data.errors import BadRows, PreferenceDataError, show
+from pfm.data.errors import BadRows, PreferenceDataError
 from pfm.data.identity import PromptIdentity, prompt_identity
 from pfm.data.readers import (
     NumberedRows,
+    json_value,
+    numbered_rows,
     read_csv,
     read_dataset,
     read_json,
@@ -161,7 +163,7 @@ class PreferencePairs:
         >>> PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "Because it rains.", "rejected": "No."}])
         PreferencePairs(rows=1, prompts=1)
         """
-        return cls._from_numbered(_numbered(rows), "rows", "row {n} (rows[{i}])", options)
+        return cls._from_numbered(numbered_rows(rows), "rows", "row {n} (rows[{i}])", options)
 
     @classmethod
     def _from_file(
@@ -327,7 +329,7 @@ class PreferencePairs:
         place = "row {n} (rows[{i}])"
 
         def pairs(bad: BadRows) -> NumberedRows:
-            return vote_rows(_numbered(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
+            return vote_rows(numbered_rows(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
 
         options: RowOptions = {"prompt_key": prompt_key, "group_key": group_key, "on_bad_rows": on_bad_rows}
         way_out = '; ties="half" keeps ties' if ties == "drop" else ""
@@ -370,7 +372,7 @@ class PreferencePairs:
         Raises:
             TypeError: an extra column holds something that JSON has no form for.
         """
-        write_lines(path, (json.dumps(row, ensure_ascii=False, default=_json_value) for row in self))
+        write_lines(path, (json.dumps(row, ensure_ascii=False, default=json_value) for row in self))
 
     def select(self, indices: Iterable[int] | np.ndarray) -> PreferencePairs:
         """Take rows by number, in that order, or by a mask of N booleans.
@@ -533,23 +535,7 @@ class PreferencePairs:
         )  # fmt: skip
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
-    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
-        raise TypeError("rows must be a list of dictionaries: got a DataFrame; pass frame.to_dict('records')")
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise TypeError(f"rows must be a list of dictionaries: got {show(rows)}; for a path use from_file")
-    return enumerate(rows, 1)
-
-
 def _numbers(values: list[float | None]) -> list[float] | None:
     if all(value is None for value in values):
         return None
     return [1.0 if value is None else value for value in values]
-
-
-def _json_value(value: Any) -> Any:
-    """Give the plain form of numpy values and of dates, which tables of other libraries hold."""
-    for method in ("tolist", "isoformat"):
-        if hasattr(value, method):
-            return getattr(value, method)()
-    raise TypeError(f"cannot write {show(value)} as JSON; remove or convert the column that holds it")

@@ -18,6 +18,8 @@ from pfm.data.spreadsheets import table_rows
 
 __all__ = [
     "NumberedRows",
+    "json_value",
+    "numbered_rows",
     "open_binary",
     "read_csv",
     "read_dataset",
@@ -229,3 +231,24 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def numbered_rows(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
+    """Number rows from 1.
+
+    Raises:
+        TypeError: they are no list of dictionaries.
+    """
+    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
+        raise TypeError("rows must be a list of dictionaries: got a DataFrame; pass frame.to_dict('records')")
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise TypeError(f"rows must be a list of dictionaries: got {show(rows)}; for a path use from_file")
+    return enumerate(rows, 1)
+
+
+def json_value(value: Any) -> Any:
+    """Give the plain form of numpy values and of dates, which tables of other libraries hold."""
+    for method in ("tolist", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"cannot write {show(value)} as JSON; remove or convert the column that holds it")
