@@ -874,7 +874,7 @@ def test_describe():
         {"prompt": "", "chosen": "one two", "rejected": "", "weight": 1},
         {"prompt": "", "chosen": "one two", "rejected": "[red]three[/red]", "weight": 2},
     ]
-    summary = PreferencePairs.from_rows(rows, on_bad_rows="drop").describe()
+    summary = PreferencePairs.from_rows(rows, on_bad_rows="drop").summary()
     assert (summary.rows, summary.prompts, summary.responses, summary.without_prompt) == (3, 2, 5, 1)
     assert summary.chosen_words["50%"] == 2
     assert summary.chosen_longer == pytest.approx(2 / 3)
@@ -889,7 +889,7 @@ def test_describe_shows_data_as_data():
 
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "[bold]": 1}]
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(PreferencePairs.from_rows(rows).describe())
+    console.print(PreferencePairs.from_rows(rows).summary())
     assert "other columns" in (shown := console.export_text())
     assert "[bold]" in shown
 
@@ -980,7 +980,7 @@ def test_real_rows_in_the_conversations_format():
     assert not pairs.extra
     train, held_out = pairs.split()
     assert not set(train.prompts) & set(held_out.prompts)
-    summary = pairs.describe()
+    summary = pairs.summary()
     assert summary.rows == 300
     assert 0 < summary.chosen_longer < 1
     encoded = pairs.encode(HashEncoder(), progress=False)

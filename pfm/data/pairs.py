@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 import numpy as np
 
 from pfm._internal.checks import check_choice, check_number
+from pfm._internal.moved import renamed_method
 from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
 from pfm.data.conversations import Text, conversation_text, joined_text
 from pfm.data.errors import BadRows, PreferenceDataError
@@ -475,7 +476,7 @@ class PreferencePairs:
         mask = np.array([key in out for key in keys])
         return self.select(~mask), self.select(mask)
 
-    def describe(self) -> PairsSummary:
+    def summary(self) -> PairsSummary:
         """Count and measure the rows; print the result, or show it with rich."""
         texts = dict.fromkeys(self.chosen) | dict.fromkeys(self.rejected)
         words = {text: len(training_text(text).split()) for text in texts}
@@ -498,6 +499,8 @@ class PreferencePairs:
             layout=self.layout,
             notes=tuple(self.notes),
         )
+
+    describe = renamed_method("describe", "summary")
 
     def encode(
         self, encoder: Any, *, context: bool = True, reasoning: str = "strip", progress: bool = True

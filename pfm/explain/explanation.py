@@ -56,14 +56,18 @@ class Explanation(Results):
         """Give everything as JSON values."""
         return asdict(self)
 
-    def save_json(self, path: str | Path) -> None:
-        """Write everything as JSON."""
+    def save_json(self, path: str | Path) -> Path:
+        """Write everything as JSON, and return the path."""
+        path = Path(path).expanduser()
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return path
 
-    def save_html(self, path: str | Path) -> None:
-        """Write one self-contained HTML page."""
-        Path(path).expanduser().write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+    def save_html(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page, and return the path."""
+        path = Path(path).expanduser()
+        path.write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+        return path
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield from terminal(self, options.max_width)

@@ -176,10 +176,10 @@ class ClonedPolicy(nn.Module):
         """Start the noise of :meth:`propose` and :meth:`predict` anew."""
         self._noise = np.random.default_rng(seed)
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: weights, and the shape and bounds as its metadata."""
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, and return its path: weights, and the shape and bounds as its metadata."""
         bounds = {"low": self.action_space.low.tolist(), "high": self.action_space.high.tolist()}
-        save_network(path, KIND, {**self.shape, **bounds}, self.state_dict())
+        return save_network(path, KIND, {**self.shape, **bounds}, self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> ClonedPolicy:

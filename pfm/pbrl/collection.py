@@ -102,7 +102,7 @@ def collect(
     workers: int = 1,
     folder: str | Path | None = None,
     batch: int = 32,
-    progress: bool = False,
+    progress: bool = True,
 ) -> SegmentPairs:
     """Collect labelled comparisons of action segments from the same exact state.
 

@@ -16,11 +16,13 @@ from pfm._internal.files import replace_file
 __all__ = ["load_network", "save_network"]
 
 
-def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write tensors, with what else is needed to make the network again as the file's metadata."""
+def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write tensors, with what else is needed to make the network again as the file's metadata; return the path."""
     meta = {"kind": kind, "config": json.dumps(config)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(Path(path).expanduser(), lambda partial: save_file(whole, partial, meta))
+    path = Path(path).expanduser()
+    replace_file(path, lambda partial: save_file(whole, partial, meta))
+    return path
 
 
 def load_network(path: str | Path, kind: str, sizes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -18,6 +18,7 @@ import torch
 
 from pfm._internal.checks import check_choice, check_finite, check_number, check_shape
 from pfm._internal.files import replace_file
+from pfm._internal.moved import renamed_method
 from pfm.data.encoded import EncodedPairs
 from pfm.pbrl.states import join_states, pack_states, pick_states, unpack_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
@@ -214,7 +215,7 @@ class SegmentPairs:
             meta=self.meta | {"teacher": settings, "design": design, "label_seed": seed},
         )  # fmt: skip
 
-    def statistics(self) -> SegmentStatistics:
+    def summary(self) -> SegmentStatistics:
         """Describe the labels, their noise, the margins, and what there is to be learned.
 
         Raises:
@@ -248,6 +249,8 @@ class SegmentPairs:
         )
 
     # -- towards a flow -----------------------------------------------------------------------------------------
+
+    statistics = renamed_method("statistics", "summary")
 
     def encode(self, form: str = "residual", *, ties: str = "keep") -> EncodedPairs:
         """Turn the labelled segments into what :meth:`pfm.PreferenceFlow.fit` takes, with the observation as context.

@@ -122,7 +122,7 @@ class FittedValue:
         return self._estimate(torch.as_tensor(rows, dtype=torch.float32)).double().numpy()
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: weights, and what was measured as its metadata."""
+        """Write one safetensors file, and return its path: weights, and what was measured as its metadata."""
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.shape | {
@@ -130,8 +130,7 @@ class FittedValue:
         }  # fmt: skip
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {"mean": self.mean, "scale": self.scale, "centre": self.centre, "unit": self.unit}
-        save_network(path, KIND, config, tensors)
-        return path
+        return save_network(path, KIND, config, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> FittedValue:

@@ -27,7 +27,7 @@ def taste_flows(
     config: FlowConfig | Mapping[str, Any] | None = None,
     *,
     names: Sequence[Hashable] | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Composition:
     """Fit one flow a taste, each on all pairs of its raters, and compose them with equal weights.
 
