@@ -1,4 +1,4 @@
-"""Old names of what was renamed: modules that moved into packages, and methods. Using one warns and gives the new one."""
+"""Old names of modules and methods. Using one warns, and gives what has the new name."""
 
 from __future__ import annotations
 
