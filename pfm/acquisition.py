@@ -1,4 +1,4 @@
-"""Which pair to label next: the one whose label is expected to tell most.
+"""Choose the pair to label next: the one whose label is expected to be most informative.
 
 Every criterion works on *beliefs*: the log-odds of the M candidate pairs taken as jointly normal, with mean m (M,) and
 covariance Z Z' of rank R. They come from
@@ -45,10 +45,10 @@ CHUNK = 8192
 
 
 class Scorer(Protocol):
-    """Is a fitted preference model, as in :mod:`pfm.preferences`."""
+    """A fitted preference model, as in :mod:`pfm.preferences`."""
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
+        """Return the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
         ...
 
 
@@ -61,7 +61,7 @@ class Beliefs:
 
     @property
     def variance(self) -> Tensor:
-        """Give the variances of the log-odds, (M,)."""
+        """Return the variances of the log-odds, (M,)."""
         return self.factor.square().sum(1)
 
 
@@ -155,27 +155,27 @@ class LaplacePosterior:
 
     @property
     def weights(self) -> Tensor:
-        """Give the most probable weights (D,), in log-odds per unit of the outputs."""
+        """Return the most probable weights (D,), in log-odds per unit of the outputs."""
         return self._fitted() / self._scale
 
     @property
     def covariance(self) -> Tensor:
-        """Give the posterior covariance (D, D) of the weights, in the same units."""
+        """Return the posterior covariance (D, D) of the weights, in the same units."""
         self._fitted()
         return self._root @ self._root / self._scale**2
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
-        """Give the most probable reward (B,) of outputs y (B, \\*D), in log-odds."""
+        """Return the most probable reward (B,) of outputs y (B, \\*D), in log-odds."""
         y = as_float_tensor("y", y)
         return (y.cpu().flatten(1).double() @ self.weights).float().to(y.device)
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the most probable log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
+        """Return the most probable log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
         reward = self.reward(y)
         return reward - self.reward(other).to(reward.device)
 
     def beliefs(self, y: Any, other: Any) -> Beliefs:
-        """Give what is believed of the log-odds that y (M, \\*D) is preferred to other (M, \\*D), on the CPU."""
+        """Return what is believed of the log-odds that y (M, \\*D) is preferred to other (M, \\*D), on the CPU."""
         mean = self._fitted()
         first, second = (as_float_tensor(name, value).cpu() for name, value in (("y", y), ("other", other)))
         rows = (first.flatten(1).double() - second.flatten(1).double()) / self._scale
@@ -190,7 +190,7 @@ class LaplacePosterior:
 
 
 def _evidence(rows: Tensor, weight: Tensor, label: Tensor, precision: float, at: Tensor, hessian: Tensor) -> float:
-    """Give the log of the labels' probability, weights integrated out by Laplace's method."""
+    """Return the log of the labels' probability, weights integrated out by Laplace's method."""
     score = rows @ at
     likelihood = -(weight * (torch.nn.functional.softplus(-score) + (1 - label) * score)).sum()
     prior = len(at) / 2 * math.log(precision) - precision / 2 * at.square().sum()
@@ -319,7 +319,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _expectations(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give E[P], E[h(P)] and E[P (1 - P)], (M,) each, for P = sigmoid(s) and s ~ N(mean, variance).
+    """Return E[P], E[h(P)] and E[P (1 - P)], (M,) each, for P = sigmoid(s) and s ~ N(mean, variance).
 
     By the trapezoidal rule over :data:`SPAN` standard deviations either way, whose error falls exponentially.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sized
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import numpy as np
 import torch
@@ -37,6 +37,12 @@ class _Array(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
+@overload
+def check_whole(name: str, value: Any, least: int | None = None, most: int | None = None, *, hint: str = "") -> int: ...
+@overload
+def check_whole(
+    name: str, value: Any, least: int | None = None, most: int | None = None, *, also: tuple[Any, ...], hint: str = ""
+) -> Any: ...
 def check_whole(
     name: str, value: Any, least: int | None = None, most: int | None = None, *, also: tuple[Any, ...] = (),
     hint: str = "",
@@ -277,7 +283,7 @@ def _as_number(value: Any) -> float:
 
 
 def _range(least: float | None, above: float | None, most: float | None, below: float | None) -> str:
-    """Say which numbers are wanted."""
+    """Describe the range of numbers that are wanted."""
     low, high = (above if least is None else least), (below if most is None else most)
     if low is not None and high is not None:
         if least is None and most is None:

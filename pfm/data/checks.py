@@ -24,7 +24,7 @@ __all__ = [
     "response",
 ]
 
-#: Pairs that one prompt may give before a limit is asked for: beyond it the lists no longer fit in memory.
+#: Pairs that one prompt may give without a limit: beyond it the lists no longer fit in memory.
 MOST_PAIRS_PER_PROMPT = 2_000_000
 
 

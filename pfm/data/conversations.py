@@ -156,7 +156,7 @@ def message_texts(text: Text) -> list[str]:
 
 
 def is_blank(text: Text) -> bool:
-    """Tell whether a text holds nothing but white space."""
+    """Return whether a text holds nothing but white space."""
     if isinstance(text, str):
         return not text or text.isspace()
     return all(not part or part.isspace() for part in message_texts(text))
@@ -172,7 +172,7 @@ def shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether a string can be written as UTF-8 (it holds no half of a surrogate pair)."""
+    """Return whether a string can be written as UTF-8 (it holds no half of a surrogate pair)."""
     if text.isascii():
         return True
     try:

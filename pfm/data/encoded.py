@@ -1,4 +1,4 @@
-"""Preference pairs as tensors: what the tensor floor is fitted on."""
+"""Preference pairs as tensors, on which flows and preference models are fitted."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ class EncodedPairs:
 
     @property
     def dimension(self) -> int:
-        """Give the number of values in one output."""
+        """Return the number of values in one output."""
         return self._tables[0].shape[1]
 
     @property
@@ -284,7 +284,7 @@ class EncodedPairs:
 
     @property
     def context_dimension(self) -> int:
-        """Give the number of values in one context, 0 without contexts."""
+        """Return the number of values in one context, 0 without contexts."""
         return 0 if self._contexts is None else self._contexts.shape[1]
 
     @property
@@ -316,7 +316,7 @@ class EncodedPairs:
 
     @property
     def group(self) -> Tensor:
-        """Give the identity of each pair's prompt, (N,) int64, on the CPU."""
+        """Return the identity of each pair's prompt, (N,) int64, on the CPU."""
         group = self._group
         if group is None:
             group = torch.arange(len(self), device="cpu") if self._contexts is None else self._same_contexts()
@@ -325,10 +325,10 @@ class EncodedPairs:
 
     @property
     def pool(self) -> Tensor:
-        """Give the identity of each pair's context, (N,) int64 on the CPU: outputs of one pool may be joined.
+        """Return the identity of each pair's context, (N,) int64 on the CPU: outputs of one pool may be joined.
 
         Pairs of equal contexts share a pool; without contexts those of one group do, if groups were given; else
-        all pairs are of one law, and of one pool.
+        all pairs are of one distribution, and of one pool.
         """
         if self._contexts is not None:
             return self._same_contexts()
@@ -490,7 +490,7 @@ class EncodedPairs:
         return self.select(~mask), self.select(mask)
 
     def swap(self) -> EncodedPairs:
-        """Exchange chosen and rejected: the control in which every learned gain must turn round."""
+        """Exchange chosen and rejected: the control in which every learned gain must change its sign."""
         part = self.select(torch.arange(len(self), device="cpu"))
         part._tables = (self._tables[1], self._tables[0])
         part._indices = (self._indices[1], self._indices[0])

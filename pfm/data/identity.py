@@ -39,7 +39,7 @@ def prompt_identity(prompt: str, group: Any) -> PromptIdentity:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a table's cell holds nothing: None, NaN, or pandas' NA and NaT."""
+    """Return whether a table's cell holds nothing: None, NaN, or pandas' NA and NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, Real) and value != value

@@ -9,7 +9,7 @@ __all__ = ["first_equal", "json_output", "same_output"]
 
 
 def same_output(one: Any, other: Any) -> bool:
-    """Tell whether two outputs are equal: texts and arrays by their values, others as ``==`` says.
+    """Return whether two outputs are equal: texts and arrays by their values, others as ``==`` says.
 
     >>> import numpy as np
     >>> same_output("a", "a"), same_output(np.zeros(2), np.zeros(2)), same_output(np.zeros(2), np.zeros(3))

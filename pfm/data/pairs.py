@@ -393,12 +393,12 @@ class PreferencePairs:
         )
 
     def swap(self) -> PreferencePairs:
-        """Exchange chosen and rejected, and negate scores: the control that must turn every gain round."""
+        """Exchange chosen and rejected, and negate scores: the control in which every gain must change its sign."""
         candidates = [replace(c, scores=[-score for score in c.scores]) for c in self.candidates]
         return self._flipped([True] * len(self), candidates)
 
     def shuffle_labels(self, seed: int = 0) -> PreferencePairs:
-        """Exchange chosen and rejected by a coin toss a row, and permute scores within each prompt.
+        """Exchange chosen and rejected in each row with probability 1/2, and permute scores within each prompt.
 
         This is the control in which nothing can be learned.
         """
@@ -449,7 +449,7 @@ class PreferencePairs:
             held_out: share of the prompts to hold out, in (0, 1); at least one prompt on each side.
             seed: the same seed gives the same split.
             by: ``"prompt"``; or ``"group"``, to keep whole groups - topics, debates, raters - on one side too, and
-                then the share is of the groups. Rows without a prompt are told apart by their group in both.
+                then the share is of the groups. Rows without a prompt are distinguished by their group in both.
 
         Raises:
             ValueError: ``held_out`` or ``by`` is out of range, or there are not two prompts to separate.

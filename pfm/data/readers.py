@@ -247,7 +247,7 @@ def numbered_rows(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
 
 
 def json_value(value: Any) -> Any:
-    """Give the plain form of numpy values and of dates, which tables of other libraries hold."""
+    """Return the plain form of numpy values and of dates, which tables of other libraries hold."""
     for method in ("tolist", "isoformat"):
         if hasattr(value, method):
             return getattr(value, method)()

@@ -1,4 +1,4 @@
-"""What a set of preference pairs holds, in numbers."""
+"""Summaries of preference pairs, in numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class PairsSummary:
-    """Say in numbers what a set of pairs holds; prints as a table.
+    """Holds counts and quantiles of a set of pairs; prints as a table.
 
     ``chosen_words``, ``rejected_words`` and ``candidates`` (texts in a candidate set) are quantiles by name, empty
     where there is nothing to measure; ``chosen_longer`` is the share of rows whose chosen response has more

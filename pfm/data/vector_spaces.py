@@ -1,4 +1,4 @@
-"""Which encoders give vectors that can be compared: their descriptions, without what does not change the space."""
+"""Compare the vector spaces of encoders by their descriptions, without what does not change the space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def vector_space(description: Any) -> Any:
 
 
 def space_differences(fitted: Mapping[str, Any] | None, given: Mapping[str, Any]) -> str:
-    """Say in which members the descriptions of two encoders differ that both have; "" if in none.
+    """Return the members in which the descriptions of two encoders differ that both have; "" if in none.
 
     >>> space_differences({"name": "a", "dtype": "float16"}, {"name": "b", "dtype": "float32"})
     "name 'a' against 'b'"

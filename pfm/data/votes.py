@@ -21,12 +21,12 @@ from pfm._internal.checks import as_float_tensor, check_choice, check_finite, ch
 
 __all__ = ["VoteLabels", "check_counts", "fit_prior", "soft_labels"]
 
-PRIORS = torch.logspace(-1, 3, 81, dtype=torch.float64)  # of a: labels nearly certain, to nearly coin tosses
+PRIORS = torch.logspace(-1, 3, 81, dtype=torch.float64)  # of a: labels nearly certain, to nearly at chance
 
 
 @dataclass(frozen=True)
 class VoteLabels:
-    """Holds what votes make of N pairs.
+    """Holds the labels and weights of N pairs from their votes.
 
     Attributes:
         probability: (N,) that the first output is preferred, in (0, 1) with a prior above 0.
@@ -77,8 +77,8 @@ def soft_labels(
 def fit_prior(first: Any, second: Any, tie: Any = None) -> float:
     """Find the a of Beta(a, a) under which vote counts are most likely, between 0.1 and 1000.
 
-    Votes of pairs that people agree on need a small one, votes like coin tosses a large one. Pairs of one vote say
-    nothing of it: of such pairs alone, a = 1, each share as likely as any other. Arguments are those of
+    Votes of pairs that people agree on need a small a, votes at chance a large one. Pairs with one vote do not
+    determine it: for such pairs alone a = 1, which makes every share equally likely. Arguments are those of
     :func:`soft_labels`.
     """
     one, two, undecided = check_counts(first, second, tie)

@@ -238,7 +238,7 @@ def _method_plots(report: Results) -> tuple[Markup, Markup]:
 
 
 def _length_plots(report: Results) -> tuple[Markup, Markup] | None:
-    """Draw win rates at equal length, and lengths; None where length cannot be told apart from any method."""
+    """Draw win rates at equal length, and lengths; None where the effect of length cannot be separated."""
     others = [row for row in report.rows if row.name != "identity"]
     rows = [
         (row.label, row.win, row.win_controlled, _kind(report, row)) for row in others if row.win_controlled is not None

@@ -1,6 +1,6 @@
 """What does a flow prefer? The directions along which it moves outputs, named so that a person can judge them.
 
-Everything is told within prompts: what sets an answer apart from the other answers to its own prompt. A trait
+All comparisons are within prompts: an answer against the other answers to its own prompt. A trait
 (length, lists, hedging, ...) is quantified three ways, in standard deviations between the answers to one prompt:
 
 - *moved*: what the flow's displacement T(y) - y makes of it. A ridge regression of the trait on the embedding, fitted
@@ -47,13 +47,13 @@ FOLLOWED = 1 / 3  # of what the labels say of a trait: b that picks less follows
 
 @dataclass(frozen=True)
 class Explanation(Results):
-    """Say what a flow prefers: print it, save it as JSON, or as one self-contained HTML page.
+    """Describes what a flow prefers: print it, save it as JSON, or as one self-contained HTML page.
 
     For the attributes see :class:`pfm.explain.results.Results`.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
     def save_json(self, path: str | Path) -> Path:
@@ -87,7 +87,7 @@ def explain(
     seed: int = 0,
     progress: bool = True,
 ) -> Explanation:
-    """Say along which directions a flow moves the outputs of given pairs, in words and with real texts.
+    """Describe the directions along which a flow moves the outputs of given pairs, in words and with real texts.
 
     Better give pairs of prompts that the flow was not fitted on; how b orders those that it was is flattered.
 
@@ -180,7 +180,7 @@ def _told(
         reasons.append("The given pairs do not confirm it.")
     spoken = [trait for trait in traits if trait.confirmed] if confirmed else []
     if not confirmed:
-        summary = "No confirmed direction: what moves here cannot be told from noise."
+        summary = "No confirmed direction: the displacement cannot be distinguished from noise."
     elif spoken:
         summary = _prefers(spoken)
     else:
@@ -240,7 +240,7 @@ def _warnings(
         untold = [trait for trait in traits if trait.confirmed and trait.told < 0.1]
         if untold:
             names = ", ".join(trait.name.replace("_", " ") for trait in untold[:5])
-            found.append(f"The embedding hardly tells of {names}: moves in them cannot be seen in the displacement.")
+            found.append(f"The embedding predicts {names} poorly: changes of them go undetected in the displacement.")
         weak = [
             trait for trait in traits
             if trait.confirmed and trait.told < 0.5 and abs(trait.picked.value) < FOLLOWED * abs(trait.labelled.value)

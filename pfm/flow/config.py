@@ -1,4 +1,4 @@
-"""How a preference flow is fitted: one plain dataclass, usable as a Hydra structured config."""
+"""Settings of a fit: one plain dataclass, usable as a Hydra structured config."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FlowConfig:
     """Configures :meth:`pfm.PreferenceFlow.fit`.
 
     What is learned
-        source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners' law;
-            ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
+        source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners'
+            distribution; ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
         coupling: which source sample goes with which target, see :mod:`pfm.flow.couplings`; ``"paired"`` takes the
             data's own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the
             nearest with the contexts' distance in the cost; or a name of :func:`pfm.register_coupling`.
@@ -177,7 +177,7 @@ class FlowConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the settings as JSON values."""
+        """Return the settings as JSON values."""
         return asdict(self)
 
     def replace(self, **changes: Any) -> FlowConfig:

@@ -31,7 +31,7 @@ class Coupled:
     repeats: int = 1
 
     def row_context(self) -> Tensor | None:
-        """Give every row's context, (B, C)."""
+        """Return every row's context, (B, C)."""
         return None if self.context is None else self.context.repeat(self.repeats, 1)
 
     def to(self, device: torch.device) -> Coupled:
@@ -45,7 +45,7 @@ class Coupled:
 
 
 class Coupling(Protocol):
-    """Is what gives the training its joined samples.
+    """The source of joined samples for training.
 
     ``rows_per_item`` is the number of rows :meth:`draw` makes of an item. Samples are on ``device``, that of the
     pairs; random numbers are drawn on the generator's, so that one seed gives the same samples on every device.
@@ -63,7 +63,7 @@ class Coupling(Protocol):
         ...
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the items at ``index`` (B,), on the CPU."""
+        """Return the prompts of the items at ``index`` (B,), on the CPU."""
         ...
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:

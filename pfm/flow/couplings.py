@@ -1,15 +1,15 @@
-"""Couplings: which source sample travels to which target sample in training.
+"""Couplings: the assignment of source samples to target samples in training.
 
 A coupling joins samples of one context. Joining across contexts, as minibatch optimal transport does when it ignores
 them, transports each prompt's outputs to other prompts' outputs; the one exception, ``c2ot``, has the distance of
 contexts in its cost.
 
-With P(y > y') + P(y' > y) = 1 the winners' law is p1 = 2 pi_ref b and the losers' law p0 = 2 pi_ref (1 - b), so
-pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from the reference.
+With P(y > y') + P(y' > y) = 1 the winners' distribution is p1 = 2 pi_ref b and the losers' p0 = 2 pi_ref (1 - b), so
+pi_ref = (p0 + p1) / 2: a member of a pair picked uniformly at random is a draw from the reference.
 
 That holds for pairs of two independent draws, ties included. Pairs of each liked with each disliked output of a prompt
-are none: a fair coin then picks from an even mixture of liked and disliked outputs, whatever their shares are, and that
-mixture takes the place of pi_ref in all of the above.
+are not such pairs: their members are an even mixture of liked and disliked outputs, whatever the shares of either, and
+that mixture takes the place of pi_ref in all of the above.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Paired:
     """Joins the two outputs of a labelled pair, as the data give them.
 
     ``source="rejected"``: loser to winner. ``source="reference"``: each member of the pair to the winner, half
-    the weight each - the expectation of the fair coin, taken exactly, so that the source law is pi_ref and the
-    target law p1. A soft label p counts as both labels with weights p and 1 - p.
+    the weight each: the exact expectation over a member picked at random, so that the source distribution is pi_ref
+    and the target distribution p1. A soft label p counts as both labels with weights p and 1 - p.
     """
 
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
@@ -73,7 +73,7 @@ class Paired:
         return len(self.pairs)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the pairs at ``index`` (B,), on the CPU."""
+        """Return the prompts of the pairs at ``index`` (B,), on the CPU."""
         return self.pairs.group[index.cpu()]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
@@ -131,7 +131,7 @@ class BestOf:
         self._rows = torch.cat([entry.rows[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
         self._equals = _equals(scores)
         # Row n: P(best rank <= k) = C(k + 1, m) / C(n, m) for m of n members drawn without replacement - members of
-        # a set of independent draws, so that their best has the law of the best of m fresh draws.
+        # a set of independent draws, so that their best is distributed as the best of m fresh draws.
         largest = max(sizes)
         below = torch.ones(largest + 1, largest, dtype=torch.float64, device="cpu")
         for size in set(sizes):
@@ -153,7 +153,7 @@ class BestOf:
         return len(self._rows)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the candidate sets of the candidates at ``index`` (B,), on the CPU."""
+        """Return the candidate sets of the candidates at ``index`` (B,), on the CPU."""
         return self._set_of(index.to(self.pairs.device)).cpu()
 
     def _set_of(self, index: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class BestOf:
 
 
 def _equals(sorted_scores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Give for each of all sets' scores the place of the first equal one and how many there are; None without ties."""
+    """Return for each score of all sets the place of the first equal one and their number; None without ties."""
     firsts, counts, start = [], [], 0
     for scores in sorted_scores:
         _, inverse, count = scores.unique_consecutive(return_inverse=True, return_counts=True)
@@ -208,7 +208,7 @@ class Joined:
         return len(self.source)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the numbers of the samples, (B,), on the CPU."""
+        """Return the numbers of the samples, (B,), on the CPU."""
         return index.cpu()
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
@@ -234,7 +234,7 @@ class WithoutContext:
         return len(self.coupling)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the items at ``index`` (B,)."""
+        """Return the prompts of the items at ``index`` (B,)."""
         return self.coupling.group_of(index)
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:

@@ -31,7 +31,7 @@ Inputs = tuple[Tensor | None, ...]
 
 
 def supported(device: torch.device) -> bool:
-    """Say whether work on a device can be recorded; the environment variable ``PFM_CUDA_GRAPHS=0`` turns it off."""
+    """Return whether work on a device can be recorded; the environment variable ``PFM_CUDA_GRAPHS=0`` turns it off."""
     return device.type == "cuda" and os.environ.get(OFF) != "0"
 
 

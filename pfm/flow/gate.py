@@ -1,4 +1,4 @@
-"""The gate's draws: which rows of a gated pass are kept, drawn from the rows themselves."""
+"""The gate's draws: choose the rows of a gated pass that are kept, from the rows' own values."""
 
 from __future__ import annotations
 

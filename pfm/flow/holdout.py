@@ -1,4 +1,4 @@
-"""Which prompts a fit holds out to decide by."""
+"""Choose the prompts that a fit holds out for validation."""
 
 from __future__ import annotations
 

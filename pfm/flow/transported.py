@@ -44,7 +44,7 @@ def _present(places: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Sources:
-    """What couplings share whose items are source samples of pairs, places in the sense of `EncodedPairs.members`."""
+    """Base of couplings whose items are source samples of pairs, numbered as in `EncodedPairs.members`."""
 
     rows_per_item = 1
     pairs: EncodedPairs
@@ -59,7 +59,7 @@ class _Sources:
         return len(self._sources)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        """Return the prompts of the source samples at ``index`` (B,), on the CPU."""
         return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
 
 
@@ -131,7 +131,7 @@ class Transported(_Sources):
         return join_members(self.pairs, self._sources[index], self._targets[index], weight)
 
     def _assign(self, sources: Tensor, targets: Tensor, across: bool) -> Tensor:
-        """Give for each source (n,) the number of its target (n,), on the CPU, where assignments are solved."""
+        """Return for each source (n,) the number of its target (n,), on the CPU, where assignments are solved."""
         from scipy.optimize import linear_sum_assignment
 
         if len(sources) == 1:
@@ -171,5 +171,5 @@ def _spread(places: Tensor, weight: Tensor, count: int) -> Tensor:
 
 
 def _squares(one: Tensor, other: Tensor) -> Tensor:
-    """Give all squared distances (n, m) of rows (n, D) and (m, D)."""
+    """Return all squared distances (n, m) of rows (n, D) and (m, D)."""
     return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square()

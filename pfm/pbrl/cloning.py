@@ -23,7 +23,7 @@ FLOOR = 1e-3  # least standard deviation, in half ranges of the action: what is 
 
 
 class ClonedPolicy(nn.Module):
-    """A Gaussian law of action segments (H, A) given an observation (O,).
+    """A Gaussian distribution of action segments (H, A) given an observation (O,).
 
     The mean is a network of the observation; the standard deviation is one number a step and action, the same for all
     observations. It needs no simulator, so it proposes segments offline; with H = 1 it is an ordinary policy. It is a
@@ -84,7 +84,7 @@ class ClonedPolicy(nn.Module):
         """Clone the policy that acted.
 
         The mean is fitted by least squares, with early stopping on held-out rows; the standard deviations are those
-        of the held-out residuals, which is the Gaussian law's maximum of likelihood without the optimism of the
+        of the held-out residuals, which is the maximum likelihood of the Gaussian without the optimism of the
         training rows.
 
         Args:
@@ -131,7 +131,7 @@ class ClonedPolicy(nn.Module):
         return policy
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Give the mean segments (B, H, A) of observations (B, O), not yet clipped."""
+        """Return the mean segments (B, H, A) of observations (B, O), not yet clipped."""
         flat = self.network(self._normalised(observation))
         return flat.unflatten(-1, self.log_std.shape) * self.reach + self.middle
 
@@ -142,7 +142,7 @@ class ClonedPolicy(nn.Module):
         return mean + self.log_std.exp() * self.reach * noise
 
     def log_prob(self, observation: Tensor, segments: Tensor) -> Tensor:
-        """Give the log density (B,) of segments (B, H, A), in units of the action, with gradients."""
+        """Return the log density (B,) of segments (B, H, A), in units of the action, with gradients."""
         mean = self(observation)
         if segments.shape != mean.shape:
             raise ValueError(f"segments must have shape {tuple(mean.shape)}: got {tuple(segments.shape)}")
@@ -152,7 +152,7 @@ class ClonedPolicy(nn.Module):
 
     @torch.no_grad()
     def propose(self, observation: np.ndarray, deterministic: bool = False) -> np.ndarray:
-        """Give a segment of actions within the bounds: (H, A) for one observation (O,), (B, H, A) for (B, O)."""
+        """Return a segment of actions within the bounds: (H, A) for one observation (O,), (B, H, A) for (B, O)."""
         observation = np.asarray(observation)
         rows = np.atleast_2d(observation)
         if rows.shape[1:] != self.mean.shape:
@@ -169,7 +169,7 @@ class ClonedPolicy(nn.Module):
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
-        """Give the first action of a proposed segment; see :class:`~pfm.pbrl.policies.Policy`."""
+        """Return the first action of a proposed segment; see :class:`~pfm.pbrl.policies.Policy`."""
         return self.propose(observation, deterministic)[..., 0, :], state
 
     def seed(self, seed: int) -> None:

@@ -57,11 +57,11 @@ STATELESS = (
 
 
 class UnsupportedEnvironmentError(PfmError, TypeError):
-    """Says that the state of an environment cannot be saved exactly."""
+    """Raised when the state of an environment cannot be saved exactly."""
 
 
 class StateMismatchError(PfmError, ValueError):
-    """Says that a saved state does not belong to the environment, or that its replay came out otherwise."""
+    """Raised when a saved state does not belong to the environment, or its replay gave another result."""
 
 
 def make_env(name: str, **settings: Any) -> StatefulEnv:
@@ -77,7 +77,7 @@ def make_env(name: str, **settings: Any) -> StatefulEnv:
         gymnasium.error.Error: there is no environment of this name.
     """
     spec = copy.copy(gymnasium.spec(name))
-    spec.order_enforce = False  # StatefulEnv asks for the reset itself
+    spec.order_enforce = False  # StatefulEnv checks for the reset itself
     try:
         env = gymnasium.make(spec, **{"disable_env_checker": True, **settings})
     except gymnasium.error.DependencyNotInstalled as error:
@@ -141,7 +141,7 @@ class StatefulEnv(gymnasium.Wrapper):
 
     @property
     def can_restore(self) -> bool:
-        """Whether states can be saved and restored exactly."""
+        """Return whether states can be saved and restored exactly."""
         return self._simulator is not None
 
     @property

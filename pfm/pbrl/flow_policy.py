@@ -37,10 +37,10 @@ BATCH = 32  # copies of a gymnasium environment that are stepped together
 class PolicyCounts:
     """Counts what a policy did since it was made or ``reset``.
 
-    ``plans`` segments were refined; of those ``off_support`` ended further from the proposals' law than the data did,
-    ``not_better`` had a lower win probability than their proposals; ``kept`` are those whose proposal was executed in
-    their place. ``clipped`` of ``actions`` were brought back to the bounds. ``moved`` is the sum of the distances
-    between result and proposal, in root mean square units of the data's noise.
+    ``plans`` segments were refined; of those ``off_support`` ended further from the proposals' distribution than the
+    data did, ``not_better`` had a lower win probability than their proposals; ``kept`` are those whose proposal was
+    executed in their place. ``clipped`` of ``actions`` were brought back to the bounds. ``moved`` is the sum of the
+    distances between result and proposal, in root mean square units of the data's noise.
     """
 
     plans: int = 0
@@ -70,7 +70,7 @@ class FlowPolicy:
         reference: the frozen policy; None for an offline ``proposal`` on actions.
         env: what the episodes are played in - an environment with exact state, a batch environment, or
             stable-baselines3's vector of such -; needed online by a flow on actions, and never stepped.
-        proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the law that the data were drawn from -,
+        proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the distribution of the data -,
             or a policy with ``propose(observations, deterministic)``, such as :class:`ClonedPolicy`.
         mode, rounds, strength, guidance, win_gradient, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0``
             leaves the proposal. ``guidance=0`` goes the same way in every state. ``win_gradient`` is for flows on
@@ -79,9 +79,9 @@ class FlowPolicy:
             the proposal as above and n - 1 draws, as with ``"stochastic"``. Where held-out pairs did not confirm b,
             the first is executed. ``strength=0`` leaves n proposals to choose from: best of n.
         execute: h, how many steps of a refined segment are executed before the next plan; up to H.
-        guard: what becomes of a result that lies further from the proposals' law than 99% of the data, by its root
-            mean square distance in units of the noise: ``"keep"`` executes the proposal, ``"shrink"`` brings the result
-            back to that distance, ``"off"`` executes the result.
+        guard: treatment of a result that lies further from the proposals' distribution than 99% of the data, by its
+            root mean square distance in units of the noise: ``"keep"`` executes the proposal, ``"shrink"`` brings the
+            result back to that distance, ``"off"`` executes the result.
         win_guard: keep the proposal where the result's win probability is lower, if held-out pairs confirm b.
         seed: of stochastic proposals.
 
@@ -241,7 +241,7 @@ class FlowPolicy:
         return (bounded if seen.ndim == 2 else bounded[0]), kept
 
     def _planned(self, observation: np.ndarray, due: np.ndarray) -> np.ndarray:
-        """Give the segments (B, H, A) to execute next in the rows that are due."""
+        """Return the segments (B, H, A) to execute next in the rows that are due."""
         first = self._propose(observation, due, self.proposal == "stochastic")
         if self.candidates == 1 or not math.isfinite(self.flow.guard_margin):  # nothing to choose, or b tells nothing
             return self.refine(first, observation[due])
@@ -286,7 +286,7 @@ class FlowPolicy:
         return carried.numpy()
 
     def _seen_by_flow(self, segments: np.ndarray) -> np.ndarray:
-        """Give segments (B, H, A) as the flow was fitted on them: themselves, or their coordinates (B, K)."""
+        """Return segments (B, H, A) as the flow was fitted on them: themselves, or their coordinates (B, K)."""
         segments = np.asarray(segments, dtype=np.float32)
         return segments if self._coordinates is None else segments.reshape(len(segments), -1) @ self._coordinates
 
@@ -352,7 +352,7 @@ class FlowPolicy:
         return run_on(self._simulator, self.reference, states, added, 0).actions.astype(np.float32)
 
     def _unchanged(self, count: int) -> np.ndarray:
-        """Give residuals (count, H, A) that add nothing."""
+        """Return residuals (count, H, A) that add nothing."""
         return np.zeros((count, self.length, len(self._low)), dtype=np.float32)
 
     def _noise(self, count: int) -> np.ndarray:
@@ -412,7 +412,7 @@ def _copy_of(env: Any) -> Any:
 
 @dataclass(frozen=True)
 class RoundsChoice:
-    """Says what held-out states were best served by.
+    """Holds the setting that did best on held-out states.
 
     ``rounds`` and ``strength`` are the choice, ``rounds`` 0 if nothing beat the proposals beyond doubt; ``gain`` is
     its mean gain over the proposals - in reward, or in win probability for ``by="win"`` -, ``z`` the same in standard
@@ -429,7 +429,7 @@ class RoundsChoice:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Give the arguments for :class:`FlowPolicy`."""
+        """Return the arguments for :class:`FlowPolicy`."""
         return {"mode": "reapply", "rounds": self.rounds, "strength": self.strength}
 
 
@@ -450,7 +450,7 @@ def choose_rounds(
         policy: whose flow, reference and guard are used; it is not changed.
         held_out: segments of other trajectories than the flow was fitted on, with their plans.
         by: ``"value"`` runs refined segments in the simulator and takes their return with what follows; ``"win"``
-            asks the flow's own win probability, without a simulator - it knows the data's support only.
+            uses the flow's own win probability, without a simulator: it is fitted on the data's support only.
         env: for ``by="value"``: a gymnasium id, a batch environment or what makes one.
         rounds, strengths: the candidates.
         continuation: steps of the reference after a segment; None for those of the segments' collection.
@@ -460,7 +460,7 @@ def choose_rounds(
         the candidate of the largest gain, if the gain is beyond doubt on these states, else ``rounds=0``.
 
     Raises:
-        ValueError: what is asked for needs a simulator, states or plans that are not there.
+        ValueError: the choice needs a simulator, states or plans that are not there.
     """
     check_choice("by", by, ("value", "win"))
     observation = held_out.observation

@@ -112,7 +112,7 @@ class HumanSegments:
         return replace(self, first=self.first[index], second=self.second[index], label=self.label[index])
 
     def episodes(self) -> np.ndarray:
-        """Give the episodes at the first and last steps of both segments of each pair, (N, 4)."""
+        """Return the episodes at the first and last steps of both segments of each pair, (N, 4)."""
         ends = [begin + offset for begin in (self.first, self.second) for offset in (0, self.length - 1)]
         return np.stack([self.episode[end] for end in ends], axis=1)
 
@@ -138,12 +138,12 @@ class HumanSegments:
         return self.select(train), self.select(check)
 
     def returns(self) -> np.ndarray:
-        """Give the sums of the rewards of both segments of each pair, (N, 2)."""
+        """Return the sums of the rewards of both segments of each pair, (N, 2)."""
         total = np.concatenate([[0.0], np.cumsum(self.rewards.astype(np.float64))])
         return np.stack([total[begin + self.length] - total[begin] for begin in (self.first, self.second)], axis=1)
 
     def differences(self, values: np.ndarray, steps: int | None = None) -> np.ndarray:
-        """Give the mean of values (T, F) of single steps over each pair's first segment less that over its second.
+        """Return the mean of values (T, F) of single steps over each pair's first segment less that over its second.
 
         A linear reward of steps orders segments by these differences. ``steps`` counts only so many from a segment's
         beginning; None for all.
@@ -163,7 +163,7 @@ class HumanSegments:
         return (one - other) / count
 
     def outputs(self, part: str = "both", pooling: str = "mean") -> tuple[Tensor, Tensor]:
-        """Give both segments of each pair as vectors (N, D), pooled over their steps.
+        """Return both segments of each pair as vectors (N, D), pooled over their steps.
 
         Args:
             part: ``"both"`` observations and actions, or one of them.
@@ -200,7 +200,7 @@ class HumanSegments:
         )  # fmt: skip
 
     def accuracy(self, score: Callable[[Tensor], Tensor], part: str = "both", pooling: str = "mean") -> float:
-        """Give the share of the decided pairs that a score orders as people did, equal scores counting half.
+        """Return the share of the decided pairs that a score orders as people did, equal scores counting half.
 
         Args:
             score: outputs (N, D) to scores (N,), higher is better, such as a flow's ``win_probability``.
@@ -280,5 +280,5 @@ class PeopleReward:
         return cls(solve(torch.ones(len(x), dtype=torch.bool), penalty).numpy() / scale, penalty)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Give rewards (...) of values (..., F), or what differences (N, F) are worth."""
+        """Return rewards (...) of values (..., F), or what differences (N, F) are worth."""
         return np.asarray(values, dtype=np.float64) @ self.weights

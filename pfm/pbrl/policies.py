@@ -45,8 +45,8 @@ class Policy(Protocol):
     """Chooses actions as stable-baselines3's models do.
 
     ``predict`` takes one observation (O,) or a batch (E, O), the state it returned before (None at first), for each
-    episode whether it begins now (E,), and whether to take the mode of its law in place of a draw. It gives the actions
-    (A,) or (E, A), and its new state, None if it keeps none.
+    episode whether it begins now (E,), and whether to take the mode of its distribution in place of a draw. It gives
+    the actions (A,) or (E, A), and its new state, None if it keeps none.
     """
 
     def predict(
@@ -161,7 +161,8 @@ class ActorPolicy:
     Attributes:
         algorithm: what trained it.
         env_name: the version of its environment in which it can run today.
-        stochastic: whether it has a law to draw from; otherwise it acts the same whatever ``deterministic`` says.
+        stochastic: whether it has a distribution to draw from; otherwise it acts the same whatever ``deterministic``
+            says.
         action_space: the bounds of its actions.
     """
 
@@ -205,7 +206,7 @@ class ActorPolicy:
 
     @property
     def stochastic(self) -> bool:
-        """Whether the policy draws its actions."""
+        """Return whether the policy draws its actions."""
         return self._log_std is not None or self._log_std_layer is not None
 
     def predict(

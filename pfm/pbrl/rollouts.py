@@ -222,7 +222,7 @@ class VectorEnv:
 
 
 def stateful(env: Any) -> StatefulEnv:
-    """Give an environment that a user has made its exact state.
+    """Return an environment that a user has made its exact state.
 
     Raises:
         TypeError: it is no gymnasium environment.
@@ -265,7 +265,7 @@ def _share_model(env: StatefulEnv, first: StatefulEnv) -> None:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What E episodes went through in T steps.
+    """Holds T steps of E episodes.
 
     Attributes:
         observations: (T, E, O), before each action.
@@ -274,7 +274,7 @@ class Rollout:
         alive: (T, E) bool, which steps belong to an episode that had not ended before.
         done: (E,) bool, which episodes have ended by now.
         last: (E, O), the observations after the last step.
-        states: of the asked steps, ``BatchEnv.save_states`` before the action.
+        states: of the requested steps, ``BatchEnv.save_states`` before the action.
     """
 
     observations: np.ndarray
@@ -310,7 +310,7 @@ def rollout(
 
     Args:
         env: the environment; it is left where the rollout ends.
-        policy: chooses actions for the whole batch; it is told by ``episode_start`` that it begins anew.
+        policy: chooses actions for the whole batch; ``episode_start`` tells it that episodes begin.
         steps: T, at most; fewer when every episode has ended.
         observations: (E, O), where the environment stands now, to go on from there.
         count, seed: how many episodes to start and their seed, when no observations are given.

@@ -35,7 +35,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class SegmentStatistics:
-    """Says what a set of labelled segments holds; values are in the environment's reward.
+    """Holds counts and rates of a set of labelled segments; values are in the environment's reward.
 
     ``skipped`` and ``ties`` are shares of the comparisons, ``label_accuracy`` is the share of the other labels that
     agree with the values, ``return_accuracy`` what the segments' returns alone would reach: what a teacher gets wrong
@@ -74,7 +74,7 @@ class SegmentPairs:
         steps: (N, M) steps before the episode's end, at most H.
         trajectory: (N,) which trajectory of the reference a state lies on; splits never cut one.
         low, high: (A,) bounds of the action space.
-        reference_actions: (N, M, H, A) the reference's deterministic actions at the observations met on the way, or
+        reference_actions: (N, M, H, A) the reference's deterministic actions at the observations on the way, or
             None. ``actions - reference_actions`` is what was added to the reference.
         plan: (N, H, A) the segment of the deterministic reference itself, or None.
         plan_return, plan_value: (N,) its return, and its return with what followed; None without a plan.
@@ -141,32 +141,32 @@ class SegmentPairs:
 
     @property
     def comparisons(self) -> np.ndarray:
-        """Give the comparisons, (L, 3) rows (state, first, second)."""
+        """Return the comparisons, (L, 3) rows (state, first, second)."""
         assert self.compared is not None
         return self.compared
 
     @property
     def members(self) -> int:
-        """Give M, the number of segments a state."""
+        """Return M, the number of segments a state."""
         return self.actions.shape[1]
 
     @property
     def length(self) -> int:
-        """Give H, the number of steps of a segment."""
+        """Return H, the number of steps of a segment."""
         return self.actions.shape[2]
 
     @property
     def returns(self) -> np.ndarray:
-        """Give the discounted reward of the segments alone, (N, M)."""
+        """Return the discounted reward of the segments alone, (N, M)."""
         return self._discounted().sum(-1)
 
     @property
     def values(self) -> np.ndarray:
-        """Give the discounted reward of the segments and of what followed them, (N, M)."""
+        """Return the discounted reward of the segments and of what followed them, (N, M)."""
         return self.returns + self.after
 
     def saved_states(self) -> Any:
-        """Give the exact states, as ``restore_states`` of a batch environment takes them.
+        """Return the exact states, as ``restore_states`` of a batch environment takes them.
 
         Raises:
             ValueError: they were not kept.
@@ -256,12 +256,12 @@ class SegmentPairs:
         """Turn the labelled segments into what :meth:`pfm.PreferenceFlow.fit` takes, with the observation as context.
 
         Args:
-            form: ``"residual"``: outputs are what was added to the reference's own actions at the observations met
+            form: ``"residual"``: outputs are what was added to the reference's own actions at the observations
                 on the way, so that the reference is the zero segment in every state and nothing has to be learned
                 about it; ``"directions"``: the same in coordinates (K,) of :meth:`directions`, far fewer where the
                 noise was one offset for a whole segment; ``"actions"``: the actions themselves.
-            ties: ``"keep"`` gives a tie as half a label each way, which is what the winners' law
-                p1 = 2 pi_ref b asks for; ``"drop"`` leaves it out. Skipped comparisons are always left out.
+            ties: ``"keep"`` gives a tie as half a label each way, which is what the winners' distribution
+                p1 = 2 pi_ref b needs; ``"drop"`` leaves it out. Skipped comparisons are always left out.
 
         Returns:
             pairs of (H, A) outputs, or (K,), in groups by trajectory; with M > 2 members also candidate sets, scored
@@ -305,7 +305,7 @@ class SegmentPairs:
         )
 
     def outputs(self, form: str = "residual") -> np.ndarray:
-        """Give the segments (N, M, H, A) float32 in one of the forms of :meth:`encode`."""
+        """Return the segments (N, M, H, A) float32 in one of the forms of :meth:`encode`."""
         actions = self.actions.astype(np.float32)
         if form == "actions":
             return actions
@@ -317,7 +317,7 @@ class SegmentPairs:
         return residual * alive[..., None].astype(np.float32)
 
     def directions(self) -> np.ndarray:
-        """Give the directions in which residuals vary, as a basis (H, A, K) float32.
+        """Return the directions in which residuals vary, as a basis (H, A, K) float32.
 
         A residual is about ``basis @ z`` with z (K,) of unit covariance. Directions in which little was tried are left
         out: noise that is one offset for a segment has K = A of them.
@@ -353,7 +353,7 @@ class SegmentPairs:
         return described
 
     def _candidates(self, used: np.ndarray) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Give each state's members with their numbers of wins, ties counting half each."""
+        """Return each state's members with their numbers of wins, ties counting half each."""
         assert self.label is not None
         state, first, second = self.comparisons[used].T
         wins = np.zeros((len(self), self.members), dtype=np.float32)
@@ -499,7 +499,7 @@ def _half_right(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _knockout(teacher: Teacher, values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Let winners meet winners until one member of every state is left; unanswered and tied ones are tossed for."""
+    """Compare winners with winners until one member of every state is left; draw at random where none is preferred."""
     random = np.random.default_rng([seed, 1])
     standing = np.tile(np.arange(values.shape[1]), (len(values), 1))
     rows = np.arange(len(values))

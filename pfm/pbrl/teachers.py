@@ -77,7 +77,7 @@ class Teacher:
         return cls(**{**TEACHERS[name], **changes})
 
     def perceive(self, rewards: Any, after: Any) -> np.ndarray:
-        """Give the values (...) that this teacher sees: rewards (..., H) and what comes after a segment (...)."""
+        """Return the values (...) that this teacher sees: rewards (..., H) and what comes after a segment (...)."""
         rewards = np.asarray(rewards, dtype=np.float64)
         weights = self.gamma ** np.arange(rewards.shape[-1] - 1, -1, -1)
         return rewards @ weights + np.asarray(after, dtype=np.float64)
@@ -123,14 +123,14 @@ class Teacher:
 
 
 def all_comparisons(states: int, members: int) -> np.ndarray:
-    """Give every comparison of two of M members of N states: (N M (M - 1) / 2, 3) rows (state, first, second)."""
+    """Return every comparison of two of M members of N states: (N M (M - 1) / 2, 3) rows (state, first, second)."""
     first, second = np.triu_indices(members, 1)
     state = np.repeat(np.arange(states), len(first))
     return np.stack([state, np.tile(first, states), np.tile(second, states)], axis=1)
 
 
 def difference_unit(values: np.ndarray) -> float:
-    """Give the mean absolute difference between members of one state, of values (N, M); 1 if all are equal."""
+    """Return the mean absolute difference between members of one state, of values (N, M); 1 if all are equal."""
     compared = all_comparisons(*values.shape)
     gap = values[compared[:, 0], compared[:, 1]] - values[compared[:, 0], compared[:, 2]]
     return float(np.abs(gap).mean()) or 1.0

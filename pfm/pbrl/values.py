@@ -111,7 +111,7 @@ class FittedValue:
 
     @torch.no_grad()
     def __call__(self, observation: np.ndarray) -> np.ndarray:
-        """Give V (B,) float64 of observations (B, O).
+        """Return V (B,) float64 of observations (B, O).
 
         Raises:
             ValueError: observations of another shape.
@@ -195,7 +195,7 @@ class FittedValue:
 
 
 def monte_carlo_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
-    """Give the discounted return from each step on, (T, E), of rewards (T, E) that are 0 after an episode's end."""
+    """Return the discounted return from each step on, (T, E), of rewards (T, E) that are 0 after an episode's end."""
     returns = np.zeros_like(rewards, dtype=np.float64)
     following = np.zeros(rewards.shape[1])
     for step in range(len(rewards) - 1, -1, -1):
@@ -226,14 +226,14 @@ def _gather(
     spread = half_range(env.action_space)
     observations, returns, trajectories, simulated = [], [], [], 0
     for number in range(math.ceil(states / SHARD)):
-        met, walked = visit(
+        visited, walked = visit(
             env, policy, random, per=per, explore=explore, correlation=correlation, deterministic=True, number=number
         )
         simulated += walked
         count = min(SHARD, states - SHARD * number)
-        chunk = count if isinstance(met.states, np.ndarray) else batch
+        chunk = count if isinstance(visited.states, np.ndarray) else batch
         for begin in range(0, count, chunk):
-            at = met.pick(np.arange(begin, min(begin + chunk, count)))
+            at = visited.pick(np.arange(begin, min(begin + chunk, count)))
             width = len(at.trajectory)
             added = spread * correlated_noise(random, (width, length, spread.size), noise, correlation)
             observation, memory, start = env.restore_states(at.states), at.memory, np.full(width, at.memory is None)

@@ -51,7 +51,7 @@ class BradleyTerry(PreferenceModel):
         self.l2, self.hidden, self.seed = l2, hidden, seed
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {"l2": self.l2, "hidden": self.hidden, "seed": self.seed}
 
     def _build(self, dimension: int, contexts: int = 0, network: dict[str, int] | None = None) -> None:
@@ -128,7 +128,7 @@ class BradleyTerry(PreferenceModel):
         self.slope *= slope
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
-        """Give the reward (B,), in log-odds, of outputs y (B, \\*D), under contexts (B, C) if a network reads them."""
+        """Return the reward (B,), in log-odds, of outputs y (B, \\*D), under contexts (B, C) if it reads them."""
         y, context = self._checked("y", y, context)
         return self.embed(y, context).reward
 

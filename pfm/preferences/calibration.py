@@ -1,4 +1,4 @@
-"""How far a preference model's probabilities can be taken at their word, on pairs of prompts it has not seen."""
+"""Calibration of a preference model's probabilities, on pairs of prompts that it has not seen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Calibration:
 
     Attributes:
         accuracy: share of pairs ordered as labelled, ties half.
-        log_loss: nats a pair; log 2 = 0.693 for a coin.
+        log_loss: nats a pair; log 2 = 0.693 at chance.
         brier: mean squared error of P(chosen is preferred).
         ece: expected calibration error (Naeini et al. 2015): mean |confidence - right| over the bins, by their pairs.
         bins: the reliability table, without empty bins.
@@ -54,7 +54,7 @@ class Calibration:
     bins: list[ReliabilityBin]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
+        """Return the figures as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ def reliability(
 
 @torch.no_grad()
 def pair_scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:
-    """Give the log-odds (N,) that each pair's chosen output is preferred, on the CPU."""
+    """Return the log-odds (N,) that each pair's chosen output is preferred, on the CPU."""
     pairs = pairs.to("cpu")
     scores = []
     for index in torch.arange(len(pairs), device="cpu").split(8192):

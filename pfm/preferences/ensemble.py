@@ -14,7 +14,7 @@ from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, unfitte
 from pfm.preferences.bradley_terry import BradleyTerry
 from pfm.preferences.calibration import pair_scores, reliability
 from pfm.preferences.general import HybridPreference
-from pfm.preferences.logistic import PairwiseLogistic, drawn_in
+from pfm.preferences.logistic import PairwiseLogistic, smooth_labels
 
 __all__ = ["PreferenceEnsemble"]
 
@@ -62,7 +62,7 @@ class PreferenceEnsemble(PreferenceModel):
             unfitted(kind)
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {"members": self._kinds_of, "folds": self.folds, "seed": self.seed}
 
     def _build(self, dimension: int, context_dimension: int, members: list[dict[str, Any]]) -> None:
@@ -161,8 +161,8 @@ def _parts(group: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _stacked(scores: Tensor, pairs: EncodedPairs) -> Tensor:
-    """Give weights (kinds,) >= 0 of scores (N, kinds) by penalised likelihood, those that would get less left out."""
-    label = drawn_in(torch.ones(len(scores)) if pairs.probability is None else pairs.probability)
+    """Return weights (kinds,) >= 0 of scores (N, kinds) by penalised likelihood, those that would get less left out."""
+    label = smooth_labels(torch.ones(len(scores)) if pairs.probability is None else pairs.probability)
     spread = scores.square().mean(0).sqrt().clamp_min(1e-12)
     kept = torch.ones(scores.shape[1], dtype=torch.bool)
     while bool(kept.any()):

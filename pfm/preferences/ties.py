@@ -83,19 +83,19 @@ class TieModel:
         return self
 
     def probabilities(self, score: Any) -> Tensor:
-        """Give P(first), P(tie), P(second), (N, 3), for log-odds (N,)."""
+        """Return P(first), P(tie), P(second), (N, 3), for log-odds (N,)."""
         s = as_float_tensor("score", score)
         width = torch.tensor(self.width, dtype=torch.float64).log()
         return _log_chances(self.kind, self.slope * s.double(), width).exp().to(s.dtype)
 
     def win_probability(self, score: Any) -> Tensor:
-        """Give P(first) + P(tie) / 2, (N,), for log-odds (N,): the b of a pair, a tie half."""
+        """Return P(first) + P(tie) / 2, (N,), for log-odds (N,): the b of a pair, a tie half."""
         chances = self.probabilities(score)
         return chances[:, 0] + chances[:, 1] / 2
 
 
 def _log_chances(kind: str, score: Tensor, log_width: Tensor) -> Tensor:
-    """Give log P(first), log P(tie), log P(second), (N, 3)."""
+    """Return log P(first), log P(tie), log P(second), (N, 3)."""
     if kind == "davidson":
         each = torch.stack([score / 2, log_width.expand_as(score), -score / 2], 1)
         return torch.log_softmax(each, 1)

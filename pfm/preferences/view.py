@@ -35,11 +35,11 @@ class _Viewing(PreferenceModel):
 
     @abstractmethod
     def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give what the member sees (B, V) of outputs (B, D) under contexts (B, C) or None."""
+        """Return what the member sees (B, V) of outputs (B, D) under contexts (B, C) or None."""
 
     @property
     def seed(self) -> int:
-        """Give the member's seed; 0 if it has none."""
+        """Return the member's seed; 0 if it has none."""
         return int(getattr(unfitted(self._kind), "seed", 0))
 
     @seed.setter
@@ -50,7 +50,7 @@ class _Viewing(PreferenceModel):
             self._kind = self._kind | {"settings": member.settings()}
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {"member": self._kind}
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class _Viewing(PreferenceModel):
             self._context_needed()
 
     def _emphasise(self, dimension: int, seen: int) -> Tensor | None:
-        """Give the emphasis (V,) of the ``seen`` columns that are made of outputs of a dimension, or None."""
+        """Return the emphasis (V,) of the ``seen`` columns that are made of outputs of a dimension, or None."""
         return self._emphasis
 
     def _context_needed(self) -> None:
@@ -134,7 +134,7 @@ class ViewPreference(_Viewing):
         self.standardise = standardise
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return super().settings() | {"start": self.start, "stop": self.stop, "standardise": self.standardise}
 
     def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:
@@ -164,8 +164,8 @@ class ViewPreference(_Viewing):
 class RelevancePreference(_Viewing):
     """Fits a preference model on outputs with one number more, in the last column: their inner product with the prompt.
 
-    Within a prompt a linear term in the prompt cancels, so that a linear reward judges every output by itself. Whether
-    the output is about what was asked takes a product of both. Encoders that embed prompts and outputs in one space
+    Within a prompt a linear term in the prompt cancels, so that a linear reward judges every output by itself.
+    Relevance to the prompt takes a product of both. Encoders that embed prompts and outputs in one space
     make it their similarity; of vectors of unequal lengths the first numbers count, as many as the shorter one has.
     Without contexts the member is fitted on the outputs as they are.
 
@@ -184,7 +184,7 @@ class RelevancePreference(_Viewing):
         self.share = share
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return super().settings() | {"share": self.share}
 
     def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:

@@ -43,7 +43,7 @@ class TaggedEnds:
         return index if self.reference else 2 * index + 1
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        """Return the prompts of the source samples at ``index`` (B,), on the CPU."""
         return self.pairs.group[self._places(index).cpu() // 2]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:

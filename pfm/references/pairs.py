@@ -91,7 +91,7 @@ class TaggedPairs:
         return self.pairs.select(both)
 
     def number(self, name: str) -> int:
-        """Give the number of a source."""
+        """Return the number of a source."""
         return source_number(name, self.names)
 
     def shuffle_labels(self, seed: int = 0) -> TaggedPairs:
@@ -111,7 +111,7 @@ class TaggedPairs:
 
     @property
     def shares(self) -> Tensor:
-        """Give the share (K,) of each source among the outputs, by the pairs' weights."""
+        """Return the share (K,) of each source among the outputs, by the pairs' weights."""
         weight = self._weight.double()
         count = torch.zeros(len(self.names), dtype=torch.float64)
         count.index_add_(0, self.chosen_tag, weight).index_add_(0, self.rejected_tag, weight)
@@ -121,7 +121,7 @@ class TaggedPairs:
         """Count how often outputs of each source beat those of each other.
 
         Args:
-            prior: votes for either side that are added to those cast: sources that hardly met stay near 1/2.
+            prior: votes for either side that are added to those cast: sources that were rarely compared stay near 1/2.
         """
         check_number("prior", prior, above=0)
         probability = self.pairs.probability

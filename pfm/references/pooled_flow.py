@@ -138,18 +138,18 @@ class PooledFlow:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Give the encoder and the sizes of the outputs and contexts, without tags, that the flow was fitted on."""
+        """Return the encoder and the sizes of the outputs and contexts, without tags, that the flow was fitted on."""
         own = {"context_dimension": self.flow.context_dimension - len(self.names)}
         return {name: self.flow.metadata[name] for name in ("encoder", "dimension")} | own
 
     @property
     def event_shape(self) -> torch.Size:
-        """Give the shape of one output."""
+        """Return the shape of one output."""
         return self.flow.event_shape
 
     @property
     def guard_margin(self) -> float:
-        """Give the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
+        """Return the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         return float(self.win.margin)
 
     def transport(self, y: Any, context: Any = None, *, tag: Any = None, **options: Any) -> Tensor:
@@ -166,18 +166,18 @@ class PooledFlow:
         return self.flow.transport(y, append_code(context, self.code(tag, len(y))), **options)
 
     def trajectory(self, y: Any, context: Any = None, *, tag: Any, times: Any) -> Tensor:
-        """Give the states (T, B, \\*D) along a pass, at ``times`` (T,)."""
+        """Return the states (T, B, \\*D) along a pass, at ``times`` (T,)."""
         y = as_float_tensor("y", y)
         return self.flow.trajectory(y, append_code(context, self.code(tag, len(y))), times=times)
 
     def velocity(self, t: float, y: Any, context: Any = None, *, tag: Any) -> Tensor:
-        """Give the field v(t, y | x, tag) (B, \\*D)."""
+        """Return the field v(t, y | x, tag) (B, \\*D)."""
         y = as_float_tensor("y", y)
         return self.flow.velocity(t, y, append_code(context, self.code(tag, len(y))))
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None, *, tag: Any = None) -> Tensor:
-        """Give b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
+        """Return b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
         y = as_float_tensor("y", y).float()
         joined = append_code(context, self.code(tag, len(y)))
         y, joined = check_inputs(y, joined, self.flow.event_shape, self.flow.context_dimension)
@@ -193,7 +193,7 @@ class PooledFlow:
     def candidate_probabilities(
         self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
     ) -> Tensor:
-        """Give b(y|x) (B,) of candidates whose generators are named by ``tags`` (B,)."""
+        """Return b(y|x) (B,) of candidates whose generators are named by ``tags`` (B,)."""
         if tags is None:
             raise ValueError(
                 f"this flow needs to know which of {', '.join(self.names)} made each candidate: wrap a "
@@ -202,12 +202,12 @@ class PooledFlow:
         return self.win_probability(y, context, tag=tags)
 
     def alignment(self, y: Any, context: Any = None, *, tag: Any = None) -> Tensor:
-        """Give how far candidates (B, \\*D) lie along their displacement, as :meth:`pfm.PreferenceFlow.alignment`."""
+        """Return how far candidates (B, \\*D) lie along their displacement, as :meth:`pfm.PreferenceFlow.alignment`."""
         y = as_float_tensor("y", y)
         return self.flow.alignment(y, append_code(context, self.code(tag, len(y))))
 
     def code(self, tag: Any, count: int) -> Tensor:
-        """Give the one-hot codes (B, K) of a tag for all rows, or of B tags, names or numbers.
+        """Return the one-hot codes (B, K) of a tag for all rows, or of B tags, names or numbers.
 
         Raises:
             TypeError: there is no tag.

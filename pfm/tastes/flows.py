@@ -71,7 +71,7 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
     The code may be one-hot in the groups, a rater's responsibilities, or any numbers that tell raters apart;
     :func:`append_code` makes the contexts to apply such a flow under. Its closed-form field shifts outputs with the
     code, and its network may turn them; the reward in its b is linear in the outputs alone, so that opposite tastes
-    cancel there: for b by taste ask the models of a :class:`TasteMixture`.
+    cancel there: for b by taste use the models of a :class:`TasteMixture`.
 
     Args:
         pairs: N labelled pairs, with contexts or without.
@@ -91,7 +91,7 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
 
 
 def append_code(context: Any, code: Any, count: int | None = None) -> Tensor:
-    """Give contexts (B, C + K), on their device, from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
+    """Return contexts (B, C + K), on their device, from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
     code = as_float_tensor("code", code).float()
     code = code.to(context.device) if isinstance(context, Tensor) else code
     code = code[None] if code.ndim == 1 else code

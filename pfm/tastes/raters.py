@@ -15,7 +15,7 @@ __all__ = ["check_names", "number_raters", "renumber"]
 
 
 def check_names(name: str, values: Any, count: int) -> list[Any]:
-    """Give names (N,) as a list, one a pair.
+    """Return names (N,) as a list, one a pair.
 
     Raises:
         ValueError: there are not ``count`` of them, or one is missing (None or NaN).
