@@ -43,7 +43,7 @@ class PairsSummary:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return (label, value) of everything worth showing."""
-        optional = {
+        optional: dict[str, str | int | dict[str, float] | None] = {
             "layout": self.layout,
             "rows without a prompt": self.without_prompt and f"{self.without_prompt:,}",
             "weight": self.weight and _spread(self.weight),
@@ -61,7 +61,7 @@ class PairsSummary:
             ("words of chosen", _spread(self.chosen_words)),
             ("words of rejected", _spread(self.rejected_words)),
             ("chosen is longer", f"{self.chosen_longer:.1%}"),
-            *((label, value) for label, value in optional.items() if value),
+            *((label, str(value)) for label, value in optional.items() if value),
         ]
 
     def __str__(self) -> str:

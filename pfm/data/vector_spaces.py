@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 __all__ = ["space_differences", "vector_space"]
 
@@ -14,9 +14,10 @@ def vector_space(description: Any) -> Any:
     The number type is left out: the same model in bfloat16 gives the same vectors but for rounding.
     """
     if isinstance(description, Mapping):
-        return {name: vector_space(value) for name, value in description.items() if name != "dtype"}
+        members = cast(Mapping[str, Any], description)
+        return {name: vector_space(value) for name, value in members.items() if name != "dtype"}
     if isinstance(description, list | tuple):
-        return [vector_space(value) for value in description]
+        return [vector_space(value) for value in cast(Sequence[Any], description)]
     return description
 
 

@@ -214,7 +214,7 @@ def _tiles(report: Results) -> list[tuple[str, str, str]]:
         ("Of the oracle’s gain", tested.oracle_share, True, False),
         ("Outputs changed", tested.changed, True, False),
     ]
-    tiles = []
+    tiles: list[tuple[str, str, str]] = []
     for label, estimate, percent, signed in figures:
         value, interval = estimate.parts(percent=percent, signed=signed) if estimate else ("–", "not defined here")
         tiles.append((label, value, interval))

@@ -192,7 +192,7 @@ class Results:
     groups: list[GroupRow]
     failures: list[Failure]
     settings: dict[str, Any]
-    examples: list[Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list[Example])
 
     def row(self, name: str) -> MethodRow:
         """Return the row of a method by name.

@@ -85,7 +85,7 @@ class FlowConfig:
     unit_norm: str = "auto"
     field: str = "mlp"
     # Without a part in the hash: a dict has none. Equal configurations still have equal hashes.
-    field_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    field_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
     hidden: Any = "auto"
     layers: Any = "auto"
     epochs: Any = "auto"
@@ -141,7 +141,7 @@ class FlowConfig:
         from pfm.flow.registered_field import FIELDS, MLP
 
         builder, options = FIELDS[self.field], self.field_options
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"field_options must be a dict with names for keys: got {options!r:.80}")
         if self.field == MLP:
             if options:

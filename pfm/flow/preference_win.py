@@ -84,7 +84,7 @@ class PreferenceWin(nn.Module):
         Raises:
             TypeError: not a preference model. ValueError: it was fitted on outputs of another size.
         """
-        if not isinstance(model, PreferenceModel):
+        if not isinstance(model, PreferenceModel):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"preference must be a pfm.preferences.PreferenceModel: got {type(model).__name__}; a subclass gives "
                 "fit and embed"
