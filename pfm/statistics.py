@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-_CACHED_COUNTS = 8_000_000  # entries (64 MB) of resampling counts kept in memory; beyond, they are drawn anew
+_CACHED_COUNTS = 8_000_000  # entries (64 MB) of resampling counts kept in memory; beyond, they are drawn again
 _CHUNK_COUNTS = 2_000_000  # entries drawn at once
 _RIDGE = 0.01  # penalty of the length-control fit on a and b: a prior of standard deviation 10 logits
 
@@ -163,7 +163,7 @@ def interval(
         samples: (R,) its values over resamples; those that are not finite are left out.
         units: number of independent units that were resampled. The percentile interval is stretched about the
             value by Student's t(units - 1) over the normal quantile and by sqrt(units / (units - 1)); of one
-            unit no spread can be known. None: the percentile interval as it is.
+            unit no spread can be known. None: the percentile interval unchanged.
         bounds: limits of the figure, to which the interval is cut.
     """
     samples = samples[np.isfinite(samples)]

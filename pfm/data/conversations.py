@@ -36,7 +36,7 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def conversation_text(messages: str | Sequence[Mapping[str, Any]]) -> str:
-    """Turn a conversation into the one text that encoders read; a string is returned as it is.
+    """Turn a conversation into the one text that encoders read; a string is returned unchanged.
 
     A single turn of the user or the assistant is just its content; anything longer, and a lone turn of another
     role, becomes one ``role: content`` line a turn. Tool calls follow the content as JSON, one line a call.
@@ -57,7 +57,7 @@ def joined_text(text: Text) -> str:
 
 
 def as_text(value: Any, column: str | None) -> Text:
-    """Return a string as it is, and one message or a list of messages as a list of role/content messages.
+    """Return a string unchanged, and one message or a list of messages as a list of role/content messages.
 
     Raises:
         PreferenceDataError: the value is no text, or a message holds what is no text, such as an image.

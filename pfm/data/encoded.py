@@ -45,7 +45,7 @@ class EncodedPairs:
         group: (N,) identity of the prompt; splits never cut a group. Integers are kept; other numbers and strings
             are numbered in ascending order. None: pairs whose contexts are the same up to rounding
             (:func:`pfm.data.tensors.same_rows`) form a group; without contexts each pair is its own group.
-        encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
+        encoder: description of the encoder (JSON values), kept with every flow fitted on these pairs.
 
     Raises:
         TypeError: an argument is not array-like or holds no numbers.
@@ -123,7 +123,7 @@ class EncodedPairs:
                 ``context_index``.
             candidates: for each prompt (context row, or without contexts its group; rows of ``outputs`` (n,);
                 scores (n,)), for targets beyond best of two.
-            check: look whether all values are finite, which reads all of the tables.
+            check: check that all values are finite, which reads whole tables.
 
         Raises:
             ValueError: an index is out of range, or shapes disagree.
@@ -298,7 +298,7 @@ class EncodedPairs:
         return self._tables[1][self._indices[1]].unflatten(1, self.event_shape)
 
     def output_table(self) -> Tensor:
-        """Return the outputs (M, D) as they are stored: one that several pairs hold may stand there once."""
+        """Return the outputs (M, D) as they are stored: an output of several pairs may be stored once."""
         one, other = self._tables
         return one if one is other else torch.cat([one, other])
 
@@ -435,7 +435,7 @@ class EncodedPairs:
         return part
 
     def counted(self) -> EncodedPairs:
-        """Leave out the pairs of weight 0, so that they are as if they had not been there."""
+        """Drop the pairs of weight 0."""
         if self.weight is None or bool((self.weight > 0).all()) or not bool((self.weight > 0).any()):
             return self
         return self.select(self.weight > 0)
@@ -466,7 +466,7 @@ class EncodedPairs:
         return part
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[EncodedPairs, EncodedPairs]:
-        """Split by group into (train, held out): no group stands on both sides.
+        """Split by group into (train, held out): no group is on both sides.
 
         Args:
             held_out: share of the groups to hold out, in (0, 1); at least one group on each side.
@@ -503,7 +503,7 @@ class EncodedPairs:
         return self.flip_labels(0.5, seed)
 
     def flip_labels(self, share: float, seed: int = 0) -> EncodedPairs:
-        """Exchange chosen and rejected of each pair with probability ``share``, as a careless labeller does.
+        """Exchange chosen and rejected of each pair with probability ``share``, as a labeller who errs at random does.
 
         Candidate sets, whose scores say which label was right, are left out.
 

@@ -35,7 +35,7 @@ def first_equal(outputs: Sequence[Any], index: int) -> int:
 
 
 def json_output(output: Any) -> Any:
-    """Return an output as JSON values: a text as it is, an array as nested lists; others unchanged."""
+    """Return an output as JSON values: an array as nested lists, anything else unchanged."""
     if isinstance(output, str) or not hasattr(output, "tolist"):
         return output
     return output.tolist()

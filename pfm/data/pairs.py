@@ -86,7 +86,7 @@ class PreferencePairs:
         candidates: scored candidates by prompt, empty unless made from scores or rankings.
         dropped: how many rows loading has dropped, by reason.
         layout: how the rows were laid out, or "".
-        notes: sentences on what loading has found that may surprise.
+        notes: sentences on unusual findings in the rows.
         has_prompts: whether the rows have prompts; parts of a split inherit it, so that all have contexts or none.
     """
 
@@ -378,7 +378,7 @@ class PreferencePairs:
     def select(self, indices: Iterable[int] | np.ndarray) -> PreferencePairs:
         """Take rows by number, in that order, or by a mask of N booleans.
 
-        Candidate sets stay with the prompts that remain; ``dropped`` and ``notes`` tell of loading and start empty.
+        Candidate sets stay with the prompts that remain; ``dropped`` and ``notes`` describe loading and start empty.
 
         Raises:
             IndexError: a number lies outside of the rows.
@@ -441,7 +441,7 @@ class PreferencePairs:
     def split(
         self, held_out: float = 0.1, seed: int = 0, *, by: str = "prompt"
     ) -> tuple[PreferencePairs, PreferencePairs]:
-        """Split into (train, held out): no prompt stands on both sides.
+        """Split into (train, held out): no prompt is on both sides.
 
         Which prompts are held out depends on their texts and the seed alone, not on the order of the rows.
 

@@ -220,7 +220,7 @@ def _damaged(error: Exception) -> PreferenceDataError:
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write lines as UTF-8 so that the file is either whole or, if anything fails, left as it was."""
+    """Write lines as UTF-8, atomically."""
     target = Path(path)
     # the suffix stays last, as it decides about compression
     temporary = target.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.{target.name}")

@@ -101,7 +101,7 @@ def row_hash(rows: Tensor, start: Tensor | int = 0) -> Tensor:
 
 
 def group_numbers(group: Any) -> Tensor:
-    """Return groups as int64: integers as they are, anything else by its rank among the distinct values.
+    """Return groups as int64: integers unchanged, anything else by its rank among the distinct values.
 
     Raises:
         ValueError: a group is NaN or None, which names none.

@@ -175,7 +175,7 @@ def _told(
         )
     reasons.append(f"It orders {accuracy.text(percent=True)} of the {len(encoded)} given pairs as their labels do.")
     if guarded:
-        reasons.append("That confirms no gain, so the flow's guard keeps every output as it is.")
+        reasons.append("That confirms no gain, so the flow's guard keeps every output unchanged.")
     elif not confirmed:
         reasons.append("The given pairs do not confirm it.")
     spoken = [trait for trait in traits if trait.confirmed] if confirmed else []

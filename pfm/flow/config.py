@@ -137,7 +137,7 @@ class FlowConfig:
             object.__setattr__(self, name, value)
 
     def _checked_field_options(self) -> dict[str, Any]:
-        """Return the field's options as they are after saving and loading, JSON values."""
+        """Return the field's options as JSON values, as saving and loading gives them."""
         from pfm.flow.registered_field import FIELDS, MLP
 
         builder, options = FIELDS[self.field], self.field_options

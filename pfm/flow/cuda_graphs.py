@@ -1,7 +1,7 @@
 """Work on a GPU recorded once and repeated without Python between its kernels (CUDA graphs).
 
 What is recorded must read and write the same memory every time, must not wait for the device, and must not depend on
-Python values that change. On other devices, and if recording fails, the work runs as it is.
+Python values that change. On other devices, and if recording fails, the work runs without a graph.
 """
 
 from __future__ import annotations

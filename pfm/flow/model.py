@@ -171,14 +171,14 @@ class FlowModel(nn.Module):
             y: (B, \\*D) outputs, finite.
             context: (B, C), or (C,) for one context for all rows; None if the flow was fitted without.
             mode: ``"single"``: one pass, pi_ref to best of two with the reference source. ``"gated"``: each row is
-                kept with probability b(y|x), else carried; exact for a flow with ``source="rejected"``. Which rows
-                are kept is drawn from the row's own values, its context, ``seed`` and the number of the round, so it is
+                kept with probability b(y|x), else carried; exact for a flow with ``source="rejected"``. The draw
+                depends on the row's own values, its context, ``seed`` and the number of the round, so it is
                 repeatable and independent of the batch.
                 ``"reapply"``: ``rounds`` passes of the same flow; it has no target distribution and leaves the data's
                 support as rounds grow. ``"relabel"``: the rounds of :meth:`relabel`, each by its own flow.
             steps: fixed steps a pass; None for the number chosen at the end of the fit.
-            rounds: passes of ``"reapply"``, None for 1; rounds of ``"relabel"``, None for all there are.
-            strength: up to 1, the time at which the integration stops, so that 0 leaves y as it is; above 1 the
+            rounds: passes of ``"reapply"``, None for 1; rounds of ``"relabel"``, None for all.
+            strength: up to 1, the time at which the integration stops, so that 0 returns y unchanged; above 1 the
                 whole displacement is multiplied: y + strength (T(y) - y).
             guidance: w in v(t, y) + w (v(t, y | x) - v(t, y)), from the field without contexts, for flows fitted with
                 ``context_free=True`` (Ho and Salimans 2207.12598, on velocities as in Zheng et al. 2311.13443): 1
@@ -187,7 +187,7 @@ class FlowModel(nn.Module):
                 variance under one context, so that for Gaussian outputs and small slopes 1 moves as far as a pass.
             on_failure: treatment of rows for which the field becomes non-finite: ``"keep"`` gives their last
                 finite state, with a :class:`pfm.NonFiniteWarning` that says which they are; ``"raise"`` raises.
-            seed: another one draws anew which rows the gate keeps; a whole number.
+            seed: of the gate's draws; a whole number.
 
         Returns:
             (B, \\*D) float32, on the device of ``y`` (the CPU for arrays and lists), wherever the flow is. Rows do

@@ -94,11 +94,11 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             validation: pairs of other prompts, on which the ridge, the residual and the number of steps are
                 decided; None holds out ``config.validation_share`` of the prompts of ``encoded``.
             progress: show a progress bar.
-            preference: a preference model that is to give b, in place of the flow's own classifier, and the scores of
-                candidate sets for ``best_of`` above 2; fitted on the training prompts here if it is not yet. Its guard
-                is set on the validation pairs, which a model that is fitted already should not have seen. See
-                :mod:`pfm.flow.preference_win` for what b means when preferences are cyclic.
-            checkpoint: folder for the training state; a fit that was stopped goes on from it.
+            preference: a preference model that gives b in place of the flow's own classifier, and the scores of
+                candidate sets for ``best_of`` above 2. It is fitted on the training prompts unless it is fitted
+                already; then it must not have seen the validation pairs, which set its guard. See
+                :mod:`pfm.flow.preference_win` for the meaning of b when preferences are cyclic.
+            checkpoint: folder for the training state; an interrupted fit resumes from it.
 
         Raises:
             TypeError: ``encoded`` is not EncodedPairs.
@@ -210,15 +210,15 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         """Add a round: carry reference draws through the rounds so far, have them labelled, fit a flow on the labels.
 
         With honest labels and exact flows round n carries to the distribution of the best of 2^n while preferences are
-        transitive. ``transport(mode="relabel")`` passes through all rounds; what :meth:`win_probability` gives
-        stays the chance against the reference itself. Rounds of cyclic preferences need not converge: the new round is
-        compared with those before it, and a :class:`pfm.flow.rounds.CyclingWarning` says when it beats the last one and
+        transitive. ``transport(mode="relabel")`` passes through all rounds; :meth:`win_probability` remains the chance
+        against the reference itself. Rounds of cyclic preferences need not converge: the new round is compared with
+        those before it, and a :class:`pfm.flow.rounds.CyclingWarning` says when it beats the last one and
         yet loses ground against an earlier one; ``metadata["rounds"]`` holds the figures.
 
         Args:
             labeller: labels outputs y, y' (B, \\*D) under contexts (B, C) or None with the probability (B,) that y
                 is preferred, in [0, 1], or with booleans; or a fitted preference model, which gives the round's b too.
-            y, other: (B, \\*D) independent draws of the reference, two for each context; better not those of an
+            y, other: (B, \\*D) independent draws of the reference, two for each context; preferably not those of an
                 earlier round.
             context: (B, C), or None as the flow was fitted.
             config: settings of the round; None for this flow's.
@@ -226,7 +226,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
                 0 for no comparison.
 
         Returns:
-            a flow with one more round; this one stays as it is.
+            a flow with one more round; this one is unchanged.
 
         Raises:
             ValueError: shapes disagree, or the labels are not (B,) numbers in [0, 1].
@@ -358,7 +358,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Save the flow to a folder, as safetensors and JSON; a save that fails leaves the folder as it was.
+        """Save the flow to a folder, as safetensors and JSON; a failed save leaves the folder unchanged.
 
         Args:
             save_directory: the folder, made if absent.

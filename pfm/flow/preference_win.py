@@ -76,7 +76,7 @@ class PreferenceWin(nn.Module):
     def made(
         cls, model: PreferenceModel, pairs: EncodedPairs, judging: EncodedPairs, seed: int = 0
     ) -> tuple[PreferenceWin, dict[str, Any]]:
-        """Keep reference draws of ``pairs``, set the guard on ``judging``, on the CPU; give this, and what was found.
+        """Keep reference draws of ``pairs``, and set the guard on ``judging``, on the CPU; return both.
 
         One member of every pair, picked uniformly at random, is a draw of the reference; with contexts both members
         are, with half the weight each, so that the draws of one context are balanced.
@@ -209,7 +209,7 @@ def rescored(pairs: EncodedPairs, model: PreferenceModel) -> EncodedPairs:
     """Score the candidate sets of pairs by each candidate's mean chance against the others of its set.
 
     With cycles "the best of m" is then the one that does best against all of the set, which no cycle makes ambiguous.
-    Pairs without candidate sets are returned as they are.
+    Pairs without candidate sets are returned unchanged.
     """
     if not pairs.candidates:
         return pairs

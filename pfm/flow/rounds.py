@@ -123,7 +123,7 @@ def labelled(labeller: Labeller, y: Tensor, other: Tensor, context: Tensor | Non
 
 
 def as_labeller(labeller: Labeller | PreferenceModel) -> Labeller:
-    """Turn a fitted preference model into what labels with its probabilities; leave a function as it is."""
+    """Return a labeller that uses the probabilities of a fitted preference model; a function is returned unchanged."""
     if not isinstance(labeller, PreferenceModel):
         return labeller
     model = labeller

@@ -89,7 +89,7 @@ def train_residual(
     """Train the residual, keep the averaged weights that validated best, and set its gain.
 
     A run with a ``checkpoint`` folder saves its state at every validation and, started again with the same data
-    and configuration, goes on from there to the same result. The file stays: :func:`remove_checkpoint` removes it
+    and configuration, resumes there and gives the same result. The file remains: :func:`remove_checkpoint` removes it
     when what comes after the training is safe too.
     """
     from tqdm.auto import tqdm

@@ -19,7 +19,7 @@ __all__ = ["BatchedPendulum", "BatchedPointMass"]
 class _Batched:
     """E episodes of one dynamical system; the state (E, S) ends with the count of steps.
 
-    An episode ends after ``horizon`` steps, by time alone. From then on its row stays as it is and its rewards are 0.
+    An episode ends after ``horizon`` steps, by time alone. From then on its row is constant and its rewards are 0.
     """
 
     observation_space: Box

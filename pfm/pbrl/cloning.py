@@ -173,7 +173,7 @@ class ClonedPolicy(nn.Module):
         return self.propose(observation, deterministic)[..., 0, :], state
 
     def seed(self, seed: int) -> None:
-        """Start the noise of :meth:`propose` and :meth:`predict` anew."""
+        """Reset the noise of :meth:`propose` and :meth:`predict`."""
         self._noise = np.random.default_rng(seed)
 
     def save(self, path: str | Path) -> Path:

@@ -6,7 +6,7 @@ or a fitted value says what it would earn: a teacher who does not look beyond th
 costs later.
 
 Work is cut into shards that depend on the seed and their number alone: the result is the same for any number of
-workers, and a collection that was interrupted goes on from the shards that are on disk.
+workers, and an interrupted collection resumes from the shards on disk.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def collect(
             :class:`pfm.pbrl.FittedValue` of the same ``discount``; most often with ``continuation=0``. An episode that
             ends by termination is worth nothing more, one that is cut by the time limit what its last observation is.
             None for nothing.
-        workers: processes. folder: for the shards, from which an interrupted collection goes on; None keeps nothing.
+        workers: processes. folder: for the shards, from which an interrupted collection resumes; None keeps nothing.
         batch: copies of a gymnasium environment that are stepped together; results depend on it by rounding only.
         progress: show a progress bar.
 

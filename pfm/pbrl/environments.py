@@ -1,6 +1,6 @@
 """Gymnasium environments whose exact state can be saved and restored.
 
-A deep copy of a MuJoCo or Box2D environment silently starts it anew. Here each kind of simulator is saved by what
+A deep copy of a MuJoCo or Box2D environment silently restarts it. Here each kind of simulator is saved by what
 its next step reads, as plain arrays:
 
 - MuJoCo: the integration state of ``mj_getState`` (positions, velocities, activations, controls, time, warm start of

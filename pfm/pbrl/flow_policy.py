@@ -1,4 +1,4 @@
-"""A frozen policy, refined: propose a segment of actions, carry it along the flow, execute its beginning, plan anew.
+"""A frozen policy, refined: propose a segment of actions, carry it along the flow, execute its beginning, plan again.
 
 Shapes: E episodes in a batch, O observation values, H steps of a segment, A action values.
 """
@@ -52,7 +52,7 @@ class PolicyCounts:
     moved: float = 0.0
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Reset the counts."""
         self.__init__()
 
 
@@ -179,7 +179,7 @@ class FlowPolicy:
         self._fast = FastTransport.of(flow)
 
     def seed(self, seed: int) -> None:
-        """Start the draws of stochastic proposals anew."""
+        """Reset the draws of stochastic proposals."""
         self._random = np.random.default_rng(seed)
 
     def bind(self, env: Any) -> FlowPolicy:
@@ -196,7 +196,7 @@ class FlowPolicy:
         Args:
             observation: (O,) or (E, O).
             state: what the call before returned, None at first; it holds what is left of the segments in execution.
-            episode_start: (E,) or bool: which episodes begin now, and plan anew.
+            episode_start: (E,) or bool: which episodes begin now.
             deterministic: without effect: what is proposed is decided by ``proposal``.
 
         Returns:

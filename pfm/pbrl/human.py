@@ -117,7 +117,7 @@ class HumanSegments:
         return np.stack([self.episode[end] for end in ends], axis=1)
 
     def split(self, held_out: float = 0.4, seed: int = 0) -> tuple[HumanSegments, HumanSegments]:
-        """Split by episode into (train, held out): no transition stands on both sides.
+        """Split by episode into (train, held out): no transition is on both sides.
 
         A pair belongs to a side only if both its segments do, so about ``held_out`` squared of the pairs are held out,
         and those between the sides are in neither.

@@ -103,12 +103,12 @@ def improve(
         pairs: comparisons in all; every round collects ``pairs // rounds``.
         rounds: at least 1.
         strengths: multiples of one pass to choose from, above 0. A round whose flow earns no more at any of them than
-            the policy without it leaves the policy as it is.
+            the policy without it leaves the policy unchanged.
         episodes: whole ones, by whose mean return is chosen, from the same starts in every round; 0 runs none, and
             follows the flow of every round at the one strength that there is.
         form: of the segments, "residual" or "directions", see :meth:`SegmentPairs.encode`.
         config: of the flows, see :class:`pfm.FlowConfig`.
-        folder: where rounds are kept as they end; the same call goes on from there, and :func:`load_improvement` reads
+        folder: where rounds are kept as they end; the same call resumes there, and :func:`load_improvement` reads
             it. None keeps nothing.
         seed: of data and starts, independent in every round and for every seed; the fits have that of ``config``.
         progress: show progress bars.

@@ -170,7 +170,7 @@ class NormalizedPolicy:
     def __init__(self, policy: Any, statistics: Any) -> None:
         found = ObservationStatistics.of(statistics)
         if found is None:
-            raise ValueError("these statistics are of rewards alone: the policy reads observations as they are")
+            raise ValueError("these statistics are of rewards alone: the policy reads raw observations")
         theirs = getattr(getattr(policy, "observation_space", None), "shape", None)
         if theirs is not None and tuple(theirs) != found.mean.shape:
             raise ValueError(
@@ -187,7 +187,7 @@ class NormalizedPolicy:
         return self.policy.predict(self.statistics(observation), state, episode_start, deterministic)
 
     def seed(self, seed: int) -> None:
-        """Start the randomness of the policy anew."""
+        """Reset the randomness of the policy."""
         from pfm.pbrl.policies import seed_policy
 
         seed_policy(self.policy, seed)

@@ -66,7 +66,7 @@ def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int 
         seed: of an actor's stochastic actions.
         normalize: the statistics of the observations that a checkpoint was trained on under ``VecNormalize``: its
             ``vec_normalize.pkl``, of which no code is run, the wrapper itself, or mean and variance, see
-            :meth:`ObservationStatistics.of`. False: it reads observations as they are.
+            :meth:`ObservationStatistics.of`. False: it reads raw observations.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -139,7 +139,7 @@ def check_policy(policy: Any, env: Any) -> None:
 
 
 def seed_policy(policy: Any, seed: int) -> None:
-    """Start the randomness of a policy anew: its own ``seed``, or (stable-baselines3) torch's global stream."""
+    """Reset the randomness of a policy: its own ``seed``, or (stable-baselines3) torch's global stream."""
     own = getattr(policy, "seed", None)
     if callable(own):
         own(seed)
@@ -242,7 +242,7 @@ class ActorPolicy:
         return (action if observation.ndim == 2 else action[0]), state
 
     def seed(self, seed: int) -> None:
-        """Start the draws anew."""
+        """Reset the draws."""
         self._noise = np.random.default_rng(seed)
 
     def _std(self, hidden: np.ndarray) -> np.ndarray:
@@ -300,7 +300,7 @@ class NoisyPolicy:
         return np.clip(noisy, self.action_space.low, self.action_space.high).astype(self.action_space.dtype), state
 
     def seed(self, seed: int) -> None:
-        """Start the noise anew, and that of the policy within."""
+        """Reset the noise, and that of the wrapped policy."""
         self._noise = np.random.default_rng(seed)
         seed_policy(self.policy, seed)
 
@@ -358,7 +358,7 @@ def _warn_of_normalization(path: Path, policy: Any) -> None:
         found = "its last observations of the training are normalised"
     if found:
         warnings.warn(
-            f"{path.name} was trained under VecNormalize ({found}), and acts wrongly on observations as they are: pass "
+            f"{path.name} was trained under VecNormalize ({found}), and acts wrongly on raw observations: pass "
             "its statistics, load_policy(..., normalize='vec_normalize.pkl'), or normalize=False if it needs none",
             stacklevel=4,
         )

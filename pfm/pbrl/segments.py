@@ -186,7 +186,7 @@ class SegmentPairs:
     # -- labels -------------------------------------------------------------------------------------------------
 
     def relabel(self, teacher: str | Teacher = "oracle", *, design: str = "all", seed: int = 0) -> SegmentPairs:
-        """Have the segments labelled anew; nothing is simulated.
+        """Label the segments again; nothing is simulated.
 
         Args:
             teacher: a :class:`Teacher` or the name of one.

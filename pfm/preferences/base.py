@@ -303,7 +303,7 @@ class PreferenceModel(nn.Module, ABC):
         return folder
 
     def _ready(self, *, event_shape: list[int] | None = None, **layout: Any) -> None:
-        """Make tensors and networks anew, not to be trained further, and note their sizes."""
+        """Create the tensors and networks, frozen, and record their sizes."""
         self._build(**layout)
         self.layout = layout if event_shape is None else layout | {"event_shape": event_shape}
         self.requires_grad_(False)

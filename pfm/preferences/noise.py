@@ -11,8 +11,8 @@ have said. Two remedies are known where e is:
 - the label's probability of being right, given what other labels say: :func:`corrected`. It stays within [0, 1], and
   what it gives is an ordinary pair set, so that every preference model and every flow has the benefit of it.
 
-Flips that strike all labels alike turn a large set's loss round little: they shrink what is learned more than they turn
-it. What they cost is precision, as if there were fewer pairs.
+Flips of all labels with one probability change the minimiser of a large set's loss little: they shrink it more than
+they rotate it. Their cost is precision, as if there were fewer pairs.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def corrected(
     2. Added to it, each output's own reward in its prompt, from the other labels on that output, with a normal prior
        whose spread is chosen on left-out labels. Neither uses the label that is judged.
     3. The share of flips e is that under which left-out labels are likeliest, P = e + (1 - 2 e) sigmoid(a s); it counts
-       if the likelihood ratio to no flips is beyond chance (one-sided 95%), else the pairs come back as they are.
+       if the likelihood ratio to no flips is beyond chance (one-sided 95%), else the pairs are returned unchanged.
     4. Steps 1 to 3 are repeated with corrected labels of the other prompts, while left-out labels are likelier for it.
     5. By Bayes' rule a label p is right with odds (1 - e) / e exp((2 p - 1) a s), and is replaced by
        c p + (1 - c) (1 - p).

@@ -167,7 +167,7 @@ class RelevancePreference(_Viewing):
     Within a prompt a linear term in the prompt cancels, so that a linear reward judges every output by itself.
     Relevance to the prompt takes a product of both. Encoders that embed prompts and outputs in one space
     make it their similarity; of vectors of unequal lengths the first numbers count, as many as the shorter one has.
-    Without contexts the member is fitted on the outputs as they are.
+    Without contexts the member is fitted on the outputs themselves.
 
     Args:
         member: the model, fitted or not: its settings count.

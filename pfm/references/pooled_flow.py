@@ -97,7 +97,7 @@ class PooledFlow:
             batch = some.pairs.gather(torch.arange(len(some), device="cpu"))
             code = torch.eye(sources, device="cpu")[some.rejected_tag]
             flow.normalize_by(batch.chosen, batch.rejected, append_code(batch.context, code), batch.weight)
-            # A one-hot code is no measurement: its units stay as they are.
+            # A one-hot code is no measurement: its units are kept.
             flow.normalizer.context_mean[-sources:] = 0
             flow.normalizer.context_scale[-sources:] = 1
         coupling, check = (TaggedEnds(part, config.source) for part in (train, held))
