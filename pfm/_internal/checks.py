@@ -22,6 +22,7 @@ __all__ = [
     "check_flag",
     "check_length",
     "check_number",
+    "check_same_sizes",
     "check_shape",
     "check_whole",
     "checked_column",
@@ -193,6 +194,18 @@ def check_shape(name: str, array: _Array, shape: tuple[int | str, ...], meaning:
     if not matches or any(not isinstance(size, str) and size != own for size, own in zip(fixed, got, strict=False)):
         wanted = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
         raise _refusal(name, f"be {wanted}" + (f", {meaning}" if meaning else ""), str(got), hint)
+
+
+def check_same_sizes(name: str, given: Any, like: Any, whose: str) -> None:
+    """Check that pairs, flows or models are of outputs of one shape, under contexts of one dimension.
+
+    Raises:
+        ValueError: their ``event_shape`` or ``context_dimension`` differ.
+    """
+    for size in ("event_shape", "context_dimension"):
+        ours, theirs = getattr(like, size), getattr(given, size)
+        if ours != theirs:
+            raise ValueError(f"{name} must have {whose} {size} {ours}: got {theirs}")
 
 
 def check_finite(name: str, array: Tensor | np.ndarray) -> None:

@@ -475,7 +475,7 @@ class EncodedPairs:
         Raises:
             ValueError: fewer than two groups, or ``held_out`` out of range.
         """
-        check_number("held_out", held_out, above=0, below=1)
+        held_out = check_number("held_out", held_out, above=0, below=1)
         names, member = torch.unique(self.group, return_inverse=True)
         if len(names) < 2:
             raise ValueError(
@@ -510,7 +510,7 @@ class EncodedPairs:
         Raises:
             ValueError: ``share`` does not lie in [0, 1].
         """
-        check_number("share", share, least=0, most=1)
+        share = check_number("share", share, least=0, most=1)
         # Not the stream of data that were drawn with the same small seed.
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
         flip = self._here(torch.rand(len(self), generator=generator, dtype=torch.float32, device="cpu") < share)

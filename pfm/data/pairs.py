@@ -459,7 +459,7 @@ class PreferencePairs:
         >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
         (6, 2, set())
         """
-        check_number("held_out", held_out, above=0, below=1)
+        held_out = check_number("held_out", held_out, above=0, below=1)
         check_choice("by", by, ("prompt", "group"))
         groups = self.group or [None] * len(self)
         keys = split_keys(self.prompts, groups, self._identities, seed, join_groups=by == "group")

@@ -18,7 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
 from pfm._internal.archive import save_folder
-from pfm._internal.checks import check_whole
+from pfm._internal.checks import check_same_sizes, check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.flow.config import FlowConfig, refuse_options
@@ -181,10 +181,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         Raises:
             TypeError: not a preference model. ValueError: it or the pairs are of other shapes than the flow.
         """
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(self, name), getattr(pairs, name)
-            if ours != theirs:
-                raise ValueError(f"pairs must have the flow's {name} {ours}: got {theirs}")
+        check_same_sizes("pairs", pairs, self, "the flow's")
         win, judgement = PreferenceWin.made(preference, pairs, pairs, self.config.seed)
         twin = copy.deepcopy(self)
         twin._set_win(win, judgement)

@@ -125,7 +125,7 @@ class HumanSegments:
         Raises:
             ValueError: ``held_out`` is not in (0, 1), or a side would hold no pairs.
         """
-        check_number("held_out", held_out, above=0, below=1)
+        held_out = check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.episode)
         out = np.random.default_rng(seed).permutation(names)[: max(round(held_out * len(names)), 1)]
         inside = np.isin(self.episodes(), out)

@@ -400,7 +400,7 @@ class SegmentPairs:
         Raises:
             ValueError: fewer than two trajectories, or ``held_out`` not in (0, 1).
         """
-        check_number("held_out", held_out, above=0, below=1)
+        held_out = check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.trajectory)
         if len(names) < 2:
             raise ValueError("all states lie on one trajectory, so none can be held out: collect from more of them")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
-from pfm._internal.checks import as_float_tensor, check_finite, check_shape
+from pfm._internal.checks import as_float_tensor, check_finite, check_same_sizes, check_shape
 from pfm._internal.files import replace_json, require_files
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import with_standard_defaults
@@ -413,10 +413,7 @@ def check_pairs(pairs: EncodedPairs, validation: EncodedPairs | None = None) -> 
                 "give pairs of which at least one was decided"
             )
     if validation is not None:
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(pairs, name), getattr(validation, name)
-            if ours != theirs:
-                raise ValueError(f"validation must have the training pairs' {name} {ours}: got {theirs}")
+        check_same_sizes("validation", validation, pairs, "the training pairs'")
 
 
 def check_table(table: Any) -> Tensor:

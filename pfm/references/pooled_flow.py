@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
-from pfm._internal.checks import as_float_tensor
+from pfm._internal.checks import as_float_tensor, check_same_sizes
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
 from pfm.devices import resolve_device, with_standard_defaults
@@ -275,10 +275,7 @@ def _split(tagged: TaggedPairs, validation: TaggedPairs | None, config: FlowConf
     """Hold out prompts, or pairs where all are of one prompt; tags follow their pairs."""
     pairs = tagged.pairs
     if validation is not None:
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(pairs, name), getattr(validation.pairs, name)
-            if ours != theirs:
-                raise ValueError(f"validation must have the training pairs' {name} {ours}: got {theirs}")
+        check_same_sizes("validation", validation.pairs, pairs, "the training pairs'")
         return tagged, validation
     if len(pairs) < 2:
         raise ValueError("one pair is not enough to fit and to validate: at least two are needed")
