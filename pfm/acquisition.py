@@ -9,11 +9,11 @@ covariance Z Z' of rank R. They come from
 
 The criteria for a pair with log-odds s ~ N(m, v), P = sigmoid(s) and entropy h(p) in nats:
 
-- ``"information"``: h(E[P]) - E[h(P)], what its label tells of the model (BALD: Houlsby et al. 1112.5745).
+- ``"information"``: h(E[P]) - E[h(P)], the information of its label on the model (BALD: Houlsby et al. 1112.5745).
 - ``"win"``: by how much its label is expected to shrink the summed variance of all candidates' log-odds, of which b is
   made: with the label's Fisher information f = E[P (1 - P)], f |Z z|^2 / (1 + f v) for its row z of Z.
 - ``"disagreement"``: Var[P], how far the models' probabilities lie apart.
-- ``"uncertainty"``: h(E[P]), whatever its cause: it cannot tell noise from ignorance.
+- ``"uncertainty"``: h(E[P]), whatever its cause: it does not separate noise from lack of data.
 - ``"random"``: the control.
 
 A batch is chosen greedily. After each choice the beliefs are narrowed by the information that its label is expected to

@@ -75,7 +75,7 @@ class Encoder(Protocol):
     """Turns outputs into vectors.
 
     All but :meth:`encode` are optional (:func:`pfm.encoders.as_encoder` adds them). An encoder of other outputs than
-    texts - images, arrays - also has ``accepts(output)``, which tells those that it encodes.
+    texts - images, arrays - also has ``accepts(output)``, which returns whether it encodes one.
     """
 
     @property

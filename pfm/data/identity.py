@@ -33,7 +33,7 @@ def normal_form(text: str) -> str:
 
 
 def prompt_identity(prompt: str, group: Any) -> PromptIdentity:
-    """Return what tells prompts apart: the normal form of their text, or the group where there is no prompt."""
+    """Return the identity of a prompt: the normal form of their text, or the group where there is no prompt."""
     form = normal_form(prompt)
     return (form, None if form else given_group(group))
 

@@ -272,7 +272,7 @@ def _group_plot(report: Results) -> Markup:
 
 
 def _shown(report: Results, number: int) -> tuple[list[Example], bool]:
-    """Choose the examples to show, and tell whether the largest loss is among them."""
+    """Return the examples to show, and whether the largest loss is among them."""
     losses = [example for example in report.examples if example.kind != "random"][:number]
     shown = [example for example in report.examples if example.kind == "random"][: number - len(losses)] + losses
     return shown, bool(losses)

@@ -1,4 +1,4 @@
-"""Directions along which a flow moves outputs, with the traits, words and texts that tell their ends apart."""
+"""Directions along which a flow moves outputs, with the traits, words and texts that distinguish their ends."""
 
 from __future__ import annotations
 

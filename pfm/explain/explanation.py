@@ -4,9 +4,9 @@ All comparisons are within prompts: an answer against the other answers to its o
 (length, lists, hedging, ...) is quantified three ways, in standard deviations between the answers to one prompt:
 
 - *moved*: what the flow's displacement T(y) - y makes of it. A ridge regression of the trait on the embedding, fitted
-  on the other folds of prompts, is applied to the displacement. What the embedding does not tell of a trait is missing
-  from it, so it errs towards zero; ``told`` says how much the embedding tells. Its interval holds the regression's own
-  error.
+  on the other folds of prompts, is applied to the displacement. The part of a trait that the embedding does not
+  predict is missing, so the estimate errs towards zero; ``told`` is the share that it predicts.
+  Its interval holds the regression's own error.
 - *picked*: what choosing among real outputs with probability proportional to b makes of it, Cov(b, f) / E[b].
   With p1 = 2 pi_ref b that is the aim of one pass, without any regression.
 - *labelled*: half the difference between chosen and rejected outputs in the given pairs, the same quantity from the
@@ -253,7 +253,7 @@ def _warnings(
             )
             found.append(
                 f"b picks less than a third of what the labels say: {said}. It cannot prefer what the embedding does "
-                "not tell; an encoder that sees length and layout, such as minilm+surface, may."
+                "not hold; an encoder that sees length and layout, such as minilm+surface, may."
             )
     if not traits:
         found.append("No trait varies between the outputs of one prompt: only the texts can say what is preferred.")

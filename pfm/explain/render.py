@@ -174,7 +174,7 @@ NOTES = (
     "Picked by b: Cov(b, trait) / E[b], what choosing real outputs with probability ∝ b changes. With "
     "p₁ = 2·π·b it is the aim of one pass.",
     "Moved by the flow: a ridge regression of the trait on the embedding, fitted on other prompts, applied to "
-    "T(y) − y. What the embedding does not tell of a trait is missing from it.",
+    "T(y) − y. The part of a trait that the embedding does not predict is missing from it.",
     "In the labels: half the difference between chosen and rejected outputs of the given pairs.",
     "At equal length: what is left of “picked by b” after a regression of both on the log of the length.",
     "Words: log-odds with an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008) between the upper and "

@@ -109,7 +109,7 @@ class Repeated:
         self._results = self.work(*self._inputs)
 
     def _fill(self, inputs: Inputs) -> bool:
-        """Put values into the memory that is recorded; tell whether they have its shapes."""
+        """Copy values into the recorded memory; return whether they have its shapes."""
         if not self._inputs:
             self._inputs = tuple(None if each is None else each.clone() for each in inputs)
             return True

@@ -243,7 +243,9 @@ class FlowPolicy:
     def _planned(self, observation: np.ndarray, due: np.ndarray) -> np.ndarray:
         """Return the segments (B, H, A) to execute next in the rows that are due."""
         first = self._propose(observation, due, self.proposal == "stochastic")
-        if self.candidates == 1 or not math.isfinite(self.flow.guard_margin):  # nothing to choose, or b tells nothing
+        if self.candidates == 1 or not math.isfinite(
+            self.flow.guard_margin
+        ):  # nothing to choose, or b has no information
             return self.refine(first, observation[due])
         drawn = [self._propose(observation, due, True) for _ in range(self.candidates - 1)]
         seen = np.tile(observation[due], (self.candidates, 1))

@@ -66,8 +66,8 @@ class NoiseReport:
         z: root of twice the log-likelihood ratio of it and no flips at all, on left-out labels: standard errors.
         correct: (N,) probability that each label is right.
         log_loss: of the observed labels under predictions that did not see them, nats a label.
-        spread: standard deviation of the outputs' rewards around what their embeddings tell, in log-odds; 0 if other
-            labels on the same outputs gave no more information.
+        spread: standard deviation of the outputs' rewards around the prediction from their embeddings, in log-odds; 0
+            if other labels on the same outputs gave no more information.
         raters: the raters' shares, or None if no raters were named.
     """
 
@@ -137,8 +137,8 @@ def corrected(
     5. By Bayes' rule a label p is right with odds (1 - e) / e exp((2 p - 1) a s), and is replaced by
        c p + (1 - c) (1 - p).
 
-    Labels that other labels tell nothing about are neither trusted more nor less than the share of flips says, so that
-    nothing can be learned from shuffled labels after it either. Held-out figures of a model fitted on corrected labels
+    Labels on which other labels have no information keep the probability of the flip rate, so that shuffled labels
+    remain uninformative. Held-out figures of a model fitted on corrected labels
     are held against those, and look better than they would against the labels that were given.
 
     Args:
@@ -286,7 +286,7 @@ def _with_outputs(
     generator: torch.Generator,
     spreads: Sequence[float] = SPREADS,
 ) -> tuple[Tensor, float, _Link]:
-    """Add what other labels on the same outputs tell, if left-out labels are likelier for it.
+    """Add the information of other labels on the same outputs, if left-out labels are likelier with it.
 
     Returns the log-odds (N,), the spread of the outputs' own rewards (0 if they are left out), and the link.
     """

@@ -101,7 +101,7 @@ def fit_raters(
 
     Raises:
         ValueError: lengths disagree, a vote is none of 0, 1/2, 1, all votes are ties, or no pair has two votes and
-            ``log_odds`` is None: nothing could then tell a good rater from a bad one.
+            ``log_odds`` is None: reliable and unreliable raters could not be distinguished.
     """
     check_choice("model", model, MODELS)
     check_number("prior", prior, above=0)
@@ -115,8 +115,9 @@ def fit_raters(
         check_finite("log_odds", odds)
     elif int(torch.bincount(cast).max()) < 2:
         raise ValueError(
-            f"no pair has more than one vote ({len(said)} votes on {len(said)} pairs), so nothing tells a good rater "
-            "from a bad one: give pairs that several raters have seen, or log_odds of a model fitted on other prompts"
+            f"no pair has more than one vote ({len(said)} votes on {len(said)} pairs), so good and bad "
+            "raters cannot be distinguished: give pairs that several raters have seen, or log_odds of a model fitted "
+            "on other prompts"
         )
     votes = _Votes(cast, of, said, pairs, len(raters), classes, odds)
     truth, table, iterations, settled = votes.maximise(model, prior)

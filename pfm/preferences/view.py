@@ -104,8 +104,9 @@ class _Viewing(PreferenceModel):
 class ViewPreference(_Viewing):
     """Fits a preference model on the columns from ``start`` to ``stop`` of the outputs.
 
-    Few pairs cannot weigh many numbers: of a long embedding and a few features that tell more, a model of all of them
-    learns less than one of the features alone. In a :class:`PreferenceEnsemble` held-out prompts weigh the views.
+    Few pairs do not determine many weights: where a few features beside a long embedding are more informative, a model
+    of all columns learns less than one of the features alone. In a :class:`PreferenceEnsemble` held-out prompts
+    weigh the views.
 
     Args:
         member: the model, fitted or not: its settings count.

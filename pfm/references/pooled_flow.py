@@ -38,9 +38,9 @@ class PooledFlow:
     """Carries the draws of each source of a pool to the winners of themselves against the pool.
 
     Made by :meth:`fit` or :meth:`load`. Around a :class:`pfm.generators.GeneratorPool` of the same names,
-    :func:`pfm.wrap` chooses among the pool's candidates by b, and tells it who made each. Its b reads the tag beside
-    the output: b(y|x) itself does not depend on who made y, but y as an encoder sees it may not tell what is known
-    of its maker.
+    :func:`pfm.wrap` chooses among the pool's candidates by b, and passes the generator of each. Its b reads the tag
+    beside the output: b(y|x) itself does not depend on the generator of y, but the embedding of y may hold less
+    information than the tag.
 
     Attributes:
         flow: a flow whose contexts end in the tag's one-hot code. win: the head of b, on (y, code).

@@ -68,7 +68,7 @@ def taste_flows(
 def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
     """Append a code of the rater to each pair's context, for a single flow that is conditioned on it.
 
-    The code may be one-hot in the groups, a rater's responsibilities, or any numbers that tell raters apart;
+    The code may be one-hot in the groups, a rater's responsibilities, or any numbers that distinguish raters;
     :func:`append_code` makes the contexts to apply such a flow under. Its closed-form field shifts outputs with the
     code, and its network may turn them; the reward in its b is linear in the outputs alone, so that opposite tastes
     cancel there: for b by taste use the models of a :class:`TasteMixture`.
