@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit slow soak docs peers mutants gpu far clean
+.PHONY: quickstart test lint unit coverage slow soak docs peers mutants gpu far clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,6 +60,10 @@ gpu: $(VENV)/.installed
 
 far: $(VENV)/.installed
 	PFM_TEST_DEVICE=far $(BIN)/pytest --numprocesses 2 --dist worksteal $(SUITES:%=tests/test_%.py)
+
+# Lines and branches of pfm that no test runs, as a table and as pages in htmlcov/; PYTEST=tests/test_x.py runs some tests only.
+coverage: $(VENV)/.installed
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html $(PYTEST)
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow

@@ -35,7 +35,10 @@ COPIED = ("pfm", "tests", "benchmarks", "conf", "pyproject.toml", "README.md")
 # Each area: the modules that are changed, and the tests that must notice.
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fields": (("pfm/flow/fields.py",), ("tests/test_fields.py",)),
-    "couplings": (("pfm/flow/couplings.py",), ("tests/test_couplings.py", "tests/test_fields.py")),
+    "couplings": (
+        ("pfm/flow/coupled.py", "pfm/flow/couplings.py", "pfm/flow/transported.py"),
+        ("tests/test_couplings.py", "tests/test_fields.py"),
+    ),
     "transport": (("pfm/flow/integration.py",), ("tests/test_transport.py",)),
     "fitting": (("pfm/flow/fitting.py",), ("tests/test_fitting.py",)),
     "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py",)),

@@ -100,7 +100,7 @@ def fit(
             seed=seed,
             on_bad_rows=on_bad_rows.value,
         )
-        session.out.print(loaded.describe())
+        session.out.print(loaded.summary())
         train, measured = _split(loaded, held_out, seed)
         with_name = encoder_from_name(encoder)
         checkpoint = make_folder(out) / ".checkpoint"
