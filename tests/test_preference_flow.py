@@ -346,7 +346,7 @@ def relabelled(kind: type[Turning], rounds: int) -> PreferenceFlow:
 
 
 def test_relabel_warns_when_the_population_goes_round(tmp_path):
-    with pytest.warns(CyclingWarning, match="the preferences go round, and further rounds need not converge"):
+    with pytest.warns(CyclingWarning, match="the preferences are cyclic, and further rounds need not converge"):
         flow = relabelled(Turning, 6)
     found = flow.metadata["rounds"]
     assert [check["rounds"] for check in found] == [2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Which prompts a fit holds out to decide by."""
+"""Choose the prompts that a fit holds out for validation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_same_sizes
 from pfm.data.encoded import EncodedPairs
 from pfm.flow.config import FlowConfig
 
@@ -22,10 +23,7 @@ def training_sets(
         ValueError: shapes of training and validation pairs disagree, or there is but one pair.
     """
     if validation is not None:
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(encoded, name), getattr(validation, name)
-            if ours != theirs:
-                raise ValueError(f"validation must have the training pairs' {name} {ours}: got {theirs}")
+        check_same_sizes("validation", validation, encoded, "the training pairs'")
         return encoded, validation
     if len(torch.unique(encoded.group)) >= 2:
         return encoded.split(config.validation_share, config.seed)
