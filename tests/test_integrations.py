@@ -209,9 +209,7 @@ def test_without_the_library_the_way_out_is_said(flow, monkeypatch):
 # --------------------------------------------------------------------------------------------------------- the page
 
 
-def test_the_snippets_of_the_page_run(flow, tmp_path, monkeypatch, capsys):
-    flow.save_pretrained(tmp_path / "my-flow")
-    monkeypatch.chdir(tmp_path)
+def test_the_snippets_of_the_page_run_where_their_library_is(capsys):
     page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(snippets) == 5
