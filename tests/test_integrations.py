@@ -94,7 +94,7 @@ def test_log_odds_are_finite_and_keep_the_order(flow):
     found = trl_reward(flow, ENCODER, scale="log_odds")([PROMPT] * 3, ["", BAD, GOOD])
     assert found[0] == pytest.approx(math.log(1e-6 / (1 - 1e-6)))
     assert found[1:] == pytest.approx([math.log(b / (1 - b)) for b in b_of(flow, [BAD, GOOD])], abs=1e-4)
-    with pytest.raises(ValueError, match="scale must be 'probability' or 'log_odds', got 'raw'"):
+    with pytest.raises(ValueError, match="scale must be one of probability, log_odds: got 'raw'"):
         trl_reward(flow, ENCODER, scale="raw")
 
 
@@ -120,7 +120,7 @@ def test_a_metric_is_b_and_with_a_trace_a_threshold(flow):
     assert metric({"question": PROMPT}, {"reply": BAD}, trace=[]) is False
     with pytest.raises(TypeError, match="prediction must have a text in field 'reply', got NoneType; its fields are a"):
         metric({"question": PROMPT}, {"a": GOOD})
-    with pytest.raises(ValueError, match="threshold must be from 0 to 1, got 2"):
+    with pytest.raises(ValueError, match=r"threshold must .*: got 2"):
         dspy_metric(flow, ENCODER, threshold=2)
 
 

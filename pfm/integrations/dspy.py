@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pfm._internal.checks import check_number
 from pfm.integrations.scorer import FlowScorer
 from pfm.protocols import Flow
 
@@ -33,8 +34,7 @@ def dspy_metric(
     Raises:
         ValueError: the threshold is out of range. TypeError, ValueError: as of :class:`FlowScorer`.
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be from 0 to 1, got {threshold!r}")
+    check_number("threshold", threshold, least=0, most=1)
     scorer = FlowScorer(flow, encoder, reasoning=reasoning)
 
     def metric(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pfm._internal.checks import check_choice
 from pfm.integrations.scorer import FlowScorer, message_list
 from pfm.protocols import Flow
 
@@ -34,8 +35,7 @@ def trl_reward(
 
     A policy that is trained on b learns to please b: hold out a judge that has not seen the training.
     """
-    if scale not in SCALES:
-        raise ValueError(f"scale must be {' or '.join(map(repr, SCALES))}, got {scale!r}")
+    check_choice("scale", scale, SCALES)
     scorer = FlowScorer(flow, encoder, reasoning=reasoning)
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
