@@ -111,6 +111,7 @@ def test_a_ranking_is_by_falling_b_with_ties_in_the_order_given(url, flow, path,
     assert [row["index"] for row in answer["results"]] == order
     assert [row["relevance_score"] for row in answer["results"]] == pytest.approx([b[k] for k in order], abs=1e-6)
     assert [row["document"] for row in answer["results"]] == [{"text": TEXTS[k]} for k in order]
+    assert answer["pfm"]["against"] == "reference"
 
 
 def test_documents_may_be_objects_and_need_not_come_back(url):
@@ -367,6 +368,9 @@ def test_without_an_upstream_there_is_a_model_and_no_chat(url):
     assert "my-flow or pfm" in answer.json()["error"]["message"]
     assert httpx2.get(url.removesuffix("/v1") + "/healthz").json()["status"] == "ok"
     assert post(url, {}, "/embeddings").status_code == 404
+    wrong = httpx2.get(url.removesuffix("/v1") + "/score")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+    assert wrong.json()["error"]["message"] == "this path has POST only"
 
 
 def test_scores_of_other_models_are_the_upstreams(flow):

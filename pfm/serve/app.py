@@ -37,6 +37,7 @@ from pfm.serve.http import (
     Owning,
     answer_nobody,
     answer_not_found,
+    answer_other_method,
     answer_refusal,
     escaped_path,
     own_headers,
@@ -90,6 +91,7 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
     app.add_api_route("/v1/{path:path}", proxy.other, methods=METHODS, response_model=None)
     app.add_exception_handler(Refused, answer_refusal)
     app.add_exception_handler(404, answer_not_found)
+    app.add_exception_handler(405, answer_other_method)
     for gone in (Disconnected, ClientDisconnect):
         app.add_exception_handler(gone, answer_nobody)
     # The last one added is the first to see a request.
@@ -333,7 +335,9 @@ class _Proxy:
         }
         place.leave()
         return await in_background(
-            lambda b: plain_response(to_json(scored(asked, b, self.config.score_model, seconds)), 200, [_JSON]),
+            lambda b: plain_response(
+                to_json(scored(asked, b, self.refiner.flow, self.config.score_model, seconds)), 200, [_JSON]
+            ),
             found.values,
             len(content),
         )

@@ -31,6 +31,7 @@ __all__ = [
     "Owning",
     "answer_nobody",
     "answer_not_found",
+    "answer_other_method",
     "answer_refusal",
     "escaped_path",
     "own_headers",
@@ -311,6 +312,14 @@ async def answer_not_found(request: Request, _: Exception) -> Response:
         Refused(
             404, f"there is /v1/..., /score, /rerank, /classify, /healthz and /metrics here{hint}", outcome="not_found"
         )
+    )
+
+
+async def answer_other_method(_: Request, error: Exception) -> Response:
+    """Answer a request by a method that its path does not have."""
+    allowed = (getattr(error, "headers", None) or {}).get("Allow", "POST")
+    return _error_response(
+        Refused(405, f"this path has {allowed} only", outcome="not_found", headers={"Allow": allowed})
     )
 
 

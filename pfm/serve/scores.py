@@ -201,18 +201,20 @@ def _check_sizes(asked: ScoresAsked, config: ServeConfig, reads_prompts: bool) -
 # ------------------------------------------------------------------------------------------------------- answers
 
 
-def scored(asked: ScoresAsked, b: Sequence[float], model: str, seconds: Mapping[str, float]) -> dict[str, Any]:
+def scored(
+    asked: ScoresAsked, b: Sequence[float], flow: Flow, model: str, seconds: Mapping[str, float]
+) -> dict[str, Any]:
     """Write the answer to a request.
 
     Args:
-        asked: the request. b: of each of its texts.
+        asked: the request. b: of each of its texts, by the flow.
         model: the name of this flow. seconds: what it took, by part.
 
     Returns:
         JSON values. ``usage`` counts 0 tokens: nothing was generated, and an encoder's tokens are nobody's currency.
     """
     usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    evidence = {"score": "win_probability", "against": _opponents(asked), "seconds": dict(seconds)}
+    evidence = {"score": "win_probability", "against": _opponents(asked, flow), "seconds": dict(seconds)}
     head = {"id": f"{asked.kind}-{uuid.uuid4().hex}", "model": model}
     tail = {"usage": usage, EXTENSION: evidence}
     if asked.kind == "rerank":
@@ -231,8 +233,10 @@ def scored(asked: ScoresAsked, b: Sequence[float], model: str, seconds: Mapping[
     return {**head, "data": data, **tail}
 
 
-def _opponents(asked: ScoresAsked) -> str:
-    return "candidates" if asked.together and len(asked.texts) > 1 else "reference"
+def _opponents(asked: ScoresAsked, flow: Flow) -> str:
+    """Say against what b is: candidates are each other's opponents where a preference model gives b."""
+    by_model = any(getattr(part, "preference", None) is not None for part in getattr(flow, "flows", [flow]))
+    return "candidates" if by_model and asked.together and len(asked.texts) > 1 else "reference"
 
 
 def model_list(config: ServeConfig) -> dict[str, Any]:
