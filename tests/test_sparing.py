@@ -134,7 +134,8 @@ def test_what_the_model_cannot_say_and_what_the_judge_does_not():
     with pytest.raises(GenerationError, match="no verdict"):
         SparingJudge(silent, guess(0.5)).pick("p", TEXTS)
     assert not SparingJudge(silent, guess(0.5)).compare([Comparison("p", "a", "b")] * 20)[-1].given
-    for settings in ({"sure": 0.5}, {"sure": 1.1}, {"audit": -0.1}):
+    wrong: list[dict[str, Any]] = [{"sure": 0.5}, {"sure": 1.1}, {"audit": -0.1}]
+    for settings in wrong:
         with pytest.raises(ValueError, match="must be a"):
             SparingJudge(LONGER, guess(0.5), **settings)
     with pytest.raises(TypeError, match="compare"):

@@ -62,7 +62,7 @@ def replayed_uniform(rule: Stopping, replays: int = 20_000) -> list[float]:
     odds = np.log(u) - np.log1p(-u)
     best = np.maximum.accumulate(u, axis=2)
     lead = np.maximum.accumulate(odds, axis=2)
-    pool = Replays(best, lead, odds, np.array([rule.max_n - 1]), [odds[0, 0]], np.array([0.5]))
+    pool = Replays(best, lead, odds, odds, np.array([rule.max_n - 1]), [odds[0, 0]], np.array([0.5]))
     return pool.stopped(pool.surplus(rule), thresholds(rule, rule.price))[0].tolist()
 
 
@@ -107,6 +107,26 @@ def test_the_prior_is_the_ratio_of_the_variances_within_and_between_prompts():
     assert calibrate(*shifted(0.0), replays=20).prior > 50
     assert calibrate(*shifted(1.0), replays=20).prior == pytest.approx(1, abs=0.4)
     assert calibrate(*shifted(2.0), replays=20).prior == pytest.approx(0.25, abs=0.12)
+
+
+def test_the_prior_of_the_spread_is_large_where_prompts_spread_alike_and_small_where_they_do_not():
+    rng = np.random.default_rng(4)
+    alike, uneven = [], []
+    for _ in range(80):
+        quality = rng.normal(size=60)
+        alike.append(1 / (1 + np.exp(-quality)))
+        uneven.append(1 / (1 + np.exp(-quality * np.sqrt(8 / rng.chisquare(8)))))
+    assert calibrate(alike, alike, replays=20).spread_prior > 40
+    assert calibrate(uneven, uneven, replays=20).spread_prior == pytest.approx(8, abs=4)
+
+
+def test_the_lead_shrinks_level_and_spread_towards_their_means():
+    rule = Stopping(8, 16, (1,), 0.01, -1.0, 2.0, (-1.0, 1.0), spread=2.0, spread_prior=3.0)
+    values = np.array([0.5, 1.5, -0.5])
+    mean, squares = values.mean(), ((values - values.mean()) ** 2).sum()
+    level = (2 * -1 + values.sum()) / 5
+    variance = (3 * 4 + squares + 2 * 3 / 5 * (mean + 1) ** 2) / 6  # normal-inverse-chi-squared, its posterior scale
+    assert rule.lead(1.5, mean, squares, 3) == pytest.approx((1.5 - level) * 2 / np.sqrt(variance))
 
 
 def test_learning_the_level_saves_draws_where_trusting_it_does_not():
@@ -168,6 +188,7 @@ def test_too_few_prompts_or_candidates_fall_back_and_say_so():
         (([], []), {"waves": [1, 0]}, "waves must be"),
         (([], []), {"loss": 1.0}, "loss must be"),
         (([], []), {"prior": -1.0}, "prior must be"),
+        (([], []), {"spread_prior": -1.0}, "spread_prior must be"),
     ],
 )
 def test_what_cannot_be_calibrated_is_said(arguments, settings, message):

@@ -81,7 +81,7 @@ def load_pools(task: str, seed: int, labels: str, out: Path) -> list[Pool]:
     if not path.is_file():
         found = _made(TASKS[task](seed), seed, labels)
         out.mkdir(parents=True, exist_ok=True)
-        columns = {
+        columns: dict[str, Any] = {
             name: np.concatenate([getattr(pool, name) for pool in found]) for name in list(Pool.__annotations__)[1:]
         }
         groups = np.repeat([pool.group for pool in found], [len(pool.scores) for pool in found])

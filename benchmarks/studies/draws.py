@@ -6,7 +6,7 @@ prompts, so that its mean score there is that of best of 8 (or half a point less
 turn. Intervals are over prompts, paired: each prompt's difference from its own best of 8, averaged over seeds.
 
 The rules: `pfm` (the library's, in waves of 1, 2 or 4 or growing ones); the same with b taken at its word, or with the
-prompt's level learned from its draws alone; the prompt's level known, which no rule can (a bound); an exponential tail
+prompt's level learned from its draws alone; level and spread known, which no rule can (a bound); an exponential tail
 fitted to the prompt's own draws with a bonus for what is not known (after arXiv 2510.01394); AdaBoN's two stages at the
 same mean number of draws (arXiv 2505.12050); and a fixed number of draws at the same mean.
 """
@@ -102,13 +102,16 @@ def replayed(fold: Fold, rule: Stopping) -> Found:
 
 
 def level_known(fold: Fold, rule: Stopping) -> Found:
-    """Measure the rule where every prompt's level is known: what better knowledge of it could bring at most."""
+    """Measure the rule where every prompt's level and spread are known: what knowing them better could bring."""
     centred = Fold(_centred(fold.learned), _centred(fold.tested))
-    return replayed(centred, rule_of(centred, 0.0, waves=rule.waves, prior=math.inf))
+    return replayed(centred, rule_of(centred, 0.0, waves=rule.waves, prior=math.inf, spread_prior=math.inf))
 
 
 def _centred(pools: Sequence[Pool]) -> list[Pool]:
-    return [replace(pool, log_odds=pool.log_odds - pool.log_odds.mean()) for pool in pools]
+    def own(pool: Pool) -> Array:
+        return (pool.log_odds - pool.log_odds.mean()) / max(pool.log_odds.std(), 1e-9)
+
+    return [replace(pool, log_odds=own(pool)) for pool in pools]
 
 
 def exponential_tail(fold: Fold, bonus: float = 0.5) -> Found:
@@ -163,7 +166,8 @@ def adabon(fold: Fold, mean_draws: float, explored: float = 0.5, replays: int = 
         taken = np.full(len(pools), first)
         for _ in range(budget - first * len(pools)):
             value = [
-                gain[at - first] if at - first < len(gain) else -1.0 for gain, at in zip(gains, taken, strict=True)
+                float(gain[at - first]) if at - first < len(gain) else -1.0
+                for gain, at in zip(gains, taken, strict=True)
             ]
             taken[int(np.argmax(value))] += 1
         for row, (pool, order) in enumerate(zip(pools, orders, strict=True)):
@@ -244,7 +248,8 @@ def measure(task: str, seeds: Sequence[int], labels: str, out: Path) -> Table:
             half = rule_of(fold, HALF_A_POINT * unit, waves=2)
             rules |= {"pfm, waves of 1, half a point less": rule_of(fold, HALF_A_POINT * unit, waves=1),
                       "pfm, waves of 2, half a point less": half,
-                      "b at its word, waves of 1": rule_of(fold, 0.0, waves=1, prior=math.inf),
+                      "b at its word, waves of 1": rule_of(fold, 0.0, waves=1, prior=math.inf, spread_prior=math.inf),
+                      "level learned, spread not, waves of 1": rule_of(fold, 0.0, waves=1, spread_prior=math.inf),
                       "level from own draws, waves of 1": rule_of(fold, 0.0, waves=1, prior=0.0)}  # fmt: skip
             for label, rule in rules.items():
                 table.add(label, fold, replayed(fold, rule), base[0])
@@ -258,7 +263,7 @@ def measure(task: str, seeds: Sequence[int], labels: str, out: Path) -> Table:
             others: dict[str, Callable[[], Found]] = {
                 "fixed, at the mean of waves of 2, half a point less": lambda mean=mean, fold=fold: fixed(fold, mean),
                 "exponential tail": lambda fold=fold: exponential_tail(fold),
-                "level known (bound), waves of 1": lambda fold=fold, rules=rules: level_known(
+                "level and spread known (bound), waves of 1": lambda fold=fold, rules=rules: level_known(
                     fold, rules["pfm, waves of 1"]
                 ),
             }

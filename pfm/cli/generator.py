@@ -146,9 +146,9 @@ def candidate_count(text: str | int) -> int | str:
     try:
         number = int(text)
     except (TypeError, ValueError):
-        number = 0
-    if number < 1 or isinstance(text, bool):
-        raise ValueError(f"-n must be a whole number of at least 1, or auto; got {text!r}")
+        raise ValueError(f"-n must be a whole number, or auto; got {text!r}") from None
+    if number < 1:
+        raise ValueError(f"-n must be at least 1, or auto; got {number}")
     return number
 
 

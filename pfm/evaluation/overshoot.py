@@ -115,7 +115,7 @@ def choose_selection(
     usable = sorted({min(size, least) for size in sizes})
     table = np.array(
         [
-            [_soft_scores(*pool, size, strengths, replays, (seed, row)) for size in usable]
+            [_soft_scores(pool[0], pool[1], size, strengths, replays, (seed, row)) for size in usable]
             for row, pool in enumerate(pools)
         ]
     )  # (P, sizes, strengths)

@@ -289,9 +289,9 @@ def _in_one_order(judge: Judge) -> Judge | None:
     """Return the judge asking in one order only, with the same tally; None for one that does not ask in both."""
     if not getattr(judge, "both_orders", False):
         return None
-    twin = object.__new__(type(judge))  # not copy.copy, which goes by what pickles keep
+    twin: Any = object.__new__(type(judge))  # not copy.copy, which goes by what pickles keep
     twin.__dict__.update(judge.__dict__)
-    twin.both_orders = False  # pyright: ignore[reportAttributeAccessIssue]
+    twin.both_orders = False
     return twin
 
 

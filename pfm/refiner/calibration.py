@@ -22,7 +22,7 @@ MOST_PRIOR = 1000.0  # draws that a prior may be worth
 LOGIT_FLOOR = 1e-6
 FOLDS = 5
 LEAST_PROMPTS = 4
-BISECTIONS = 18
+PRICES = np.geomspace(0.5, 1e-5, 48)
 
 
 def calibrate(
@@ -35,6 +35,7 @@ def calibrate(
     loss: float = 0.0,
     margin: float = 0.1,
     prior: float | None = None,
+    spread_prior: float | None = None,
     replays: int = 200,
     seed: int = 0,
 ) -> Stopping:
@@ -53,8 +54,8 @@ def calibrate(
         waves: draws a wave, or the sizes of the first waves, of which the last is repeated.
         loss: share of the gain of n draws that may be given up for fewer draws.
         margin: how far below, in shares of that gain, the interval of the difference may reach.
-        prior: draws that the mean level of b is worth in telling that of one prompt; None estimates it, infinity takes
-            b at its word.
+        prior, spread_prior: draws that the mean level of logit b, and its mean spread, are worth in telling those of
+            one prompt; None estimates them, infinity takes them as known.
         replays: random orders of each prompt's candidates.
         seed: of these orders.
 
@@ -79,15 +80,16 @@ def calibrate(
     rows = _checked(probabilities, scores)
     kept = [row for row in rows if len(row[0]) >= n]
     evidence: dict[str, Any] = {"prompts": len(kept), "prompts_with_too_few_candidates": len(rows) - len(kept)}
-    if prior is not None and not prior >= 0:
-        raise ValueError(f"prior must be at least 0 draws, or None, got {prior!r}")
+    for name, value in (("prior", prior), ("spread_prior", spread_prior)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} must be at least 0 draws, or None, got {value!r}")
     blank = Stopping(n, max_n, sizes, 0.0, 0.0, 0.0, (0.0,), evidence=evidence)
     if len(kept) < LEAST_PROMPTS:
         told = f"{len(kept)} held-out prompts with at least {n} scored candidates are too few"
         return replace(blank, refusal=f"{told}; {LEAST_PROMPTS} are needed")
     drawn = Replays.of(kept, max_n, replays, seed)
-    rule = _fitted(blank, drawn, loss, prior)
-    figures = _left_out(blank, drawn, loss, prior, seed)
+    rule = _fitted(blank, drawn, loss, prior, spread_prior)
+    figures = _left_out(blank, drawn, loss, prior, spread_prior, seed)
     evidence |= {
         "gain": _values(figures.gain),
         "difference": _values(figures.difference),
@@ -104,7 +106,7 @@ class Replays:
 
     Attributes:
         best: (P, R, N) score of the best by b of the first k. lead: (P, R, N) logit b of it.
-        mean: (P, R, N) mean logit b of the first k.
+        mean, squares: (P, R, N) mean logit b of the first k, and the sum of squared differences from it.
         last: (P,) place of the last draw; N - 1 unless there are fewer candidates.
         pools: (m,) logit b of each prompt's candidates. random: (P,) mean score of all.
     """
@@ -112,6 +114,7 @@ class Replays:
     best: Array
     lead: Array
     mean: Array
+    squares: Array
     last: NDArray[np.int64]
     pools: list[Array]
     random: Array
@@ -119,7 +122,7 @@ class Replays:
     @classmethod
     def of(cls, rows: Sequence[tuple[Array, Array]], max_n: int, replays: int, seed: int) -> Replays:
         """Draw the orders of candidates given as (b, scores) a prompt."""
-        best, lead, mean = (np.zeros((len(rows), replays, max_n)) for _ in range(3))
+        best, lead, mean, squares = (np.zeros((len(rows), replays, max_n)) for _ in range(4))
         last, pools = np.zeros(len(rows), np.int64), []
         for row, (b, scores) in enumerate(rows):
             pool = np.log(clipped := np.clip(b, LOGIT_FLOOR, 1 - LOGIT_FLOOR)) - np.log1p(-clipped)
@@ -131,14 +134,17 @@ class Replays:
             fresh[:, 1:] = values[:, 1:] > lead[row, :, : count - 1]
             place = np.maximum.accumulate(np.where(fresh, np.arange(count), 0), axis=1)
             best[row, :, :count] = np.take_along_axis(scores[order], place, axis=1)
-            mean[row, :, :count] = np.cumsum(values, axis=1) / np.arange(1, count + 1)
+            drawn = np.arange(1, count + 1)
+            mean[row, :, :count] = np.cumsum(values, axis=1) / drawn
+            rest = np.cumsum(values**2, axis=1) - drawn * mean[row, :, :count] ** 2
+            squares[row, :, :count] = np.maximum(rest, 0)
             last[row] = count - 1
             pools.append(pool)
-        return cls(best, lead, mean, last, pools, np.array([scores.mean() for _, scores in rows]))
+        return cls(best, lead, mean, squares, last, pools, np.array([scores.mean() for _, scores in rows]))
 
     def select(self, rows: NDArray[np.int64]) -> Replays:
         """Return those of some prompts."""
-        parts = (self.best[rows], self.lead[rows], self.mean[rows], self.last[rows])
+        parts = (self.best[rows], self.lead[rows], self.mean[rows], self.squares[rows], self.last[rows])
         return Replays(*parts, [self.pools[row] for row in rows], self.random[rows])
 
     def fixed(self, n: int) -> Array:
@@ -146,10 +152,8 @@ class Replays:
         return self.best[np.arange(len(self.last)), :, np.minimum(n - 1, self.last)].mean(axis=1)
 
     def surplus(self, rule: Stopping) -> Array:
-        """Return how far the best of the first k lies above the prompt's level, as far as k draws tell it (P, R, N)."""
-        drawn = np.arange(1, self.best.shape[2] + 1)
-        weight = rule.prior / (rule.prior + drawn) if math.isfinite(rule.prior) else np.ones(len(drawn))
-        return self.lead - (weight * rule.level + (1 - weight) * self.mean)
+        """Return the lead of the best of the first k, as far as k draws tell it (P, R, N)."""
+        return rule.lead(self.lead, self.mean, self.squares, np.arange(1, self.best.shape[2] + 1))
 
     def stopped(self, surplus: Array, limits: Array) -> Array:
         """Return mean score, draws and waves (P, 3) where drawing stops at thresholds (N,), infinite within a wave."""
@@ -181,40 +185,52 @@ class _Figures:
     rounds: float
 
 
-def _fitted(blank: Stopping, replays: Replays, loss: float, prior: float | None) -> Stopping:
-    """Estimate the level, its prior and the residuals, and search the largest price that meets the target."""
+def _fitted(
+    blank: Stopping, replays: Replays, loss: float, prior: float | None, spread_prior: float | None
+) -> Stopping:
+    """Estimate level, spread, their priors and the residuals, and search the largest price that meets the target.
+
+    With nu degrees of freedom of a scaled inverse chi-squared law of the prompts' variances, their squared coefficient
+    of variation is 2 / (nu - 4); about 3 / m of it is the error of a variance of m draws with somewhat heavy tails.
+    """
     means = np.array([pool.mean() for pool in replays.pools])
     sizes = np.array([len(pool) for pool in replays.pools])
     variances = np.array([pool.var(ddof=1) if len(pool) > 1 else 0.0 for pool in replays.pools])
-    level, within = float(means.mean()), float(variances.mean())
+    level, within = float(means.mean()), max(float(variances.mean()), 1e-12)
+    if spread_prior is None:
+        uneven = float(variances.var() / within**2 - (3 / sizes).mean())
+        spread_prior = min(4 + 2 / uneven, MOST_PRIOR) if uneven > 0 else MOST_PRIOR
     if prior is None:
         between = float(means.var(ddof=1) - (variances / sizes).mean())
         prior = min(within / between, MOST_PRIOR) if between > 0 else MOST_PRIOR
     if math.isinf(prior):
         means = np.full(len(means), level)
     widened = np.sqrt(sizes / np.maximum(sizes - 1, 1))  # the mean is these draws' own
+    if math.isfinite(spread_prior):
+        widened *= np.sqrt(within / np.maximum(variances, 1e-3 * within))
     centred = [(pool - mean) * by for pool, mean, by in zip(replays.pools, means, widened, strict=True)]
     places = (np.arange(QUANTILES) + 0.5) / QUANTILES
-    residuals = np.quantile(np.concatenate(centred), places)
-    rule = replace(blank, level=level, prior=float(prior), residuals=tuple(residuals.round(6).tolist()))
+    residuals = tuple(np.quantile(np.concatenate(centred), places).round(6).tolist())
+    spread = {"spread": math.sqrt(within), "spread_prior": max(float(spread_prior), 1e-6)}
+    rule = replace(blank, level=level, prior=float(prior), residuals=residuals, **spread)
     fixed = replays.fixed(rule.n).mean()
     target = fixed - loss * max(fixed - replays.random.mean(), 0.0)
     surplus = replays.surplus(rule)
-    low, high = math.log(1e-6), 0.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        meets = replays.stopped(surplus, thresholds(rule, math.exp(middle)))[:, 0].mean() >= target
-        low, high = (middle, high) if meets else (low, middle)
-    return replace(rule, price=math.exp(low))
+    for price in PRICES:  # the score need not rise evenly as the price falls
+        if replays.stopped(surplus, thresholds(rule, price))[:, 0].mean() >= target:
+            return replace(rule, price=float(price))
+    return replace(rule, price=0.0)
 
 
-def _left_out(blank: Stopping, replays: Replays, loss: float, prior: float | None, seed: int) -> _Figures:
+def _left_out(
+    blank: Stopping, replays: Replays, loss: float, prior: float | None, spread_prior: float | None, seed: int
+) -> _Figures:
     """Fit on the prompts of all folds but one, and measure on that one, in turn."""
     count = len(replays.last)
     fold = np.random.default_rng([seed, count]).permutation(count) % min(FOLDS, count)
     found = np.zeros((count, 3))
     for number in range(int(fold.max()) + 1):
-        rule = _fitted(blank, replays.select(np.flatnonzero(fold != number)), loss, prior)
+        rule = _fitted(blank, replays.select(np.flatnonzero(fold != number)), loss, prior, spread_prior)
         tested = np.flatnonzero(fold == number)
         part = replays.select(tested)
         found[tested] = part.stopped(part.surplus(rule), thresholds(rule, rule.price))

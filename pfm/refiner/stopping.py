@@ -3,11 +3,11 @@
 Every wave of draws is a box of Pandora's problem (Weitzman 1979): it costs its price and may hold a candidate better
 than the best so far. Opening goes on while the expected gain of the next wave exceeds its price. With v = logit b,
 
-- the draws of one prompt are v = mu + r, where mu is the prompt's level and r follows one law for all prompts;
-- b is known up to that level, which k draws and a prior worth ``prior`` draws tell: mu_k = (prior * level + sum v) /
-  (prior + k), and a further draw lies at mu_k + r * sqrt(1 + 1 / (prior + k));
-- the gain counts in win probability against the prompt's own draws: with t = max v - mu_k, the next w draws are worth
-  E[max over them of sigmoid(r) - sigmoid(t)]+.
+- the draws of one prompt are v = mu + s r, with the prompt's level mu and spread s, and one law of r for all prompts;
+- k draws tell the level together with a prior worth ``prior`` draws, mu_k = (prior * level + sum v) / (prior + k), and
+  the spread with one worth ``spread_prior`` draws; a further draw lies at mu_k + s_k r sqrt(1 + 1 / (prior + k));
+- the gain counts in win probability against the prompt's own draws, as at a prompt of mean spread: with the lead t =
+  (max v - mu_k) / s_k, the next w draws are worth E[max over them of sigmoid(r) - sigmoid(t)]+.
 
 For draws whose quantile is known (an infinite prior, sigmoid(r) uniform) and single draws this stops at a quantile of 1
 - sqrt(2 * price); at the price whose mean quantile equals that of n draws, it takes (n + 1) / 2 draws on average.
@@ -101,7 +101,9 @@ class Stopping:
         waves: sizes of the waves; the last one is repeated.
         price: of a draw in win probability, at which the mean held-out score is that of ``n`` draws.
         level, prior: mean logit b of all prompts, and how many draws it is worth in telling the level of one.
-        residuals: quantiles of logit b about its prompt's level, in rising order.
+        residuals: quantiles of logit b about its prompt's level, at mean spread, in rising order.
+        spread, spread_prior: root mean square of logit b about its prompt's level, and how many draws it is worth in
+            telling the spread of one prompt; infinity where all prompts have the same.
         refusal: why held-out scores do not confirm the rule, so that ``n`` draws are taken; None if they do.
         evidence: what the calibration measured on prompts that it had left out, as JSON values.
     """
@@ -113,6 +115,8 @@ class Stopping:
     level: float
     prior: float
     residuals: tuple[float, ...]
+    spread: float = 1.0
+    spread_prior: float = math.inf
     refusal: str | None = None
     evidence: dict[str, Any] = field(default_factory=dict)
 
@@ -125,11 +129,12 @@ class Stopping:
         object.__setattr__(self, "residuals", tuple(float(value) for value in self.residuals))
         if not self.residuals or list(self.residuals) != sorted(self.residuals):
             raise ValueError("residuals must be quantiles in rising order, at least one")
-        numbers = (self.price, self.level, *self.residuals)
+        numbers = (self.price, self.level, self.spread, *self.residuals)
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-            raise ValueError("price, level and residuals must be finite numbers")
-        if not (self.price >= 0 and self.prior >= 0):
-            raise ValueError(f"price and prior must be at least 0, got {self.price!r} and {self.prior!r}")
+            raise ValueError("price, level, spread and residuals must be finite numbers")
+        if not (self.price >= 0 and self.prior >= 0 and self.spread > 0 and self.spread_prior > 0):
+            values = f"{self.price!r}, {self.prior!r}, {self.spread!r} and {self.spread_prior!r}"
+            raise ValueError(f"price and prior must be at least 0, spread and spread_prior above: got {values}")
 
     def __str__(self) -> str:
         if self.refusal is not None:
@@ -144,11 +149,25 @@ class Stopping:
 
     # -- expected gains --------------------------------------------------------------------------------------------
 
+    def lead(self, best: Any, mean: Any, squares: Any, drawn: Any) -> Any:
+        """Return how far the best lies above its prompt's level, in units of its spread, times the mean spread.
+
+        Args:
+            best: highest logit b so far; arrays are taken elementwise. mean: of all so far. squares: sum of their
+                squared differences from it. drawn: how many.
+        """
+        weight = self.prior / (self.prior + drawn) if math.isfinite(self.prior) else 1.0
+        above = best - (weight * self.level + (1 - weight) * mean)
+        if math.isinf(self.spread_prior):
+            return above
+        known = self.spread_prior * self.spread**2 + squares + weight * drawn * (mean - self.level) ** 2
+        return above * self.spread / np.sqrt(known / (self.spread_prior + drawn))
+
     def gain(self, lead: float, drawn: int, wave: int) -> float:
         """Return what the next ``wave`` draws are expected to add, in win probability.
 
         Args:
-            lead: the best logit b so far, above the estimated level of the prompt.
+            lead: of the best so far, see :meth:`lead`.
             drawn: draws so far.
             wave: draws to come.
         """
@@ -182,9 +201,11 @@ class Stopping:
     # -- files -----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; an infinite prior becomes None."""
+        """Return JSON values; infinite priors become None."""
         values = asdict(self) | {"waves": list(self.waves), "residuals": list(self.residuals)}
-        return {"kind": KIND, **values, "prior": self.prior if math.isfinite(self.prior) else None}
+        for name in ("prior", "spread_prior"):
+            values[name] = values[name] if math.isfinite(values[name]) else None
+        return {"kind": KIND, **values}
 
     @classmethod
     def from_dict(cls, values: Any) -> Stopping:
@@ -200,7 +221,8 @@ class Stopping:
         if missing:
             raise ValueError(f"a stopping rule needs {', '.join(missing)}; got {', '.join(map(str, values))}")
         found = {name: values[name] for name in names if name in values}
-        found["prior"] = math.inf if found["prior"] is None else found["prior"]
+        for name in ("prior", "spread_prior"):
+            found[name] = math.inf if found[name] is None else found[name]
         try:
             return cls(**found)
         except TypeError as error:
@@ -270,9 +292,9 @@ class Plan:
             return Decision(more, None, None, price)
         if asked >= rule.n and values.min() == values.max():
             return Decision(0, "all the same", None, price)
-        weight = rule.prior / (rule.prior + len(values)) if math.isfinite(rule.prior) else 1.0
-        level = weight * rule.level + (1 - weight) * values.mean()
-        gain = rule.gain(float(values.max() - level), len(values), more)
+        mean, count = float(values.mean()), len(values)
+        lead = rule.lead(float(values.max()), mean, float(((values - mean) ** 2).sum()), count)
+        gain = rule.gain(float(lead), count, more)
         return Decision(0, "good enough", gain, price) if gain <= price else Decision(more, None, gain, price)
 
     def price(self, tokens: float | None = None) -> float:
