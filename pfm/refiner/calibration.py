@@ -22,7 +22,8 @@ MOST_PRIOR = 1000.0  # draws that a prior may be worth
 LOGIT_FLOOR = 1e-6
 FOLDS = 5
 LEAST_PROMPTS = 4
-PRICES = np.geomspace(0.5, 1e-5, 48)
+PRICES = np.geomspace(0.5, 1e-5, 40).tolist()
+BISECTIONS = 6
 
 
 def calibrate(
@@ -216,10 +217,19 @@ def _fitted(
     fixed = replays.fixed(rule.n).mean()
     target = fixed - loss * max(fixed - replays.random.mean(), 0.0)
     surplus = replays.surplus(rule)
-    for price in PRICES:  # the score need not rise evenly as the price falls
-        if replays.stopped(surplus, thresholds(rule, price))[:, 0].mean() >= target:
-            return replace(rule, price=float(price))
-    return replace(rule, price=0.0)
+
+    def meets(price: float) -> bool:
+        return bool(replays.stopped(surplus, thresholds(rule, price))[:, 0].mean() >= target)
+
+    # The score need not rise evenly as the price falls: the largest price that meets the target is first found on a grid.
+    place = next((place for place, price in enumerate(PRICES) if meets(price)), None)
+    if place is None:
+        return replace(rule, price=0.0)
+    low, high = math.log(PRICES[place]), math.log(PRICES[max(place - 1, 0)])
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if meets(math.exp(middle)) else (low, middle)
+    return replace(rule, price=math.exp(low))
 
 
 def _left_out(
