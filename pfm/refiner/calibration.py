@@ -23,7 +23,6 @@ LOGIT_FLOOR = 1e-6
 FOLDS = 5
 LEAST_PROMPTS = 4
 PRICES = np.geomspace(0.5, 1e-5, 40).tolist()
-BISECTIONS = 6
 
 
 def calibrate(
@@ -218,18 +217,31 @@ def _fitted(
     target = fixed - loss * max(fixed - replays.random.mean(), 0.0)
     surplus = replays.surplus(rule)
 
-    def meets(price: float) -> bool:
-        return bool(replays.stopped(surplus, thresholds(rule, price))[:, 0].mean() >= target)
+    found = [replays.stopped(surplus, thresholds(rule, price))[:, 0].mean() for price in PRICES]
+    return replace(rule, price=_price(np.array(found), target))
 
-    # The score need not rise evenly as the price falls: the largest price that meets the target is first found on a grid.
-    place = next((place for place, price in enumerate(PRICES) if meets(price)), None)
-    if place is None:
-        return replace(rule, price=0.0)
-    low, high = math.log(PRICES[place]), math.log(PRICES[max(place - 1, 0)])
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if meets(math.exp(middle)) else (low, middle)
-    return replace(rule, price=math.exp(low))
+
+def _price(scores: Array, target: float) -> float:
+    """Return the largest price whose score meets the target, where scores rise as ``PRICES`` fall.
+
+    Replays of few prompts rise unevenly. The best rising fit (pooled neighbours) keeps a lucky price from being chosen.
+    """
+    blocks: list[tuple[float, int]] = []
+    for score in scores.tolist():
+        mean, size = score, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    fitted = np.repeat([mean for mean, _ in blocks], [size for _, size in blocks])
+    meeting = np.flatnonzero(fitted >= target)
+    if not len(meeting):
+        return 0.0
+    place = int(meeting[0])
+    if place == 0:
+        return PRICES[0]
+    share = (target - fitted[place - 1]) / (fitted[place] - fitted[place - 1])
+    return float(PRICES[place - 1] * (PRICES[place] / PRICES[place - 1]) ** share)
 
 
 def _left_out(
