@@ -197,6 +197,18 @@ def test_calibrate_refine_and_serve_from_the_command_line(tmp_path, monkeypatch)
     assert "another flow, generator or decoder" in " ".join(other.stderr.split())
     assert not math.isnan(rows[0]["win_probability"])
 
+    candidates = write_rows(tmp_path / "candidates.jsonl", read_rows(tmp_path / "scored.jsonl")[:3])
+    label = ["label", candidates, "--judge", r"pattern:\.$", "--no-progress", "--max-pairs", 60]
+    assert "--sure needs --flow" in run(*label, "--out", tmp_path / "l.jsonl", "--sure", 0.9, code=2).stderr
+    every = run(*label, "--out", tmp_path / "every.jsonl", "--flow", folder)
+    some = run(*label, "--out", tmp_path / "some.jsonl", "--flow", folder, "--sure", 0.9, "--audit", 0.2)
+    assert "180 for 180 pairs" in every.stdout
+    kept = read_rows(tmp_path / "some.jsonl", without=("pfm",))
+    assert 20 < len(kept) < 120
+    assert all(row in read_rows(tmp_path / "every.jsonl", without=("pfm",)) for row in kept)  # the judge's own verdicts
+    assert f"{180 - len(kept)}" in some.stdout
+    assert "where the flow is wrong" in some.stdout
+
     config = folder / "config.json"
     config.write_text(config.read_text(encoding="utf-8") + "\n", encoding="utf-8")  # another flow than was calibrated
     stale = run("serve", folder, "--upstream", "http://127.0.0.1:9/v1", "-n", "auto", code=2)

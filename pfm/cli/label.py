@@ -349,9 +349,7 @@ def _show(session: Session, labels: _Labels, judge: Judge, earlier: int) -> None
             share, low, high = rate
             told = f"{spared.wrong:,} of {spared.audited:,} audited ({share:.0%}, 95% interval {low:.0%} to {high:.0%})"
             lines.append(("where the flow is wrong", told))
-        lines.append(
-            ("questions to the judge", f"{spared.questions:,}; in both orders of all pairs {2 * spared.pairs:,}")
-        )
+        lines.append(("questions to the judge", f"{spared.questions:,} for {spared.pairs:,} pairs"))
     tally = getattr(judge.judge_itself if isinstance(judge, SparingJudge) else judge, "tally", None)
     if tally is not None and tally.calls:
         found = tally.to_dict()
