@@ -76,6 +76,9 @@ def fit(
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the fit.")] = 0,
+    track: Annotated[
+        Path | None, typer.Option(help="Append the losses of the fit to this file, as JSON lines.", show_default=False)
+    ] = None,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
 ) -> None:
@@ -112,7 +115,7 @@ def fit(
         how = {"reasoning": reasoning.value, "progress": not no_progress}
         encoded = train.encode(with_name, **how)
         held = None if measured is None else measured.encode(with_name, **how)
-        flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint)
+        flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track)
         flow.save_pretrained(out)
         shutil.rmtree(checkpoint, ignore_errors=True)
         _show_fit(session, flow, held, out)

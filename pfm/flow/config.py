@@ -18,9 +18,9 @@ DTYPES = ("auto", "float32", "medium", "bfloat16")
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Configures :meth:`pfm.PreferenceFlow.fit`.
+    """Configures :meth:`pfm.PreferenceFlow.fit`: what is learned, by which network, how it is trained and integrated.
 
-    What is learned
+    Attributes:
         source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners'
             distribution; ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
         coupling: which source sample goes with which target, see :mod:`pfm.flow.couplings`; ``"paired"`` takes the
@@ -34,18 +34,15 @@ class FlowConfig:
         residual: learn a network beyond the linear part, kept as far as held-out prompts confirm it.
         unit_norm: ``"auto"`` projects results back to the unit sphere if the training outputs all lie on it;
             ``"on"``, ``"off"``.
-
-    The network
         field: ``"mlp"``, or a name of :func:`pfm.register_field`, for one of your own.
         field_options: keyword arguments of its builder, JSON values.
-        hidden, layers: width and number of hidden layers of ``"mlp"``; ``"auto"`` is 256 x 4 up to 64 dimensions, else
-            512 x 3.
-
-    Training
+        hidden: width of the hidden layers of ``"mlp"``; ``"auto"`` is 256 up to 64 dimensions, else 512.
+        layers: number of hidden layers of ``"mlp"``; ``"auto"`` is 4 up to 64 dimensions, else 3.
         epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, for two passes up to
             four times that, and at most 400 passes.
-        batch_size: rows an update. learning_rate, weight_decay: of AdamW, cosine schedule to zero; the rate ``"auto"``
-            is 4e-3 up to 64 dimensions, else 2e-3.
+        batch_size: rows an update.
+        learning_rate: of AdamW, with a cosine schedule to zero; ``"auto"`` is 4e-3 up to 64 dimensions, else 2e-3.
+        weight_decay: of AdamW.
         ema: decay of the weights' exponential moving average, which is what is kept.
         patience: validations (40 a run) without improvement before training stops.
         validation_share: share of the prompts held out when no validation set is given, in (0, 1).
@@ -56,11 +53,10 @@ class FlowConfig:
             ``"bfloat16"`` trains the network under autocast, and elsewhere than on the CPU integrates so as well, with
             states in float32; ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
         compile: train the network through ``torch.compile``, which needs a C++ compiler on the CPU.
-
-    Integration
         solver: a name in :data:`pfm.flow.integration.SOLVERS`, or of :func:`pfm.register_solver`.
         steps: fixed steps for a pass, or ``"auto"``: the fewest whose result on validation data is within
             ``tolerance`` of a tight adaptive solution, relative to the distance moved.
+        tolerance: of ``steps="auto"``, above 0.
 
     Raises:
         ValueError, TypeError: a value out of its range, or a misspelt name (with the nearest right one).

@@ -20,6 +20,7 @@ from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
 from pfm.flow.problem import FlowProblem
 from pfm.flow.registered_field import RegisteredField
 from pfm.flow.training import TrainingLog, train_residual
+from pfm.tracking import Tracker
 
 __all__ = ["FieldFit", "Steps", "at_most", "choose_steps", "fit_field", "matmul_precision", "on_unit_sphere"]
 
@@ -58,10 +59,11 @@ def fit_field(
     one_step: bool = False,
     checkpoint: Path | None = None,
     progress: bool = True,
+    tracker: Tracker | None = None,
 ) -> FieldFit:
     """Fit both parts of a field, in place; ``check`` joins samples of held-out prompts, on which parts are judged.
 
-    ``one_step`` fits the displacement at t = 0 only, for a single Euler step.
+    ``one_step`` fits the displacement at t = 0 only, for a single Euler step. ``tracker`` keeps the validation loss.
     """
     if isinstance(field.residual, RegisteredField):
         field.residual.check()
@@ -70,7 +72,12 @@ def fit_field(
     log = TrainingLog()
     if config.residual:
         with matmul_precision(config.dtype, normalizer.mean.device):
-            log = train_residual(problem, coupling, check, config, checkpoint=checkpoint, progress=progress)
+            watch = (
+                None if tracker is None else lambda update, loss: tracker.log({"validation_loss": loss}, step=update)
+            )
+            log = train_residual(
+                problem, coupling, check, config, checkpoint=checkpoint, progress=progress, on_validation=watch
+            )
     if log.gain == 0.0:
         field.drop_residual()
     return FieldFit(ridge, log)

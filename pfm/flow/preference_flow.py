@@ -33,6 +33,7 @@ from pfm.flow.storage import download, load_files, load_folder, save_files
 from pfm.flow.training import remove_checkpoint
 from pfm.flow.win import WinHead
 from pfm.preferences.base import PreferenceModel
+from pfm.tracking import as_tracker
 
 __all__ = ["PreferenceFlow"]
 
@@ -85,6 +86,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         *,
         preference: PreferenceModel | None = None,
         checkpoint: str | Path | None = None,
+        tracker: Any = None,
     ) -> PreferenceFlow:
         """Fit a flow on labelled pairs.
 
@@ -99,9 +101,11 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
                 already; then it must not have seen the validation pairs, which set its guard. See
                 :mod:`pfm.flow.preference_win` for the meaning of b when preferences are cyclic.
             checkpoint: folder for the training state; an interrupted fit resumes from it.
+            tracker: keeps the validation loss of the network by updates, and the figures of b at the end: anything that
+                :func:`pfm.tracking.as_tracker` takes, such as a path, a run of Weights & Biases, a ``SummaryWriter``.
 
         Raises:
-            TypeError: ``encoded`` is not EncodedPairs.
+            TypeError: ``encoded`` is not EncodedPairs, or ``tracker`` no tracker.
             ValueError: shapes of training and validation pairs disagree, or the configuration needs what the
                 pairs do not carry.
         """
@@ -115,6 +119,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         elif not isinstance(config, FlowConfig):
             config = FlowConfig.from_dict(dict(config))
         began = time.perf_counter()
+        track = as_tracker(tracker)
         encoded, validation = encoded.counted(), None if validation is None else validation.counted()
         train, held = training_sets(encoded, validation, config)
         if preference is not None:
@@ -141,7 +146,9 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             for part in (train, held)
         )  # fmt: skip
         folder = None if checkpoint is None else Path(checkpoint)
-        found = fit_field(flow.field, flow.normalizer, coupling, check, config, checkpoint=folder, progress=progress)
+        found = fit_field(
+            flow.field, flow.normalizer, coupling, check, config, checkpoint=folder, progress=progress, tracker=track
+        )
         flow.metadata |= found.to_dict() | {
             "encoder": encoded.encoder,
             "dimension": flow.dimension,
@@ -164,6 +171,9 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         flow.metadata["unit_norm"] = on_unit_sphere(some.chosen, some.rejected, config)
         flow.metadata |= choose_steps(flow.field, flow.normalizer, check, config)._asdict()
         flow.metadata["seconds"] = round(time.perf_counter() - began, 3)
+        if track is not None:
+            figures = {f"win/{name}": each for name, each in judgement.items() if isinstance(each, int | float)}
+            track.log(figures | {"seconds": flow.metadata["seconds"]}, step=found.log.updates)
         if folder is not None:
             remove_checkpoint(folder / "context_free")
             remove_checkpoint(folder)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from scipy.special import stdtr, stdtrit
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -346,6 +345,8 @@ class _Table:
             found = Bootstrap(len(total)).ratio(total.numpy(), size.numpy(), bounds)
             assert found is not None
             return found
+        from scipy.special import stdtrit
+
         mean, error = self.jackknife(values)
         low, high = (mean + sign * float(stdtrit(len(values) - 2, 0.975)) * error for sign in (-1, 1))
         if bounds is not None:
@@ -363,6 +364,8 @@ class _Table:
         """Return the one-sided p-value of the mean of a gain (R, N)."""
         if len(gain) == 1:
             return confirmed(gain[0], self.owner).p_value
+        from scipy.special import stdtr
+
         mean, error = self.jackknife(gain)
         return float(stdtr(len(gain) - 2, -mean / max(error, 1e-12)))
 
