@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from pfm._internal.checks import check_number
 from pfm._internal.significance import confirmable, confirmed, halves
 from pfm.data.encoded import EncodedPairs
-from pfm.devices import with_standard_defaults
+from pfm.devices import standard_defaults
 from pfm.flow.config import FlowConfig
 from pfm.flow.win import WinHead
 from pfm.statistics import Bootstrap, Estimate
@@ -215,7 +215,7 @@ def grid(
 
 
 @torch.no_grad()
-@with_standard_defaults
+@standard_defaults
 def tune(
     flow: Any,
     validation: EncodedPairs,
@@ -416,7 +416,7 @@ class HeldOutWin:
         self.pairs, self.heads, self.part = pairs, heads, part
 
     @classmethod
-    @with_standard_defaults
+    @standard_defaults
     def fit(cls, pairs: EncodedPairs, *, seed: int = 0, progress: bool = True) -> HeldOutWin:
         """Fit the win probabilities.
 
