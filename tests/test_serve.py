@@ -353,7 +353,7 @@ def test_a_margin_keeps_the_original_and_one_candidate_is_only_judged(server, ur
         ({"strength": -1}, "pfm.strength must be"),
         ({"strength": 2, "by": "combined"}, "pfm.strength has no effect with by=combined"),
         ({"margin": "much"}, "pfm.margin must be a number"),
-        ({"power": 2}, "pfm.power is unknown; known are refine, n, by, margin, strength"),
+        ({"power": 2}, "pfm.power is unknown; known are refine, n, max, spend, by, margin, strength"),
         ("no", "pfm must be an object or a boolean"),
     ],
 )
@@ -915,7 +915,7 @@ def test_the_command_serves_and_a_signal_lets_what_is_under_way_end(server, fold
     ("arguments", "message"),
     [
         (["no-such-flow", "--upstream", "http://localhost:1/v1"], "no-such-flow is no folder: make one with pfm fit"),
-        (["{flow}"], "--upstream is needed"),
+        (["{flow}", "--model-name", "gpt"], "model has no effect without upstream"),
         (["{flow}", "--upstream", "localhost:8000/v1"], "must be a URL with http or https"),
         (["{flow}", "--upstream", "http://localhost:1/v1", "--by", "luck"], "by must be one of"),
         (["{flow}", "--upstream", "http://localhost:1/v1", "-n", "0"], "n must be at least 1"),

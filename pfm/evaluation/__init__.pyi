@@ -1,4 +1,7 @@
 from .evaluation import evaluate as evaluate
+from .overshoot import Selecting as Selecting
+from .overshoot import best_of_curve as best_of_curve
+from .overshoot import choose_selection as choose_selection
 from .report import Report as Report
 from .results import Calibration as Calibration
 from .results import Example as Example

@@ -1,4 +1,4 @@
-"""From figures to words: what a report card says, and what it warns of."""
+"""The verdict and the warnings of a report card, in words."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pfm.evaluation.candidates import Candidates
+from pfm.evaluation.overshoot import past_its_best
 from pfm.evaluation.results import Failure, MethodRow, Scored, Verdict
 from pfm.statistics import sign_test
 
@@ -36,14 +37,25 @@ def find_warnings(rows: Sequence[Scored], failures: Sequence[Failure]) -> list[s
     flat = sum(len(set(row.candidates)) > 1 and np.ptp(row.scores) == 0 for row in rows)
     if flat > n / 4:
         warnings.append(f"At {flat} of {n} prompts the judge gives all candidates the same score.")
+    judged = [row for row in rows if row.probabilities is not None]
+    past = past_its_best(
+        [row.probabilities for row in judged if row.probabilities is not None], [row.scores for row in judged]
+    )
+    if past is not None:
+        best, gain = past
+        most = max(len(row.candidates) for row in judged)
+        warnings.append(
+            f"{most} candidates are past the best number: best of {best} by b scores {gain.text(signed=True)} more. "
+            "Draw fewer, or choose n and a softer selection on validation data (pfm.evaluation.choose_selection)."
+        )
     return warnings
 
 
 def judge_method(measured: Sequence[MethodRow], table: Candidates, method: str, warnings: list[str]) -> Verdict:
     """Judge by the win rate against the original, then by the strongest baseline, then by length.
 
-    "helps" and "hurts" ask for both a bootstrap interval that excludes one half and an exact sign test below
-    0.05: with few prompts the bootstrap alone is too sure (of five wins of five it makes an interval of width 0).
+    "helps" and "hurts" need both a bootstrap interval that excludes one half and an exact sign test below
+    0.05: with few prompts the bootstrap alone is overconfident (of five wins of five it makes an interval of width 0).
     """
     by_name = {row.name: row for row in measured}
     tested, gain = by_name[method], by_name["identity"].difference
@@ -113,7 +125,7 @@ def _beside_baselines(best: MethodRow, chance: MethodRow | None) -> list[str]:
 
 
 def _by_length(tested: MethodRow) -> bool:
-    """Tell whether equal length takes away the certainty of the gain and more than half of its size."""
+    """Return whether equal length takes away the certainty of the gain and more than half of its size."""
     controlled = tested.win_controlled
     if controlled is None:
         return False

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from pfm.data.conversations import conversation_text
+from pfm.decoders import Selection
+from pfm.generators.base import is_usable_text
 from pfm.reasoning import judged_text
 from pfm.refiner import Refinement, Refiner
+from pfm.refiner.judging import log_odds
 from pfm.serve.asked import Rule
 
-__all__ = ["Judge", "Judged", "RememberingEncoder"]
+__all__ = ["Judge", "Judged", "RememberingEncoder", "Scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +112,43 @@ class Judged:
         encoder_seconds: encoding of the slices that held texts of this request.
         flow_seconds: all else, of the whole batch.
         batch: requests judged together.
+        log_odds: logit b of each candidate against the reference, where it was asked for.
+        ready: vectors of the candidates, by what of each is judged.
     """
 
     refinement: Refinement
     encoder_seconds: float
     flow_seconds: float
     batch: int
+    log_odds: list[float] | None = None
+    ready: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """b of several texts, and what it took.
+
+    Attributes:
+        values: b of each text; NaN where it could not be judged.
+        encoder_seconds, flow_seconds: as of :class:`Judged`, of the slowest prompt.
+    """
+
+    values: list[float]
+    encoder_seconds: float
+    flow_seconds: float
+
+
+@dataclass(frozen=True)
+class AgainstReference:
+    """Is the rule of texts that are not each other's opponents: it chooses nothing."""
+
+    def decoder(self) -> AgainstReference:
+        """Return itself."""
+        return self
+
+    def decode(self, flow: Any, candidates: Any, vectors: Any, context: Any, probabilities: Any, key: str) -> Selection:
+        """Keep the first text."""
+        return Selection(0, False, probabilities.tolist(), "scored")
 
 
 @dataclass(eq=False)
@@ -131,11 +165,12 @@ class _Job:
 
     candidates: list[str]
     prompt: list[dict[str, str]]
-    rule: Rule | None
+    rule: Rule | AgainstReference | None
     future: asyncio.Future[Judged]
     key: str
     waiting: deque[str]
     prompt_waits: bool
+    with_odds: bool = False
     ready: dict[str, torch.Tensor] = field(default_factory=dict)
     encoder_seconds: float = 0.0
     alone: bool = False
@@ -189,26 +224,74 @@ class Judge:
         self._worker: asyncio.Task[None] | None = None
         self._thread = _Thread("pfm-judge")
 
-    async def refine(self, candidates: list[str], prompt: list[dict[str, str]], rule: Rule | None) -> Judged:
+    async def refine(
+        self,
+        candidates: list[str],
+        prompt: list[dict[str, str]],
+        rule: Rule | AgainstReference | None,
+        *,
+        with_odds: bool = False,
+        earlier: Judged | None = None,
+    ) -> Judged:
         """Choose among the candidates of one prompt.
+
+        Args:
+            candidates, prompt, rule: of the request.
+            with_odds: give their logit b too.
+            earlier: the judgement of earlier candidates, which are not encoded again.
 
         Raises:
             Exception: what the encoder or the decoder raised for this request.
         """
         judged = (judged_text(text, self.refiner.reasoning) for text in candidates)
+        ready = {} if earlier is None else dict(earlier.ready)
         job = _Job(
             candidates,
             prompt,
             rule,
             asyncio.get_running_loop().create_future(),
             key=conversation_text(prompt),
-            waiting=deque(dict.fromkeys(text for text in judged if text.strip())),
+            waiting=deque(dict.fromkeys(text for text in judged if text.strip() and text not in ready)),
             prompt_waits=self._reads_prompts,
+            with_odds=with_odds,
+            ready=ready,
         )
         self._jobs.append(job)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await job.future
+
+    async def win_probabilities(
+        self, prompts: Sequence[list[dict[str, str]]], texts: Sequence[str], *, together: bool
+    ) -> Scores:
+        """Return b of texts under their prompts; a text without an answer has 0.
+
+        Args:
+            prompts: of each text, as conversations.
+            texts: what is judged.
+            together: whether the texts of a prompt are its candidates, and so each other's opponents where a preference
+                model gives b, as when one of them is chosen; else all are judged against the reference.
+
+        Raises:
+            Exception: what the encoder raised for one of them.
+        """
+        rule = Rule("win_probability", 0.0, 1.0, 0) if together else AgainstReference()
+        places: dict[str, list[int]] = {}
+        for place, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if is_usable_text(text):
+                places.setdefault(conversation_text(prompt) if prompt else "", []).append(place)
+        judged = await asyncio.gather(
+            *(self.refine([texts[k] for k in rows], prompts[rows[0]], rule) for rows in places.values())
+        )
+        values = [0.0] * len(texts)
+        for rows, found in zip(places.values(), judged, strict=True):
+            for place, value in zip(rows, found.refinement.probabilities, strict=True):
+                values[place] = value
+        return Scores(
+            values,
+            max((found.encoder_seconds for found in judged), default=0.0),
+            max((found.flow_seconds for found in judged), default=0.0),
+        )
 
     def close(self) -> None:
         """Drop what waits, and wait for the slice at work, but not for long."""
@@ -316,14 +399,25 @@ class Judge:
         before, started = self.encoder.seconds, time.perf_counter()
         try:
             refinements = refiner.refine([job.candidates for job in jobs], [job.prompt for job in jobs])
+            odds = self._log_odds(jobs)
         finally:
             self.encoder.ready = {}
         encoder = self.encoder.seconds - before  # of texts that the decoder added
         seconds = time.perf_counter() - started - encoder
         return [
-            Judged(refinement, job.encoder_seconds + encoder, seconds, len(jobs))
-            for job, refinement in zip(jobs, refinements, strict=True)
+            Judged(refinement, job.encoder_seconds + encoder, seconds, len(jobs), found, job.ready)
+            for job, refinement, found in zip(jobs, refinements, odds, strict=True)
         ]
+
+    def _log_odds(self, jobs: list[_Job]) -> list[list[float] | None]:
+        asking = [job for job in jobs if job.with_odds]
+        if not asking:
+            return [None] * len(jobs)
+        own, rows = self.refiner, [job.candidates for job in asking]
+        found = iter(
+            log_odds(rows, [job.key for job in asking], flow=own.flow, encoder=self.encoder, reasoning=own.reasoning)
+        )
+        return [next(found) if job.with_odds else None for job in jobs]
 
 
 class _Thread:
