@@ -329,13 +329,19 @@ def test_runs_end_in_a_report(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_a_flow_in_pixels_by_a_unet_moves_towards_the_labels(cache: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PFM_CACHE", str(cache))
     settings = configured(
-        "task=digits", "method=images/pixels_best", "method.flow.epochs=5", "method.strengths=[1.0]",
+        "task=digits", "method=images/pixels_best", "method.flow.epochs=4", "method.strengths=[1.0]",
         "method.keeps=[1.0]", "method.flow.steps=2",
     )  # fmt: skip
     outcome = load_task(settings.task, 0).run(make_method(settings.method), Bench("minilm", "truncate", 0, False))
     assert known(outcome.figures["x1.gain"]).low > 0
     assert known(outcome.figures["calls"]).value == 1
     assert set(outcome.about["accuracies"]) == {"labelling", "independent", "third"}
+
+
+def test_too_few_draws_are_refused_before_anything_is_trained():
+    settings = configured("task=digits", "method=images/reference", "task.tested=0")
+    with pytest.raises(ValueError, match=r"task\.tested must be at least 2: got 0"):
+        load_task(settings.task, 0).run(make_method(settings.method), Bench("minilm", "truncate", 0, False))
 
 
 def test_methods_of_other_tasks_are_refused():

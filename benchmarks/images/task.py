@@ -64,6 +64,9 @@ class Images:
         """
         if not isinstance(method, Mover):
             raise TypeError(f"{type(method).__name__} does not move images, which this task needs")
+        for name in ("sets", "candidates", "validation", "tested", "real"):
+            if getattr(self.config, name) < 2:
+                raise ValueError(f"task.{name} must be at least 2: got {getattr(self.config, name)}")
         marks = [time.perf_counter()]
         ready = self.prepared(bench.progress)
         split, judges, generator, lesson = ready.split, ready.judges, ready.generator, ready.lesson
