@@ -5,11 +5,12 @@ traceback), 2 a mistake of the user or a lack of this machine (one line), 3 some
 interrupted. What is heavy to import is imported by the command that needs it.
 """
 
-from pfm.cli import fit, refine, evaluate, explain, label, serve, train_decoder, quickstart, cache  # isort: skip  # the order of --help
+from pfm.cli import fit, refine, evaluate, audit, explain, label, serve, train_decoder, quickstart, cache  # isort: skip  # the order of --help
 from pfm.cli.shell import app
 
 __all__ = [
     "app",
+    "audit",
     "cache",
     "evaluate",
     "explain",

@@ -1,3 +1,5 @@
+from .auditing.audit import Audit as Audit
+from .auditing.audit import audit as audit
 from .evaluation import evaluate as evaluate
 from .report import Report as Report
 from .results import Calibration as Calibration
