@@ -77,7 +77,7 @@ class StaticEncoder(Encoder):
     @property
     def dimension(self) -> int:
         """The length D of the vectors: the columns of the table, or twice as many."""
-        return (2 if self.pooling == "mean+max" else 1) * self._table().rows.shape[1]
+        return self._table().width(self.pooling)
 
     @standard_defaults
     def encode(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
@@ -91,7 +91,7 @@ class StaticEncoder(Encoder):
         checked = check_texts(texts, self.on_empty)
         whole = [EMPTY_TEXT if not text or text.isspace() else text for text in checked]
         table = self._table()
-        vectors = torch.empty(len(whole), self.dimension)
+        vectors = torch.empty(len(whole), table.width(self.pooling))
         with tqdm(total=len(whole), desc="encoding", unit="text", **({} if progress else {"disable": True})) as bar:
             for start, stop in _blocks(whole):
                 vectors[start:stop] = table.encode(whole[start:stop], self.pooling)
@@ -107,7 +107,7 @@ class StaticEncoder(Encoder):
             "revision": table.about["source"],
             "recipe": table.about["recipe"],
             "made_by": table.about["made_by"],
-            "dimension": self.dimension,
+            "dimension": table.width(self.pooling),
             "pooling": self.pooling,
         }
 
@@ -139,6 +139,9 @@ class _Table:
             raise ValueError(f"the vocabulary lacks {about['unknown']!r}")
         rows = rows.float().contiguous()
         return cls(rows, float(rows.quantile(REACH, dim=0).norm()), tokenizer, unknown, about)
+
+    def width(self, pooling: str) -> int:
+        return self.rows.shape[1] * (2 if pooling == "mean+max" else 1)
 
     def encode(self, texts: list[str], pooling: str) -> Tensor:
         found = [[number for number in each.ids if number != self.unknown] or [self.unknown]
@@ -178,9 +181,12 @@ def _loaded(folder: Path) -> _Table:
         source = find_source("minilm", None)
         key = (folder, source.identity)
         if key not in _tables:
-            name = hashlib.sha256(f"{source.identity}\0{RECIPE}".encode()).hexdigest()[:16]
-            _tables[key] = _read_or_make(folder / f"static-{name}", source)
+            _tables[key] = _read_or_make(folder / _folder_name(source.identity), source)
         return _tables[key]
+
+
+def _folder_name(identity: str) -> str:
+    return f"static-{hashlib.sha256(f'{identity}{RECIPE}'.encode()).hexdigest()[:16]}"
 
 
 def _read_or_make(folder: Path, source: ModelSource) -> _Table:
