@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from pfm.statistics import Bootstrap
 EVIL = "<script>alert('x')</script> [bold red]"
 
 
-def run(rows, selectors="pick", **options):
+def run(rows, selectors: Any = "pick", **options):
     return audit(rows, selectors, progress=False, **{"resamples": 200, **options})
 
 
@@ -244,6 +245,9 @@ BAD = [
     ({"scores": [1, 2], "pick": 0, "candidates": ["a", None]}, "candidates", "the text is missing"),
     ({"scores": [1, "good"], "pick": 0}, "scores", "expected a finite number"),
     ({"scores": [1, 10**400], "pick": 0}, "scores", "expected a finite number"),
+    ({"scores": [1, 1e300], "pick": 0}, "scores", "expected a finite number"),
+    ({"scores": [1, "0,5"], "pick": 0}, "scores", "expected a finite number with a decimal point"),
+    ({"scores": [1, 2], "pick": 0, "candidates": ["a", "\ud800"]}, "candidates", "half of a surrogate pair"),
 ]
 
 
@@ -278,6 +282,7 @@ def test_nothing_left_is_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"selectors": None}, "no selector is named"),
         ({"selectors": []}, "no selector is named.*columns that could be one: seconds_left, pick"),
         ({"selectors": "picks"}, "no column 'picks' for a selector: there are"),
         ({"selectors": "scores"}, "'scores' is the judge's column"),

@@ -119,10 +119,11 @@ class PredictionTable:
         low and high. ``slope``: of what was said on what was predicted, below 1 for predictions too sure.
         """
         calibration = self.reliability(bootstrap)
+        gained, gap = (np.bincount(self.owner, values, minlength=self.prompts) for values in self.gap())
         chance, ceiling = calibration.noise_floor, calibration.noise_ceiling
         figures = {
             "accuracy": self.ratio(bootstrap, self.right(), self.decided),
-            "gap_closed": bootstrap.ratio(*(np.bincount(self.owner, v, minlength=self.prompts) for v in self.gap())),
+            "gap_closed": bootstrap.ratio(gained, gap),
             "log_loss": self.ratio(bootstrap, self.loss()),
             "excess": self.ratio(bootstrap, self.loss() - self.entropy()),
             "ece": calibration.ece,

@@ -24,7 +24,7 @@ from benchmarks.core.tables import markdown_table
 from benchmarks.preference.measures import PredictionTable
 from pfm.statistics import Bootstrap, Estimate
 
-__all__ = ["Task", "main", "milliseconds", "read", "table"]
+__all__ = ["Task", "main", "milliseconds", "read", "refinement", "table"]
 
 Array = NDArray[np.float64]
 BASE = "minilm+surface"
@@ -47,6 +47,7 @@ class Task:
     gained: dict[str, Array]
     gap: Array
     bootstrap: Bootstrap
+    percent: bool
     count: Array  # of items or comparisons a unit
     seeds: dict[str, int]
 
@@ -83,8 +84,9 @@ def _task(name: str, runs: dict[str, dict[int, Run]]) -> Task:
         if not (np.array_equal(other[1], gap) and np.array_equal(other[2], owner)):
             raise ValueError(f"{name}: {encoder} and {BASE} were not measured on the same items")
     bootstrap = SeedBootstrap(owner) if runs[BASE][seeds[0]].kind == "selection" else Bootstrap(len(gap))
+    percent = bool(runs[BASE][seeds[0]].metrics["about"].get("percent", True))
     return Task(
-        name, {encoder: each[0] for encoder, each in found.items()}, gap, bootstrap, count,
+        name, {encoder: each[0] for encoder, each in found.items()}, gap, bootstrap, percent, count,
         {encoder: len(seeds) for encoder in runs},
     )  # fmt: skip
 
@@ -96,24 +98,27 @@ def _gaps(runs: Sequence[Run]) -> tuple[Array, Array, NDArray[np.int64], Array]:
         gained, gap = (np.concatenate(parts) for parts in zip(*(each.gap() for each in tables), strict=True))
         return gained, gap, np.repeat(np.arange(len(runs)), [each.prompts for each in tables]), np.ones(len(gap))
     joined = PredictionTable.join([PredictionTable.load(run.arrays) for run in runs])
-    gained, gap = (np.bincount(joined.owner, values) for values in joined.gap())
-    return gained, gap, np.arange(len(gap)), np.bincount(joined.owner).astype(np.float64)
+    gained, gap, count = (
+        np.bincount(joined.owner, values).astype(np.float64) for values in (*joined.gap(), np.ones(len(joined.owner)))
+    )
+    return gained, gap, np.arange(len(gap)), count
 
 
 def table(tasks: Sequence[Task], encoders: Sequence[str]) -> list[str]:
     """Write the tables in Markdown: share of the gap closed, and points gained on the base."""
     closed = [["encoder", *(task.name for task in tasks)]]
-    points = [["minus " + BASE, *(task.name for task in tasks), "mean"]]
+    points = [["minus " + BASE, *(task.name for task in tasks), "mean of those in percent"]]
     for encoder in encoders:
         of_task = [task for task in tasks if encoder in task.gained]
         closed.append([encoder, *(_written(task.closed(encoder) if task in of_task else None) for task in tasks)])
         if encoder != BASE:
             gains = [task.points(encoder) if task in of_task else None for task in tasks]
-            comparable = [
-                gain for task, gain in zip(tasks, gains, strict=True) if gain is not None and task.name != "captions"
-            ]
-            points.append([encoder, *(_written(gain, signed=True) for gain in gains),
-                           _written(_mean(comparable), signed=True)])  # fmt: skip
+            pairs = list(zip(tasks, gains, strict=True))
+            mean = _mean([gain for task, gain in pairs if gain is not None and task.percent])
+            points.append(
+                [encoder, *(_written(gain, percent=task.percent, signed=True) for task, gain in pairs),
+                 _written(mean, signed=True)]
+            )  # fmt: skip
     lines = [*markdown_table(closed), "", *markdown_table(points), ""]
     seeds = {task.name: max(task.seeds.values()) for task in tasks}
     return [*lines, "Seeds: " + ", ".join(f"{name} {count}" for name, count in seeds.items())]
@@ -129,8 +134,8 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate | None:
     return Estimate(value, value - below, value + above)
 
 
-def _written(estimate: Estimate | None, **options: bool) -> str:
-    return "–" if estimate is None else estimate.text(percent=True, **options)
+def _written(estimate: Estimate | None, *, percent: bool = True, signed: bool = False) -> str:
+    return "–" if estimate is None else estimate.text(percent=percent, signed=signed, decimals=1 if percent else 3)
 
 
 # -- what an answer costs ----------------------------------------------------------------------------------------------
@@ -160,6 +165,36 @@ def milliseconds(names: Sequence[str], *, answers: int = 8, repeats: int = 5, se
     return {name: Estimate(float(np.median(each[1:])), min(each[1:]), max(each[1:])) for name, each in taken.items()}
 
 
+def refinement(names: Sequence[str], *, answers: int = 8, repeats: int = 5, seed: int = 0) -> dict[str, Estimate]:
+    """Measure milliseconds of processor time to encode, judge and choose among fresh answers of 256 tokens to a prompt.
+
+    That is what ``pfm serve`` adds in its own process, beside HTTP. The flow is fitted on the example preferences.
+    """
+    from importlib.resources import files
+
+    import torch
+
+    import pfm
+    from pfm.encoders import encoder_from_name
+
+    torch.set_num_threads(1)
+    pairs = pfm.PreferencePairs.from_jsonl(str(files("pfm") / "assets" / "preferences.jsonl"))
+    refiners = {}
+    for name in names:
+        encoded = pairs.encode(encoder_from_name(name), progress=False)
+        flow = pfm.PreferenceFlow.fit(encoded, pfm.FlowConfig(residual=False), progress=False)
+        refiners[name] = pfm.wrap(None, flow, encoder=encoder_from_name(name, cache=False, device="cpu"), n=answers)
+    rng = random.Random(seed)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(repeats + 1):
+        texts = _answers(rng, answers)
+        for name, refiner in refiners.items():
+            began = time.process_time()
+            refiner.refine([texts], [pairs.prompts[0]], progress=False)
+            taken[name].append(1000 * (time.process_time() - began))
+    return {name: Estimate(float(np.median(each[1:])), min(each[1:]), max(each[1:])) for name, each in taken.items()}
+
+
 def _answers(rng: random.Random, count: int) -> list[str]:
     """Write answers of about 256 tokens out of common words and marks."""
 
@@ -184,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ratio = found[BASE].value / each.value
             rows.append([name, f"{each.value:.2f}", f"{each.low:.2f} to {each.high:.2f}", f"{ratio:.0f}"])
         print("\n".join(markdown_table(rows)))
+        for name, each in refinement([BASE, "static+surface"], repeats=given.repeats).items():
+            print(f"a refinement of 8 answers with {name}: {each.value:.1f} ms, {each.low:.1f} to {each.high:.1f}")
         return
     if not given.runs:
         parser.error("give the folder of the runs, or --speed")

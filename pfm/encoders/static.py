@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pfm._internal.files import cache_folder, replace_json
 from pfm.devices import standard_defaults
-from pfm.encoders.base import EMPTY_TEXT, Encoder, check_texts
+from pfm.encoders.base import EMPTY_TEXT, Encoder, check_texts, progress_bar
 from pfm.encoders.source import ModelSource, find_source, verify_bundled
 from pfm.errors import EncodingError
 
@@ -92,7 +91,7 @@ class StaticEncoder(Encoder):
         whole = [EMPTY_TEXT if not text or text.isspace() else text for text in checked]
         table = self._table()
         vectors = torch.empty(len(whole), table.width(self.pooling))
-        with tqdm(total=len(whole), desc="encoding", unit="text", **({} if progress else {"disable": True})) as bar:
+        with progress_bar(len(whole), progress) as bar:
             for start, stop in _blocks(whole):
                 vectors[start:stop] = table.encode(whole[start:stop], self.pooling)
                 bar.update(stop - start)

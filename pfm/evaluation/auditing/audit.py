@@ -92,7 +92,7 @@ def audit(
     >>> round(found.row("verifier").gap_closed.value, 2), found.row("least seconds").gap_closed.value
     (0.0, 1.0)
     """
-    names = [selectors] if isinstance(selectors, str) else list(selectors)
+    names = [selectors] if isinstance(selectors, str) else list(selectors or ())
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
         raise ValueError(f"folds must be a whole number of at least 2, got {folds!r}")
     columns = Columns(names, scores, prompt, group, candidates, costs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm.data.checks import check_unicode
 from pfm.data.conversations import as_text, conversation_text, is_blank
 from pfm.data.errors import BadRows, PreferenceDataError, show
 from pfm.data.identity import given_group, normal_form
@@ -24,6 +25,7 @@ from pfm.evaluation.auditing.rules import COSTS
 __all__ = ["Columns", "read_choices"]
 
 TEXTS = ("candidate", "output", "response", "completion", "answer", "text")  # of one candidate a row
+LARGEST = 1e100  # sums and squares of scores stay finite
 TRUTH = {"true": 1.0, "false": 0.0}
 
 
@@ -204,9 +206,10 @@ def _number(value: Any, column: str) -> float:
         number = float(value) if isinstance(value, Real | Decimal | str) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= LARGEST:
         reason = "number not finite" if isinstance(value, float) else "wrong type"
-        raise PreferenceDataError(f"got {show(value)}; expected a finite number", reason=reason, column=column)
+        hint = " with a decimal point" * (isinstance(value, str) and "," in value)
+        raise PreferenceDataError(f"got {show(value)}; expected a finite number{hint}", reason=reason, column=column)
     return number
 
 
@@ -214,7 +217,9 @@ def _text(value: Any, column: str) -> str:
     """Read a candidate's text; a model may have answered nothing, which is a text too."""
     if value is None:
         raise PreferenceDataError("the text is missing", reason="missing value", column=column)
-    return value if isinstance(value, str) else conversation_text(as_text(value, column))
+    text = value if isinstance(value, str) else conversation_text(as_text(value, column))
+    check_unicode(text, column)
+    return text
 
 
 def _identity(row: Mapping[str, Any], layout: _Layout) -> Any:
