@@ -99,6 +99,7 @@ def test_batches_order_threads_and_copies_change_nothing(made, monkeypatch):
     assert torch.allclose(encoder.encode(texts), together, atol=1e-6)
     found: list[torch.Tensor] = []
     monkeypatch.setattr(static, "_tables", {})
+    encoder = StaticEncoder(folder=made)
     workers = [threading.Thread(target=lambda: found.append(encoder.encode(texts))) for _ in range(4)]
     for worker in workers:
         worker.start()

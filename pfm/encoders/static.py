@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -72,6 +73,7 @@ class StaticEncoder(Encoder):
         self.pooling: Literal["mean", "mean+max"] = pooling
         self.folder = None if folder is None else Path(folder).expanduser()
         self.on_empty: Literal["error", "encode"] = on_empty
+        self._known: _Table | None = None
 
     @property
     def dimension(self) -> int:
@@ -91,10 +93,12 @@ class StaticEncoder(Encoder):
         whole = [EMPTY_TEXT if not text or text.isspace() else text for text in checked]
         table = self._table()
         vectors = torch.empty(len(whole), table.width(self.pooling))
-        with progress_bar(len(whole), progress) as bar:
+        # A bar that is not shown costs as much as a text.
+        with progress_bar(len(whole), True) if progress else contextlib.nullcontext() as bar:
             for start, stop in _blocks(whole):
                 vectors[start:stop] = table.encode(whole[start:stop], self.pooling)
-                bar.update(stop - start)
+                if bar is not None:
+                    bar.update(stop - start)
         return vectors
 
     def describe(self) -> dict[str, Any]:
@@ -114,7 +118,12 @@ class StaticEncoder(Encoder):
         return f"StaticEncoder(pooling={self.pooling!r})"
 
     def _table(self) -> _Table:
-        return _loaded(self.folder or cache_folder("static"))
+        if self._known is None:
+            self._known = _loaded(self.folder or cache_folder("static"))
+        return self._known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # another process loads its own
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,8 @@ def audit(
     measured = [_measure(method, reached, names, choices, bootstrap) for method in methods]
     percent = bool(((choices.score >= 0) & (choices.score <= 1)).all())
     phrases = {method.name: method.phrase for method in methods}
-    shuffled = next((row for row in measured if row.name == "shuffled"), None)
     return Audit(
-        findings=[judge_selector(name, measured, phrases, percent, shuffled) for name in names],
+        findings=[judge_selector(name, measured, phrases, percent) for name in names],
         rows=measured,
         warnings=find_warnings(choices, about),
         settings={

@@ -12,7 +12,8 @@ from pfm.statistics import Array, Bootstrap, Estimate, length_controlled, win_sh
 __all__ = ["Choices"]
 
 ALL_PAIRS = 2_000_000  # comparisons of picks with other candidates, beyond which length control is left out
-_SHUFFLE = 0x5F  # apart from the streams of other draws by the same seed
+SHUFFLES = 20
+_STREAM = 0x5F  # apart from other draws by the same seed
 
 
 @dataclass
@@ -65,9 +66,10 @@ class Choices:
         return (1.0 / self.size)[self.owner]
 
     def shuffled(self, weights: Array, seed: int) -> Array:
-        """Permute weights (M,) within each set."""
-        order = np.lexsort((np.random.default_rng([seed, _SHUFFLE]).random(weights.size), self.owner))
-        return weights[order]
+        """Permute weights (M,) within each set, and average over :data:`SHUFFLES` permutations."""
+        rng = np.random.default_rng([seed, _STREAM])
+        orders = (np.lexsort((rng.random(weights.size), self.owner)) for _ in range(SHUFFLES))
+        return sum((weights[order] for order in orders), np.zeros(weights.size)) / SHUFFLES
 
     def by_prompt(self, weights: Array, values: Array) -> Array:
         """Return the expected value (M,) of a pick, averaged over each prompt's sets: (P,)."""

@@ -24,6 +24,7 @@ COSTS = {
 PAIRS = 200  # of a set that the fitted baselines learn from
 ALL_COMPARED = 2000  # candidates of a set up to which all its pairs are listed before some are drawn
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
+SHUFFLES = 4  # fits a fold on labels turned at random
 HELD_OUT = 0.2  # of the training prompts, by which the penalty is chosen
 MIN_PROMPTS = 10  # for the fitted baselines: folds of two prompts
 
@@ -62,7 +63,8 @@ def fitted_rules(
     """Fit the mean shift and Bradley–Terry under nested splits by prompt; or say why they are left out.
 
     Every prompt's candidates are scored by a model fitted on the other folds' prompts, whose penalty is chosen on
-    prompts held out among those. The control learns from labels turned at random.
+    prompts held out among those. The control is the mean of several fits on labels turned at random: each is a random
+    direction, which may follow length either way, and only together they gain nothing.
     """
     import torch
 
@@ -79,27 +81,30 @@ def fitted_rules(
     rows = np.array([texts.setdefault(text if text.strip() else EMPTY_TEXT, len(texts)) for text in choices.text])
     vectors = torch.as_tensor(as_encoder(encoder).encode(list(texts), progress=progress)).float().flatten(1)
     fold = np.random.default_rng(seed).permutation(choices.prompts) % folds
-    rewards = {name: np.zeros(choices.score.size) for name in ("mean_shift", "bradley_terry", "shuffled")}
+    picked = {name: np.zeros(choices.score.size) for name in ("mean_shift", "bradley_terry", "shuffled")}
     bar = tqdm(total=folds, desc="Fitting baselines", unit="fold") if progress else tqdm(disable=True)
     with bar:
         for number, models in _fits(choices, rows, vectors, fold, seed):
             if models is None:
                 return [], "Mean shift and Bradley–Terry: not fitted, since too few prompts have different scores"
             out = (fold == number)[choices.prompt][choices.owner]
-            for name, model in models.items():
-                rewards[name][out] = model.reward(vectors[rows[out]]).double().numpy()
+            for name, several in models.items():
+                for model in several:
+                    reward = np.zeros(choices.score.size)
+                    reward[out] = model.reward(vectors[rows[out]]).double().numpy()
+                    picked[name] += out * choices.best(reward) / len(several)
             bar.update(1)
     labels = {
         "mean_shift": ("Mean shift", "fitted", "the mean shift"),
         "bradley_terry": ("Bradley–Terry", "fitted", "a Bradley–Terry reward"),
         "shuffled": ("Control: Bradley–Terry, labels shuffled", "control", "Bradley–Terry on shuffled labels"),
     }
-    return [Method(name, *labels[name], choices.best(reward)) for name, reward in rewards.items()], None
+    return [Method(name, *labels[name], weights) for name, weights in picked.items()], None
 
 
 def _fits(
     choices: Choices, rows: NDArray[np.int64], vectors: Any, fold: NDArray[np.int64], seed: int
-) -> Iterator[tuple[int, dict[str, Any] | None]]:
+) -> Iterator[tuple[int, dict[str, list[Any]] | None]]:
     """Yield each fold with the models fitted on the others, None where those hold nothing to learn from."""
     import torch
 
@@ -115,18 +120,18 @@ def _fits(
         train = EncodedPairs.from_table(
             vectors, rows[better[kept]], rows[worse[kept]], weight=weight[kept], group=torch.from_numpy(prompt[kept])
         )
-        yield (
-            number,
-            {
-                "mean_shift": MeanShift().fit(train),
-                "bradley_terry": _bradley_terry(BradleyTerry, train, seed),
-                "shuffled": _bradley_terry(BradleyTerry, train.shuffle_labels(seed), seed),
-            },
-        )
+        penalty = _penalty(BradleyTerry, train, seed)
+        shuffles = [train.shuffle_labels(seed + 1 + SHUFFLES * number + each) for each in range(SHUFFLES)]
+        models = {
+            "mean_shift": [MeanShift().fit(train)],
+            "bradley_terry": [BradleyTerry(penalty).fit(train)],
+            "shuffled": [BradleyTerry(penalty).fit(each) for each in shuffles],
+        }
+        yield number, models
 
 
-def _bradley_terry(kind: Any, train: Any, seed: int) -> Any:
-    """Fit with the penalty that predicts held-out prompts of the training pairs best."""
+def _penalty(kind: Any, train: Any, seed: int) -> float:
+    """Choose the penalty that predicts held-out prompts of the training pairs best."""
     import torch
 
     from pfm.preferences.logistic import pairwise_log_loss
@@ -138,7 +143,7 @@ def _bradley_terry(kind: Any, train: Any, seed: int) -> Any:
         score = kind(penalty).fit(part).score(every.chosen, every.rejected)
         return pairwise_log_loss(score, every.weight, every.probability)
 
-    return kind(min(PENALTIES, key=loss)).fit(train)
+    return min(PENALTIES, key=loss)
 
 
 def _pairs(choices: Choices, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Array, NDArray[np.int64]]:

@@ -55,9 +55,7 @@ def find_warnings(choices: Choices, about: Mapping[str, Any]) -> list[str]:
     return warnings
 
 
-def judge_selector(
-    name: str, rows: Sequence[AuditRow], phrases: Mapping[str, str], percent: bool, shuffled: AuditRow | None
-) -> Finding:
+def judge_selector(name: str, rows: Sequence[AuditRow], phrases: Mapping[str, str], percent: bool) -> Finding:
     """Hold one selector against the simple rules, then length, fitted baselines and the other selectors."""
 
     def written(estimate: Estimate) -> str:
@@ -105,11 +103,6 @@ def judge_selector(
     for row in rows:
         if row.kind == "fitted" or (row.kind == "selector" and row is not tested):
             sentences.append(_beside(name, row, phrases[row.name], difference_of))
-    if shuffled is not None and shuffled.gap_closed is not None and shuffled.gap_closed.low > 0:
-        sentences.append(
-            f"beware: labels shuffled at random close {shuffled.gap_closed.text(percent=True)} of the gap too, which "
-            "says what these prompts give by chance or by leaking between prompts"
-        )
     return Finding(
         name,
         outcome,
