@@ -109,9 +109,8 @@ def audit(
     fitted, left_out = fitted_rules(choices, encoder, folds=folds, seed=seed, progress=progress)
     methods += fitted
     permuted = choices.shuffled(methods[0].weights, seed)
-    label = f"Control: {names[0]}, shuffled within prompts"
-    methods.append(Method("permuted", label, "control", "picks shuffled within prompts", permuted))
-    methods.append(Method("oracle", "Oracle: the judge’s own pick", "bound", "the oracle", choices.best(choices.score)))
+    methods.append(Method("permuted", "Control: shuffled picks", "control", "picks shuffled within prompts", permuted))
+    methods.append(Method("oracle", "Oracle", "bound", "the oracle", choices.best(choices.score)))
     bootstrap = Bootstrap(choices.prompts, resamples, seed)
     reached = {method.name: choices.score_of(method.weights) for method in methods}
     measured = [_measure(method, reached, names, choices, bootstrap) for method in methods]

@@ -35,8 +35,8 @@ NOTES = (
     "Wins: share of the other candidates of its prompt that a pick beats, ties half. At equal length: the same from "
     "P(win) = σ(a + b·tanh(Δ/sd Δ)) at Δ = 0, with Δ the difference in length.",
     "Fitted baselines score each prompt by a model fitted on other prompts, with penalties chosen on others still.",
-    "Controls are means: of 20 permutations of the picks within prompts, and of 20 fits on labels turned at random, of "
-    "which each is a random direction.",
+    "Controls are means: of 20 permutations of the first selector’s picks within prompts, and of 20 Bradley–Terry fits "
+    "on random labels, each of which is a random direction.",
     "The strongest rule is chosen on these same prompts, which favours it a little.",
 )
 

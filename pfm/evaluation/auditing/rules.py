@@ -97,7 +97,7 @@ def fitted_rules(
     labels = {
         "mean_shift": ("Mean shift", "fitted", "the mean shift"),
         "bradley_terry": ("Bradley–Terry", "fitted", "a Bradley–Terry reward"),
-        "shuffled": ("Control: Bradley–Terry, labels shuffled", "control", "Bradley–Terry on shuffled labels"),
+        "shuffled": ("Control: random labels", "control", "Bradley–Terry on shuffled labels"),
     }
     return [Method(name, *labels[name], weights) for name, weights in picked.items()], None
 
