@@ -13,14 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit slow soak peers mutants gpu far clean
+.PHONY: quickstart test lint unit coverage slow soak docs peers mutants gpu far clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an unpinned torch brings several GB of another build. Modules are compiled when first used:
 	# most of these never are, and compiling all takes more than a minute
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,dev]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,docs,dev]"
 	touch $@
 
 # What `task=speed` compares with. A second environment over the packages of the first: both sides of a comparison run in
@@ -61,14 +61,22 @@ gpu: $(VENV)/.installed
 far: $(VENV)/.installed
 	PFM_TEST_DEVICE=far $(BIN)/pytest --numprocesses 2 --dist worksteal $(SUITES:%=tests/test_%.py)
 
+# Lines and branches of pfm that no test runs, as a table and as pages in htmlcov/; PYTEST=tests/test_x.py runs some tests only.
+coverage: $(VENV)/.installed
+	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html $(PYTEST)
+
 slow: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m slow
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.soak
 
+# The documentation as a site, in site/; warnings are errors.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
 # Changes the core one expression at a time and sees whether the tests notice: hours, taken up where it was stopped.
-# AREAS="fields win" runs some of it; docs/mutants.md says what was found. Its environment lies over the first as peers'.
+# AREAS="fields win" runs some of it, SAMPLE=100 a random sample of each area; docs/mutants.md says what was found. Its environment lies over the first as peers'.
 $(MUTANTS)/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv --clear --without-pip $(MUTANTS)
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
@@ -77,7 +85,7 @@ $(MUTANTS)/.installed: $(VENV)/.installed
 	touch $@
 
 mutants: $(MUTANTS)/.installed
-	$(MUTANTS)/bin/python -m benchmarks.mutants $(AREAS)
+	$(MUTANTS)/bin/python -m benchmarks.mutants $(AREAS) $(if $(SAMPLE),--sample $(SAMPLE))
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(MUTANTS) build dist *.egg-info quickstart runs multirun outputs
+	rm -rf $(VENV) $(PEERS) $(MUTANTS) build dist site *.egg-info quickstart runs multirun outputs

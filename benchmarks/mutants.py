@@ -6,7 +6,9 @@ changed. A run that was stopped goes on where it was: what was judged stays judg
 after an edit of the tests the survivors are tried again.
 
 ``python -m benchmarks.mutants [area ...]`` runs areas and writes ``runs/mutants/report.md``, the table of survivors;
-with ``--report`` it writes the table of what was run so far. ``docs/mutants.md`` says which survivors change nothing.
+with ``--report`` it writes the table of what was run so far. All mutants take days: ``--sample 100`` runs a simple
+random sample of that many of each area, the same in every run, so that the share noticed has an interval.
+``docs/mutants.md`` says which survivors change nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import ast
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -32,7 +35,10 @@ COPIED = ("pfm", "tests", "benchmarks", "conf", "pyproject.toml", "README.md")
 # Each area: the modules that are changed, and the tests that must notice.
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fields": (("pfm/flow/fields.py",), ("tests/test_fields.py",)),
-    "couplings": (("pfm/flow/couplings.py",), ("tests/test_couplings.py", "tests/test_fields.py")),
+    "couplings": (
+        ("pfm/flow/coupled.py", "pfm/flow/couplings.py", "pfm/flow/transported.py"),
+        ("tests/test_couplings.py", "tests/test_fields.py"),
+    ),
     "transport": (("pfm/flow/integration.py",), ("tests/test_transport.py",)),
     "fitting": (("pfm/flow/fitting.py",), ("tests/test_fitting.py",)),
     "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py",)),
@@ -54,6 +60,18 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 LEFT_ALONE = (r"\braise \w", r"warnings\.warn\(", r"\bcast\(", r"^\s*assert ")
 
 NOTICED = ("killed", "timeout", "segfault", "suspicious")
+
+# Mutmut's own first step, alone: write the mutants of a workspace, of which a sample is drawn.
+GENERATE = """
+from pathlib import Path
+import mutmut.__main__ as m
+m.set_mutant_under_test("mutant_generation")
+Path("mutants").mkdir(exist_ok=True)
+m.copy_src_dir()
+m.copy_also_copy_files()
+m.setup_source_paths()
+m.create_mutants(1)
+"""
 
 
 def settings(area: str) -> str:
@@ -128,9 +146,13 @@ def prepare(area: str) -> Path:
     return home
 
 
-def run(area: str, processes: int) -> None:
-    """Judge the mutants of an area that are not judged yet; survivors again if the tests were edited."""
+def run(area: str, processes: int, sample: int | None = None) -> None:
+    """Judge the mutants of an area, or a sample, that are not judged yet; survivors again if the tests were edited."""
     home = prepare(area)
+    if sample is not None:
+        subprocess.run([sys.executable, "-c", GENERATE], cwd=home, check=True, stdout=subprocess.DEVNULL)
+        drawn = sampled(area, sample)
+        (home / "sample.json").write_text(json.dumps(sorted(drawn)))
     tests = hashlib.sha256(b"".join(path.read_bytes() for path in sorted((home / "tests").rglob("*.py")))).hexdigest()
     mark = home / "tests.sha256"
     if mark.exists() and mark.read_text() != tests:
@@ -138,7 +160,16 @@ def run(area: str, processes: int) -> None:
         if again:
             mutmut(home, processes, again)
     mark.write_text(tests)
-    mutmut(home, processes, [])
+    if sample is None:
+        mutmut(home, processes, [])
+    elif left := [name for _, name, status, _ in judged(area) if name in drawn and status == "not checked"]:
+        mutmut(home, processes, left)
+
+
+def sampled(area: str, count: int) -> set[str]:
+    """Draw a simple random sample of an area's mutants, the same for the same mutants."""
+    names = sorted(name for _, name, _, _ in judged(area))
+    return set(random.Random(0).sample(names, min(count, len(names))))
 
 
 def mutmut(home: Path, processes: int, names: list[str]) -> None:
@@ -200,8 +231,29 @@ def write_report() -> str:
         ran = count.total() - count["not checked"]
         share = f"{seen / ran:.1%}" if ran else "–"
         lines.append(f"| `{module}` | {count.total()} | {ran} | {seen} | {share} |")
+    lines += ["", "| area | random sample | noticed | share noticed, 95% interval |", "|---|---|---|---|"]
+    for area in AREAS:
+        if (WORK / area / "sample.json").is_file():
+            drawn = set(json.loads((WORK / area / "sample.json").read_text()))
+            states = [status for _, name, status, _ in judged(area) if name in drawn and status != "not checked"]
+            seen = sum(status in NOTICED for status in states)
+            lines.append(f"| {area} | {len(states)} of {len(drawn)} | {seen} | {share_of(seen, len(states))} |")
     lines += ["", "| module | function | status | change |", "|---|---|---|---|", *survivors, ""]
     return "\n".join(lines)
+
+
+def share_of(seen: int, ran: int) -> str:
+    """Write a share of a random sample with its 95% interval (Wilson 1927).
+
+    >>> share_of(90, 100)
+    '90.0% [82.6, 94.5]'
+    """
+    if not ran:
+        return "–"
+    from scipy.stats import binomtest
+
+    low, high = binomtest(seen, ran).proportion_ci(method="wilson")
+    return f"{seen / ran:.1%} [{low:.1%}, {high:.1%}]".replace("%,", ",").replace("%]", "]")
 
 
 def main() -> None:
@@ -209,6 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("areas", nargs="*", metavar="area", help=f"some of {', '.join(AREAS)}; default: all")
     parser.add_argument("--processes", type=int, default=1, help="mutants that are tried at the same time")
+    parser.add_argument("--sample", type=int, metavar="N", help="run a random sample of N mutants of each area")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report of what was run")
     asked = parser.parse_args()
     unknown = sorted(set(asked.areas) - set(AREAS))
@@ -216,7 +269,7 @@ def main() -> None:
         parser.error(f"no area is named {', '.join(unknown)}: they are {', '.join(AREAS)}")
     try:
         for area in [] if asked.report else asked.areas or AREAS:
-            run(area, asked.processes)
+            run(area, asked.processes, asked.sample)
     finally:
         WORK.mkdir(parents=True, exist_ok=True)
         (WORK / "report.md").write_text(write_report())

@@ -1,7 +1,7 @@
 """Load ``pfm serve`` on loopback with everything that goes wrong at once: ``make soak``.
 
 The upstream (``tests/fault_server.py``) fails in a fifth of its calls. Clients ask, stream, pass requests through,
-leave in the middle, and read nothing of what they asked for; the proxy is killed twice (SIGKILL) and started again.
+leave in the middle, and read nothing of the answer; the proxy is killed twice (SIGKILL) and started again.
 Checked is that every request that its client waited for ends in an answer to its own question, that memory does not
 grow after a warm-up, and that at the end no place, no held body and no file descriptor is left over.
 """

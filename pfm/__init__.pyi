@@ -62,6 +62,8 @@ from .flow.couplings import register_coupling as register_coupling
 from .flow.integration import register_solver as register_solver
 from .flow.preference_flow import PreferenceFlow as PreferenceFlow
 from .flow.registered_field import register_field as register_field
+from .flow.tuning import Tuning as Tuning
+from .flow.tuning import tune as tune
 from .refiner.refinement import Refinement as Refinement
 from .refiner.refiner import Refiner as Refiner
 from .refiner.refiner import wrap as wrap

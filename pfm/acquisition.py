@@ -1,4 +1,4 @@
-"""Which pair to label next: the one whose label is expected to tell most.
+"""Choose the pair to label next: the one whose label is expected to be most informative.
 
 Every criterion works on *beliefs*: the log-odds of the M candidate pairs taken as jointly normal, with mean m (M,) and
 covariance Z Z' of rank R. They come from
@@ -9,11 +9,11 @@ covariance Z Z' of rank R. They come from
 
 The criteria for a pair with log-odds s ~ N(m, v), P = sigmoid(s) and entropy h(p) in nats:
 
-- ``"information"``: h(E[P]) - E[h(P)], what its label tells of the model (BALD: Houlsby et al. 1112.5745).
+- ``"information"``: h(E[P]) - E[h(P)], the information of its label on the model (BALD: Houlsby et al. 1112.5745).
 - ``"win"``: by how much its label is expected to shrink the summed variance of all candidates' log-odds, of which b is
   made: with the label's Fisher information f = E[P (1 - P)], f |Z z|^2 / (1 + f v) for its row z of Z.
 - ``"disagreement"``: Var[P], how far the models' probabilities lie apart.
-- ``"uncertainty"``: h(E[P]), whatever its cause: it cannot tell noise from ignorance.
+- ``"uncertainty"``: h(E[P]), whatever its cause: it does not separate noise from lack of data.
 - ``"random"``: the control.
 
 A batch is chosen greedily. After each choice the beliefs are narrowed by the information that its label is expected to
@@ -31,8 +31,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_number, check_whole
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults, with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 
@@ -45,10 +45,10 @@ CHUNK = 8192
 
 
 class Scorer(Protocol):
-    """Is a fitted preference model, as in :mod:`pfm.preferences`."""
+    """A fitted preference model, as in :mod:`pfm.preferences`."""
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
+        """Return the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
         ...
 
 
@@ -61,7 +61,7 @@ class Beliefs:
 
     @property
     def variance(self) -> Tensor:
-        """Give the variances of the log-odds, (M,)."""
+        """Return the variances of the log-odds, (M,)."""
         return self.factor.square().sum(1)
 
 
@@ -93,8 +93,7 @@ class LaplacePosterior:
     """
 
     def __init__(self, precision: float | None = None) -> None:
-        if precision is not None and not (precision > 0 and math.isfinite(precision)):
-            raise ValueError(f"precision must be a positive number, or None to choose it: got {precision}")
+        check_number("precision", precision, above=0, also=(None,))
         self.given = precision
         self.precision = precision or 1.0
         self.evidence = math.nan
@@ -156,27 +155,27 @@ class LaplacePosterior:
 
     @property
     def weights(self) -> Tensor:
-        """Give the most probable weights (D,), in log-odds per unit of the outputs."""
+        """Return the most probable weights (D,), in log-odds per unit of the outputs."""
         return self._fitted() / self._scale
 
     @property
     def covariance(self) -> Tensor:
-        """Give the posterior covariance (D, D) of the weights, in the same units."""
+        """Return the posterior covariance (D, D) of the weights, in the same units."""
         self._fitted()
         return self._root @ self._root / self._scale**2
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
-        """Give the most probable reward (B,) of outputs y (B, \\*D), in log-odds."""
+        """Return the most probable reward (B,) of outputs y (B, \\*D), in log-odds."""
         y = as_float_tensor("y", y)
         return (y.cpu().flatten(1).double() @ self.weights).float().to(y.device)
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the most probable log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
+        """Return the most probable log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
         reward = self.reward(y)
         return reward - self.reward(other).to(reward.device)
 
     def beliefs(self, y: Any, other: Any) -> Beliefs:
-        """Give what is believed of the log-odds that y (M, \\*D) is preferred to other (M, \\*D), on the CPU."""
+        """Return what is believed of the log-odds that y (M, \\*D) is preferred to other (M, \\*D), on the CPU."""
         mean = self._fitted()
         first, second = (as_float_tensor(name, value).cpu() for name, value in (("y", y), ("other", other)))
         rows = (first.flatten(1).double() - second.flatten(1).double()) / self._scale
@@ -191,7 +190,7 @@ class LaplacePosterior:
 
 
 def _evidence(rows: Tensor, weight: Tensor, label: Tensor, precision: float, at: Tensor, hessian: Tensor) -> float:
-    """Give the log of the labels' probability, weights integrated out by Laplace's method."""
+    """Return the log of the labels' probability, weights integrated out by Laplace's method."""
     score = rows @ at
     likelihood = -(weight * (torch.nn.functional.softplus(-score) + (1 - label) * score)).sum()
     prior = len(at) / 2 * math.log(precision) - precision / 2 * at.square().sum()
@@ -245,14 +244,11 @@ def choose_pairs(
     >>> choose_pairs((y, other), 5).index.shape
     torch.Size([5])
     """
-    if by not in CRITERIA:
-        raise ValueError(f"by must be one of {', '.join(CRITERIA)}: got {by!r}")
+    check_choice("by", by, CRITERIA)
     y, other, context = _outputs(candidates)
     total = len(y)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= total:
-        raise ValueError(f"count must be a whole number from 1 to {total}, the number of candidates: got {count!r}")
-    if not 0 < most_similar <= 1:
-        raise ValueError(f"most_similar must lie in (0, 1]: got {most_similar}")
+    check_whole("count", count, 1, total, hint=f"there are {total} candidates")
+    check_number("most_similar", most_similar, above=0, most=1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
     if model is None:
@@ -323,7 +319,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 
 def _expectations(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give E[P], E[h(P)] and E[P (1 - P)], (M,) each, for P = sigmoid(s) and s ~ N(mean, variance).
+    """Return E[P], E[h(P)] and E[P (1 - P)], (M,) each, for P = sigmoid(s) and s ~ N(mean, variance).
 
     By the trapezoidal rule over :data:`SPAN` standard deviations either way, whose error falls exponentially.
     """

@@ -1,7 +1,7 @@
-"""Distances between two laws of which draws are given, and what single draws say of a law: tensors in, numbers out.
+"""Distances between two distributions of which draws are given, and measures of single draws.
 
-Two finite sets of draws of *one* law are a positive distance apart too. A distance therefore means something only
-beside its floor: the same distance between two fresh sets of that law, of equal size.
+Two finite sets of draws of *one* distribution are a positive distance apart too. A distance therefore means something
+only beside its floor: the same distance between two fresh sets of draws of that distribution, of equal size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor, check_finite
+from pfm._internal.checks import as_float_tensor, check_finite, check_number, check_whole
 
 __all__ = [
     "diversity",
@@ -29,13 +29,13 @@ CHUNK_VALUES = 4_000_000  # distances, or projected values, held at once
 
 
 def sliced_wasserstein(x: Any, y: Any, *, directions: int = 128, seed: int = 0) -> float:
-    """Give the sliced 2-Wasserstein distance, in the outputs' unit.
+    """Return the sliced 2-Wasserstein distance, in the outputs' unit.
 
     The root of the mean, over random directions u, of W2^2 between the draws' projections on u. Between two points
     at distance d in D dimensions it is d / sqrt(D) in the mean over all directions. In one dimension it is W2.
 
     Args:
-        x: (N, \\*D) draws of one law. y: (M, \\*D) of the other; N and M may differ.
+        x: (N, \\*D) draws of one distribution. y: (M, \\*D) of the other; N and M may differ.
         directions: how many directions, the same for every call with the same ``seed`` and D.
 
     Source: Rabin, Peyré, Delon and Bernot, "Wasserstein barycenter and its application to texture mixing" (2011);
@@ -55,8 +55,7 @@ def projections(y: Any, *, directions: int = 128, seed: int = 0) -> Tensor:
     Sets that are compared with many others are sorted once this way; :func:`projected_wasserstein` compares them.
     """
     y = _draws("y", y)
-    if directions < 1:
-        raise ValueError(f"directions must be at least 1: got {directions}")
+    check_whole("directions", directions, 1)
     if y.shape[1] == 1:
         return y.T.sort(1).values
     generator = torch.Generator().manual_seed(seed)
@@ -67,7 +66,7 @@ def projections(y: Any, *, directions: int = 128, seed: int = 0) -> Tensor:
 
 
 def projected_wasserstein(x: Tensor, y: Tensor) -> float:
-    """Give the root mean square, over rows, of W2 between sorted samples (L, N) and (L, M).
+    """Return the root mean square, over rows, of W2 between sorted samples (L, N) and (L, M).
 
     In one dimension the optimal plan joins equal quantiles, so W2^2 is the integral of the squared difference of
     the two quantile functions; both are steps, and the integral a finite sum, also for N unlike M.
@@ -93,14 +92,15 @@ def projected_wasserstein(x: Tensor, y: Tensor) -> float:
 
 
 def energy_distance(x: Any, y: Any) -> float:
-    """Give the energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, in the outputs' unit.
+    """Return the energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| >= 0, in the outputs' unit.
 
-    Zero only for equal laws; in one dimension twice the integral of the squared difference of the distribution
+    Zero only for equal distributions; in one dimension twice the integral of the squared difference of the distribution
     functions. The means are over all pairs of draws, a draw with itself included, so that the value is that of the
-    two empirical laws and never negative.
+    two empirical distributions and never negative.
 
     Args:
-        x: (N, \\*D) draws of one law. y: (M, \\*D) of the other. The cost is O((N + M)^2), the memory O(N + M).
+        x: (N, \\*D) draws of one distribution. y: (M, \\*D) of the other. The cost is O((N + M)^2), the memory O(N +
+            M).
 
     Source: Székely and Rizzo, "Energy statistics: a class of statistics based on distances" (2013).
 
@@ -112,19 +112,19 @@ def energy_distance(x: Any, y: Any) -> float:
 
 
 def mean_distance(x: Any, y: Any) -> float:
-    """Give the mean Euclidean distance over all pairs of a row of x (N, \\*D) and a row of y (M, \\*D)."""
+    """Return the mean Euclidean distance over all pairs of a row of x (N, \\*D) and a row of y (M, \\*D)."""
     x, y = _two_sets(x, y)
     total = sum(float(block.sum(dtype=torch.float64)) for block in _distances(x, y))
     return total / (len(x) * len(y))
 
 
 def kolmogorov_smirnov(x: Any, y_or_cdf: Any) -> float:
-    """Give the largest difference of two distribution functions on the line, in [0, 1].
+    """Return the largest difference of two distribution functions on the line, in [0, 1].
 
     Args:
         x: (N,) or (N, 1) draws.
-        y_or_cdf: (M,) or (M, 1) draws of another law, or its continuous distribution function: a callable that takes
-            (N,) values to (N,) probabilities.
+        y_or_cdf: (M,) or (M, 1) draws of another distribution, or its continuous distribution function: a callable that
+            takes (N,) values to (N,) probabilities.
     """
     x = _line("x", x).sort().values
     if callable(y_or_cdf):
@@ -143,7 +143,7 @@ def kolmogorov_smirnov(x: Any, y_or_cdf: Any) -> float:
 
 
 def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0.99) -> float:
-    """Give the share of outputs that lie further from the reference's draws than its own draws do.
+    """Return the share of outputs that lie further from the reference's draws than its own draws do.
 
     An output is off the support where the distance to its k-th nearest reference draw is above the ``level``
     quantile of the same distance among the reference's draws, each left out of its own neighbours. Fresh draws of
@@ -161,10 +161,10 @@ def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0
     0.5
     """
     y, reference = _two_sets(y, reference, ("y", "reference"))
-    if not 1 <= neighbours < len(reference):
-        raise ValueError(f"neighbours must lie in 1..{len(reference) - 1}, below the reference draws: got {neighbours}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1: got {level}")
+    check_whole(
+        "neighbours", neighbours, 1, len(reference) - 1, hint="there must be more reference draws than neighbours"
+    )
+    check_number("level", level, above=0, below=1)
     # The nearest neighbour of a draw among all draws is itself.
     own = _nearest(reference, reference, neighbours + 1)
     radius = own.kthvalue(max(1, round(level * len(own)))).values
@@ -172,15 +172,17 @@ def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0
 
 
 def diversity(y: Any) -> float:
-    """Give the mean distance of two independent draws, in the outputs' unit: 0 where all outputs are one.
+    """Return the mean distance of two independent draws, in the outputs' unit: 0 where all outputs are one.
 
     Args:
-        y: (N, \\*D) with ``y.ndim == 2``: draws of one law; the mean is over all pairs of two different rows. Or
-            (G, K, D): K draws each under G contexts; the mean is over pairs under one context.
+        y: (N, \\*D) with ``y.ndim == 2``: draws of one distribution; the mean is over all pairs of two different rows.
+            Or (G, K, D): K draws each under G contexts; the mean is over pairs under one context.
     """
     y = as_float_tensor("y", y)
     if y.ndim not in (2, 3) or y.shape[-2] < 2 or y.shape[0] == 0:
-        raise ValueError(f"y must be (N, D) or (G, K, D) with at least two draws of a law: got {tuple(y.shape)}")
+        raise ValueError(
+            f"y must be (N, D) or (G, K, D) with at least two draws of a distribution: got {tuple(y.shape)}"
+        )
     check_finite("y", y)
     groups = y if y.ndim == 3 else y[None]
     count = groups.shape[1]
@@ -235,5 +237,5 @@ def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
 
 
 def _nearest(y: Tensor, reference: Tensor, number: int) -> Tensor:
-    """Give the distance (N,) of each row to its ``number``-th nearest reference draw."""
+    """Return the distance (N,) of each row to its ``number``-th nearest reference draw."""
     return torch.cat([block.kthvalue(number, dim=1).values for block in _distances(y, reference)])

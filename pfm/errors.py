@@ -29,11 +29,11 @@ __all__ = [
 
 
 class PfmError(Exception):
-    """Is the parent of every error that pfm raises by a name of its own."""
+    """The parent of every error that pfm raises by a name of its own."""
 
 
 class GenerationError(PfmError, RuntimeError):
-    """Says that a generator failed after its retries.
+    """Raised when a generator failed after its retries.
 
     Args:
         message: what failed and what to do.
@@ -51,75 +51,75 @@ class GenerationError(PfmError, RuntimeError):
 
 
 class EndpointError(GenerationError):
-    """Says that nothing answers at the address, or something that does not speak the protocol."""
+    """Raised when nothing answers at the address, or something that does not speak the protocol."""
 
 
 class UnknownModelError(GenerationError):
-    """Says that the server has no model of this name."""
+    """Raised when the server has no model of this name."""
 
 
 class MissingKeyError(GenerationError, ValueError):
-    """Says that a key is needed and none was given."""
+    """Raised when a key is needed and none was given."""
 
 
 class KeyRefusedError(GenerationError):
-    """Says that the server refused the key, or what the key asks for."""
+    """Raised when the server refused the key, or the key does not allow the request."""
 
 
 class RequestRefusedError(GenerationError):
-    """Says that the server refused the request for a reason of its own, such as a parameter it does not take."""
+    """Raised when the server refused the request for a reason of its own, such as a parameter it does not take."""
 
 
 class ContextTooLongError(GenerationError):
-    """Says that the prompt is longer than the model can read."""
+    """Raised when the prompt is longer than the model can read."""
 
 
 class ContentFilterError(GenerationError):
-    """Says that a filter of the server, or the model itself, refused to answer."""
+    """Raised when a filter of the server, or the model itself, refused to answer."""
 
 
 class RateLimitError(GenerationError):
-    """Says that the server still asked to wait after the retries, or that the account's quota is spent."""
+    """Raised when the server limits the rate after all retries, or the account's quota is spent."""
 
 
 class ServerError(GenerationError):
-    """Says that the server failed, took too long or hung up, after the retries."""
+    """Raised when the server failed, took too long or hung up, after the retries."""
 
 
 class BudgetError(GenerationError):
-    """Says that the calls or tokens that were allowed are spent."""
+    """Raised when the calls or tokens that were allowed are spent."""
 
 
 class BadAnswerError(GenerationError):
-    """Says that an answer came and holds nothing that can be used."""
+    """Raised when an answer came and holds nothing that can be used."""
 
 
 class EmptyAnswerError(BadAnswerError):
-    """Says that a text came that is empty or only white space."""
+    """Raised when a text came that is empty or only white space."""
 
 
 class NotTextError(BadAnswerError):
-    """Says that something else than a text came in its place."""
+    """Raised when something else than a text came in its place."""
 
 
 class ToolCallError(BadAnswerError):
-    """Says that the model asked for a tool in place of an answer."""
+    """Raised when the model called a tool in place of an answer."""
 
 
 class EncodingError(PfmError, RuntimeError):
-    """Says that texts could not be turned into vectors; what was already encoded is in the cache."""
+    """Raised when texts could not be turned into vectors; what was already encoded is in the cache."""
 
 
 class NotRegisteredError(PfmError, ValueError):
-    """Says that a configuration or a saved flow names a field, coupling or solver that is not registered here."""
+    """Raised when a configuration or a saved flow names a field, coupling or solver that is not registered here."""
 
 
 class UntrustedEncoderError(PfmError, ValueError):
-    """Says that a saved flow names an encoder that would contact a server or open a folder without consent."""
+    """Raised when a saved flow names an encoder that would contact a server or open a folder without consent."""
 
 
 class NonFiniteWarning(RuntimeWarning):
-    """Says that the field left the finite numbers for some rows, each of which keeps its last finite state.
+    """Raised when the field left the finite numbers for some rows, each of which keeps its last finite state.
 
     Attributes:
         finite: (B,) bool tensor, which rows stayed finite.

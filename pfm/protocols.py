@@ -1,4 +1,4 @@
-"""What the parts of a refined generator have to offer each other, as structural types.
+"""Structural types of the parts of a refined generator.
 
 A class of one's own fits by having the methods; none has to be a base class. ``docs/extending.md`` shows one of each.
 """
@@ -19,7 +19,7 @@ __all__ = ["CandidateFlow", "Decoder", "Encoder", "Flow", "Generator", "Judge", 
 
 
 class Flow(Protocol):
-    """Judges outputs, and says how sure it is: what :func:`pfm.wrap` with ``decoder="select"`` asks for.
+    """Judges outputs, and says how sure it is: what :func:`pfm.wrap` with ``decoder="select"`` needs.
 
     :class:`pfm.PreferenceFlow`, :class:`pfm.Composition` and :class:`pfm.references.PooledFlow` are also
     :class:`TransportingFlow` and :class:`CandidateFlow`.
@@ -46,7 +46,7 @@ class Flow(Protocol):
 
 @runtime_checkable
 class TransportingFlow(Protocol):
-    """Moves outputs: what decoders ask for that make outputs of their own."""
+    """Moves outputs: what decoders need that make outputs of their own."""
 
     def transport(self, y: Any, context: Any = None) -> Tensor:
         """Carry outputs (B, \\*D) under contexts (B, C) or None along the flow, (B, \\*D)."""
@@ -75,7 +75,7 @@ class Encoder(Protocol):
     """Turns outputs into vectors.
 
     All but :meth:`encode` are optional (:func:`pfm.encoders.as_encoder` adds them). An encoder of other outputs than
-    texts - images, arrays - also has ``accepts(output)``, which tells those that it encodes.
+    texts - images, arrays - also has ``accepts(output)``, which returns whether it encodes one.
     """
 
     @property
@@ -92,7 +92,7 @@ class Encoder(Protocol):
         return self.encode(texts, progress=progress)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the encoder in JSON values, so that a saved flow can tell whether it meets another."""
+        """Describe the encoder in JSON values, so that a saved flow can detect another one."""
         ...
 
 
@@ -139,7 +139,7 @@ class Decoder(Protocol):
 
 
 class Judge(Protocol):
-    """Scores responses: what :func:`pfm.evaluate` asks for; a :class:`pfm.judges.Judge`, or a function."""
+    """Scores responses: what :func:`pfm.evaluate` needs; a :class:`pfm.judges.Judge`, or a function."""
 
     def __call__(self, prompt: Any, responses: list[str], /) -> Sequence[float]:
         """Return one number a response (n,), higher is better."""

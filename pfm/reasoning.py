@@ -142,7 +142,7 @@ def training_text(text: str, reasoning: str = "strip") -> str:
 
 
 def is_marker(token: str) -> bool:
-    """Tell whether a token of a vocabulary marks reasoning, so that a text without it could not be split."""
+    """Return whether a token of a vocabulary marks reasoning, so that a text without it could not be split."""
     return bool(_OPENERS.fullmatch(token) or _LONE.fullmatch(token) or token in _HARMONY_TOKENS)
 
 
@@ -154,7 +154,7 @@ def opening_at_end(prompt: str) -> str:
 
 
 def closes_reasoning(text: str) -> bool:
-    """Tell whether a text holds a closing marker anywhere."""
+    """Return whether a text holds a closing marker anywhere."""
     return _LONE.search(text) is not None
 
 
@@ -268,7 +268,7 @@ def _lone_end(text: str, start: int) -> int | None:
 
 
 def _ends_reasoning(text: str, start: int, end: int, begin: int) -> bool:
-    """Tell whether a closing marker at [start, end) stands where a model ends its reasoning, and is not quoted."""
+    """Return whether a closing marker at [start, end) stands where a model ends its reasoning, and is not quoted."""
     if _in_code(text, start, begin):
         return False
     before = text[begin:start]
@@ -280,7 +280,7 @@ def _ends_reasoning(text: str, start: int, end: int, begin: int) -> bool:
 
 
 def _in_code(text: str, place: int, begin: int) -> bool:
-    """Tell whether a place stands in a fenced block or between backticks, as far as the text from ``begin`` says."""
+    """Return whether a place stands in a fenced block or between backticks, as far as the text from ``begin`` says."""
     if text.count("```", begin, place) % 2:
         return "```" in text[place:]
     line = text.rfind("\n", begin, place) + 1 or begin

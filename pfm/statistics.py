@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-_CACHED_COUNTS = 8_000_000  # entries (64 MB) of resampling counts kept in memory; beyond, they are drawn anew
+_CACHED_COUNTS = 8_000_000  # entries (64 MB) of resampling counts kept in memory; beyond, they are drawn again
 _CHUNK_COUNTS = 2_000_000  # entries drawn at once
 _RIDGE = 0.01  # penalty of the length-control fit on a and b: a prior of standard deviation 10 logits
 
@@ -67,7 +67,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How well probabilities agree with outcomes.
+    """Holds measures of how well probabilities agree with outcomes.
 
     ``ece`` estimates the expected calibration error over equal-mass bins, 0 to 1, without what noise adds
     to it; ``measured_ece`` is the plain figure, with the noise. ``noise_floor`` is the plain ECE that a
@@ -86,7 +86,7 @@ class Reliability:
 
     @property
     def within_noise(self) -> bool:
-        """Tell whether the plain ECE is one that a perfectly calibrated predictor could show."""
+        """Return whether the plain ECE is one that a perfectly calibrated predictor could show."""
         return (self.ece.value if self.measured_ece is None else self.measured_ece) <= self.noise_ceiling
 
 
@@ -101,9 +101,9 @@ class Bootstrap:
 
     def __init__(self, n: int, resamples: int = 2000, seed: int = 0):
         if n < 1:
-            raise ValueError(f"n must be at least 1 prompt, got {n}")
+            raise ValueError(f"n must be at least 1 prompt: got {n}")
         if resamples < 1:
-            raise ValueError(f"resamples must be at least 1, got {resamples}; 2000 is usual")
+            raise ValueError(f"resamples must be at least 1: got {resamples}; 2000 is usual")
         self.n, self.resamples, self.seed = n, resamples, seed
         self._counts = list(self._draw()) if n * resamples <= _CACHED_COUNTS else None
 
@@ -163,7 +163,7 @@ def interval(
         samples: (R,) its values over resamples; those that are not finite are left out.
         units: number of independent units that were resampled. The percentile interval is stretched about the
             value by Student's t(units - 1) over the normal quantile and by sqrt(units / (units - 1)); of one
-            unit no spread can be known. None: the percentile interval as it is.
+            unit no spread can be known. None: the percentile interval unchanged.
         bounds: limits of the figure, to which the interval is cut.
     """
     samples = samples[np.isfinite(samples)]
@@ -221,7 +221,7 @@ def pairwise_agreement(probabilities: ArrayLike, scores: ArrayLike) -> tuple[flo
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Return the exact two-sided p-value of wins against losses under a fair coin; ties are left out.
+    """Return the exact two-sided p-value of wins against losses with equal chances; ties are left out.
 
     >>> round(sign_test(wins=9, losses=1), 4)
     0.0215
@@ -265,7 +265,7 @@ def length_controlled(
         changed: (M,) whether the output differs from its opponent; default: all but ties of equal length.
 
     Degenerate cases: with all gaps 0 nothing needs correcting and the plain win rate is returned; with the
-    gaps of all changed outputs equal but not 0 the effect of length cannot be told from that of the method,
+    gaps of all changed outputs equal but not 0 the effect of length cannot be separated from that of the method,
     and None is returned.
     """
     win, gap = np.asarray(win, dtype=np.float64), np.asarray(gap, dtype=np.float64)
@@ -330,7 +330,7 @@ def _sigmoid(z: ArrayLike) -> Array:
 def binned(x: ArrayLike, outcome: ArrayLike, owner: ArrayLike, bootstrap: Bootstrap, bins: int = 10) -> list[Bin]:
     """Average outcomes in bins of x that hold equally many rows; equal x never fall into different bins.
 
-    x, outcome and owner (the prompt of each row) are (M,). Ties can leave fewer bins than asked for.
+    x, outcome and owner (the prompt of each row) are (M,). Ties can leave fewer bins than requested.
     """
     x, outcome = np.asarray(x, dtype=np.float64), np.asarray(outcome, dtype=np.float64)
     index, count = _equal_mass(x, bins)

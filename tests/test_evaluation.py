@@ -294,7 +294,7 @@ def test_without_probabilities_there_is_no_calibration():
     [
         ({"scores": [1.0]}, r"row 1: scores must be \(2,\)"),
         ({"scores": [1.0, float("nan")]}, "row 1: scores must be finite"),
-        ({"picks": {"pfm": 2}}, "row 1: pfm must index its 2 candidates, got 2"),
+        ({"picks": {"pfm": 2}}, "row 1: pfm must index its 2 candidates: got 2"),
         ({"original": -1}, "row 1: original must index"),
         ({"probabilities": [0.5, 1.5]}, "row 1: probabilities must lie between 0 and 1"),
         ({"probabilities": [0.5]}, r"row 1: probabilities must be \(2,\)"),
@@ -430,8 +430,8 @@ def test_bad_arguments_of_evaluate(options, error, message):
     ("source", "error", "message"),
     [
         ([], ValueError, "records is empty"),
-        ("text", TypeError, "must be a Refiner or a sequence of Refinement, got str"),
-        ([{"prompt": "p"}], TypeError, "record 0 must be a Refinement, got dict without"),
+        ("text", TypeError, "must be a Refiner or a sequence of Refinement: got str"),
+        ([{"prompt": "p"}], TypeError, "record 0 must be a Refinement: got dict without"),
     ],
 )
 def test_bad_sources_of_evaluate(source, error, message):

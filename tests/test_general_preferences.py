@@ -144,7 +144,7 @@ def test_relevance_to_the_prompt_is_seen_where_no_reward_of_the_output_is(tmp_pa
     assert_same(alone.score(y, other), BradleyTerry(1e-3).fit(without).score(y, other))
     both = PreferenceEnsemble([BradleyTerry(1e-3), RelevancePreference(BradleyTerry(1e-3))]).fit(train)
     assert accuracy(both, held) > 0.95
-    with pytest.raises(ValueError, match="share must be positive"):
+    with pytest.raises(ValueError, match="share must be a positive number"):
         RelevancePreference(BradleyTerry(), share=0.0)
 
 
@@ -378,7 +378,7 @@ def test_bad_arguments_are_named(fitted):
         (lambda: model.score(y, y[:3]), "equally many outputs: got 4 and 3"),
         (lambda: model.win_probability(y, y[:0]), "opponents holds no outputs"),
         (lambda: GeneralPreference(0), "blocks must be a whole number of at least 1"),
-        (lambda: GeneralPreference(temperature=0.0), "temperature must be positive"),
+        (lambda: GeneralPreference(temperature=0.0), "temperature must be a positive number: got 0.0"),
         (lambda: BradleyTerry(hidden=-1), "hidden must be a whole number"),
         (lambda: PreferenceEnsemble([]), "members holds no models"),
         (lambda: PreferenceEnsemble(folds=1), "folds must be a whole number of at least 2"),

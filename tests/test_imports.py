@@ -50,3 +50,11 @@ def test_an_old_path_warns_and_gives_the_module_at_its_new_one(old, new):
 
 def test_every_old_path_leads_to_a_module():
     assert all(importlib.util.find_spec(new) for new in MOVED.values())
+
+
+def test_an_old_method_warns_in_its_callers_file_and_gives_the_same():
+    pairs = pfm.PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "It rains.", "rejected": "No."}])
+    renamed = r"PreferencePairs\.describe\(\) is now PreferencePairs\.summary\(\)"
+    with pytest.warns(DeprecationWarning, match=renamed) as seen:
+        assert pairs.describe() == pairs.summary()
+    assert seen[0].filename == __file__

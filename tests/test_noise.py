@@ -133,7 +133,7 @@ def test_the_share_of_wrong_labels_is_found_and_which_they_are(noisy, found):
     assert float(suspected[~wrong].float().mean()) < 0.08
     # Of labels that are said to be right with a probability, that share is right.
     assert float(report.correct.mean()) == pytest.approx(float((~wrong).float().mean()), abs=0.05)
-    assert "of the labels are turned round" in str(report)
+    assert "of the labels are flipped" in str(report)
 
 
 def test_correction_learns_what_clean_labels_teach(clean, noisy, found):
@@ -149,7 +149,7 @@ def test_clean_labels_come_back_as_they_are(clean: EncodedPairs):
     assert found.pairs.probability is None
     assert torch.equal(found.report.correct, torch.ones(len(clean)))
     assert torch.equal(found.pairs.chosen, clean.chosen)
-    assert "no turned labels confirmed" in str(found.report)
+    assert "no flipped labels confirmed" in str(found.report)
 
 
 def test_shuffled_labels_are_not_made_to_tell_anything(clean: EncodedPairs):

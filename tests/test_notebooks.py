@@ -141,12 +141,12 @@ def _preferences_are_found_as_they_are(shown: dict[str, SimpleNamespace]) -> Non
     turns = dict(re.findall(r"(\S.*\S) +turns of .*: (\d+)", shown["plot-rounds"].text))
     assert min(int(turns["the truth"]), int(turns["hybrid"])) >= 2
     assert turns["Bradley–Terry"] == "0"
-    assert votes["share"]["excess"] < votes["share, drawn in"]["excess"] < votes["majority's word"]["excess"]
+    assert votes["share"]["excess"] < votes["share, shrunk"]["excess"] < votes["majority's word"]["excess"]
     width = re.search(r"tie width: ([\d.]+), true 0.7", shown["plot-ties"].text)
     assert width
     assert 0.5 < float(width[1]) < 0.9
-    assert noise["clean"]["excess"] < noise["corrected"]["excess"] < 0.75 * noise["a fifth turned round"]["excess"]
-    assert noise["corrected"]["accuracy"] > noise["a fifth turned round"]["accuracy"]
+    assert noise["clean"]["excess"] < noise["corrected"]["excess"] < 0.75 * noise["a fifth flipped"]["excess"]
+    assert noise["corrected"]["accuracy"] > noise["a fifth flipped"]["accuracy"]
     assert "people placed with those of their own taste: 100%" in shown["tastes"].text
     assert adapted["adapt"]["20"] > max(adapted["infer"]["20"], adapted["own pairs alone"]["20"])
     assert adapted["all people"]["20"] < 60
@@ -154,7 +154,7 @@ def _preferences_are_found_as_they_are(shown: dict[str, SimpleNamespace]) -> Non
     assert max(win["worst"] for win in weights.values()) > ends + 2
     control = shown["control"].text
     assert re.findall(r"planes (\d+), network (\w+)", control) == [("0", "False")] * 2
-    assert re.search(r"coin tosses .*\| 0\.0[0-2]\d", control)
+    assert re.search(r"random labels .*\| 0\.0[0-2]\d", control)
     assert "tastes kept: 1" in control
     assert "share of wrong ones found: 0.0%" in control
 

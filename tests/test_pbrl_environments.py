@@ -474,7 +474,7 @@ def test_returns_do_not_depend_on_how_episodes_are_batched():
 def test_wrong_batches_are_refused():
     env = pbrl.VectorEnv("Pendulum-v1", 2)
     observations = env.reset(2, 0)
-    with pytest.raises(ValueError, match=r"actions must have shape \(2, 1\), got \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"actions must have shape \(2, 1\): got \(3, 1\)"):
         env.step(np.zeros((3, 1)))
     with pytest.raises(ValueError, match="NaN"):
         env.step(np.full((2, 1), np.nan))

@@ -334,7 +334,7 @@ def test_bad_observations_and_flows_are_refused(flow, swinging):
     [
         ({"execute": 5}, "execute"),
         ({"candidates": 0}, "candidates"),
-        ({"guidance": -1.0}, ">= 0"),
+        ({"guidance": -1.0}, "guidance must be a number of at least 0: got -1.0"),
         ({"guidance": 0.0}, "context_free"),
         ({"win_gradient": float("nan")}, "win_gradient must be a finite number"),
         ({"mode": "twice"}, "mode"),

@@ -242,7 +242,7 @@ def test_a_reading_ahead_finds_the_action_that_moves_what_people_like(split):
     nudged = reading.score(split.leading[:50], np.tile([1.0, 0.0], (50, 1)))
     assert nudged == pytest.approx(slope[:, 0])  # linear in what is added
     pairs = study.pairs_of(split, reading)
-    assert pairs.statistics().ties == 0
+    assert pairs.summary().ties == 0
     assert set(pairs.trajectory) <= set(split.episode[split.side == 0])
     with pytest.raises(ValueError, match="ahead"):
         study.read(split, "aheed", 0)

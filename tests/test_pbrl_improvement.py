@@ -137,7 +137,7 @@ def test_a_folder_without_a_round_says_what_writes_one(tmp_path: Path):
         ({"rounds": 0}, "rounds must be a whole number of at least 1: got 0"),
         ({"episodes": -1}, "episodes must be"),
         ({"episodes": 0}, r"episodes=0 chooses nothing: give one strength, such as \(1.0,\), got \[1.0, 2.0, 4.0\]"),
-        ({"rounds": 700}, "pairs must be a whole number of at least the 700 rounds: got 600"),
+        ({"rounds": 700}, "pairs must be a whole number of at least 700: got 600; each round needs a pair"),
         ({"form": "actions"}, "form must be one of residual, directions: got 'actions'"),
         ({"strengths": ()}, "at least one"),
         ({"strengths": (1.0, -1.0)}, "numbers above 0"),

@@ -168,7 +168,7 @@ def test_files_that_are_no_policy_are_refused(tmp_path):
     with pytest.raises(ValueError, match="action space is"):
         load(path)  # the pendulum has one action
     policy = load(path, action_space=UNIT)
-    with pytest.raises(ValueError, match="must have 2 numbers, got 3"):
+    with pytest.raises(ValueError, match="must have 2 numbers: got 3"):
         policy.predict(np.zeros(3))
     with pytest.raises(ValueError, match="NaN"):
         policy.predict(np.array([0.0, np.nan]))

@@ -123,7 +123,7 @@ def test_actions_are_clipped_in_double_precision_and_left_alone():
 
 def test_an_episode_that_ends_inside_a_segment_stops_its_rewards(segments):
     ended = segments.steps < segments.length
-    assert 0 < segments.statistics().ended == ended.mean() < 0.2
+    assert 0 < segments.summary().ended == ended.mean() < 0.2
     elapsed = segments.saved_states()[:, -1].astype(int)
     assert np.array_equal(segments.steps, np.minimum(50 - elapsed, 4)[:, None].repeat(2, 1))
     after_end = np.arange(4) >= segments.steps[..., None]
@@ -134,7 +134,7 @@ def test_an_episode_that_ends_inside_a_segment_stops_its_rewards(segments):
 
 
 def test_labels_that_look_further_differ_from_the_segments_returns(segments):
-    found = segments.statistics()
+    found = segments.summary()
     assert found.label_accuracy == 1.0
     assert 0.6 < found.return_accuracy < 0.97
     assert found.best_gain > found.member_gain
@@ -295,7 +295,7 @@ def test_nothing_is_learned_from_ties_alone():
     ties = collect(Indifferent, Steering(), 50, length=4, continuation=2)
     assert ties.label is not None
     assert (ties.label == 0.5).all()
-    assert ties.statistics().ties == 1.0
+    assert ties.summary().ties == 1.0
     for handling in ("keep", "drop"):
         with pytest.raises(ValueError, match=r"none of the 50 comparisons prefers a segment \(50 ties"):
             ties.encode(ties=handling)
@@ -348,11 +348,11 @@ def test_parts_keep_their_labels_and_splits_cut_no_trajectory(segments):
     assert not set(train.trajectory) & set(held.trajectory)
     assert len(train) + len(held) == len(segments)
     joined = SegmentPairs.concatenate([train, held])
-    assert joined.statistics().label_accuracy == 1.0
+    assert joined.summary().label_accuracy == 1.0
     assert joined.labels == 250
     assert len(np.unique(joined.trajectory)) == len(np.unique(segments.trajectory))
     shuffled = segments.select(np.random.default_rng(0).permutation(250))
-    assert shuffled.statistics().label_accuracy == 1.0
+    assert shuffled.summary().label_accuracy == 1.0
 
 
 def test_encoded_pairs_prefer_the_better_segment_under_its_observation(segments):
@@ -384,7 +384,7 @@ def test_ties_and_skipped_comparisons_are_handled_as_stated(segments):
     with pytest.raises(ValueError, match="250 ties"):
         segments.relabel(Teacher(equal=1e9)).encode()
     with pytest.raises(ValueError, match="relabel"):
-        replace(segments, label=None).statistics()
+        replace(segments, label=None).summary()
 
 
 def test_groups_of_members_become_candidate_sets_at_an_honest_price():
@@ -408,7 +408,7 @@ def test_disagreeing_arrays_are_refused(segments):
         replace(segments, rewards=segments.rewards[:, :, :2])
     broken = segments.observation.copy()
     broken[3, 0] = np.nan
-    with pytest.raises(ValueError, match=r"observation must be finite.*row is 3"):
+    with pytest.raises(ValueError, match=r"observation must be finite.*the first is row 3"):
         replace(segments, observation=broken)
     with pytest.raises(ValueError, match="each state once"):
         segments.select([1, 1])

@@ -346,7 +346,7 @@ def relabelled(kind: type[Turning], rounds: int) -> PreferenceFlow:
 
 
 def test_relabel_warns_when_the_population_goes_round(tmp_path):
-    with pytest.warns(CyclingWarning, match="the preferences go round, and further rounds need not converge"):
+    with pytest.warns(CyclingWarning, match="the preferences are cyclic, and further rounds need not converge"):
         flow = relabelled(Turning, 6)
     found = flow.metadata["rounds"]
     assert [check["rounds"] for check in found] == [2, 3, 4, 5, 6]
@@ -392,3 +392,24 @@ def test_what_is_no_preference_of_these_outputs_is_refused(flow, model):
         flow.relabel(model, torch.zeros(4, 2), torch.zeros(4, 2), check=-1)
     with pytest.raises(ValueError, match="at least two candidates"):
         candidate_wins(model, CENTRES[:1])
+
+
+def test_few_contexts_with_many_pairs_are_pointed_out(caplog):
+    """Holding out whole classes drops all that is special to a class; pairs of their own groups keep it."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 1200, 1, generator=generator)
+    context = torch.eye(4)[torch.arange(1200) % 4]
+    sign = (context @ torch.tensor([1.0, -1.0, 1.0, -1.0]))[:, None]  # what is better depends on the class alone
+    first = (one - two) * sign > 0
+    chosen, rejected = torch.where(first, one, two), torch.where(first, two, one)
+    config = pfm.FlowConfig(residual=False)
+    with caplog.at_level("WARNING", "pfm"):
+        pfm.PreferenceFlow.fit(pfm.EncodedPairs(chosen, rejected, context), config, progress=False)
+    assert "1200 pairs of only 4 contexts" in caplog.text
+    caplog.clear()
+    with caplog.at_level("WARNING", "pfm"):
+        pairs = pfm.EncodedPairs(chosen, rejected, context, group=torch.arange(1200))
+        flow = pfm.PreferenceFlow.fit(pairs, config, progress=False)
+    assert not caplog.text
+    moved = flow.transport(one, context)
+    assert float(((moved - one) * sign).mean()) > 0.4  # E[max of two standard normals] = 0.564

@@ -19,7 +19,7 @@ from pfm.preferences import (
 from pfm.preferences.base import restored, unfitted
 from pfm.preferences.crossvalidation import Search
 from pfm.preferences.ensemble import _stacked
-from pfm.preferences.logistic import PairwiseLogistic, drawn_in, fit_platt, fit_temperature, pairwise_log_loss
+from pfm.preferences.logistic import PairwiseLogistic, fit_platt, fit_temperature, pairwise_log_loss, smooth_labels
 from pfm.preferences.newton import newton_logistic
 from pfm.preferences.planes import SkewMoments
 from pfm.preferences.ridge import Ridge
@@ -127,9 +127,9 @@ def test_platt_recovers_slope_and_offset_and_takes_a_wrong_order_for_no_evidence
 
 def test_platt_is_not_certain_of_a_few_perfectly_ordered_labels():
     score = torch.cat([torch.arange(1.0, 11.0), -torch.arange(1.0, 11.0)])
-    slope, offset = fit_platt(score, drawn_in((score > 0).float()))
+    slope, offset = fit_platt(score, smooth_labels((score > 0).float()))
     assert 0.9 < float(torch.sigmoid(slope * score + offset).max()) < 0.999
-    assert drawn_in(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert smooth_labels(torch.tensor([1.0, 0.0])).tolist() == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_b_is_not_certain_after_a_few_pairs_that_are_easy_to_order():
@@ -150,7 +150,7 @@ def test_log_loss_of_a_coin_is_log_two():
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda: BradleyTerry(0.0), "l2 must be positive"),
+        (lambda: BradleyTerry(0.0), "l2 must be a positive number: got 0.0"),
         (
             lambda: BradleyTerry().fit(bradley_terry_pairs(50, WEIGHTS)).reward(torch.zeros(2, 3)),
             "4 values a row: got 3",

@@ -109,7 +109,7 @@ def test_bad_rates_shares_and_tags_are_refused_by_name():
     with pytest.raises(ValueError, match="temperature must be a positive number"):
         learned_shares(RATES, temperature=0.0)
     pairs = EncodedPairs([[1.0], [1.0]], [[0.0], [0.0]])
-    with pytest.raises(ValueError, match="chosen_tags must be 2"):
+    with pytest.raises(ValueError, match="chosen_tags must have one entry a pair: got 1 for 2 pairs"):
         TaggedPairs.of(pairs, ["a"], ["b", "b"])
     with pytest.raises(ValueError, match="rejected_tags must name every pair's: number 1 is None"):
         TaggedPairs.of(pairs, ["a", "a"], ["b", None])

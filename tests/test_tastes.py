@@ -370,7 +370,7 @@ def test_bad_tastes_are_refused_by_name(crowd):
         taste_flows(pairs, groups, names=[0, 1, 2, 3])
     with pytest.raises(ValueError, match="taste 1 has 0 pairs"):
         taste_flows(pairs, torch.tensor([[1.0, 0.0]]).repeat(len(pairs), 1), LINEAR)
-    with pytest.raises(ValueError, match="raters must be 960"):
+    with pytest.raises(ValueError, match="raters must have one entry a pair: got 2 for 960 pairs"):
         TasteMixture(2).fit(pairs, [0, 1])
     with pytest.raises(ValueError, match="number 1 is nan"):
         TasteMixture(2).fit(pairs.select([0, 1]), [0.0, math.nan])

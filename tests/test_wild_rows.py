@@ -239,7 +239,7 @@ def check(pairs: PreferencePairs, wild: Wild) -> None:
     assert pairs.weight == wild.weight
     assert pairs.group == wild.group
     prompts = len({prompt for prompt, _, _ in wild.pairs}) if wild.prompts is None else wild.prompts
-    assert pairs.describe().prompts == prompts
+    assert pairs.summary().prompts == prompts
 
 
 def rows_of(path: Path) -> list[Any]:
@@ -495,7 +495,7 @@ def test_text_beside_a_recognised_prompt_is_noted(caplog):
     rows = [{"question": q, "context": f"Facts on {q}", "chosen": c, "rejected": r} for q, c, r in THREE]
     pairs = PreferencePairs.from_rows(rows)
     assert pairs.notes == ["columns of text that are not part of the prompt: 'context'"]
-    assert "not part of the prompt" in str(pairs.describe())
+    assert "not part of the prompt" in str(pairs.summary())
     assert caplog.text.count("not part of the prompt") == 1
     system = PreferencePairs.from_rows(
         [{"prompt": q, "system": "Be kind.", "chosen": c, "rejected": r} for q, c, r in THREE]
@@ -522,7 +522,7 @@ def test_forms_of_one_prompt_stay_on_one_side_of_a_split():
         for form in range(4)
     ]
     pairs = PreferencePairs.from_rows(rows)
-    assert pairs.describe().prompts == 8
+    assert pairs.summary().prompts == 8
     for seed in range(4):
         train, held_out = pairs.split(0.25, seed)
         assert len(held_out) == 8

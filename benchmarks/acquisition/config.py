@@ -16,7 +16,7 @@ class AcquisitionConfig(TaskConfig):
 
     ``data``: the task whose pairs are the pool and whose candidates are chosen from: "alpaca", "arguments" or
     "captions", with ``options`` of its config. ``pool``: pairs to choose from, drawn at random; their labels are
-    hidden. ``labels``: numbers of labels at which the choices are measured. A round asks for at most ``batch`` labels,
+    hidden. ``labels``: numbers of labels at which the choices are measured. A round requests at most ``batch`` labels,
     or for a quarter of those there are, if that is more.
     """
 

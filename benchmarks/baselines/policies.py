@@ -1,4 +1,4 @@
-"""Policies with a likelihood, on the plane: a law over the cells of a grid, as fine-tuning needs one.
+"""Policies with a likelihood, on the plane: a distribution over the cells of a grid, as fine-tuning needs one.
 
 Fine-tuning opens the generator: it needs log pi(y|x) of the policy and of the reference. On a line or a plane a grid
 gives both exactly. A policy here is
@@ -8,7 +8,7 @@ gives both exactly. A policy here is
 with energies u that start at zero, so that training starts at the reference as fine-tuning does; s is 1 unless the
 policy is sharpened. log pi / pi_ref is s u up to log Z, which cancels wherever two outputs of one context are
 compared. Within a cell the policy is flat: a draw is wrong by half a cell at most, which is the floor of its distance
-to any law.
+to any distribution.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 SIDE = {1: 256, 2: 48}  # cells a side by dimension
-SIDE_UNDER_CONTEXTS = {1: 128, 2: 32}  # every context has its own law over the cells: 8000 draws, 8000 laws
+SIDE_UNDER_CONTEXTS = {1: 128, 2: 32}  # each context has its own distribution over the cells
 QUADRATURE = {1: 4, 2: 2}  # midpoints a side of a cell
 ROWS = 32_768  # rows of one evaluation of a network or a density: what stays in the cache
 
@@ -143,7 +143,7 @@ def reference_of(law: Law, grid: Grid) -> Reference:
 
 
 def round_divergence(law: Law, number: int = 1) -> float:
-    """Give KL(p_k || p_(k-1)) in nats, exactly, of the law of round k from that of the round before.
+    """Give KL(p_k || p_(k-1)) in nats, exactly, of the distribution of round k from that of the round before.
 
     At most log 2, since p_k = 2 p_(k-1) b_(k-1). Without doubt and ties the first is log 2 - 1/2, best of two's
     log n - (n - 1) / n (arXiv 2401.01879); doubtful preferences spend less.
@@ -182,7 +182,7 @@ class Bins:
 
 
 class Policy(nn.Module, ABC):
-    """Is a law over the cells of a grid, in terms of a reference and energies.
+    """Is a distribution over the cells of a grid, in terms of a reference and energies.
 
     Args:
         grid: the cells.

@@ -165,7 +165,7 @@ def measure(
             found = collect(
                 env, policy, SHARD * math.comb(case.members, 2), length=case.length, continuation=case.continuation,
                 members=case.members, noise=case.noise, correlation=1.0, explore=case.explore, seed=seed, batch=BATCH,
-                folder=folder,
+                folder=folder, progress=False,
             )  # fmt: skip
         return int(found.meta["steps"])
 

@@ -92,7 +92,7 @@ class ControlTask:
         segments = held.select(np.arange(min(config.states, len(held))))
         gains = self._segment_gains(env, chosen.policy, segments) if config.states else {}
         marks.append(time.perf_counter())
-        statistics = train.statistics()
+        statistics = train.summary()
         figures = self._figures(returns, plain, gains)
         gain = figures["gain"]
         assert gain is not None
@@ -143,6 +143,7 @@ class ControlTask:
             explore=config.explore,
             folder=folder,
             batch=_BATCH,
+            progress=False,
         )
 
     def _value(self, policy: Any, seed: int, folder: Path | None) -> FittedValue:

@@ -19,7 +19,7 @@ class Bench:
     """Lends the encoder that all methods share, the run's seed, whether to show progress, and wrong labels.
 
     ``flips`` is the share of training labels that a task turns round, by chance, before any method sees them.
-    The encoder is made when a task first asks for it: the laws on the plane have nothing to encode.
+    The encoder is made when a task first needs it: the laws on the plane have nothing to encode.
     """
 
     encoder_name: str

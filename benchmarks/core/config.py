@@ -99,7 +99,7 @@ class CaptionsConfig(ChoiceConfig):
 
 @dataclass
 class LawConfig(TaskConfig):
-    """Move draws of a reference towards laws that are known exactly.
+    """Move draws of a reference towards distributions that are known exactly.
 
     ``pairs`` to learn from (``limit`` keeps so many of them). Every figure is a mean over ``draws`` sets of
     ``samples`` outputs each; distances between laws over every one of them with each of ``draws`` sets of exact
@@ -196,7 +196,7 @@ class RobustFlowConfig(FlowMethodConfig):
 
 @dataclass
 class TransportConfig(MethodConfig):
-    """Move draws of a law by a preference flow.
+    """Move draws of a distribution by a preference flow.
 
     How it is fitted
         labels: "given", or for the controls "shuffled" or "swapped". rounds: with ``mode`` "relabel" that many flows,
@@ -221,7 +221,7 @@ class TransportConfig(MethodConfig):
     flow: dict[str, Any] = field(default_factory=lambda: pfm.FlowConfig().to_dict())
 
 
-# -- baselines that move draws of a law -------------------------------------------------------------------------
+# -- baselines that move draws of a distribution ----------------------------------------------------------------
 
 
 @dataclass
@@ -357,7 +357,7 @@ class RunConfig:
         task, method: see the classes above. seed: of the split, the draws and the fit.
         encoder: a name for :func:`pfm.encoders.encoder_from_name`, the same for all methods that read vectors.
         long_texts: "truncate" reads the beginning of a text, "chunk" all of it.
-        flips: share of the training labels that are turned round by chance; tasks of choices only.
+        flips: share of the training labels that are flipped at random; tasks of choices only.
 
     How it is run
         out: folder of the runs. threads: for computation, or "auto" for the cores divided by the number of runs at a

@@ -1,1 +1,1 @@
-"""Problems whose exact result is known: laws of outputs before and after."""
+"""Problems whose exact result is known: distributions of outputs before and after."""

@@ -1,4 +1,4 @@
-"""Tasks of one kind: a method moves draws of a reference, and the laws it should reach are known exactly."""
+"""Tasks of one kind: a method moves draws of a reference, and the distributions it should reach are known exactly."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Flowing", "Law", "Mover", "Staged"]
 
 @dataclass(frozen=True)
 class Law(ABC):
-    """Is a reference law with a preference over its draws: all of it can be computed.
+    """Is a reference distribution with a preference over its draws: all of it can be computed.
 
-    Draws are y (B, D); contexts (B, C), or None where the law has none. In round k two draws of round k - 1 meet and
-    the preferred one stays, so that p_k = 2 p_(k-1) b_(k-1), where b_(k-1)(y) is the chance that y beats a draw of
-    p_(k-1). While preferences are transitive that is the law of the best of 2^k reference draws, as votes find it.
+    Draws are y (B, D); contexts (B, C), or None where the law has none. In round k two draws of round k - 1 are
+    compared and the preferred one stays, so that p_k = 2 p_(k-1) b_(k-1), where b_(k-1)(y) is the chance that y beats a
+    draw of p_(k-1). While preferences are transitive that is the distribution of the best of 2^k reference draws.
 
     Attributes:
         name: as in tables. dimension: D. context_dimension: C, 0 for none.
@@ -58,11 +58,11 @@ class Law(ABC):
         return None
 
     def aligned(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give outputs (B, D') such that laws that differ under some context differ in them: (y, x) side by side."""
+        """Give outputs (B, D') whose distributions differ wherever they do under some context: (y, x) side by side."""
         return y if context is None else torch.cat([y, context], dim=1)
 
     def distribution(self, y: Tensor, number: int) -> Tensor | None:
-        """Give the distribution function (B,) of a round's law at y (B, 1); None unless it has a closed form."""
+        """Give the distribution function (B,) of a round at y (B, 1); None unless it has a closed form."""
         return None
 
     def shown(self) -> Tensor | None:
@@ -74,7 +74,7 @@ class Law(ABC):
         return torch.rand(len(y), generator=generator) < self.preference(y, other, context)
 
     def round(self, number: int, context: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
-        """Draw (count, D) of the law of a round, exactly: a knock-out tournament of 2^number reference draws."""
+        """Draw (count, D) exactly from a round: a knock-out tournament of 2^number reference draws."""
         if number == 0:
             return self.reference(context, count, generator)
         one = self.round(number - 1, context, count, generator)
@@ -116,10 +116,10 @@ class Mover(Protocol):
 
 @runtime_checkable
 class Staged(Protocol):
-    """Is a mover that aims at the laws of other rounds than the first."""
+    """Is a mover that aims at the distributions of other rounds than the first."""
 
     def stages(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> dict[int, Tensor]:
-        """Refine draws as :meth:`Mover.move` does: {number of a round: the outputs (B, D) that aim at its law}.
+        """Refine draws as :meth:`Mover.move` does: {number of a round: the outputs (B, D) that aim at it}.
 
         The last is what the method is judged by.
         """

@@ -1,4 +1,4 @@
-"""What is measured on outputs whose exact law is known, each figure beside what exact draws score on it."""
+"""What is measured on outputs whose exact distribution is known, each figure beside what exact draws score on it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Drawn:
     def of(
         cls, law: Law, y: Tensor, context: Tensor | None, stage: int, config: LawConfig, generator: torch.Generator
     ) -> Drawn:
-        """Measure outputs y (N, D) under contexts (N, C), two neighbouring rows each, that aim at a round's law."""
+        """Measure outputs y (N, D) under contexts (N, C), two neighbouring rows each, that aim at a round."""
         rows = law.aligned(y, context)
         few = rows[torch.randperm(len(rows), generator=generator)[: config.energy_samples]]
         opponent = law.reference(context, len(y), generator)
@@ -78,7 +78,7 @@ def measure(
     """Give every figure with its 95% interval over the R sets of outputs.
 
     Args:
-        ours: R sets of outputs. target, floor: R sets each of exact draws of the law aimed at, all independent.
+        ours: R sets of outputs. target, floor: R sets each of exact draws of the target distribution, all independent.
         start: R sets of the reference draws that were moved into ``ours``.
         bootstrap: resamples of the R sets.
         best_of_two: exact E[r] of the reference and of its winners, or None without a reward.

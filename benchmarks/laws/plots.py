@@ -114,7 +114,7 @@ def _outputs(report: LawReport, arrays: dict[str, Arrays], low: float, high: flo
             if number < 2:
                 _shade(axes, some["density"][number, group], low, high)
                 _dots(axes, some[("reference", "exact")[number]][group], _INK)
-                heading = ("Reference", "Exact law aimed at")[number]
+                heading = ("Reference", "Exact target distribution")[number]
             else:
                 method = shown[number - 2]
                 found = arrays[method.name]
@@ -148,7 +148,7 @@ def _line_outputs(report: LawReport, arrays: dict[str, Arrays], low: float, high
         density = found["density"][0 if number == 0 else 1, 0].astype(float)
         places = low + (high - low) * (np.arange(len(density)) + 0.5) / len(density)
         axes.plot(places, density, color=_INK, linewidth=1.3)
-        heading = ("Reference", "Exact law aimed at")[number] if method is None else method.title
+        heading = ("Reference", "Exact target distribution")[number] if method is None else method.title
         axes.set_title(heading + ("" if method is None else f"\n{_says(method)}"), fontsize=8, color=_INK)
         axes.set_yticks([])
         _tidy(axes, grid=False)
@@ -189,7 +189,7 @@ def _field(report: LawReport, arrays: dict[str, Arrays], low: float, high: float
                 _arrow(axes, contexts[group], high)
     _title(
         figure,
-        f"{report.task}: the field of “{method.label}” and the law it has carried the reference to; "
+        f"{report.task}: the field of “{method.label}” and the distribution it has carried the reference to; "
         "light arrows lie off the draws",
     )
     return figure
@@ -247,7 +247,9 @@ def _paths(report: LawReport, arrays: dict[str, Arrays], low: float, high: float
     bar = figure.colorbar(drawn, ax=panels.ravel().tolist(), shrink=0.6, aspect=30, pad=0.01)
     bar.set_label("t", rotation=0)
     bar.outline.set_visible(False)
-    _title(figure, f"{report.task}: from reference draws (grey) to outputs (dark), over contours of the exact law")
+    _title(
+        figure, f"{report.task}: from reference draws (grey) to outputs (dark), over contours of the exact distribution"
+    )
     return figure
 
 
@@ -294,7 +296,7 @@ def _line_paths(report: LawReport, arrays: dict[str, Arrays], low: float, high: 
 
 
 def _tradeoff(report: LawReport) -> Any:
-    """Draw win rate against diversity against evaluations, and the distance to the law aimed at."""
+    """Draw win rate against diversity against evaluations, and the distance to the target distribution."""
     methods = report.methods
     figure = _figure(12.5, max(4.2, 1.4 + 0.27 * len(methods)))
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
@@ -343,7 +345,7 @@ def _tradeoff(report: LawReport) -> Any:
     )
     right.set_ylim(-0.6, len(methods) - 0.4)
     right.tick_params(axis="y", length=0, labelsize=8)
-    right.set_xlabel("sliced Wasserstein to the law aimed at ÷ floor (log scale)")
+    right.set_xlabel("sliced Wasserstein to the target distribution ÷ floor (log scale)")
     _tidy(right)
     seeds = {seed for method in methods for seed in method.seeds}
     _title(figure, f"{report.task}: what is gained at which diversity and cost; {len(seeds)} seeds, 95% intervals")

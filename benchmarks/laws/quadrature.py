@@ -1,4 +1,4 @@
-"""The exact laws of a task's rounds, computed on a grid: what draws of :meth:`Law.round` must agree with."""
+"""The exact distributions of a task's rounds, computed on a grid: what draws of :meth:`Law.round` must agree with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def grid(law: Law, cells: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Quadrature:
-    """Holds the laws of rounds 0 to R under one context, as masses at points.
+    """Holds the distributions of rounds 0 to R under one context, as masses at points.
 
     The rule is the midpoint rule: for smooth densities that vanish at the edge of the box its error falls faster
     than any power of the cells' width, and on the line with deterministic preferences it is exact.
@@ -43,7 +43,7 @@ class Quadrature:
 
     @classmethod
     def of(cls, law: Law, context: Tensor | None = None, *, rounds: int = 1, cells: int | None = None) -> Quadrature:
-        """Compute the laws of all rounds up to ``rounds``: p_k = 2 p_(k-1) b_(k-1).
+        """Compute the distributions of all rounds up to ``rounds``: p_k = 2 p_(k-1) b_(k-1).
 
         Args:
             cells: a side of the box; default 1000 on the line, 40 in the plane, where a cell is then at most as wide
@@ -63,7 +63,7 @@ class Quadrature:
         return self
 
     def mean(self, values: Tensor) -> Tensor:
-        """Give the mean (R + 1,) under every round's law of a function's values (M,) at the points."""
+        """Give the mean (R + 1,) under every round's distribution of a function's values (M,) at the points."""
         return self.mass @ values.double()
 
     def rewards(self) -> list[float] | None:

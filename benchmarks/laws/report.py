@@ -1,4 +1,4 @@
-"""Tables of methods that move draws of a law whose rounds are known exactly.
+"""Tables of methods that move draws of a distribution whose rounds are known exactly.
 
 A figure is the interquartile mean over seeds, with a 95% interval from 2000 resamples of the seeds; of a single seed,
 the run's own figure and interval, over its draws.
@@ -28,7 +28,7 @@ Figures = dict[str, Estimate | None]
 class LawMethod:
     """What one method reached over all of its seeds.
 
-    ``figures`` are those of the law it aims at, that of the last of ``rounds``; ``by_round`` those of every round.
+    ``figures`` are those of its target distribution, that of the last of ``rounds``; ``by_round`` those of every round.
     ``runs`` are its finished runs.
     """
 
@@ -53,7 +53,7 @@ class LawMethod:
 
 @dataclass(frozen=True)
 class LawReport:
-    """The methods on one task under one setting, from the closest to the law it aims at to the farthest."""
+    """The methods on one task under one setting, from the closest to its target distribution to the farthest."""
 
     task: str
     settings: dict[str, Any]
@@ -207,7 +207,7 @@ def _section(report: LawReport) -> list[str]:
         "",
     ]
     if any(method.rounds != [1] for method in report.methods):
-        lines += ["Round by round, each against the exact law of that round:", "", *_rounds(report), ""]
+        lines += ["Round by round, each against the exact distribution of that round:", "", *_rounds(report), ""]
     return lines + [f"Note: {note}\n" for note in report.notes]
 
 

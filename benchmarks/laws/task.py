@@ -31,10 +31,10 @@ _SHOWN = {"draws": 1500, "lines": 150, "times": 17, "cells": {1: 200, 2: 64}, "a
 class LawTask:
     """Is a law with the pairs of a seed.
 
-    The score is minus the sliced Wasserstein distance to the law that the method aims at, in units of its floor:
-    −1 is exact, and nothing can be above it but by chance. It is not the win rate, which a method raises best by
-    giving one output always: what a refinement claims is a law, and a law is a mixture of good outputs in the right
-    shares. Win rate, reward, diversity and support stand beside it.
+    The score is minus the sliced Wasserstein distance to the distribution that the method aims at, in units of its
+    floor: −1 is exact, and nothing can be above it but by chance. It is not the win rate, which a method raises best by
+    giving one output always: what a refinement claims is a distribution, and a distribution is a mixture of good
+    outputs in the right shares. Win rate, reward, diversity and support stand beside it.
     """
 
     law: Law
@@ -148,8 +148,8 @@ class LawTask:
         """Give what plots need; where there are contexts, of each of G shown ones, else G = 1.
 
         ``reference``, ``exact`` (G, n, D) draws, ``moved`` (K, G, n, D) the outputs of K stages, ``density``
-        (2, G, cells^D) of the reference and of the law aimed at, ``context`` (G, C). Of a method with a field also
-        ``path`` (T, G, m, D) at ``times`` (T,), ``states`` (3, G, n, D) at t = 0, 1/2, 1 of the ``reference``
+        (2, G, cells^D) of the reference and of the target distribution, ``context`` (G, C). Of a method with a field
+        also ``path`` (T, G, m, D) at ``times`` (T,), ``states`` (3, G, n, D) at t = 0, 1/2, 1 of the ``reference``
         draws, and ``velocity`` (3, G, Q, D) there at the points ``places`` (Q, D).
         """
         generator, dimension = self.generator(_FIGURES), self.law.dimension

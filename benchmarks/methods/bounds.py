@@ -30,7 +30,7 @@ class LawIdentity:
 
 
 class LawOracle:
-    """Draws the winners' law exactly: the better of two reference draws, by the law's own vote."""
+    """Draws the winners' distribution exactly: the better of two reference draws, by the law's own vote."""
 
     draws, evaluations, labels = 2, None, 0
 

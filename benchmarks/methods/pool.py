@@ -1,4 +1,4 @@
-"""Moves by flows that know the sources of a pool apart, on laws whose sources are known exactly."""
+"""Moves by flows that know the sources of a pool apart, on distributions whose sources are known exactly."""
 
 from __future__ import annotations
 

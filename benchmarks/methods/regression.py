@@ -37,7 +37,7 @@ class Regression:
         self.evaluations: float | None = 1 if config.model == "network" else None
 
     def learn(self, law: Law, train: EncodedPairs, bench: Bench) -> dict[str, Any]:
-        """Fit on the pairs; a soft label p counts as p of a pair and 1 - p of the pair turned round."""
+        """Fit on the pairs; a soft label p counts as p of a pair and 1 - p of the pair swapped."""
         if self.model == "ridge":
             self.predict, notes = fit_ridge(train, bench.seed)
             return notes

@@ -1,4 +1,4 @@
-"""Moves by a preference flow on laws that are known exactly, in every mode, with its controls."""
+"""Moves by a preference flow on distributions that are known exactly, in every mode, with its controls."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class FlowMover:
             raise ValueError(f"method.rounds={config.rounds} needs mode 'reapply' or 'relabel': got {config.mode!r}")
         if config.mode == "relabel" and (config.labels != "given" or best_of > 2 or config.distill or config.across):
             raise ValueError(
-                "method.mode='relabel' asks the law for votes in every round: it goes with labels='given' and with "
+                "method.mode='relabel' takes votes of the law in every round: it goes with labels='given' and with "
                 "neither flow.best_of above 2 nor distill nor across"
             )
         self.config = config

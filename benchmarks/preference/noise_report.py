@@ -1,4 +1,4 @@
-"""Tables of what wrong labels cost: the same method on clean and on partly turned labels, paired by item and seed."""
+"""Tables of what wrong labels cost: the same method on clean and on partly flipped labels, paired by item and seed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def markdown(found: Sequence[NoiseCost]) -> str:
         lines += [
             f"## What wrong labels cost: {task}",
             "",
-            "A share of the training labels is turned round by chance. Each row is paired, item by item, with the "
+            "A share of the training labels is flipped at random. Each row is paired, item by item, with the "
             "plain method on clean labels, whose score stands in the third column; positive is a loss. In brackets 95% "
             "intervals over seeds.",
             "",

@@ -64,7 +64,7 @@ class TaskReport:
 
     @property
     def title(self) -> str:
-        """Name the task, its encoder, and how many labels were turned round, if any."""
+        """Name the task, its encoder, and how many labels were flipped, if any."""
         flips = self.settings.get("flips")
         return f"{self.task} ({self.settings['encoder']}{f', {flips:.0%} of the labels wrong' if flips else ''})"
 

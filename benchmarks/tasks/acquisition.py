@@ -39,7 +39,7 @@ class Acquisition:
         The learner is the same for every method: :class:`pfm.acquisition.LaplacePosterior`, its prior by the evidence.
 
         Raises:
-            TypeError: the method asks for no labels.
+            TypeError: the method requests no labels.
         """
         if not isinstance(method, Acquirer):
             raise TypeError(f"{type(method).__name__} asks for no labels, which this task needs")
@@ -104,7 +104,7 @@ class Acquisition:
 
 
 def load(config: AcquisitionConfig, seed: int) -> Acquisition:
-    """Load the data's own task; its labels are hidden until they are asked for.
+    """Load the data's own task; its labels are hidden until they are requested.
 
     Raises:
         ValueError: the data are of no such task.

@@ -1,7 +1,7 @@
 """Rock, paper, scissors: a preference that no reward can express, with one inside each part that one can.
 
 Three modes, of which each beats the next with probability ``beats``; two outputs of one mode are compared by their
-distance from the origin. Every round has its exact law all the same, p_k = 2 p_(k-1) b_(k-1), which
+distance from the origin. Every round has its exact distribution all the same, p_k = 2 p_(k-1) b_(k-1), which
 :meth:`Law.round` draws and :class:`Quadrature` computes. The modes' shares m then follow
 m_i <- m_i (1 + (2 beats - 1) (m_next - m_previous)), the discrete replicator equation of rock, paper, scissors: equal
 shares would stay, but from any other start the product of the shares falls with every round, as the three growth
@@ -28,7 +28,7 @@ __all__ = ["Cycle", "load"]
 
 @dataclass(frozen=True)
 class Cycle(Law):
-    """Is a mixture of three Gaussians with unequal ``shares``, and a preference that goes round.
+    """Is a mixture of three Gaussians with unequal ``shares``, and a cyclic preference.
 
     An output belongs to the mode with the nearest centre. Mode i beats mode i + 1 (and 2 beats 0) with probability
     ``beats``; inside a mode P(y > y') = sigmoid(``slope`` (|y| - |y'|)). On support is what lies within ``reach``

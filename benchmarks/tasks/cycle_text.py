@@ -3,7 +3,7 @@
 Each text is of the kind of the criterion in which it stands out. Kind 1 beats kind 2, kind 2 beats kind 3, and kind 3
 beats kind 1, in the manner of the cyclic sets on which the General Preference Model was measured (Zhang et al. 2024,
 arXiv 2410.02197). Every prompt has equally many texts of each kind, so that no kind wins more often than another: the
-best reward gives them all the same value, and is right as often as a coin. A dominant kind, where there is one, beats
+best reward gives them all the same value, and is right at chance. A dominant kind, where there is one, beats
 all three.
 """
 

@@ -1,7 +1,7 @@
-"""Numbers between 0 and 1, of which the larger always wins: the law on which everything has a closed form.
+"""Numbers between 0 and 1, of which the larger always wins: the distribution on which everything has a closed form.
 
-With pi_ref = U(0, 1) the losers' law is p0(u) = 2 (1 - u), the winners' p1(u) = 2 u, and the law of round k has the
-distribution function u^(2^k).
+With pi_ref = U(0, 1) the losers' distribution is p0(u) = 2 (1 - u), the winners' p1(u) = 2 u, and that of round k has
+the distribution function u^(2^k).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Line(Law):
         return y.squeeze(1).clamp(0, 1) ** 2**number
 
     def rejected_map(self, u: Tensor) -> Tensor:
-        """Give the flow map f(u) = sqrt(1 - (1 - u)^2) of the losers' law to the winners': equal quantiles."""
+        """Give the flow map f(u) = sqrt(1 - (1 - u)^2) of the losers' distribution to the winners': equal quantiles."""
         return (1 - (1 - u.clamp(0, 1)).square()).sqrt()
 
     def rejected_velocity(self, t: float, y: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Line(Law):
         return self._height(t, y) / 2
 
     def reference_velocity(self, t: float, y: Tensor) -> Tensor:
-        """Give the marginal velocity m^2 / (2 (m + y)) of paths from a pair's member, by a fair coin, to its winner.
+        """Give the marginal velocity m^2 / (2 (m + y)) of paths from a pair's member, picked at random, to its winner.
 
         Half of these paths stand still at the winner, with density 2 y; the others are those of losers, with density
         2 m and velocity m / 2.
@@ -79,7 +79,7 @@ class Line(Law):
         return torch.minimum(upwards, downwards)
 
     def reference_map(self, u: Tensor) -> Tensor:
-        """Give the flow map sqrt(u) of the reference to the winners' law."""
+        """Give the flow map sqrt(u) of the reference to the winners' distribution."""
         return u.clamp(0, 1).sqrt()
 
 

@@ -9,5 +9,5 @@ __all__ = ["load"]
 
 
 def load(config: ControlConfig, seed: int) -> ControlTask:
-    """Load the reference of a config; its pairs are collected when they are first asked for."""
+    """Load the reference of a config; its pairs are collected when they are first needed."""
     return ControlTask.load(config, seed)

@@ -4,7 +4,7 @@ GPT-4 prefers what it reads first. Let P(a pair's answer A wins) = sigmoid(d + b
 sigmoid(d - beta) where B is, with d of the two answers and beta of the order alone. Of the pairs on which the two
 verdicts name different answers, those where what was first won both times are then exp(2 beta) times as many as those
 where what was second did, whatever d is; and the mean of both verdicts has no beta, to first order. So beta is
-*measured* without a model, *removed* by averaging, and *estimated* by a model that is told what came first.
+*measured* without a model, *removed* by averaging, and *estimated* by a model that knows what came first.
 """
 
 from __future__ import annotations

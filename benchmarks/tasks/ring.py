@@ -65,7 +65,7 @@ class Ring(Law):
         return (y.norm(dim=1) - self.radius).abs() <= self.reach * self.deviation
 
     def aligned(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Turn every output (B, 2) by minus its context's angle: the exact law is then one under all contexts.
+        """Turn every output (B, 2) by minus its context's angle: the exact distribution is then one under all contexts.
 
         Beside the contexts themselves, most of the distance between two sets of draws would be that of their contexts.
         """

@@ -1,4 +1,4 @@
-"""Two generators, one of them better, that share some of what they can say: a pool with exact laws.
+"""Two generators, one of them better, that share some of what they can say: a pool with exact distributions.
 
 The modes are those of the mixture task, eight on a circle, the further right the better. The first generator draws
 from the five on the left, the second from the five on the right; the topmost and the lowest are both's. The reference

@@ -38,7 +38,7 @@ def preference_pairs(vectors: Tensor, scores: Tensor, seed: int, *, sets: bool) 
 
 
 def fit_flows(vectors: Tensor, scores: Tensor, base: FlowConfig, seed: int) -> dict[str, PreferenceFlow]:
-    """Fit the flows that are compared, and two controls: shuffled scores, and scores turned round."""
+    """Fit the flows that are compared, and two controls: shuffled scores, and negated scores."""
 
     def fit(scored: Tensor, best_of: int = 2, source: str = "reference") -> PreferenceFlow:
         pairs = preference_pairs(vectors, scored, seed, sets=best_of > 2)

@@ -1,1 +1,1 @@
-"""What several packages need and no user imports: files, archives, endpoints, pages, significance."""
+"""Internals that several packages share: files, archives, checks, endpoints, pages, significance."""

@@ -57,7 +57,7 @@ _SECRET_NAME = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Tell whether what is named so is likely to be a secret."""
+    """Return whether what is named so is likely to be a secret."""
     return _SECRET_NAME.search(name) is not None
 
 
@@ -75,7 +75,7 @@ class Endpoint:
         max_retries: None: the client's default.
 
     Attributes:
-        route: says through which proxy a client that was made here asks, for errors; empty for none.
+        route: says the proxy of clients made here, for errors; empty for none.
 
     Raises:
         ValueError: the address is none, or holds a password or a query; a key would be sent in the clear.
@@ -120,7 +120,7 @@ class Endpoint:
 
     @property
     def is_private(self) -> bool:
-        """Whether nobody between here and the server can read what is sent: https, or a server on this machine."""
+        """Return whether no one in between can read what is sent: https, or a server on this machine."""
         parts = urlsplit(self.base_url)
         return parts.scheme == "https" or is_own_address(parts.hostname or "")
 
@@ -133,7 +133,7 @@ class Endpoint:
         """Return the key to send.
 
         Raises:
-            MissingKeyError: there is none, and OpenAI is to be asked.
+            MissingKeyError: there is none, and the address is that of OpenAI.
         """
         if self._api_key is not None:
             return self._api_key

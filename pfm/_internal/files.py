@@ -98,7 +98,7 @@ NOTE = b'{"pid": '  # how a lock file begins while its lock is held
 
 
 class FileInUseError(OSError):
-    """Says that another process writes to a file."""
+    """Raised when another process writes to a file."""
 
 
 def _command() -> str:

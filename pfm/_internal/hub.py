@@ -49,7 +49,7 @@ def check_folder(name: str, argument: str) -> None:
 
 
 def loading_problem(name: str, error: BaseException, *, trusted: bool = False) -> str:
-    """Say in one sentence why a model cannot be loaded, and the way out.
+    """Explain in one sentence why a model cannot be loaded, and the way out.
 
     Args:
         name: of the model, as it was given.
@@ -77,14 +77,14 @@ def loading_problem(name: str, error: BaseException, *, trusted: bool = False) -
 
 
 def hub_problem(error: BaseException) -> str:
-    """Say why the hub cannot be asked; by the environment's variable, where it is a proxy that cannot be used."""
+    """Explain why the hub cannot be reached; name the environment's variable where its proxy cannot be used."""
     if "proxy" in str(error).lower():
         try:
             proxy = proxy_of(os.environ.get("HF_ENDPOINT") or HUB)
         except ValueError as unusable:
             return str(unusable)
         if proxy is not None:
-            return f"the hub cannot be asked through {proxy}: {_short(error)}"
+            return f"the hub cannot be reached through {proxy}: {_short(error)}"
     return _short(error)
 
 

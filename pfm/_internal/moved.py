@@ -1,16 +1,17 @@
-"""Old paths of modules that moved into packages; importing one warns, and gives the module at its new path."""
+"""Old names of modules and methods. Using one warns, and gives what has the new name."""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
-__all__ = ["MOVED", "install"]
+__all__ = ["MOVED", "install", "renamed_method"]
 
 MOVED = {
     **{f"pfm.{name}": f"pfm.data.{name}" for name in (
@@ -53,3 +54,18 @@ def install() -> None:
     """Let the old paths be found; a second call does nothing."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())
+
+
+def renamed_method(old: str, new: str) -> Callable[..., Any]:
+    """Return a method that warns of its name, and does what the method of the new name does."""
+
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        kind = type(self).__name__
+        warnings.warn(
+            f"{kind}.{old}() is now {kind}.{new}(); the old name goes with the next version", DeprecationWarning, 2
+        )
+        return getattr(self, new)(*args, **options)
+
+    method.__name__ = old
+    method.__doc__ = f"Do what :meth:`{new}` does, under its old name."
+    return method

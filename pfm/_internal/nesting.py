@@ -1,6 +1,6 @@
 """JSON from outside, refused where its lists and objects nest deeper than any data does.
 
-A parser that calls itself meets Python's recursion limit on ``[[[[…``. The error can be caught, but whatever else runs
+A recursive parser reaches Python's recursion limit on ``[[[[…``. The error can be caught, but whatever else runs
 at that depth (a finalizer, a logging call) fails with it, so the depth is counted before the parser starts.
 """
 
@@ -24,9 +24,9 @@ def parse_json(content: str | bytes, *, max_values: int | None = None) -> Any:
     """Return the value that JSON text holds.
 
     Args:
-        content: the text; bytes are UTF-8, UTF-16 or UTF-32, told apart as `json.loads` does.
+        content: the text; bytes are UTF-8, UTF-16 or UTF-32, detected as `json.loads` does.
         max_values: the most values, keys included, that it may hold; None for any number. A value of two
-            characters takes about 60 bytes once parsed, so a bound on the length alone hardly bounds memory.
+            characters takes about 60 bytes once parsed, so a bound on the length alone does not bound memory well.
 
     Raises:
         ValueError: not valid JSON, nested deeper than 200, or more than ``max_values`` values; a

@@ -94,7 +94,7 @@ def proxied_client(kind: Any, transport: Any, url: str, **options: Any) -> Any:
 
 
 def is_own_address(host: str) -> bool:
-    """Tell whether a host is this machine: a loopback address, or the unspecified one."""
+    """Return whether a host is this machine: a loopback address, or the unspecified one."""
     host = host.strip("[]").rstrip(".").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -105,7 +105,7 @@ def is_own_address(host: str) -> bool:
 
 
 def _is_excluded(host: str, port: int | None) -> bool:
-    """Tell whether ``no_proxy`` names a host, by its name, its ending, its address or its network."""
+    """Return whether ``no_proxy`` names a host, by its name, its ending, its address or its network."""
     if proxy_bypass(host) or (port is not None and proxy_bypass(f"{host}:{port}")):
         return True
     entries = [entry.strip() for entry in getproxies().get("no", "").split(",")]
@@ -120,7 +120,7 @@ def _networks(entries: Iterable[str]) -> Iterator[Any]:
 
 
 def _problem(proxy: str) -> str | None:
-    """Say what is wrong with a proxy's address, and what would be right; None if nothing is."""
+    """Describe what is wrong with a proxy's address, and what would be right; None if nothing is."""
     try:
         parts = urlsplit(proxy)
         scheme, host, _ = parts.scheme.lower(), parts.hostname, parts.port

@@ -39,7 +39,7 @@ class Registry(Mapping[str, T]):
         Raises:
             TypeError: the name is no text. ValueError: it is no such name, or another part's.
         """
-        if not isinstance(name, str):
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"the name comes first, as in {self.how.format(name=repr('my-name'))}: got {name!r:.60}")
         if not name or not all(character.isalnum() or character in "_-." for character in name):
             raise ValueError(f"the name of a {self.setting} is letters, digits, '_', '-' and '.': got {name!r}")

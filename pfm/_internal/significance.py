@@ -1,4 +1,4 @@
-"""What counts as confirmed by held-out prompts: one test for every part that is kept or dropped.
+"""The test by which held-out prompts confirm a gain: one for every part that is kept or dropped.
 
 Rows of one prompt depend on each other, so the prompts' totals are tested: by Student's t of a cluster-robust standard
 error (CR2 and its degrees of freedom, Bell & McCaffrey 2002) and, for few prompts, by the exact sign-flip test. The t
@@ -42,7 +42,7 @@ class Confirmation:
     degrees: float
 
     def __bool__(self) -> bool:
-        """Tell whether the mean is confirmed to be above zero."""
+        """Return whether the mean is confirmed to be above zero."""
         return self.p_value < self.level
 
 
@@ -65,7 +65,7 @@ def confirmed(
             group's place where there is one group only. None: every row is a unit of its own.
         tests: number of tests of which this is the best (Bonferroni).
         cross_fitted: whether each value comes from a model fitted on the labels of the other groups. Two groups then
-            use each other's labels, and where labels are coin flips the variance of the total is up to twice the
+            use each other's labels, and where labels are at chance the variance of the total is up to twice the
             sum of the squares. The standard error is raised by that.
     """
     value, group = value.detach().double().cpu().flatten(), group.detach().cpu().flatten()
@@ -100,7 +100,7 @@ def standard_errors(value: Tensor, group: Tensor) -> float:
 
 
 def confirmable(group: Tensor, unit: Tensor | None = None) -> bool:
-    """Tell whether rows (N,) of these prompts, of which there must be five, could confirm anything at all."""
+    """Return whether rows (N,) of these prompts, of which there must be five, could confirm anything at all."""
     members = _members(group.detach().cpu(), unit)
     return len(members) > 0 and 2.0 ** -len(torch.unique(members)) < LEVEL
 

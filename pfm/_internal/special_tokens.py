@@ -1,4 +1,4 @@
-"""Texts as data: what spells a tokenizer's special token is not read as one.
+"""Tokenize texts as data: text that spells a special token is not read as one.
 
 A tokenizer turns ``<|im_end|>`` or ``</s>`` in a text into the token that ends a turn, wherever the text came from. In
 a chat template that is for the template alone to write: a candidate, a prompt or an exemplar that spells it would

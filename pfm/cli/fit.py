@@ -76,6 +76,9 @@ def fit(
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the fit.")] = 0,
+    track: Annotated[
+        Path | None, typer.Option(help="Append the losses of the fit to this file, as JSON lines.", show_default=False)
+    ] = None,
     no_progress: NoProgress = False,
     traceback: Traceback = False,
 ) -> None:
@@ -100,7 +103,7 @@ def fit(
             seed=seed,
             on_bad_rows=on_bad_rows.value,
         )
-        session.out.print(loaded.describe())
+        session.out.print(loaded.summary())
         train, measured = _split(loaded, held_out, seed)
         with_name = encoder_from_name(encoder)
         checkpoint = make_folder(out) / ".checkpoint"
@@ -112,7 +115,7 @@ def fit(
         how = {"reasoning": reasoning.value, "progress": not no_progress}
         encoded = train.encode(with_name, **how)
         held = None if measured is None else measured.encode(with_name, **how)
-        flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint)
+        flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track)
         flow.save_pretrained(out)
         shutil.rmtree(checkpoint, ignore_errors=True)
         _show_fit(session, flow, held, out)

@@ -1,4 +1,4 @@
-"""What is gathered of encoded pairs: batches, and the candidates of one prompt."""
+"""Batches gathered from encoded pairs, and the candidates of one prompt."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_length
 from pfm.data.checks import check_pair_limit, checked_prompt, checked_response, choose_pairs
 from pfm.data.conversations import Text, conversation_text
 from pfm.data.errors import BadRows, PreferenceDataError, show
@@ -33,12 +34,11 @@ class CandidateGroup:
 
 def _check_lengths(prompts: Sequence[Text], group: Sequence[Any] | None, **columns: Any) -> None:
     if isinstance(prompts, str):
-        raise TypeError(f"prompts must be a list with one text a prompt, got the string {prompts!r}")
+        raise TypeError(f"prompts must be a list with one text a prompt: got the string {prompts!r}")
     for name, column in columns.items():
-        if len(column) != len(prompts):
-            raise ValueError(f"{name} must have one entry a prompt: got {len(column)} for {len(prompts)} prompts")
-    if group is not None and len(group) != len(prompts):
-        raise ValueError(f"group must have one value a prompt: got {len(group)} for {len(prompts)} prompts")
+        check_length(name, column, len(prompts), "prompt")
+    if group is not None:
+        check_length("group", group, len(prompts), "prompt")
 
 
 def _is_tie(rank: Any) -> bool:

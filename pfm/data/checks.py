@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_whole
 from pfm.data.conversations import Text, as_text, is_blank, is_unicode, message_texts
 from pfm.data.errors import PreferenceDataError, show
 
@@ -23,7 +24,7 @@ __all__ = [
     "response",
 ]
 
-#: Pairs that one prompt may give before a limit is asked for: beyond it the lists no longer fit in memory.
+#: Pairs that one prompt may give without a limit: beyond it the lists no longer fit in memory.
 MOST_PAIRS_PER_PROMPT = 2_000_000
 
 
@@ -97,8 +98,7 @@ def optional_number(row: Mapping[str, Any], column: str, highest: float = math.i
 
 def check_pair_limit(limit: int | None) -> None:
     """Refuse a limit of pairs a prompt that is not None or a positive integer."""
-    if limit is not None and (not isinstance(limit, int | np.integer) or limit < 1):
-        raise ValueError(f"max_pairs_per_prompt must be None or an integer ≥ 1, got {limit!r}")
+    check_whole("max_pairs_per_prompt", limit, 1, also=(None,))
 
 
 def choose_pairs(total: int, limit: int | None, seed: tuple[int, int], where: str) -> np.ndarray | None:

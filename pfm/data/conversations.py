@@ -36,7 +36,7 @@ _CALLS = ("tool_calls", "function_call")
 
 
 def conversation_text(messages: str | Sequence[Mapping[str, Any]]) -> str:
-    """Turn a conversation into the one text that encoders read; a string is returned as it is.
+    """Turn a conversation into the one text that encoders read; a string is returned unchanged.
 
     A single turn of the user or the assistant is just its content; anything longer, and a lone turn of another
     role, becomes one ``role: content`` line a turn. Tool calls follow the content as JSON, one line a call.
@@ -57,7 +57,7 @@ def joined_text(text: Text) -> str:
 
 
 def as_text(value: Any, column: str | None) -> Text:
-    """Return a string as it is, and one message or a list of messages as a list of role/content messages.
+    """Return a string unchanged, and one message or a list of messages as a list of role/content messages.
 
     Raises:
         PreferenceDataError: the value is no text, or a message holds what is no text, such as an image.
@@ -156,7 +156,7 @@ def message_texts(text: Text) -> list[str]:
 
 
 def is_blank(text: Text) -> bool:
-    """Tell whether a text holds nothing but white space."""
+    """Return whether a text holds nothing but white space."""
     if isinstance(text, str):
         return not text or text.isspace()
     return all(not part or part.isspace() for part in message_texts(text))
@@ -172,7 +172,7 @@ def shared_turns(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell whether a string can be written as UTF-8 (it holds no half of a surrogate pair)."""
+    """Return whether a string can be written as UTF-8 (it holds no half of a surrogate pair)."""
     if text.isascii():
         return True
     try:

@@ -1,4 +1,4 @@
-"""Preference pairs as tensors: what the tensor floor is fitted on."""
+"""Preference pairs as tensors, on which flows and preference models are fitted."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.batches import CandidateRows, PairBatch
-from pfm.data.storage import read_arrays, write_arrays
-from pfm.data.tensors import (
-    CHUNK,
+from pfm._internal.checks import (
     as_float_tensor,
     check_finite,
+    check_length,
+    check_number,
+    check_shape,
     checked_column,
     checked_index,
-    float_rows,
-    group_numbers,
-    row_hash,
-    same_rows,
 )
+from pfm.data.batches import CandidateRows, PairBatch
+from pfm.data.storage import read_arrays, write_arrays
+from pfm.data.tensors import CHUNK, float_rows, group_numbers, row_hash, same_rows
 from pfm.devices import with_standard_defaults
 
 __all__ = ["CandidateRows", "EncodedPairs", "PairBatch"]
@@ -46,7 +45,7 @@ class EncodedPairs:
         group: (N,) identity of the prompt; splits never cut a group. Integers are kept; other numbers and strings
             are numbered in ascending order. None: pairs whose contexts are the same up to rounding
             (:func:`pfm.data.tensors.same_rows`) form a group; without contexts each pair is its own group.
-        encoder: what the encoder says of itself (JSON values), kept with every flow fitted on these pairs.
+        encoder: description of the encoder (JSON values), kept with every flow fitted on these pairs.
 
     Raises:
         TypeError: an argument is not array-like or holds no numbers.
@@ -75,11 +74,7 @@ class EncodedPairs:
                 f"chosen and rejected must have equal shapes: got chosen {tuple(chosen.shape)} "
                 f"and rejected {tuple(rejected.shape)}"
             )
-        if chosen.ndim < 2:
-            raise ValueError(
-                f"chosen and rejected must be (N, *D) with at least one dimension after N: got "
-                f"{tuple(chosen.shape)}; for scalar outputs use tensor[:, None]"
-            )
+        check_shape("chosen and rejected", chosen, ("N", "*D"), hint="for scalar outputs use tensor[:, None]")
         count = chosen.shape[0]
         if count == 0:
             raise ValueError("chosen and rejected hold no pairs: at least one is needed")
@@ -88,11 +83,8 @@ class EncodedPairs:
         check_finite("rejected", rejected)
         if context is not None:
             context = as_float_tensor("context", context).to(chosen.device)
-            if context.ndim != 2 or context.shape[0] != count:
-                raise ValueError(
-                    f"context must be ({count}, C), one row a pair: got {tuple(context.shape)}"
-                    + ("; for scalar contexts use tensor[:, None]" if context.ndim == 1 else "")
-                )
+            hint = "for scalar contexts use tensor[:, None]" if context.ndim == 1 else ""
+            check_shape("context", context, (count, "C"), "one row a pair", hint=hint)
             check_finite("context", context)
         every = torch.arange(count, device="cpu").to(chosen.device)
         self._tables = (chosen.flatten(1), rejected.flatten(1))
@@ -131,7 +123,7 @@ class EncodedPairs:
                 ``context_index``.
             candidates: for each prompt (context row, or without contexts its group; rows of ``outputs`` (n,);
                 scores (n,)), for targets beyond best of two.
-            check: look whether all values are finite, which reads all of the tables.
+            check: check that all values are finite, which reads whole tables.
 
         Raises:
             ValueError: an index is out of range, or shapes disagree.
@@ -154,15 +146,13 @@ class EncodedPairs:
         context_rows = None
         if contexts is not None:
             contexts = as_float_tensor("contexts", contexts).to(table.device)
-            if contexts.ndim != 2:
-                raise ValueError(f"contexts must be (G, C): got {tuple(contexts.shape)}")
+            check_shape("contexts", contexts, ("G", "C"))
             if check:
                 check_finite("contexts", contexts)
             if context_index is None:
                 raise ValueError("contexts needs context_index (N,): which context row belongs to which pair")
             context_rows = checked_index("context_index", context_index, contexts)
-            if context_rows.shape[0] != count:
-                raise ValueError(f"context_index must have {count} entries: got {context_rows.shape[0]}")
+            check_length("context_index", context_rows, count, "pair")
             if group is None:
                 group = context_rows
         flat = table.flatten(1)
@@ -265,8 +255,7 @@ class EncodedPairs:
         self._grouped = group is not None
         if group is not None:
             numbers = group_numbers(group)
-            if numbers.shape != (count,):
-                raise ValueError(f"group must be ({count},): got {tuple(numbers.shape)}")
+            check_shape("group", numbers, (count,))
             self._group = numbers
         self.encoder: dict[str, Any] | None = dict(encoder) if encoder else None
 
@@ -284,7 +273,7 @@ class EncodedPairs:
 
     @property
     def dimension(self) -> int:
-        """Give the number of values in one output."""
+        """Return the number of values in one output."""
         return self._tables[0].shape[1]
 
     @property
@@ -295,7 +284,7 @@ class EncodedPairs:
 
     @property
     def context_dimension(self) -> int:
-        """Give the number of values in one context, 0 without contexts."""
+        """Return the number of values in one context, 0 without contexts."""
         return 0 if self._contexts is None else self._contexts.shape[1]
 
     @property
@@ -309,7 +298,7 @@ class EncodedPairs:
         return self._tables[1][self._indices[1]].unflatten(1, self.event_shape)
 
     def output_table(self) -> Tensor:
-        """Return the outputs (M, D) as they are stored: one that several pairs hold may stand there once."""
+        """Return the outputs (M, D) as they are stored: an output of several pairs may be stored once."""
         one, other = self._tables
         return one if one is other else torch.cat([one, other])
 
@@ -327,7 +316,7 @@ class EncodedPairs:
 
     @property
     def group(self) -> Tensor:
-        """Give the identity of each pair's prompt, (N,) int64, on the CPU."""
+        """Return the identity of each pair's prompt, (N,) int64, on the CPU."""
         group = self._group
         if group is None:
             group = torch.arange(len(self), device="cpu") if self._contexts is None else self._same_contexts()
@@ -336,10 +325,10 @@ class EncodedPairs:
 
     @property
     def pool(self) -> Tensor:
-        """Give the identity of each pair's context, (N,) int64 on the CPU: outputs of one pool may be joined.
+        """Return the identity of each pair's context, (N,) int64 on the CPU: outputs of one pool may be joined.
 
         Pairs of equal contexts share a pool; without contexts those of one group do, if groups were given; else
-        all pairs are of one law, and of one pool.
+        all pairs are of one distribution, and of one pool.
         """
         if self._contexts is not None:
             return self._same_contexts()
@@ -446,7 +435,7 @@ class EncodedPairs:
         return part
 
     def counted(self) -> EncodedPairs:
-        """Leave out the pairs of weight 0, so that they are as if they had not been there."""
+        """Drop the pairs of weight 0."""
         if self.weight is None or bool((self.weight > 0).all()) or not bool((self.weight > 0).any()):
             return self
         return self.select(self.weight > 0)
@@ -477,7 +466,7 @@ class EncodedPairs:
         return part
 
     def split(self, held_out: float = 0.1, seed: int = 0) -> tuple[EncodedPairs, EncodedPairs]:
-        """Split by group into (train, held out): no group stands on both sides.
+        """Split by group into (train, held out): no group is on both sides.
 
         Args:
             held_out: share of the groups to hold out, in (0, 1); at least one group on each side.
@@ -486,8 +475,7 @@ class EncodedPairs:
         Raises:
             ValueError: fewer than two groups, or ``held_out`` out of range.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        held_out = check_number("held_out", held_out, above=0, below=1)
         names, member = torch.unique(self.group, return_inverse=True)
         if len(names) < 2:
             raise ValueError(
@@ -502,7 +490,7 @@ class EncodedPairs:
         return self.select(~mask), self.select(mask)
 
     def swap(self) -> EncodedPairs:
-        """Exchange chosen and rejected: the control in which every learned gain must turn round."""
+        """Exchange chosen and rejected: the control in which every learned gain must change its sign."""
         part = self.select(torch.arange(len(self), device="cpu"))
         part._tables = (self._tables[1], self._tables[0])
         part._indices = (self._indices[1], self._indices[0])
@@ -515,15 +503,14 @@ class EncodedPairs:
         return self.flip_labels(0.5, seed)
 
     def flip_labels(self, share: float, seed: int = 0) -> EncodedPairs:
-        """Exchange chosen and rejected of each pair with probability ``share``, as a careless labeller does.
+        """Exchange chosen and rejected of each pair with probability ``share``, as a labeller who errs at random does.
 
         Candidate sets, whose scores say which label was right, are left out.
 
         Raises:
             ValueError: ``share`` does not lie in [0, 1].
         """
-        if not 0 <= share <= 1:
-            raise ValueError(f"share must lie in [0, 1]: got {share}")
+        share = check_number("share", share, least=0, most=1)
         # Not the stream of data that were drawn with the same small seed.
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
         flip = self._here(torch.rand(len(self), generator=generator, dtype=torch.float32, device="cpu") < share)

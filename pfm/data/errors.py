@@ -7,6 +7,7 @@ import reprlib
 from collections import Counter
 from typing import Any
 
+from pfm._internal.checks import check_choice
 from pfm.errors import PfmError
 
 __all__ = ["BadRows", "PreferenceDataError", "not_utf8", "show"]
@@ -15,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreferenceDataError(PfmError, ValueError):
-    """Say what is wrong with preference data: where, what was found, what was expected, the way out.
+    """Raised when preference data are wrong: says where, what was found, what was expected, and the way out.
 
     Attributes: ``problem`` (a sentence), ``reason`` (a short name, the key in ``PreferencePairs.dropped``),
     ``source`` (file or argument), ``row`` (such as ``"line 3"``), ``column``; the last three may be None.
@@ -45,11 +46,10 @@ class PreferenceDataError(PfmError, ValueError):
 
 
 class BadRows:
-    """Deal with bad rows as asked: raise at the first one, or count them by reason."""
+    """Handles bad rows: raises at the first one, or counts them by reason."""
 
     def __init__(self, source: str, on_bad_rows: str):
-        if on_bad_rows not in ("raise", "drop"):
-            raise ValueError(f'on_bad_rows must be "raise" or "drop", got {on_bad_rows!r}')
+        check_choice("on_bad_rows", on_bad_rows, ("raise", "drop"))
         self.source = source
         self.raises = on_bad_rows == "raise"
         self.dropped: Counter[str] = Counter()
@@ -86,7 +86,7 @@ def show(value: Any) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError, offset: int = 0, **place: Any) -> PreferenceDataError:
-    """Say which byte of a file is no UTF-8; ``offset`` is where the bytes that were decoded begin in it."""
+    """Describe the byte of a file that is not UTF-8; ``offset`` is where the bytes that were decoded begin in it."""
     byte = error.object[error.start]
     return PreferenceDataError(
         f"not valid UTF-8: byte 0x{byte:02x} at byte offset {offset + error.start}; save the text as UTF-8",

@@ -33,13 +33,13 @@ def normal_form(text: str) -> str:
 
 
 def prompt_identity(prompt: str, group: Any) -> PromptIdentity:
-    """Return what tells prompts apart: the normal form of their text, or the group where there is no prompt."""
+    """Return the identity of a prompt: the normal form of their text, or the group where there is no prompt."""
     form = normal_form(prompt)
     return (form, None if form else given_group(group))
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether a table's cell holds nothing: None, NaN, or pandas' NA and NaT."""
+    """Return whether a table's cell holds nothing: None, NaN, or pandas' NA and NaT."""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, Real) and value != value

@@ -57,7 +57,7 @@ def conversational_prompt(pairs: Sequence[tuple[Text, Text]]) -> ImplicitPrompt 
 def opening_prompt(pairs: Sequence[tuple[Text, Text]]) -> ImplicitPrompt:
     """Recognise openings: more than half of the pairs share three words; in a single pair any whole word counts.
 
-    Of one pair there is nothing to tell a common first word from a prompt by.
+    With one pair a common first word cannot be distinguished from a prompt.
     """
     openings = [one[: shared_opening(one, two)] for one, two in pairs if isinstance(one, str) and isinstance(two, str)]
     if len(pairs) == 1 and any(openings):

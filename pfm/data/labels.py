@@ -21,7 +21,7 @@ _MEANING = {word: liked for words in _WORDS for word, liked in zip(words, (True,
 
 
 class ClassName(str):
-    """Is a class's name in the place of its number, which ``datasets.ClassLabel`` stores and which means nothing."""
+    """A class's name in the place of the number that ``datasets.ClassLabel`` stores, which has no meaning by itself."""
 
     __slots__ = ()
 

@@ -9,7 +9,7 @@ __all__ = ["first_equal", "json_output", "same_output"]
 
 
 def same_output(one: Any, other: Any) -> bool:
-    """Tell whether two outputs are equal: texts and arrays by their values, others as ``==`` says.
+    """Return whether two outputs are equal: texts and arrays by their values, others as ``==`` says.
 
     >>> import numpy as np
     >>> same_output("a", "a"), same_output(np.zeros(2), np.zeros(2)), same_output(np.zeros(2), np.zeros(3))
@@ -35,7 +35,7 @@ def first_equal(outputs: Sequence[Any], index: int) -> int:
 
 
 def json_output(output: Any) -> Any:
-    """Return an output as JSON values: a text as it is, an array as nested lists; others unchanged."""
+    """Return an output as JSON values: an array as nested lists, anything else unchanged."""
     if isinstance(output, str) or not hasattr(output, "tolist"):
         return output
     return output.tolist()

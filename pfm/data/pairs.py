@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
+from pfm._internal.checks import check_choice, check_number
+from pfm._internal.moved import renamed_method
 from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
 from pfm.data.conversations import Text, conversation_text, joined_text
-from pfm.data.errors import BadRows, PreferenceDataError, show
+from pfm.data.errors import BadRows, PreferenceDataError
 from pfm.data.identity import PromptIdentity, prompt_identity
 from pfm.data.readers import (
     NumberedRows,
+    json_value,
+    numbered_rows,
     read_csv,
     read_dataset,
     read_json,
@@ -82,7 +86,7 @@ class PreferencePairs:
         candidates: scored candidates by prompt, empty unless made from scores or rankings.
         dropped: how many rows loading has dropped, by reason.
         layout: how the rows were laid out, or "".
-        notes: sentences on what loading has found that may surprise.
+        notes: sentences on unusual findings in the rows.
         has_prompts: whether the rows have prompts; parts of a split inherit it, so that all have contexts or none.
     """
 
@@ -160,7 +164,7 @@ class PreferencePairs:
         >>> PreferencePairs.from_rows([{"prompt": "Why?", "chosen": "Because it rains.", "rejected": "No."}])
         PreferencePairs(rows=1, prompts=1)
         """
-        return cls._from_numbered(_numbered(rows), "rows", "row {n} (rows[{i}])", options)
+        return cls._from_numbered(numbered_rows(rows), "rows", "row {n} (rows[{i}])", options)
 
     @classmethod
     def _from_file(
@@ -235,7 +239,7 @@ class PreferencePairs:
         >>> list(zip(pairs.chosen, pairs.rejected))
         [('Rain.', 'No.'), ('It rains.', 'No.'), ('It rains.', 'Rain.')]
         """
-        _check_choice("ties", ties, ("half", "drop"))
+        check_choice("ties", ties, ("half", "drop"))
         bad = BadRows("scores", on_bad_rows)
         columns, groups = scored_columns(
             prompts, candidates, scores, bad,
@@ -313,13 +317,12 @@ class PreferencePairs:
         >>> PreferencePairs.from_votes([row]).probability
         [0.75]
         """
-        _check_choice("weight", weight, ("total", "one", "margin", "effective"))
+        check_choice("weight", weight, ("total", "one", "margin", "effective"))
         ties = ("half" if soft else "drop") if ties is None else ties
-        _check_choice("ties", ties, ("drop", "half"))
+        check_choice("ties", ties, ("drop", "half"))
         if ties == "half" and not soft:
             raise ValueError('ties="half" needs soft=True: a hard label has no half; use ties="drop"')
-        if prior is not None and not (math.isfinite(prior) and prior >= 0):
-            raise ValueError(f"prior must be a number of votes >= 0, or None to be found, got {prior}")
+        check_number("prior", prior, least=0, also=(None,))
         if prior is None:
             rows = list(rows)
             prior = vote_prior(rows)
@@ -327,7 +330,7 @@ class PreferencePairs:
         place = "row {n} (rows[{i}])"
 
         def pairs(bad: BadRows) -> NumberedRows:
-            return vote_rows(_numbered(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
+            return vote_rows(numbered_rows(rows), bad, place, soft=soft, weight=weight, ties=ties, prior=a_priori)
 
         options: RowOptions = {"prompt_key": prompt_key, "group_key": group_key, "on_bad_rows": on_bad_rows}
         way_out = '; ties="half" keeps ties' if ties == "drop" else ""
@@ -370,12 +373,12 @@ class PreferencePairs:
         Raises:
             TypeError: an extra column holds something that JSON has no form for.
         """
-        write_lines(path, (json.dumps(row, ensure_ascii=False, default=_json_value) for row in self))
+        write_lines(path, (json.dumps(row, ensure_ascii=False, default=json_value) for row in self))
 
     def select(self, indices: Iterable[int] | np.ndarray) -> PreferencePairs:
         """Take rows by number, in that order, or by a mask of N booleans.
 
-        Candidate sets stay with the prompts that remain; ``dropped`` and ``notes`` tell of loading and start empty.
+        Candidate sets stay with the prompts that remain; ``dropped`` and ``notes`` describe loading and start empty.
 
         Raises:
             IndexError: a number lies outside of the rows.
@@ -390,12 +393,12 @@ class PreferencePairs:
         )
 
     def swap(self) -> PreferencePairs:
-        """Exchange chosen and rejected, and negate scores: the control that must turn every gain round."""
+        """Exchange chosen and rejected, and negate scores: the control in which every gain must change its sign."""
         candidates = [replace(c, scores=[-score for score in c.scores]) for c in self.candidates]
         return self._flipped([True] * len(self), candidates)
 
     def shuffle_labels(self, seed: int = 0) -> PreferencePairs:
-        """Exchange chosen and rejected by a coin toss a row, and permute scores within each prompt.
+        """Exchange chosen and rejected in each row with probability 1/2, and permute scores within each prompt.
 
         This is the control in which nothing can be learned.
         """
@@ -438,7 +441,7 @@ class PreferencePairs:
     def split(
         self, held_out: float = 0.1, seed: int = 0, *, by: str = "prompt"
     ) -> tuple[PreferencePairs, PreferencePairs]:
-        """Split into (train, held out): no prompt stands on both sides.
+        """Split into (train, held out): no prompt is on both sides.
 
         Which prompts are held out depends on their texts and the seed alone, not on the order of the rows.
 
@@ -446,7 +449,7 @@ class PreferencePairs:
             held_out: share of the prompts to hold out, in (0, 1); at least one prompt on each side.
             seed: the same seed gives the same split.
             by: ``"prompt"``; or ``"group"``, to keep whole groups - topics, debates, raters - on one side too, and
-                then the share is of the groups. Rows without a prompt are told apart by their group in both.
+                then the share is of the groups. Rows without a prompt are distinguished by their group in both.
 
         Raises:
             ValueError: ``held_out`` or ``by`` is out of range, or there are not two prompts to separate.
@@ -456,9 +459,8 @@ class PreferencePairs:
         >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
         (6, 2, set())
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1, got {held_out!r}")
-        _check_choice("by", by, ("prompt", "group"))
+        held_out = check_number("held_out", held_out, above=0, below=1)
+        check_choice("by", by, ("prompt", "group"))
         groups = self.group or [None] * len(self)
         keys = split_keys(self.prompts, groups, self._identities, seed, join_groups=by == "group")
         units = sorted(set(keys))
@@ -474,7 +476,7 @@ class PreferencePairs:
         mask = np.array([key in out for key in keys])
         return self.select(~mask), self.select(mask)
 
-    def describe(self) -> PairsSummary:
+    def summary(self) -> PairsSummary:
         """Count and measure the rows; print the result, or show it with rich."""
         texts = dict.fromkeys(self.chosen) | dict.fromkeys(self.rejected)
         words = {text: len(training_text(text).split()) for text in texts}
@@ -497,6 +499,8 @@ class PreferencePairs:
             layout=self.layout,
             notes=tuple(self.notes),
         )
+
+    describe = renamed_method("describe", "summary")
 
     def encode(
         self, encoder: Any, *, context: bool = True, reasoning: str = "strip", progress: bool = True
@@ -534,28 +538,7 @@ class PreferencePairs:
         )  # fmt: skip
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
-    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
-        raise TypeError("rows must be a list of dictionaries, got a DataFrame; pass frame.to_dict('records')")
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise TypeError(f"rows must be a list of dictionaries, got {show(rows)}; for a path use from_file")
-    return enumerate(rows, 1)
-
-
 def _numbers(values: list[float | None]) -> list[float] | None:
     if all(value is None for value in values):
         return None
     return [1.0 if value is None else value for value in values]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _json_value(value: Any) -> Any:
-    """Give the plain form of numpy values and of dates, which tables of other libraries hold."""
-    for method in ("tolist", "isoformat"):
-        if hasattr(value, method):
-            return getattr(value, method)()
-    raise TypeError(f"cannot write {show(value)} as JSON; remove or convert the column that holds it")

@@ -18,6 +18,8 @@ from pfm.data.spreadsheets import table_rows
 
 __all__ = [
     "NumberedRows",
+    "json_value",
+    "numbered_rows",
     "open_binary",
     "read_csv",
     "read_dataset",
@@ -166,7 +168,7 @@ def read_dataset(dataset: Any) -> Iterator[tuple[int, Any]]:
             source="dataset",
         )
     if not hasattr(dataset, "with_format") or not hasattr(dataset, "iter"):
-        raise TypeError(f"dataset must be a datasets.Dataset, got {type(dataset).__name__}; use from_rows for a list")
+        raise TypeError(f"dataset must be a datasets.Dataset: got {type(dataset).__name__}; use from_rows for a list")
     number = 0
     classes = class_names(getattr(dataset, "features", None))
     for batch in dataset.with_format(None).iter(batch_size=1000):
@@ -218,7 +220,7 @@ def _damaged(error: Exception) -> PreferenceDataError:
 
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
-    """Write lines as UTF-8 so that the file is either whole or, if anything fails, left as it was."""
+    """Write lines as UTF-8, atomically."""
     target = Path(path)
     # the suffix stays last, as it decides about compression
     temporary = target.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.{target.name}")
@@ -229,3 +231,24 @@ def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def numbered_rows(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
+    """Number rows from 1.
+
+    Raises:
+        TypeError: they are no list of dictionaries.
+    """
+    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
+        raise TypeError("rows must be a list of dictionaries: got a DataFrame; pass frame.to_dict('records')")
+    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
+        raise TypeError(f"rows must be a list of dictionaries: got {show(rows)}; for a path use from_file")
+    return enumerate(rows, 1)
+
+
+def json_value(value: Any) -> Any:
+    """Return the plain form of numpy values and of dates, which tables of other libraries hold."""
+    for method in ("tolist", "isoformat"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    raise TypeError(f"cannot write {show(value)} as JSON; remove or convert the column that holds it")

@@ -126,7 +126,7 @@ class ScoredCandidates:
 
 @dataclass
 class ParsedRows:
-    """Hold what came of the rows of one source.
+    """Holds the result of reading the rows of one source.
 
     Attributes:
         columns: the pairs.
@@ -413,7 +413,7 @@ class RowParser:
 
 
 def _voted(votes: Mapping[str, Any]) -> tuple[float, float]:
-    """Give the share of votes for chosen, a tie half, and their number, of a row's column ``votes``."""
+    """Return the share of votes for chosen, a tie half, and their number, of a row's column ``votes``."""
     counts = [optional_number(votes, name) or 0.0 for name in ("chosen", "rejected", "tie")]
     total = sum(counts)
     if not total:

@@ -23,7 +23,7 @@ def row_numbers(indices: Iterable[int] | np.ndarray, count: int) -> list[int]:
     if not numbers.size:
         return []
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
-        raise TypeError(f"indices must be row numbers or a mask, got {numbers.dtype} of shape {numbers.shape}")
+        raise TypeError(f"indices must be row numbers or a mask: got {numbers.dtype} of shape {numbers.shape}")
     outside = numbers[(numbers < -count) | (numbers >= count)]
     if outside.size:
         raise IndexError(f"row {outside[0]} does not exist: there are {count} rows")

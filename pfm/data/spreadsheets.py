@@ -159,7 +159,7 @@ def _rows(reader: Any, separator: str, bad: BadRows) -> Iterator[tuple[int, dict
 
 def _header(reader: Any, bad: BadRows) -> list[str]:
     try:
-        header = next(([name.strip() for name in cells] for cells in reader if any(cells)), [])
+        header: list[str] = next(([name.strip() for name in cells] for cells in reader if any(cells)), list[str]())
     except csv.Error as error:
         problem = f"the header is not valid CSV ({error})"
         raise PreferenceDataError(problem, reason="bad header", source=bad.source) from None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice
 from pfm._internal.files import replace_file, replace_json
 from pfm.data.tensors import CHUNK
 
@@ -68,8 +69,7 @@ def read_arrays(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _write_table(path: Path, name: str, table: Tensor, dtype: torch.dtype | None) -> None:
     if dtype is None:
         dtype = table.dtype if table.dtype in (torch.float16, torch.float32) else torch.float32
-    if dtype not in (torch.float16, torch.float32):
-        raise ValueError(f"dtype must be torch.float16, torch.float32 or None: got {dtype}")
+    check_choice("dtype", dtype, (torch.float16, torch.float32))
     kind = np.float16 if dtype == torch.float16 else np.float32
 
     def write(partial: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a set of preference pairs holds, in numbers."""
+"""Summaries of preference pairs, in numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class PairsSummary:
-    """Say in numbers what a set of pairs holds; prints as a table.
+    """Holds counts and quantiles of a set of pairs; prints as a table.
 
     ``chosen_words``, ``rejected_words`` and ``candidates`` (texts in a candidate set) are quantiles by name, empty
     where there is nothing to measure; ``chosen_longer`` is the share of rows whose chosen response has more
@@ -43,7 +43,7 @@ class PairsSummary:
 
     def lines(self) -> list[tuple[str, str]]:
         """Return (label, value) of everything worth showing."""
-        optional = {
+        optional: dict[str, str | int | dict[str, float] | None] = {
             "layout": self.layout,
             "rows without a prompt": self.without_prompt and f"{self.without_prompt:,}",
             "weight": self.weight and _spread(self.weight),
@@ -61,7 +61,7 @@ class PairsSummary:
             ("words of chosen", _spread(self.chosen_words)),
             ("words of rejected", _spread(self.rejected_words)),
             ("chosen is longer", f"{self.chosen_longer:.1%}"),
-            *((label, value) for label, value in optional.items() if value),
+            *((label, str(value)) for label, value in optional.items() if value),
         ]
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Checks, hashes and identity of rows of tensors.
+"""Hashes and identity of rows of tensors.
 
 Rows that are the same up to rounding are one: the identity of prompts that are known by their vectors only.
 """
@@ -14,10 +14,6 @@ from torch import Tensor
 __all__ = [
     "CHUNK",
     "SAME",
-    "as_float_tensor",
-    "check_finite",
-    "checked_column",
-    "checked_index",
     "float_rows",
     "group_numbers",
     "row_hash",
@@ -89,17 +85,6 @@ def float_rows(table: Tensor, rows: Tensor) -> Tensor:
     return table[rows].float()
 
 
-def as_float_tensor(name: str, value: Any) -> Tensor:
-    """Turn an array-like into a floating-point tensor (float16, bfloat16 and float64 are kept)."""
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers: got {type(value).__name__}") from error
-    if tensor.is_complex():
-        raise TypeError(f"{name} must hold real numbers: got {tensor.dtype}")
-    return tensor if tensor.is_floating_point() else tensor.float()
-
-
 def row_hash(rows: Tensor, start: Tensor | int = 0) -> Tensor:
     """Return a 64-bit hash (B,) int64 of the values of each row (B, D), as float32; -0.0 counts as 0.0.
 
@@ -115,40 +100,8 @@ def row_hash(rows: Tensor, start: Tensor | int = 0) -> Tensor:
     return state * 0x2545F4914F6CDD1D
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinity, naming the first row that holds one."""
-    rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
-    # A sum is finite whenever every value is (float64 cannot overflow on float32 values): one cheap pass, in
-    # pieces, since summing in another type copies.
-    if rows.device.type == "cpu":
-        fine = all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in rows.split(CHUNK))
-    else:  # one look at the device; the largest and smallest value are NaN if any is
-        fine = rows.numel() == 0 or bool(torch.isfinite(torch.stack(rows.aminmax())).all())
-    if fine:
-        return
-    bad = torch.cat([(~torch.isfinite(part)).any(1) for part in rows.split(CHUNK)])
-    if not bool(bad.any()):
-        return
-    row = int(bad.nonzero()[0])
-    raise ValueError(
-        f"{name} must be finite: {int(bad.sum())} of {len(bad)} rows hold NaN or infinity, "
-        f"the first is row {row} (shape {tuple(tensor.shape)}); remove or repair them"
-    )
-
-
-def checked_index(name: str, value: Any, table: Tensor) -> Tensor:
-    """Check a one-dimensional index into a table's rows and return it on the table's device."""
-    index, rows = torch.as_tensor(value).to(table.device), len(table)
-    if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        raise ValueError(f"{name} must be a one-dimensional integer tensor: got {index.dtype} {tuple(index.shape)}")
-    index = index.long()
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise ValueError(f"{name} must lie in 0..{rows - 1}: got values from {int(index.min())} to {int(index.max())}")
-    return index
-
-
 def group_numbers(group: Any) -> Tensor:
-    """Return groups as int64: integers as they are, anything else by its rank among the distinct values.
+    """Return groups as int64: integers unchanged, anything else by its rank among the distinct values.
 
     Raises:
         ValueError: a group is NaN or None, which names none.
@@ -171,17 +124,3 @@ def group_numbers(group: Any) -> Tensor:
     if values.dtype.kind == "O":  # values of several types have no order
         values = np.array([f"{type(value).__name__} {value}" for value in values.ravel()]).reshape(values.shape)
     return torch.as_tensor(np.unique(values, return_inverse=True)[1].reshape(values.shape))
-
-
-def checked_column(name: str, value: Any, count: int, low: float, high: float, device: torch.device) -> Tensor | None:
-    """Check a column (N,) of numbers in [low, high] and return it as float32; None stays None."""
-    if value is None:
-        return None
-    column = as_float_tensor(name, value).to(device, torch.float32)
-    if column.shape != (count,):
-        raise ValueError(f"{name} must be ({count},), one number a pair: got {tuple(column.shape)}")
-    check_finite(name, column)
-    if bool((column < low).any()) or bool((column > high).any()):
-        row = int(((column < low) | (column > high)).nonzero()[0])
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}]: row {row} is {float(column[row]):g}")
-    return column

@@ -15,7 +15,7 @@ _TURN = re.compile(r"(?:\A|\n)[^\S\n]*(Human|Assistant):")
 
 
 def is_transcript(text: str) -> bool:
-    """Tell whether a string is a dialogue in the form of Anthropic's HH: ``Human: …`` and then ``Assistant: …``."""
+    """Return whether a string is a dialogue in the form of Anthropic's HH: ``Human: …`` and then ``Assistant: …``."""
     begun = text.lstrip()
     return begun.startswith("Human:") and any(turn[1] == "Assistant" for turn in _TURN.finditer(begun))
 
@@ -56,6 +56,6 @@ def shared_opening(chosen: str, rejected: str) -> int:
 
 
 def is_opening(text: str) -> bool:
-    """Tell whether a common beginning is long enough to be a prompt: three words, or six wide characters (CJK)."""
+    """Return whether a common beginning is long enough to be a prompt: three words, or six wide characters (CJK)."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text[:100])
     return len(text.split()) + wide // 2 >= OPENING_WORDS

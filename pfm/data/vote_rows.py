@@ -39,7 +39,7 @@ def vote_rows(
 
 
 def vote_counts(row: Any) -> tuple[float, float, float]:
-    """Give the votes for a, for b, and undecided ones, of a row that must have some."""
+    """Return the votes for a, for b, and undecided ones, of a row that must have some."""
     if not isinstance(row, Mapping):
         raise PreferenceDataError(f"got {show(row)}; expected an object with columns", reason="wrong type")
     require(row, "votes_a")
@@ -54,7 +54,7 @@ _VOTE_COLUMNS = {"a", "b", "votes_a", "votes_b", "votes_tie", "weight", "probabi
 
 
 def vote_prior(rows: Sequence[Any]) -> float:
-    """Fit the prior to the rows that are sound; the others are met where rows are read."""
+    """Fit the prior to the valid rows; the others are reported where rows are read."""
     from pfm.data.votes import fit_prior
 
     counts = []

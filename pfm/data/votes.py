@@ -11,23 +11,22 @@ n / (1 + (n - 1) / (2 a + 1)) single votes on different pairs. A tie is half a v
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor, check_finite
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_number
 
 __all__ = ["VoteLabels", "check_counts", "fit_prior", "soft_labels"]
 
-PRIORS = torch.logspace(-1, 3, 81, dtype=torch.float64)  # of a: labels nearly certain, to nearly coin tosses
+PRIORS = torch.logspace(-1, 3, 81, dtype=torch.float64)  # of a: labels nearly certain, to nearly at chance
 
 
 @dataclass(frozen=True)
 class VoteLabels:
-    """Holds what votes make of N pairs.
+    """Holds the labels and weights of N pairs from their votes.
 
     Attributes:
         probability: (N,) that the first output is preferred, in (0, 1) with a prior above 0.
@@ -60,13 +59,11 @@ def soft_labels(
     >>> labels.probability.tolist(), labels.weight.tolist()
     ([0.75, 0.0], [4.0, 2.0])
     """
-    if weight not in ("effective", "total", "one"):
-        raise ValueError(f"weight must be 'effective', 'total' or 'one', got {weight!r}")
+    check_choice("weight", weight, ("effective", "total", "one"))
+    check_number("prior", prior, least=0, also=(None,))
     one, two, undecided = check_counts(first, second, tie)
     if prior is None:
         prior = fit_prior(one, two, undecided)
-    elif not (math.isfinite(prior) and prior >= 0):
-        raise ValueError(f"prior must be a number of votes >= 0, or None to be found, got {prior}")
     total = one + two + undecided
     probability = (one + undecided / 2 + prior) / (total + 2 * prior)
     worth = {
@@ -80,8 +77,8 @@ def soft_labels(
 def fit_prior(first: Any, second: Any, tie: Any = None) -> float:
     """Find the a of Beta(a, a) under which vote counts are most likely, between 0.1 and 1000.
 
-    Votes of pairs that people agree on need a small one, votes like coin tosses a large one. Pairs of one vote say
-    nothing of it: of such pairs alone, a = 1, each share as likely as any other. Arguments are those of
+    Votes of pairs that people agree on need a small a, votes at chance a large one. Pairs with one vote do not
+    determine it: for such pairs alone a = 1, which makes every share equally likely. Arguments are those of
     :func:`soft_labels`.
     """
     one, two, undecided = check_counts(first, second, tie)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice
 from pfm._internal.files import cache_folder, replace_json
 from pfm.devices import standard_defaults
 from pfm.encoders.base import EMPTY_TEXT, Encoder, check_texts, progress_bar
@@ -66,10 +67,8 @@ class StaticEncoder(Encoder):
         folder: str | os.PathLike[str] | None = None,
         on_empty: Literal["error", "encode"] = "error",
     ) -> None:
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be {' or '.join(map(repr, POOLINGS))}, got {pooling!r}")
-        if on_empty not in ("error", "encode"):
-            raise ValueError(f"on_empty must be 'error' or 'encode', got {on_empty!r}")
+        check_choice("pooling", pooling, POOLINGS)
+        check_choice("on_empty", on_empty, ("error", "encode"))
         self.pooling: Literal["mean", "mean+max"] = pooling
         self.folder = None if folder is None else Path(folder).expanduser()
         self.on_empty: Literal["error", "encode"] = on_empty

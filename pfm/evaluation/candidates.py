@@ -1,4 +1,4 @@
-"""Candidates of many prompts as flat arrays, and what the picks of a method among them reach."""
+"""Candidates of many prompts as flat arrays, and the scores of the picks of a method."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Say how much better refined outputs are, and against what.
+"""Measure how much better refined outputs are than originals and baselines.
 
 Two floors: ``Report.from_scored`` turns judged candidates (``Scored`` rows, numbers only) into a report;
 ``evaluate`` makes such rows from a refiner or its records with a judge. Every method chooses among the
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from pfm._internal.checks import check_length
 from pfm.data.conversations import conversation_text
 from pfm.devices import standard_defaults
 from pfm.evaluation.candidates import COMPUTED, LABELS
@@ -90,16 +91,16 @@ def evaluate(
     if (judge is None) == (scores is None):
         raise ValueError("give either judge or scores, one of the two")
     refiner = refiner_or_records if hasattr(refiner_or_records, "batch") else None
-    asked = _checked_source(refiner_or_records, refiner, prompts)
+    prompts_or_records = _checked_source(refiner_or_records, refiner, prompts)
     if scores is not None and refiner is not None:
         raise ValueError("scores needs records whose candidates are known; with a refiner give judge")
     for name, column in (("scores", scores), ("groups", groups)):
-        if column is not None and len(column) != len(asked):
-            raise ValueError(f"{name} must have one entry a prompt: got {len(column)} for {len(asked)} prompts")
+        if column is not None:
+            check_length(name, column, len(prompts_or_records), "prompt")
     vector, computed, left_out = _wanted_baselines(methods, training, encoder)
     reasoning = checked_reasoning(getattr(refiner, "reasoning", "strip") if reasoning is None else reasoning)
 
-    records = asked if refiner is None else list(refiner.batch(asked, progress=progress))
+    records = prompts_or_records if refiner is None else list(refiner.batch(prompts_or_records, progress=progress))
     kept = [number for number, record in enumerate(records) if record.candidates]
     failures = [
         Failure(number, str(record.error or "no candidates"), bool(record.candidates))
@@ -156,11 +157,11 @@ def _checked_source(source: Any, refiner: Any, prompts: Sequence[Prompt] | None)
         if prompts is None:
             raise ValueError("a refiner needs prompts: evaluate(refiner, prompts, judge=...)")
         if isinstance(prompts, str) or not len(prompts):
-            raise ValueError(f"prompts must be a sequence of one prompt or more, got {prompts!r:.80}")
+            raise ValueError(f"prompts must be a sequence of one prompt or more: got {prompts!r:.80}")
         return list(prompts)
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise TypeError(
-            f"refiner_or_records must be a Refiner or a sequence of Refinement, got {type(source).__name__}"
+            f"refiner_or_records must be a Refiner or a sequence of Refinement: got {type(source).__name__}"
         )
     if prompts is not None:
         raise ValueError("prompts goes with a refiner; records carry their own")
@@ -170,7 +171,7 @@ def _checked_source(source: Any, refiner: Any, prompts: Sequence[Prompt] | None)
         missing = [name for name in RECORD if not hasattr(record, name)]
         if missing:
             raise TypeError(
-                f"record {number} must be a Refinement, got {type(record).__name__} without {', '.join(missing)}"
+                f"record {number} must be a Refinement: got {type(record).__name__} without {', '.join(missing)}"
             )
     return list(source)
 
@@ -192,7 +193,7 @@ def _wanted_baselines(
         return vector, computed, []
     names = " and ".join(LABELS[name] for name in vector)
     if methods is not None:
-        raise ValueError(f"methods asks for {names}: give training and encoder as well")
+        raise ValueError(f"methods holds {names}: give training and encoder as well")
     return [], computed, [f"{names}: not compared, since training pairs and their encoder were not given"]
 
 
@@ -209,7 +210,7 @@ def _independent_draws(refiner: Any, records: Sequence[Any], left_out: list[str]
     # of it
     repeated = all(draw in ([], [record.original]) for draw, record in zip(draws, records, strict=True))
     if repeated and any(len(set(record.candidates)) > 1 for record in records):
-        left_out.append(f"{what}: the generator repeats its first draw when asked again")
+        left_out.append(f"{what}: the generator repeats its first draw when called again")
         return none
     return draws
 

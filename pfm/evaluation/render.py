@@ -214,7 +214,7 @@ def _tiles(report: Results) -> list[tuple[str, str, str]]:
         ("Gap closed, random to oracle", tested.gap_closed, True, False),
         ("Outputs changed", tested.changed, True, False),
     ]
-    tiles = []
+    tiles: list[tuple[str, str, str]] = []
     for label, estimate, percent, signed in figures:
         value, interval = estimate.parts(percent=percent, signed=signed) if estimate else ("–", "not defined here")
         tiles.append((label, value, interval))
@@ -238,7 +238,7 @@ def _method_plots(report: Results) -> tuple[Markup, Markup]:
 
 
 def _length_plots(report: Results) -> tuple[Markup, Markup] | None:
-    """Draw win rates at equal length, and lengths; None where length cannot be told apart from any method."""
+    """Draw win rates at equal length, and lengths; None where the effect of length cannot be separated."""
     others = [row for row in report.rows if row.name != "identity"]
     rows = [
         (row.label, row.win, row.win_controlled, _kind(report, row)) for row in others if row.win_controlled is not None
@@ -272,7 +272,7 @@ def _group_plot(report: Results) -> Markup:
 
 
 def _shown(report: Results, number: int) -> tuple[list[Example], bool]:
-    """Choose the examples to show, and tell whether the largest loss is among them."""
+    """Return the examples to show, and whether the largest loss is among them."""
     losses = [example for example in report.examples if example.kind != "random"][:number]
     shown = [example for example in report.examples if example.kind == "random"][: number - len(losses)] + losses
     return shown, bool(losses)

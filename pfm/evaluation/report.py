@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_shape
 from pfm.evaluation.candidates import COMPUTED, Candidates, by_group, calibrate, measure, pick_examples
 from pfm.evaluation.card import Card
 from pfm.evaluation.render import page, terminal
@@ -97,22 +98,20 @@ def _checked(row: Scored, number: int) -> Scored:
     scores = np.asarray(row.scores, dtype=np.float64)
     if n == 0:
         raise ValueError(f"row {number} has no candidates")
-    if scores.shape != (n,):
-        raise ValueError(f"row {number}: scores must be ({n},), one a candidate, got {scores.shape}")
+    check_shape(f"row {number}: scores", scores, (n,), "one a candidate")
     if not np.isfinite(scores).all():
-        raise ValueError(f"row {number}: scores must be finite, got {scores[~np.isfinite(scores)][0]}")
+        raise ValueError(f"row {number}: scores must be finite: got {scores[~np.isfinite(scores)][0]}")
     for name, index in {"original": row.original, **row.picks}.items():
         if not 0 <= index < n:
-            raise ValueError(f"row {number}: {name} must index its {n} candidates, got {index}")
+            raise ValueError(f"row {number}: {name} must index its {n} candidates: got {index}")
     probabilities = row.probabilities
     if probabilities is not None:
         probabilities = np.asarray(probabilities, dtype=np.float64)
-        if probabilities.shape != (n,):
-            raise ValueError(f"row {number}: probabilities must be ({n},), got {probabilities.shape}")
+        check_shape(f"row {number}: probabilities", probabilities, (n,), "one a candidate")
         if not ((probabilities >= 0) & (probabilities <= 1)).all():
             raise ValueError(f"row {number}: probabilities must lie between 0 and 1")
     if row.independent is not None and not np.isfinite(row.independent):
-        raise ValueError(f"row {number}: independent must be finite or None, got {row.independent}")
+        raise ValueError(f"row {number}: independent must be finite or None: got {row.independent}")
     return Scored(
         row.prompt,
         row.candidates,

@@ -1,4 +1,4 @@
-"""What is measured of refined outputs: judged candidates, a row a method, calibration, the verdict in words."""
+"""Measurements of refined outputs: judged candidates, a row a method, calibration, the verdict in words."""
 
 from __future__ import annotations
 
@@ -42,19 +42,19 @@ class Scored:
     group: str | None = None
 
     def changed(self, method: str) -> bool:
-        """Tell whether a method's pick reads differently from the original."""
+        """Return whether a method's pick reads differently from the original."""
         return self.candidates[self.picks[method]] != self.candidates[self.original]
 
 
 @dataclass(frozen=True)
 class MethodRow:
-    """What one method reached; every interval resamples the same prompts.
+    """Holds the results of one method; every interval resamples the same prompts.
 
     Attributes:
         score: mean judge score.
         difference: mean judge score of the method under test minus this method's.
         win: share of prompts won against the original, ties half.
-        win_controlled: the same at equal length; None when length and method cannot be told apart.
+        win_controlled: the same at equal length; None when the effects of length and method cannot be separated.
         win_independent: share won against an independent draw; None without independent draws.
         changed: share of prompts whose text differs from the original.
         length_ratio: mean of (length of the pick / length of the original), in characters.
@@ -78,7 +78,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far the win probabilities b can be believed.
+    """Calibration of the win probabilities b.
 
     The outcome of a candidate is the share of the other candidates of its prompt that it beats, ties half:
     what b predicts.
@@ -98,7 +98,7 @@ class Calibration:
 
     @property
     def sentence(self) -> str:
-        """Say in one sentence whether b is calibrated."""
+        """Summarise the calibration of b in one sentence."""
         r = self.reliability
         plain = "" if r.measured_ece is None else f" without noise; measured {r.measured_ece:.3f}"
         measured = (
@@ -112,13 +112,13 @@ class Calibration:
         if r.slope and r.slope.high < 1:
             return f"The win probabilities are overconfident: {measured}; slope {r.slope.text()}."
         if r.slope and r.slope.low > 1:
-            return f"The win probabilities are too timid: {measured}; slope {r.slope.text()}."
+            return f"The win probabilities are underconfident: {measured}; slope {r.slope.text()}."
         return f"The win probabilities are off: {measured}."
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What the method under test reached on one group; ``gain`` is its mean score minus the original's."""
+    """Holds the results of the method under test on one group; ``gain`` is its mean score minus the original's."""
 
     name: str
     prompts: int
@@ -194,7 +194,7 @@ class Results:
     groups: list[GroupRow]
     failures: list[Failure]
     settings: dict[str, Any]
-    examples: list[Example] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list[Example])
 
     def row(self, name: str) -> MethodRow:
         """Return the row of a method by name.

@@ -1,4 +1,4 @@
-"""From figures to words: what a report card says, and what it warns of."""
+"""The verdict and the warnings of a report card, in words."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def find_warnings(rows: Sequence[Scored], failures: Sequence[Failure]) -> list[s
 def judge_method(measured: Sequence[MethodRow], table: Candidates, method: str, warnings: list[str]) -> Verdict:
     """Judge by the win rate against the original, then by the strongest baseline, then by length.
 
-    "helps" and "hurts" ask for both a bootstrap interval that excludes one half and an exact sign test below
-    0.05: with few prompts the bootstrap alone is too sure (of five wins of five it makes an interval of width 0).
+    "helps" and "hurts" need both a bootstrap interval that excludes one half and an exact sign test below
+    0.05: with few prompts the bootstrap alone is overconfident (of five wins of five it makes an interval of width 0).
     """
     by_name = {row.name: row for row in measured}
     tested, gain = by_name[method], by_name["identity"].difference
@@ -113,7 +113,7 @@ def _beside_baselines(best: MethodRow, chance: MethodRow | None) -> list[str]:
 
 
 def _by_length(tested: MethodRow) -> bool:
-    """Tell whether equal length takes away the certainty of the gain and more than half of its size."""
+    """Return whether equal length takes away the certainty of the gain and more than half of its size."""
     controlled = tested.win_controlled
     if controlled is None:
         return False

@@ -1,4 +1,4 @@
-"""What becomes of each trait: moved by the displacement, picked by b, labelled by the pairs."""
+"""Changes of each trait: moved by the displacement, picked by b, labelled by the pairs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANY = 3.15 / 1.96  # widens a 95% interval to one for all of about 30 traits at
 
 
 def varying_traits(outputs: Outputs) -> tuple[list[str], Array]:
-    """Give the names of the traits that vary within prompts, and them (n, F), centred there, with unit variance."""
+    """Return the names of the traits that vary within prompts, and them (n, F), centred there, with unit variance."""
     traits = outputs.centred(measure_traits(outputs.texts))
     spread = np.sqrt((traits**2).mean(0))
     varies = spread > 1e-6
@@ -44,7 +44,7 @@ def varying_traits(outputs: Outputs) -> tuple[list[str], Array]:
 
 
 def pair_labels(encoded: EncodedPairs) -> tuple[Array, Array]:
-    """Give each pair's weight and its label 2 p - 1, from -1 to 1, (N,) each."""
+    """Return each pair's weight and its label 2 p - 1, from -1 to 1, (N,) each."""
     count = len(encoded)
     weight = np.ones(count) if encoded.weight is None else encoded.weight.double().numpy()
     label = np.ones(count) if encoded.probability is None else 2 * encoded.probability.double().numpy() - 1
@@ -175,7 +175,7 @@ def _widened(estimate: Estimate, error: float) -> Estimate:
 
 
 def excludes_zero(estimate: Estimate) -> bool:
-    """Tell whether an interval for all traits at once excludes zero."""
+    """Return whether an interval for all traits at once excludes zero."""
     below, above = (MANY * (bound - estimate.value) for bound in (estimate.low, estimate.high))
     return estimate.high > estimate.low and (estimate.value + below) * (estimate.value + above) > 0
 

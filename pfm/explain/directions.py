@@ -1,4 +1,4 @@
-"""Directions along which a flow moves outputs, with the traits, words and texts that tell their ends apart."""
+"""Directions along which a flow moves outputs, with the traits, words and texts that distinguish their ends."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def find_directions(
 
 
 def _ends(along: Array, outputs: Outputs) -> tuple[list[int], list[int]]:
-    """Give the outputs in the upper and in the lower third of their own prompt, equally many of each."""
+    """Return the outputs in the upper and in the lower third of their own prompt, equally many of each."""
     high: list[int] = []
     low: list[int] = []
     order = np.lexsort((along, outputs.group))

@@ -1,12 +1,12 @@
 """What does a flow prefer? The directions along which it moves outputs, named so that a person can judge them.
 
-Everything is told within prompts: what sets an answer apart from the other answers to its own prompt. A trait
+All comparisons are within prompts: an answer against the other answers to its own prompt. A trait
 (length, lists, hedging, ...) is quantified three ways, in standard deviations between the answers to one prompt:
 
 - *moved*: what the flow's displacement T(y) - y makes of it. A ridge regression of the trait on the embedding, fitted
-  on the other folds of prompts, is applied to the displacement. What the embedding does not tell of a trait is missing
-  from it, so it errs towards zero; ``told`` says how much the embedding tells. Its interval holds the regression's own
-  error.
+  on the other folds of prompts, is applied to the displacement. The part of a trait that the embedding does not
+  predict is missing, so the estimate errs towards zero; ``told`` is the share that it predicts.
+  Its interval holds the regression's own error.
 - *picked*: what choosing among real outputs with probability proportional to b makes of it, Cov(b, f) / E[b].
   With p1 = 2 pi_ref b that is the aim of one pass, without any regression.
 - *labelled*: half the difference between chosen and rejected outputs in the given pairs, the same quantity from the
@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pfm._internal.checks import check_whole
 from pfm._internal.significance import CONFIRMED
 from pfm.devices import standard_defaults
 from pfm.explain.changes import accuracy_of, correlations, moved_traits, pair_labels, trait_changes, varying_traits
@@ -46,23 +47,27 @@ FOLLOWED = 1 / 3  # of what the labels say of a trait: b that picks less follows
 
 @dataclass(frozen=True)
 class Explanation(Results):
-    """Say what a flow prefers: print it, save it as JSON, or as one self-contained HTML page.
+    """Describes what a flow prefers: print it, save it as JSON, or as one self-contained HTML page.
 
     For the attributes see :class:`pfm.explain.results.Results`.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return asdict(self)
 
-    def save_json(self, path: str | Path) -> None:
-        """Write everything as JSON."""
+    def save_json(self, path: str | Path) -> Path:
+        """Write everything as JSON, and return the path."""
+        path = Path(path).expanduser()
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        Path(path).expanduser().write_text(text, encoding="utf-8", errors="backslashreplace")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return path
 
-    def save_html(self, path: str | Path) -> None:
-        """Write one self-contained HTML page."""
-        Path(path).expanduser().write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+    def save_html(self, path: str | Path) -> Path:
+        """Write one self-contained HTML page, and return the path."""
+        path = Path(path).expanduser()
+        path.write_text(page(self), encoding="utf-8", errors="xmlcharrefreplace")
+        return path
 
     def __rich_console__(self, console: Any, options: Any) -> Any:
         yield from terminal(self, options.max_width)
@@ -82,7 +87,7 @@ def explain(
     seed: int = 0,
     progress: bool = True,
 ) -> Explanation:
-    """Say along which directions a flow moves the outputs of given pairs, in words and with real texts.
+    """Describe the directions along which a flow moves the outputs of given pairs, in words and with real texts.
 
     Better give pairs of prompts that the flow was not fitted on; how b orders those that it was is flattered.
 
@@ -111,8 +116,7 @@ def explain(
     """
     for name, value, least in (("directions", directions, 0), ("contrasts", contrasts, 0), ("terms", terms, 0),
                                ("max_outputs", max_outputs, 4), ("resamples", resamples, 20)):  # fmt: skip
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}: got {value!r}")
+        check_whole(name, value, least)
     kept = some_prompts(pairs, max_outputs, seed)
     shown = pairs if kept is None else pairs.select(kept)
     encoded = shown.encode(encoder, context=flow.context_dimension > 0, progress=progress)
@@ -171,12 +175,12 @@ def _told(
         )
     reasons.append(f"It orders {accuracy.text(percent=True)} of the {len(encoded)} given pairs as their labels do.")
     if guarded:
-        reasons.append("That confirms no gain, so the flow's guard keeps every output as it is.")
+        reasons.append("That confirms no gain, so the flow's guard keeps every output unchanged.")
     elif not confirmed:
         reasons.append("The given pairs do not confirm it.")
     spoken = [trait for trait in traits if trait.confirmed] if confirmed else []
     if not confirmed:
-        summary = "No confirmed direction: what moves here cannot be told from noise."
+        summary = "No confirmed direction: the displacement cannot be distinguished from noise."
     elif spoken:
         summary = _prefers(spoken)
     else:
@@ -236,7 +240,7 @@ def _warnings(
         untold = [trait for trait in traits if trait.confirmed and trait.told < 0.1]
         if untold:
             names = ", ".join(trait.name.replace("_", " ") for trait in untold[:5])
-            found.append(f"The embedding hardly tells of {names}: moves in them cannot be seen in the displacement.")
+            found.append(f"The embedding predicts {names} poorly: changes of them go undetected in the displacement.")
         weak = [
             trait for trait in traits
             if trait.confirmed and trait.told < 0.5 and abs(trait.picked.value) < FOLLOWED * abs(trait.labelled.value)
@@ -249,7 +253,7 @@ def _warnings(
             )
             found.append(
                 f"b picks less than a third of what the labels say: {said}. It cannot prefer what the embedding does "
-                "not tell; an encoder that sees length and layout, such as minilm+surface, may."
+                "not hold; an encoder that sees length and layout, such as minilm+surface, may."
             )
     if not traits:
         found.append("No trait varies between the outputs of one prompt: only the texts can say what is preferred.")

@@ -1,4 +1,4 @@
-"""The distinct outputs of each prompt, of which everything is said within prompts."""
+"""The distinct outputs of each prompt, which are compared within prompts."""
 
 from __future__ import annotations
 

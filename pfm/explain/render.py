@@ -34,13 +34,13 @@ def _spoken(name: str) -> str:
 
 
 def _figures(trait: TraitChange) -> list[tuple[str, str]]:
-    """Give (value, interval) under each of :data:`HEADS`."""
+    """Return (value, interval) under each of :data:`HEADS`."""
     changes = (trait.picked, trait.moved, trait.labelled, trait.at_equal_length, trait.correlation)
     return [("–", "") if change is None else change.parts(signed=True, decimals=2) for change in changes]
 
 
 def _about(direction: Direction) -> str:
-    """Say what the flow does along a direction."""
+    """Describe what the flow does along a direction."""
     said = []
     if direction.share is not None:
         said.append(f"{direction.share:.0%} of the mean square displacement lies along it.")
@@ -170,11 +170,11 @@ def _facts(found: Results) -> list[tuple[str, str]]:
 
 
 NOTES = (
-    "Everything is told within prompts: what sets an answer apart from other answers to its own prompt.",
+    "All comparisons are within prompts: an answer against the other answers to its own prompt.",
     "Picked by b: Cov(b, trait) / E[b], what choosing real outputs with probability ∝ b changes. With "
     "p₁ = 2·π·b it is the aim of one pass.",
     "Moved by the flow: a ridge regression of the trait on the embedding, fitted on other prompts, applied to "
-    "T(y) − y. What the embedding does not tell of a trait is missing from it.",
+    "T(y) − y. The part of a trait that the embedding does not predict is missing from it.",
     "In the labels: half the difference between chosen and rejected outputs of the given pairs.",
     "At equal length: what is left of “picked by b” after a regression of both on the log of the length.",
     "Words: log-odds with an informative Dirichlet prior (Monroe, Colaresi and Quinn 2008) between the upper and "

@@ -1,4 +1,4 @@
-"""What is found of a flow: changes of traits, directions with words and texts at their ends, and a summary."""
+"""Results of an explanation: changes of traits, directions with words and texts at their ends, and a summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SMALLEST = 0.05  # standard deviations: smaller changes are not spoken of
 
 @dataclass(frozen=True)
 class TraitChange:
-    """Says what becomes of one trait.
+    """Holds the change of one trait.
 
     Attributes:
         name: of :data:`pfm.explain.traits.TRAITS`. words: how to say the direction of the change.
@@ -23,7 +23,7 @@ class TraitChange:
         at_equal_length: what is left of ``picked`` when b and the trait are both compared at equal log length; None
             for the length itself.
         correlation: of b and the trait within prompts.
-        told: share of the trait's variance within prompts that the embedding tells of prompts it was not fitted on.
+        told: share of the trait's variance within prompts that the embedding predicts on held-out prompts (R²).
         confirmed: labels, b and displacement agree in sign, the labels' interval, widened for the number of
             traits, excludes zero, and the change is not negligible.
     """
@@ -40,7 +40,7 @@ class TraitChange:
 
     @property
     def with_length(self) -> bool:
-        """Tell whether the change hardly goes beyond that of the length."""
+        """Return whether the change is little more than that of the length."""
         if self.at_equal_length is None:
             return False
         left = self.at_equal_length.value * math.copysign(1, self.picked.value)

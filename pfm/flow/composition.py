@@ -9,14 +9,13 @@ Every v_k was fitted on its own, for a taste, a criterion or a group of raters. 
   reference share it up to the squares of the displacements; of other fields this holds to first order in them;
 - sum_k w_k b_k is exactly the chance to beat a reference draw by the taste that is drawn.
 
-So the law that a composed pass reaches is not a stated one: :meth:`Composition.trade_off` measures what it is worth.
+The distribution that a composed pass reaches has no closed form: :meth:`Composition.trade_off` measures its value.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,15 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.archive import read_description, read_folder, save_folder
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_length, check_number, check_shape
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.data.vector_spaces import vector_space
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow.fields import Velocity
 from pfm.flow.inputs import check_inputs, check_times
 from pfm.flow.integration import integrate
+from pfm.flow.model import FAILURES
 from pfm.flow.preference_flow import PreferenceFlow
 
 __all__ = ["Composition", "TradeOff", "check_weights", "compose", "simplex"]
@@ -65,26 +65,26 @@ class TradeOff:
 
     @property
     def worst(self) -> Tensor:
-        """Give the chance for the worst-off taste (M,)."""
+        """Return the chance for the worst-off taste (M,)."""
         return self.win.amin(1)
 
     @property
     def average(self) -> Tensor:
-        """Give the chance averaged over tastes (M,)."""
+        """Return the chance averaged over tastes (M,)."""
         return self.win.mean(1)
 
     @property
     def maxmin(self) -> int:
-        """Give the number of the composition that is best for its worst-off taste (MaxMin)."""
+        """Return the number of the composition that is best for its worst-off taste (MaxMin)."""
         return int(self.worst.argmax())
 
     @property
     def best_average(self) -> int:
-        """Give the number of the composition that is best on average over tastes."""
+        """Return the number of the composition that is best on average over tastes."""
         return int(self.average.argmax())
 
     def rows(self) -> list[dict[str, float]]:
-        """Give one dict a composition: weight and win by taste, worst, average, moved."""
+        """Return one dict a composition: weight and win by taste, worst, average, moved."""
         return [
             {f"weight {name}": float(w) for name, w in zip(self.names, weights, strict=True)}
             | {f"win {name}": float(b) for name, b in zip(self.names, win, strict=True)}
@@ -125,8 +125,7 @@ class Composition:
         device = self.flows[0].device
         self.flows = tuple(flow if flow.device == device else copy.deepcopy(flow).to(device) for flow in self.flows)
         self.weights = check_weights("weights", weights, len(self.flows))
-        if self.weights.ndim != 1:
-            raise ValueError(f"weights must be ({len(self.flows)},), one a flow: got {tuple(self.weights.shape)}")
+        check_shape("weights", self.weights, (len(self.flows),), "one a flow")
         self.names = tuple(map(str, range(len(self.flows)) if names is None else names))
         if len(self.names) != len(self.flows) or len(set(self.names)) != len(self.names):
             raise ValueError(f"names must be {len(self.flows)} different names, one a flow: got {list(self.names)}")
@@ -139,7 +138,7 @@ class Composition:
 
     @property
     def event_shape(self) -> torch.Size:
-        """Give the shape of one output."""
+        """Return the shape of one output."""
         return self.flows[0].event_shape
 
     @property
@@ -153,17 +152,17 @@ class Composition:
 
     @property
     def context_dimension(self) -> int:
-        """Give the number of values of a context; 0 if no flow takes any."""
+        """Return the number of values of a context; 0 if no flow takes any."""
         return max(flow.context_dimension for flow in self.flows)
 
     @property
     def steps(self) -> int:
-        """Give the number of fixed steps of a pass: that of the flow which needs most."""
+        """Return the number of fixed steps of a pass: that of the flow which needs most."""
         return max(flow.steps for flow in self.flows)
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Give the encoder and the sizes of the outputs and contexts that the flows were fitted on."""
+        """Return the encoder and the sizes of the outputs and contexts that the flows were fitted on."""
         encoders = (flow.metadata.get("encoder") for flow in self.flows)
         return {
             "encoder": next((encoder for encoder in encoders if encoder), None),
@@ -173,7 +172,7 @@ class Composition:
 
     @property
     def guard_margin(self) -> float:
-        """Give the weighted sum of the flows' margins: infinity if one that has a weight confirms none."""
+        """Return the weighted sum of the flows' margins: infinity if one that has a weight confirms none."""
         weighted = zip(self.weights.tolist(), self.flows, strict=True)
         return sum(weight * flow.guard_margin for weight, flow in weighted if weight > 0)
 
@@ -197,10 +196,8 @@ class Composition:
         Returns:
             (B, \\*D) float32, on the device of ``y``; on flows of unit vectors projected to the sphere.
         """
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be a number >= 0: got {strength}")
-        if on_failure not in ("keep", "raise"):
-            raise ValueError(f"on_failure must be one of keep, raise: got {on_failure!r}")
+        check_number("strength", strength, least=0)
+        check_choice("on_failure", on_failure, FAILURES)
         y, context, weights = self._checked(y, context, weights)
         if strength == 0:
             return y.clone()
@@ -218,7 +215,7 @@ class Composition:
 
     @torch.no_grad()
     def trajectory(self, y: Any, context: Any = None, *, times: Any, weights: Any = None) -> Tensor:
-        """Give the states (T, B, \\*D) along a pass at ``times`` (T,), increasing in [0, 1]."""
+        """Return the states (T, B, \\*D) along a pass at ``times`` (T,), increasing in [0, 1]."""
         marks = check_times(times)
         y, context, weights = self._checked(y, context, weights)
         path = marks if marks[0] == 0 else [0.0, *marks]
@@ -231,9 +228,8 @@ class Composition:
 
     @torch.no_grad()
     def velocity(self, t: float, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
-        """Give sum_k w_k v_k(t, y | x) (B, \\*D) at one time, in the outputs' units a pass."""
-        if not 0 <= t <= 1:
-            raise ValueError(f"t must lie in [0, 1]: got {t}")
+        """Return sum_k w_k v_k(t, y | x) (B, \\*D) at one time, in the outputs' units a pass."""
+        check_number("t", t, least=0, most=1)
         y, context, weights = self._checked(y, context, weights)
 
         def evaluate(rows: Tensor, joined: Tensor | None) -> tuple[Tensor]:
@@ -244,7 +240,7 @@ class Composition:
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
-        """Give sum_k w_k b_k(y|x) (B,): the chance to beat a reference draw by a taste drawn with the weights."""
+        """Return sum_k w_k b_k(y|x) (B,): the chance to beat a reference draw by a taste drawn with the weights."""
         y, context, weights = self._checked(y, context, weights)
         return (weights * self._wins(y, context)).sum(1)
 
@@ -252,14 +248,14 @@ class Composition:
     def candidate_probabilities(
         self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
     ) -> Tensor:
-        """Give sum_k w_k b_k (B,) as :meth:`pfm.PreferenceFlow.candidate_probabilities` gives each b_k."""
+        """Return sum_k w_k b_k (B,) as :meth:`pfm.PreferenceFlow.candidate_probabilities` gives each b_k."""
         y, context, weights = self._checked(y, context, None)
         found = [flow.candidate_probabilities(y, _own(flow, context), prompt) for flow in self.flows]
         return (weights * torch.stack(found, dim=1)).sum(1)
 
     @torch.no_grad()
     def alignment(self, y: Any, context: Any = None) -> Tensor:
-        """Give how far each of one prompt's candidates lies along their mean displacement (B,).
+        """Return how far each of one prompt's candidates lies along their mean displacement (B,).
 
         As :meth:`pfm.PreferenceFlow.alignment`, in units of the weighted mean of the flows' scales.
         """
@@ -291,19 +287,16 @@ class Composition:
             y: (B, \\*D) reference draws. context: as for :meth:`transport`.
             weights: (M, K) compositions to try; None for a lattice on the simplex with ``points`` values a weight.
             strength: of the transports.
-            judges: K functions (y, context) -> (B,) that give each taste's chance to beat the reference; None asks
+            judges: K functions (y, context) -> (B,) that give each taste's chance to beat the reference; None takes
                 the flows' own b, which were fitted on the same pairs as the fields: for a claim give models that
                 were fitted on other pairs.
         """
-        if judges is not None and len(judges) != len(self.flows):
-            raise ValueError(f"judges must be {len(self.flows)}, one a flow: got {len(judges)}")
+        if judges is not None:
+            check_length("judges", judges, len(self.flows), "flow")
         if weights is None:
             weights = simplex(len(self.flows), points)
         weights = check_weights("weights", weights, len(self.flows))
-        if weights.ndim != 2:
-            raise ValueError(
-                f"weights must be (M, {len(self.flows)}), one row a composition: got {tuple(weights.shape)}"
-            )
+        check_shape("weights", weights, ("M", len(self.flows)), "one row a composition")
         y, context, _ = self._checked(y, context, None)
         wins, distances = [], []
         for row in weights:
@@ -349,12 +342,12 @@ class Composition:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _wins(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give b_k(y|x) of every flow, (B, K)."""
+        """Return b_k(y|x) of every flow, (B, K)."""
         return torch.stack([flow.win_probability(y, _own(flow, context)) for flow in self.flows], dim=1)
 
     def _velocity(self, context: Tensor | None, weights: Tensor) -> Velocity:
-        """Give the composed velocity of flat outputs, in their own units."""
-        # A flow that no row asks for is not evaluated.
+        """Return the composed velocity of flat outputs, in their own units."""
+        # A flow without weight in any row is not evaluated.
         parts = [
             (flow.normalizer, flow.field.at(flow.normalizer.context(_own(flow, context))), weight[:, None])
             for flow, weight in zip(self.flows, weights.T, strict=True)
@@ -411,7 +404,7 @@ def compose(flows: Sequence[tuple[PreferenceFlow, float]], *, names: Sequence[st
     """Compose fitted flows: v = sum_k w_k v_k, with weights that may be changed at every call.
 
     Args:
-        flows: pairs (flow, weight); weights at least 0 with sum 1. A larger step is asked for by ``strength``.
+        flows: pairs (flow, weight); weights at least 0 with sum 1. ``strength`` makes a larger step.
         names: of the tastes that the flows stand for.
 
     Raises:
@@ -455,13 +448,13 @@ def check_weights(name: str, weights: Any, count: int) -> Tensor:
         worst = float(total.flatten()[(total - 1).abs().argmax()])
         raise ValueError(
             f"{name} must sum to 1: got {_shown(found)} with sum {worst:g}; "
-            "divide them by their sum, and ask for a larger step by strength"
+            "divide them by their sum, and make a larger step with strength"
         )
     return found / total
 
 
 def simplex(tastes: int, points: int = 11) -> Tensor:
-    """Give all weights (M, K) over K tastes whose entries are multiples of 1 / (points - 1)."""
+    """Return all weights (M, K) over K tastes whose entries are multiples of 1 / (points - 1)."""
     if tastes < 1 or points < 2:
         raise ValueError(f"a lattice needs at least one taste and two points: got {tastes} and {points}")
     parts = points - 1

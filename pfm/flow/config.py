@@ -1,4 +1,4 @@
-"""How a preference flow is fitted: one plain dataclass, usable as a Hydra structured config."""
+"""Settings of a fit: one plain dataclass, usable as a Hydra structured config."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NoReturn
 
+from pfm._internal.checks import check_choice, check_flag, check_number, check_whole
+
 __all__ = ["FlowConfig", "refuse_options"]
 
 DTYPES = ("auto", "float32", "medium", "bfloat16")
@@ -16,11 +18,11 @@ DTYPES = ("auto", "float32", "medium", "bfloat16")
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Configures :meth:`pfm.PreferenceFlow.fit`.
+    """Configures :meth:`pfm.PreferenceFlow.fit`: what is learned, by which network, how it is trained and integrated.
 
-    What is learned
-        source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners' law;
-            ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
+    Attributes:
+        source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners'
+            distribution; ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
         coupling: which source sample goes with which target, see :mod:`pfm.flow.couplings`; ``"paired"`` takes the
             data's own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the
             nearest with the contexts' distance in the cost; or a name of :func:`pfm.register_coupling`.
@@ -32,18 +34,15 @@ class FlowConfig:
         residual: learn a network beyond the linear part, kept as far as held-out prompts confirm it.
         unit_norm: ``"auto"`` projects results back to the unit sphere if the training outputs all lie on it;
             ``"on"``, ``"off"``.
-
-    The network
         field: ``"mlp"``, or a name of :func:`pfm.register_field`, for one of your own.
         field_options: keyword arguments of its builder, JSON values.
-        hidden, layers: width and number of hidden layers of ``"mlp"``; ``"auto"`` is 256 x 4 up to 64 dimensions, else
-            512 x 3.
-
-    Training
+        hidden: width of the hidden layers of ``"mlp"``; ``"auto"`` is 256 up to 64 dimensions, else 512.
+        layers: number of hidden layers of ``"mlp"``; ``"auto"`` is 4 up to 64 dimensions, else 3.
         epochs: passes over the training pairs; ``"auto"`` spends about 1e12 multiply-adds, for two passes up to
             four times that, and at most 400 passes.
-        batch_size: rows an update. learning_rate, weight_decay: of AdamW, cosine schedule to zero; the rate ``"auto"``
-            is 4e-3 up to 64 dimensions, else 2e-3.
+        batch_size: rows an update.
+        learning_rate: of AdamW, with a cosine schedule to zero; ``"auto"`` is 4e-3 up to 64 dimensions, else 2e-3.
+        weight_decay: of AdamW.
         ema: decay of the weights' exponential moving average, which is what is kept.
         patience: validations (40 a run) without improvement before training stops.
         validation_share: share of the prompts held out when no validation set is given, in (0, 1).
@@ -54,11 +53,10 @@ class FlowConfig:
             ``"bfloat16"`` trains the network under autocast, and elsewhere than on the CPU integrates so as well, with
             states in float32; ``"auto"`` is ``"medium"`` on CUDA, else ``"float32"``.
         compile: train the network through ``torch.compile``, which needs a C++ compiler on the CPU.
-
-    Integration
         solver: a name in :data:`pfm.flow.integration.SOLVERS`, or of :func:`pfm.register_solver`.
         steps: fixed steps for a pass, or ``"auto"``: the fewest whose result on validation data is within
             ``tolerance`` of a tight adaptive solution, relative to the distance moved.
+        tolerance: of ``steps="auto"``, above 0.
 
     Raises:
         ValueError, TypeError: a value out of its range, or a misspelt name (with the nearest right one).
@@ -83,7 +81,7 @@ class FlowConfig:
     unit_norm: str = "auto"
     field: str = "mlp"
     # Without a part in the hash: a dict has none. Equal configurations still have equal hashes.
-    field_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    field_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any], hash=False)
     hidden: Any = "auto"
     layers: Any = "auto"
     epochs: Any = "auto"
@@ -106,38 +104,40 @@ class FlowConfig:
         from pfm.flow.couplings import SOURCES, check_coupling
         from pfm.flow.integration import check_solver
 
-        _one_of("source", self.source, SOURCES)
+        check_choice("source", self.source, SOURCES)
         check_coupling(self.coupling)
-        _one_of("unit_norm", self.unit_norm, ("auto", "on", "off"))
-        _one_of("dtype", self.dtype, DTYPES)
+        check_choice("unit_norm", self.unit_norm, ("auto", "on", "off"))
+        check_choice("dtype", self.dtype, DTYPES)
         check_solver(self.solver)
         object.__setattr__(self, "field_options", self._checked_field_options())
         object.__setattr__(self, "device", device_name(self.device))
         for name in ("context_free", "linear", "residual", "compile"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false: got {getattr(self, name)!r}")
-        for name in ("hidden", "layers", "epochs", "steps"):
-            value = getattr(self, name)
-            if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, or 'auto': got {value!r}")
-        for name, low in (("best_of", 2), ("batch_size", 1), ("patience", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}: got {value!r}")
-        for name in ("sigma", "weight_decay"):
-            _number(name, getattr(self, name), lambda v: v >= 0, ">= 0")
-        _number("tolerance", self.tolerance, lambda v: v > 0, "> 0")
-        if self.learning_rate != "auto":
-            _number("learning_rate", self.learning_rate, lambda v: v > 0, "> 0, or 'auto'")
-        _number("ema", self.ema, lambda v: 0 <= v < 1, "in [0, 1)")
-        _number("validation_share", self.validation_share, lambda v: 0 < v < 1, "in (0, 1)")
+            check_flag(name, getattr(self, name))
+        checked = {
+            name: check_whole(name, getattr(self, name), 1, also=("auto",))
+            for name in ("hidden", "layers", "epochs", "steps")
+        }
+        checked |= {
+            "best_of": check_whole("best_of", self.best_of, 2),
+            "batch_size": check_whole("batch_size", self.batch_size, 1),
+            "patience": check_whole("patience", self.patience, 1),
+            "seed": check_whole("seed", self.seed),
+            "sigma": check_number("sigma", self.sigma, least=0),
+            "weight_decay": check_number("weight_decay", self.weight_decay, least=0),
+            "tolerance": check_number("tolerance", self.tolerance, above=0),
+            "learning_rate": check_number("learning_rate", self.learning_rate, above=0, also=("auto",)),
+            "ema": check_number("ema", self.ema, least=0, below=1),
+            "validation_share": check_number("validation_share", self.validation_share, above=0, below=1),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def _checked_field_options(self) -> dict[str, Any]:
-        """Return the field's options as they are after saving and loading, JSON values."""
+        """Return the field's options as JSON values, as saving and loading gives them."""
         from pfm.flow.registered_field import FIELDS, MLP
 
         builder, options = FIELDS[self.field], self.field_options
-        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"field_options must be a dict with names for keys: got {options!r:.80}")
         if self.field == MLP:
             if options:
@@ -173,7 +173,7 @@ class FlowConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the settings as JSON values."""
+        """Return the settings as JSON values."""
         return asdict(self)
 
     def replace(self, **changes: Any) -> FlowConfig:
@@ -196,13 +196,3 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 
     near = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-
-
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}: got {value!r}")
-
-
-def _number(name: str, value: Any, fits: Any, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
-        raise ValueError(f"{name} must be a number {wanted}: got {value!r}")

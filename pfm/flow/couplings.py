@@ -1,29 +1,32 @@
-"""Couplings: which source sample travels to which target sample in training.
+"""Couplings: the assignment of source samples to target samples in training.
 
 A coupling joins samples of one context. Joining across contexts, as minibatch optimal transport does when it ignores
 them, transports each prompt's outputs to other prompts' outputs; the one exception, ``c2ot``, has the distance of
 contexts in its cost.
 
-With P(y > y') + P(y' > y) = 1 the winners' law is p1 = 2 pi_ref b and the losers' law p0 = 2 pi_ref (1 - b), so
-pi_ref = (p0 + p1) / 2: a member of a pair picked by a fair coin is a draw from the reference.
+With P(y > y') + P(y' > y) = 1 the winners' distribution is p1 = 2 pi_ref b and the losers' p0 = 2 pi_ref (1 - b), so
+pi_ref = (p0 + p1) / 2: a member of a pair picked uniformly at random is a draw from the reference.
 
 That holds for pairs of two independent draws, ties included. Pairs of each liked with each disliked output of a prompt
-are none: a fair coin then picks from an even mixture of liked and disliked outputs, whatever their shares are, and that
-mixture takes the place of pi_ref in all of the above.
+are not such pairs: their members are an even mixture of liked and disliked outputs, whatever the shares of either, and
+that mixture takes the place of pi_ref in all of the above.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.registry import Registry
 from pfm.data.encoded import EncodedPairs
+from pfm.flow.coupled import SOURCES, Coupled, Coupling, uniforms
+from pfm.flow.transported import Independent, Transported
 
 __all__ = [
     "COUPLINGS",
@@ -41,78 +44,19 @@ __all__ = [
     "register_coupling",
 ]
 
-SOURCES = ("reference", "rejected")
 COUPLINGS = ("paired", "independent", "ot", "c2ot")
-BLOCK = 1024  # samples of one assignment problem: it costs the cube of them
-CONTEXT_BLUR = 0.05  # root mean square distance of contexts that c2ot joins, in units of their spread
-
-
-@dataclass(frozen=True)
-class Coupled:
-    """Holds joined samples: source and target (B, D), weight (B,) with mean about 1, context (B / r, C) or None.
-
-    The rows are r = ``repeats`` blocks, and row i of every block has context i: what the rows of an item share is
-    kept, and computed, once.
-    """
-
-    source: Tensor
-    target: Tensor
-    context: Tensor | None
-    weight: Tensor
-    repeats: int = 1
-
-    def row_context(self) -> Tensor | None:
-        """Give every row's context, (B, C)."""
-        return None if self.context is None else self.context.repeat(self.repeats, 1)
-
-    def to(self, device: torch.device) -> Coupled:
-        """Copy to a device; on the same one nothing is copied."""
-        return self.map(lambda part: part.to(device, non_blocking=True))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Coupled:
-        """Change every tensor."""
-        context = None if self.context is None else change(self.context)
-        return Coupled(change(self.source), change(self.target), context, change(self.weight), self.repeats)
-
-
-class Coupling(Protocol):
-    """Is what gives the training its joined samples.
-
-    ``rows_per_item`` is the number of rows :meth:`draw` makes of an item. Samples are on ``device``, that of the
-    pairs; random numbers are drawn on the generator's, so that one seed gives the same samples on every device.
-    """
-
-    rows_per_item: int
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the samples."""
-        ...
-
-    def __len__(self) -> int:
-        """Count the items."""
-        ...
-
-    def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the items at ``index`` (B,), on the CPU."""
-        ...
-
-    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
-        """Join the items at ``index`` (B,), on any device, into ``rows_per_item * B`` rows."""
-        ...
 
 
 class Paired:
     """Joins the two outputs of a labelled pair, as the data give them.
 
     ``source="rejected"``: loser to winner. ``source="reference"``: each member of the pair to the winner, half
-    the weight each - the expectation of the fair coin, taken exactly, so that the source law is pi_ref and the
-    target law p1. A soft label p counts as both labels with weights p and 1 - p.
+    the weight each: the exact expectation over a member picked at random, so that the source distribution is pi_ref
+    and the target distribution p1. A soft label p counts as both labels with weights p and 1 - p.
     """
 
     def __init__(self, pairs: EncodedPairs, source: str) -> None:
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
+        check_choice("source", source, SOURCES)
         self.pairs = pairs
         self.source = source
         self.soft = pairs.probability is not None
@@ -129,7 +73,7 @@ class Paired:
         return len(self.pairs)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the pairs at ``index`` (B,), on the CPU."""
+        """Return the prompts of the pairs at ``index`` (B,), on the CPU."""
         return self.pairs.group[index.cpu()]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
@@ -187,7 +131,7 @@ class BestOf:
         self._rows = torch.cat([entry.rows[order] for entry, order in zip(pairs.candidates, orders, strict=True)])
         self._equals = _equals(scores)
         # Row n: P(best rank <= k) = C(k + 1, m) / C(n, m) for m of n members drawn without replacement - members of
-        # a set of independent draws, so that their best has the law of the best of m fresh draws.
+        # a set of independent draws, so that their best is distributed as the best of m fresh draws.
         largest = max(sizes)
         below = torch.ones(largest + 1, largest, dtype=torch.float64, device="cpu")
         for size in set(sizes):
@@ -209,7 +153,7 @@ class BestOf:
         return len(self._rows)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the candidate sets of the candidates at ``index`` (B,), on the CPU."""
+        """Return the candidate sets of the candidates at ``index`` (B,), on the CPU."""
         return self._set_of(index.to(self.pairs.device)).cpu()
 
     def _set_of(self, index: Tensor) -> Tensor:
@@ -220,13 +164,13 @@ class BestOf:
         index = index.to(self.pairs.device, non_blocking=True)
         group = self._set_of(index)
         size = self._sizes[group]
-        uniform = _uniforms(len(index), generator, self.pairs.device)[:, None]
+        uniform = uniforms(len(index), generator, self.pairs.device)[:, None]
         rank = torch.searchsorted(self._below[size], uniform).squeeze(1).clamp(max=len(self._below[0]) - 1)
         rank = torch.minimum(rank, size - 1)
         place = self._starts[group] + rank
         if self._equals is not None:
             first, count = self._equals
-            share = _uniforms(len(index), generator, self.pairs.device)
+            share = uniforms(len(index), generator, self.pairs.device)
             place = first[place] + (share * count[place]).long()
         target = self.pairs.output_rows(self._rows[place])
         source = self.pairs.output_rows(self._rows[index])
@@ -235,14 +179,8 @@ class BestOf:
         return Coupled(source, target, context, weight)
 
 
-def _uniforms(count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """Draw uniform numbers (count,) in float64 where the generator is, and bring them to a device."""
-    where = device if generator is None else generator.device
-    return torch.rand(count, generator=generator, dtype=torch.float64, device=where).to(device, non_blocking=True)
-
-
 def _equals(sorted_scores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Give for each of all sets' scores the place of the first equal one and how many there are; None without ties."""
+    """Return for each score of all sets the place of the first equal one and their number; None without ties."""
     firsts, counts, start = [], [], 0
     for scores in sorted_scores:
         _, inverse, count = scores.unique_consecutive(return_inverse=True, return_counts=True)
@@ -251,147 +189,6 @@ def _equals(sorted_scores: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         start += len(scores)
     found = torch.cat(counts)
     return None if bool((found == 1).all()) else (torch.cat(firsts), found)
-
-
-class _Ends:
-    """Holds the ends of all pairs: every source and target sample of a pair set, with its weight.
-
-    A sample is a place in the sense of :meth:`pfm.EncodedPairs.members`. ``source="rejected"``: losers to winners.
-    ``source="reference"``: both members of a pair, to winners. With a soft label p each member is the winner with
-    weight p or 1 - p.
-    """
-
-    def __init__(self, pairs: EncodedPairs, source: str) -> None:
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
-        count, device = len(pairs), pairs.device
-        chosen = 2 * torch.arange(count, device="cpu").to(device)
-        rejected = chosen + 1
-        ones = torch.ones(count, dtype=torch.float32, device=device)
-        weight = ones if pairs.weight is None else pairs.weight / pairs.weight.mean()
-        winner = ones if pairs.probability is None else pairs.probability
-        both = torch.stack([chosen, rejected], dim=1).flatten()
-        won = torch.stack([weight * winner, weight * (1 - winner)], dim=1).flatten()
-        lost = torch.stack([weight * (1 - winner), weight * winner], dim=1).flatten()
-        self.sources, self.source_weight = _present(both, won + lost if source == "reference" else lost)
-        self.targets, self.target_weight = _present(both, won)
-
-
-def _present(places: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kept = weight > 0
-    return places[kept], weight[kept]
-
-
-class _Sources:
-    """What couplings share whose items are source samples of pairs, places in the sense of `EncodedPairs.members`."""
-
-    rows_per_item = 1
-    pairs: EncodedPairs
-    _sources: Tensor
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the samples."""
-        return self.pairs.device
-
-    def __len__(self) -> int:
-        return len(self._sources)
-
-    def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
-        return self.pairs.group[(self._sources[index.to(self._sources.device)] // 2).cpu()]
-
-
-class Independent(_Sources):
-    """Joins each source sample to any target sample of its context, by their weights.
-
-    Of use where a context holds many samples; :func:`make_coupling` refuses pairs of which each has its own.
-    """
-
-    def __init__(self, pairs: EncodedPairs, source: str) -> None:
-        self.pairs = pairs
-        ends, pool = _Ends(pairs, source), pairs.pool.to(pairs.device)
-        self._sources, self._weight = ends.sources, ends.source_weight / ends.source_weight.mean()
-        self._pool = pool[ends.sources // 2]
-        of_target = pool[ends.targets // 2]
-        order = of_target.argsort(stable=True)
-        self._targets = ends.targets[order]
-        # One running sum over all pools: a pool is an interval of it, a target a piece of that.
-        self._sum = ends.target_weight[order].double().cumsum(0)
-        self._last = torch.bincount(of_target, minlength=int(pool.max()) + 1).cumsum(0) - 1
-        self._high = self._sum[self._last.clamp_min(0)]
-        self._low = torch.cat([self._high.new_zeros(1), self._high[:-1]])
-
-    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
-        """Join the source samples at ``index`` (B,) with targets of their contexts, drawn afresh."""
-        index = index.to(self.pairs.device, non_blocking=True)
-        pool = self._pool[index]
-        uniform = _uniforms(len(index), generator, self.pairs.device)
-        place = self._low[pool] + uniform * (self._high[pool] - self._low[pool])
-        target = torch.minimum(torch.searchsorted(self._sum, place, right=True), self._last[pool])
-        return _joined(self.pairs, self._sources[index], self._targets[target], self._weight[index])
-
-
-class Transported(_Sources):
-    """Joins source and target samples by optimal transport: the least total squared distance of outputs.
-
-    ``across=False`` (``ot``): within a context only, exactly for up to :data:`BLOCK` samples, larger contexts in
-    random blocks of that size. ``across=True`` (``c2ot``): in random blocks of all samples, with a multiple of the
-    contexts' squared distance in the cost (C2OT, Cheng and Schwing 2503.10636), the smallest power of two at which
-    joined contexts are within :data:`CONTEXT_BLUR` of their spread; rows carry the source's context.
-    """
-
-    def __init__(self, pairs: EncodedPairs, source: str, *, across: bool = False, seed: int = 0) -> None:
-        self.pairs = pairs
-        self.context_weight = 0.0
-        ends, generator, device = _Ends(pairs, source), torch.Generator().manual_seed(seed), pairs.device
-        pool = torch.zeros(len(pairs), dtype=torch.long, device=device) if across else pairs.pool.to(device)
-        # Both ends of a pair fall into one block, so that every block has a near context for each of its own.
-        order = torch.randperm(len(pairs), generator=generator, device="cpu").to(device)
-        sources, targets = [], []
-        for ours, theirs in zip(
-            _by_pool(pool, ends.sources, ends.source_weight, order),
-            _by_pool(pool, ends.targets, ends.target_weight, order), strict=True,
-        ):  # fmt: skip
-            count = len(ours[0])
-            if count == 0:
-                continue
-            start, stop = _spread(*ours, count), _spread(*theirs, count)
-            blocks = -(-count // BLOCK)
-            for some, others in zip(start.tensor_split(blocks), stop.tensor_split(blocks), strict=True):
-                sources.append(some)
-                targets.append(others[self._assign(some, others, across).to(device)])
-        self._sources, self._targets = torch.cat(sources), torch.cat(targets)
-
-    def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
-        """Gather the joined samples at ``index`` (B,)."""
-        index = index.to(self.pairs.device, non_blocking=True)
-        weight = torch.ones(len(index), dtype=torch.float32, device=self.pairs.device)
-        return _joined(self.pairs, self._sources[index], self._targets[index], weight)
-
-    def _assign(self, sources: Tensor, targets: Tensor, across: bool) -> Tensor:
-        """Give for each source (n,) the number of its target (n,), on the CPU, where assignments are solved."""
-        from scipy.optimize import linear_sum_assignment
-
-        if len(sources) == 1:
-            return torch.zeros(1, dtype=torch.long, device="cpu")
-        cost = _squares(*(self.pairs.members(part).cpu() for part in (sources, targets)))
-        if not across:
-            return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
-        ours, theirs = (self.pairs.contexts_of(part // 2) for part in (sources, targets))
-        assert ours is not None
-        assert theirs is not None
-        ours, theirs = ours.cpu(), theirs.cpu()
-        apart = _squares(ours, theirs)
-        spread = float((ours - ours.mean(0)).square().sum(1).mean())
-        weight = self.context_weight or float(cost.mean()) / max(spread, 1e-12)
-        while True:
-            found = torch.from_numpy(linear_sum_assignment((cost + weight * apart).numpy())[1])
-            blur = float(apart.gather(1, found[:, None]).mean())
-            if self.context_weight or blur <= CONTEXT_BLUR**2 * spread or weight > 1e12:
-                self.context_weight = weight
-                return found
-            weight *= 2
 
 
 class Joined:
@@ -411,7 +208,7 @@ class Joined:
         return len(self.source)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the numbers of the samples, (B,), on the CPU."""
+        """Return the numbers of the samples, (B,), on the CPU."""
         return index.cpu()
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
@@ -437,36 +234,12 @@ class WithoutContext:
         return len(self.coupling)
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the items at ``index`` (B,)."""
+        """Return the prompts of the items at ``index`` (B,)."""
         return self.coupling.group_of(index)
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
         """Join as the other coupling does."""
         return replace(self.coupling.draw(index, generator), context=None)
-
-
-def _by_pool(pool: Tensor, places: Tensor, weight: Tensor, order: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Cut samples into their pools, inside each in the order of their pairs' numbers."""
-    by_order = order[places // 2].argsort(stable=True)
-    found = by_order[pool[places[by_order] // 2].argsort(stable=True)]
-    sizes = torch.bincount(pool[places // 2], minlength=int(pool.max()) + 1).tolist()
-    return list(zip(places[found].split(sizes), weight[found].split(sizes), strict=True))
-
-
-def _spread(places: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Take ``count`` of some samples in proportion to their weights: with equal weights each equally often."""
-    sums = weight.double().cumsum(0)
-    marks = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5).to(sums.device) / count * sums[-1]
-    return places[torch.searchsorted(sums, marks).clamp(max=len(places) - 1)]
-
-
-def _squares(one: Tensor, other: Tensor) -> Tensor:
-    """Give all squared distances (n, m) of rows (n, D) and (m, D)."""
-    return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square()
-
-
-def _joined(pairs: EncodedPairs, sources: Tensor, targets: Tensor, weight: Tensor) -> Coupled:
-    return Coupled(pairs.members(sources), pairs.members(targets), pairs.contexts_of(sources // 2), weight)
 
 
 Builder = Callable[..., Coupling]
@@ -524,8 +297,7 @@ def make_coupling(pairs: EncodedPairs, *, source: str, coupling: str, best_of: i
             pairs of one context where each has its own.
     """
     check_coupling(coupling)
-    if best_of < 2:
-        raise ValueError(f"best_of must be at least 2: got {best_of}")
+    check_whole("best_of", best_of, 2)
     if best_of > 2:
         if source != "reference" or coupling != "paired":
             raise ValueError(

@@ -1,7 +1,7 @@
 """Work on a GPU recorded once and repeated without Python between its kernels (CUDA graphs).
 
 What is recorded must read and write the same memory every time, must not wait for the device, and must not depend on
-Python values that change. On other devices, and if recording fails, the work runs as it is.
+Python values that change. On other devices, and if recording fails, the work runs without a graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Inputs = tuple[Tensor | None, ...]
 
 
 def supported(device: torch.device) -> bool:
-    """Say whether work on a device can be recorded; the environment variable ``PFM_CUDA_GRAPHS=0`` turns it off."""
+    """Return whether work on a device can be recorded; the environment variable ``PFM_CUDA_GRAPHS=0`` turns it off."""
     return device.type == "cuda" and os.environ.get(OFF) != "0"
 
 
@@ -109,7 +109,7 @@ class Repeated:
         self._results = self.work(*self._inputs)
 
     def _fill(self, inputs: Inputs) -> bool:
-        """Put values into the memory that is recorded; tell whether they have its shapes."""
+        """Copy values into the recorded memory; return whether they have its shapes."""
         if not self._inputs:
             self._inputs = tuple(None if each is None else each.clone() for each in inputs)
             return True

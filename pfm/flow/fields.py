@@ -128,7 +128,7 @@ class Moments:
         return cls(gram / total, noise.double(), dimension)
 
     def at(self, t: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give the moments of (y_t, context) and of dy_t/dt at time t.
+        """Return the moments of (y_t, context) and of dy_t/dt at time t.
 
         Returns:
             covariance (D + C, D + C) of the inputs, their mean (D + C,), cross-covariance (D + C, D) with the
@@ -156,7 +156,7 @@ class Moments:
         unit: Tensor,
         times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
     ) -> float:
-        """Give the ridge whose linear predictions err least under the moments ``judged`` of held-out prompts.
+        """Return the ridge whose linear predictions err least under the moments ``judged`` of held-out prompts.
 
         The expected square error of a linear prediction is itself a function of moments: no sample is drawn.
         ``unit`` (D,) weighs the dimensions by 1 / unit^2.
@@ -252,7 +252,7 @@ class LinearField(nn.Module):
         return axes.to(self.matrices.dtype), (axes.T @ whole).to(self.matrices.dtype).view(shape)
 
     def weights(self, t: Tensor) -> Tensor:
-        """Give the interpolation weights of the nodes at times t (S,): (S, nodes)."""
+        """Return the interpolation weights of the nodes at times t (S,): (S, nodes)."""
         gaps = t.double()[:, None] - self._nodes
         exact = gaps.abs() < 1e-12
         raw = self._signs / torch.where(exact, 1.0, gaps)
@@ -260,13 +260,13 @@ class LinearField(nn.Module):
         return (raw / raw.sum(1, keepdim=True)).to(self.matrices.dtype)
 
     def operator(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Give slope (S, D + C, D) and offset (S, D) at times t (S,)."""
+        """Return slope (S, D + C, D) and offset (S, D) at times t (S,)."""
         weights = self.weights(t)
         slope = (weights @ self.matrices.flatten(1)).unflatten(1, self.matrices.shape[1:])
         return slope, weights @ self.shifts
 
     def _operator_at(self, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Give slope (D, D), offset (D,) and the nodes' weights (nodes,) at one time; the last few are remembered."""
+        """Return slope (D, D), offset (D,) and the nodes' weights (nodes,) at one time; the last few are remembered."""
         found = self._at.get(t)
         if found is None:
             device, d = self.matrices.device, self._dimension
@@ -351,7 +351,7 @@ class ResidualField(nn.Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Give the multiplications of one row's evaluation."""
+        """Return the multiplications of one row's evaluation."""
         return sum(p.numel() for p in self.parameters())
 
     def time_features(self, t: Tensor) -> Tensor:
@@ -392,7 +392,7 @@ class ResidualField(nn.Module):
         return velocity
 
     def _from_time_at(self, t: float, dtype: torch.dtype) -> Tensor:
-        """Give the first layer's product with one time (hidden,); the last few are remembered."""
+        """Return the first layer's product with one time (hidden,); the last few are remembered."""
         weight = self.from_time.weight
         key = t, weight._version, dtype
         found = self._at.get(key)
@@ -453,7 +453,7 @@ class Field(nn.Module):
         self.gain.zero_()
 
     def forward(self, t: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the velocity at t (B,) or scalar, y (B, D), context (B, C) or None."""
+        """Return the velocity at t (B,) or scalar, y (B, D), context (B, C) or None."""
         velocity = self.linear(t, y, context)
         if self.residual is not None:
             velocity = velocity + self.residual(t, y, context) * (self.unit * self.gain)

@@ -20,6 +20,7 @@ from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
 from pfm.flow.problem import FlowProblem
 from pfm.flow.registered_field import RegisteredField
 from pfm.flow.training import TrainingLog, train_residual
+from pfm.tracking import Tracker
 
 __all__ = ["FieldFit", "Steps", "at_most", "choose_steps", "fit_field", "matmul_precision", "on_unit_sphere"]
 
@@ -33,13 +34,13 @@ HARDLY = 1e-3  # of the outputs' spread
 
 @dataclass(frozen=True)
 class FieldFit:
-    """Says what the fit of a field found: its ridge, infinity for no slope, and the residual's training."""
+    """Holds the result of fitting a field: its ridge, infinity for no slope, and the residual's training."""
 
     ridge: float
     log: TrainingLog
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the findings as JSON values."""
+        """Return the findings as JSON values."""
         training = {
             name: value if not isinstance(value, float) or math.isfinite(value) else None
             for name, value in asdict(self.log).items()
@@ -58,10 +59,11 @@ def fit_field(
     one_step: bool = False,
     checkpoint: Path | None = None,
     progress: bool = True,
+    tracker: Tracker | None = None,
 ) -> FieldFit:
     """Fit both parts of a field, in place; ``check`` joins samples of held-out prompts, on which parts are judged.
 
-    ``one_step`` fits the displacement at t = 0 only, for a single Euler step.
+    ``one_step`` fits the displacement at t = 0 only, for a single Euler step. ``tracker`` keeps the validation loss.
     """
     if isinstance(field.residual, RegisteredField):
         field.residual.check()
@@ -70,7 +72,12 @@ def fit_field(
     log = TrainingLog()
     if config.residual:
         with matmul_precision(config.dtype, normalizer.mean.device):
-            log = train_residual(problem, coupling, check, config, checkpoint=checkpoint, progress=progress)
+            watch = (
+                None if tracker is None else lambda update, loss: tracker.log({"validation_loss": loss}, step=update)
+            )
+            log = train_residual(
+                problem, coupling, check, config, checkpoint=checkpoint, progress=progress, on_validation=watch
+            )
     if log.gain == 0.0:
         field.drop_residual()
     return FieldFit(ridge, log)
@@ -98,7 +105,7 @@ def _all_rows(coupling: Coupling, seed: int, size: int = 8192) -> Iterator[Coupl
 
 
 def at_most(count: int, most: int, seed: int) -> Tensor:
-    """Give the numbers below ``count``, or a sorted random choice of ``most`` of them."""
+    """Return the numbers below ``count``, or a sorted random choice of ``most`` of them."""
     if count <= most:
         return torch.arange(count, device="cpu")
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")[:most].sort().values
@@ -143,7 +150,7 @@ def choose_steps(field: Field, normalizer: Normalizer, check: Coupling, config: 
         copy.deepcopy(field).double().at(None if context is None else context.double()),
         y.double(), (0.0, 1.0), solver="dopri5", rtol=1e-6, atol=1e-8,
     ).states[-1]  # fmt: skip
-    # A flow that hardly moves anything is not worth many steps, whatever its error relative to that.
+    # A flow that moves almost nothing is not worth many steps, whatever its relative error.
     moved = max(float((exact - y).square().mean().sqrt()), HARDLY)
     error = math.inf
     for steps in STEP_CHOICES:
@@ -161,7 +168,7 @@ def choose_steps(field: Field, normalizer: Normalizer, check: Coupling, config: 
 
 
 class matmul_precision:
-    """Sets torch's precision of float32 matrix products as ``dtype`` asks, and puts it back.
+    """Sets torch's precision of float32 matrix products as ``dtype`` says, and restores it.
 
     On CUDA ``"float32"`` sets full precision; on the CPU it keeps the caller's setting.
     """

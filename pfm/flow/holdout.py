@@ -1,16 +1,23 @@
-"""Which prompts a fit holds out to decide by."""
+"""Choose the prompts that a fit holds out for validation."""
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_same_sizes
 from pfm.data.encoded import EncodedPairs
 from pfm.flow.config import FlowConfig
 
 __all__ = ["held_out_first", "training_sets"]
+
+logger = logging.getLogger(__name__)
+
+FEW_PROMPTS = 20  # below which contexts are likely to be classes
+MANY_PAIRS = 20  # of one prompt
 
 
 def training_sets(
@@ -22,12 +29,17 @@ def training_sets(
         ValueError: shapes of training and validation pairs disagree, or there is but one pair.
     """
     if validation is not None:
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(encoded, name), getattr(validation, name)
-            if ours != theirs:
-                raise ValueError(f"validation must have the training pairs' {name} {ours}: got {theirs}")
+        check_same_sizes("validation", validation, encoded, "the training pairs'")
         return encoded, validation
-    if len(torch.unique(encoded.group)) >= 2:
+    prompts = len(torch.unique(encoded.group))
+    if prompts >= 2:
+        if prompts < FEW_PROMPTS and len(encoded) >= MANY_PAIRS * prompts and encoded.context_dimension:
+            logger.warning(
+                "%d pairs of only %d contexts: whole contexts are held out, so that nothing is kept that does not hold "
+                "for another context. If contexts are classes or settings that will come again, give every pair a "
+                "group of its own: EncodedPairs(..., group=torch.arange(%d))",
+                len(encoded), prompts, len(encoded),
+            )  # fmt: skip
         return encoded.split(config.validation_share, config.seed)
     if len(encoded) < 2:
         raise ValueError("one pair is not enough to fit and to validate: at least two are needed")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor, check_finite
+from pfm._internal.checks import as_float_tensor, check_finite
 
 __all__ = ["check_inputs", "check_times"]
 
@@ -55,7 +55,7 @@ def check_times(times: Any) -> list[float]:
     Raises:
         ValueError: there are none, or they are not increasing numbers in [0, 1].
     """
-    marks = [float(t) for t in torch.as_tensor(times).flatten().tolist()]
+    marks = [float(t) for t in torch.as_tensor(times).flatten()]
     if not marks or any(not 0 <= t <= 1 for t in marks) or marks != sorted(set(marks)):
         raise ValueError(f"times must be increasing numbers in [0, 1]: got {marks}")
     return marks

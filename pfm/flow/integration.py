@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_whole
 from pfm._internal.registry import Registry
 from pfm.flow.fields import Velocity
 
@@ -93,8 +94,7 @@ def register_solver(name: str, *, stages: int) -> Callable[[B], B]:
     ...     first = velocity(t, y)
     ...     return y + h / 4 * (first + 3 * velocity(t + 2 * h / 3, y + 2 * h / 3 * first))
     """
-    if isinstance(stages, bool) or not isinstance(stages, int) or stages < 1:
-        raise ValueError(f"stages must be a whole number of at least 1: got {stages!r}")
+    check_whole("stages", stages, 1)
 
     def register(step: B) -> B:
         _STEPS.add(name, step)
@@ -110,7 +110,7 @@ def check_solver(solver: str) -> None:
 
 
 class Integrated(NamedTuple):
-    """Holds the states (T, B, D) at the times asked for, and which rows (B,) stayed finite.
+    """Holds the states (T, B, D) at the requested times, and which rows (B,) stayed finite.
 
     A row that leaves the finite numbers keeps its last finite state from there on. ``evaluations`` of the field were
     needed.
@@ -171,7 +171,7 @@ def integrate(
 
 
 def _grid(times: Sequence[float], steps: int) -> tuple[list[float], list[float], list[int]]:
-    """Give the begins and lengths of all steps, and after how many steps each of ``times`` is reached."""
+    """Return the begins and lengths of all steps, and after how many steps each of ``times`` is reached."""
     grid, marks = [float(times[0])], [0]
     for begin, end in itertools.pairwise(times):
         pieces = max(1, math.ceil(steps * (end - begin) - 1e-9))
@@ -192,9 +192,9 @@ def _adaptive(
         evaluations += 1
         return velocity(float(t), state)
 
-    asked = torch.tensor(list(times), dtype=y.dtype, device="cpu").to(y.device)
+    requested = torch.tensor(list(times), dtype=y.dtype, device="cpu").to(y.device)
     try:
-        result = odeint(function, y, asked, method=solver, rtol=rtol, atol=atol)
+        result = odeint(function, y, requested, method=solver, rtol=rtol, atol=atol)
     except AssertionError:  # no step is small enough, as when the field gives NaN for one row
         return integrate(velocity, y, times, solver="rk4", steps=LAST_RESORT)
     if not isinstance(result, Tensor):

@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm._internal.chunks import Work, map_rows
 from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
@@ -100,39 +101,39 @@ class FlowModel(nn.Module):
 
     @property
     def dimension(self) -> int:
-        """Give the number of values in one output."""
+        """Return the number of values in one output."""
         return math.prod(self.event_shape)
 
     @property
     def steps(self) -> int:
-        """Give the number of fixed steps of a pass."""
+        """Return the number of fixed steps of a pass."""
         return int(self.metadata.get("steps") or (1 if self.config.steps == "auto" else self.config.steps))
 
     @property
     def evaluations(self) -> int:
-        """Give the number of evaluations of the field in one pass; of an adaptive solver, on the validation data."""
+        """Return the number of evaluations of the field in one pass; of an adaptive solver, on the validation data."""
         if self.config.solver in ADAPTIVE_SOLVERS:
             return int(self.metadata.get("evaluations") or 0)
         return self.steps * STAGES[self.config.solver]
 
     @property
     def rounds(self) -> int:
-        """Give the number of rounds of labels behind this flow: 1, and one more for every :meth:`relabel`."""
+        """Return the number of rounds of labels behind this flow: 1, and one more for every :meth:`relabel`."""
         return 1 + len(self.later)
 
     @property
     def preference(self) -> PreferenceModel | None:
-        """Give the preference model behind b, or None where b is the flow's own classifier."""
+        """Return the preference model behind b, or None where b is the flow's own classifier."""
         return self.win.model if isinstance(self.win, PreferenceWin) else None
 
     @property
     def guard_margin(self) -> float:
-        """Give the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
+        """Return the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         return float(self.win.margin)
 
     @property
     def device(self) -> torch.device:
-        """Give the device of the parameters."""
+        """Return the device of the parameters."""
         return self.normalizer.mean.device
 
     def normalize_by(
@@ -170,23 +171,23 @@ class FlowModel(nn.Module):
             y: (B, \\*D) outputs, finite.
             context: (B, C), or (C,) for one context for all rows; None if the flow was fitted without.
             mode: ``"single"``: one pass, pi_ref to best of two with the reference source. ``"gated"``: each row is
-                kept with probability b(y|x), else carried; exact for a flow with ``source="rejected"``. Which rows
-                are kept is drawn from the row's own values, its context, ``seed`` and the number of the round, so it is
+                kept with probability b(y|x), else carried; exact for a flow with ``source="rejected"``. The draw
+                depends on the row's own values, its context, ``seed`` and the number of the round, so it is
                 repeatable and independent of the batch.
-                ``"reapply"``: ``rounds`` passes of the same flow; it has no target law and leaves the data's
+                ``"reapply"``: ``rounds`` passes of the same flow; it has no target distribution and leaves the data's
                 support as rounds grow. ``"relabel"``: the rounds of :meth:`relabel`, each by its own flow.
             steps: fixed steps a pass; None for the number chosen at the end of the fit.
-            rounds: passes of ``"reapply"``, None for 1; rounds of ``"relabel"``, None for all there are.
-            strength: up to 1, the time at which the integration stops, so that 0 leaves y as it is; above 1 the
+            rounds: passes of ``"reapply"``, None for 1; rounds of ``"relabel"``, None for all.
+            strength: up to 1, the time at which the integration stops, so that 0 returns y unchanged; above 1 the
                 whole displacement is multiplied: y + strength (T(y) - y).
             guidance: w in v(t, y) + w (v(t, y | x) - v(t, y)), from the field without contexts, for flows fitted with
                 ``context_free=True`` (Ho and Salimans 2207.12598, on velocities as in Zheng et al. 2311.13443): 1
                 is the field itself, 0 ignores the context, above 1 goes beyond it.
             win_gradient: multiple of S grad log b(y|x) that is added to the velocity; S (\\*D) is the outputs'
                 variance under one context, so that for Gaussian outputs and small slopes 1 moves as far as a pass.
-            on_failure: what becomes of rows for which the field leaves the finite numbers: ``"keep"`` gives their last
+            on_failure: treatment of rows for which the field becomes non-finite: ``"keep"`` gives their last
                 finite state, with a :class:`pfm.NonFiniteWarning` that says which they are; ``"raise"`` raises.
-            seed: another one draws anew which rows the gate keeps; a whole number.
+            seed: of the gate's draws; a whole number.
 
         Returns:
             (B, \\*D) float32, on the device of ``y`` (the CPU for arrays and lists), wherever the flow is. Rows do
@@ -196,17 +197,13 @@ class FlowModel(nn.Module):
             ValueError: shapes disagree with the flow's, values are not finite, or an argument is out of range.
             FloatingPointError: the field left the finite numbers and ``on_failure="raise"``.
         """
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}: got {mode!r}")
-        if on_failure not in FAILURES:
-            raise ValueError(f"on_failure must be one of {', '.join(FAILURES)}: got {on_failure!r}")
+        check_choice("mode", mode, MODES)
+        check_choice("on_failure", on_failure, FAILURES)
         rounds = self._checked_rounds(rounds, mode)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(f"seed must be a whole number: got {seed!r}")
-        for name, value, low in (("strength", strength, 0.0), ("guidance", guidance, 0.0),
-                                 ("win_gradient", win_gradient, -math.inf)):  # fmt: skip
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"{name} must be a {'finite number' if low else 'number >= 0'}: got {value}")
+        seed = check_whole("seed", seed)
+        check_number("strength", strength, least=0)
+        check_number("guidance", guidance, least=0)
+        check_number("win_gradient", win_gradient)
         if guidance != 1 and self.context_free is None:
             raise ValueError(
                 f"guidance={guidance:g} needs a field without contexts: fit the flow with "
@@ -219,7 +216,7 @@ class FlowModel(nn.Module):
                 stacklevel=_CALLER,
             )
         y, context = self._checked(y, context)
-        asked = self._checked_steps(steps) if steps is not None else None
+        fixed = self._checked_steps(steps) if steps is not None else None
         if strength == 0:
             return y.clone()
 
@@ -230,12 +227,12 @@ class FlowModel(nn.Module):
                 gated = mode == "gated" or (mode == "relabel" and flow.config.source == "rejected")
                 gate = (seed, number) if gated else None
                 state, well = flow._pass(
-                    state, contexts, asked or flow.steps, strength, guidance, win_gradient, gate, hold
+                    state, contexts, fixed or flow.steps, strength, guidance, win_gradient, gate, hold
                 )
                 finite = finite & well
             return state, finite
 
-        settings = (self.config, self.steps, mode, rounds, asked, strength, guidance, seed)
+        settings = (self.config, self.steps, mode, rounds, fixed, strength, guidance, seed)
         work = carry if win_gradient or mode == "relabel" else self._recorded(settings, carry)
         flat = y.flatten(1)
         result, finite = map_rows(work, flat, context, self.device)
@@ -250,7 +247,7 @@ class FlowModel(nn.Module):
         return result.unflatten(1, self.event_shape)
 
     def _recorded(self, settings: Hashable, carry: Work) -> Work:
-        """Give what replays a pass of few rows on a GPU, where launching its kernels one by one takes longer."""
+        """Return what replays a pass of few rows on a GPU, where launching its kernels one by one takes longer."""
         if not graphs.supported(self.device) or self.config.solver in ADAPTIVE_SOLVERS:
             return carry
 
@@ -263,7 +260,7 @@ class FlowModel(nn.Module):
         """Move the flow, as ``to(device)`` does; its numbers stay float32.
 
         Raises:
-            TypeError: another number type is asked for, as by ``half()``, ``bfloat16()``, ``double()``.
+            TypeError: another number type is requested, as by ``half()``, ``bfloat16()``, ``double()``.
         """
         kind = fn(torch.zeros(1, dtype=torch.float32, device=self.device)).dtype
         if kind != torch.float32:
@@ -283,8 +280,7 @@ class FlowModel(nn.Module):
     def _checked_rounds(self, rounds: int | None, mode: str) -> int:
         if rounds is None:
             return self.rounds if mode == "relabel" else 1
-        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-            raise ValueError(f"rounds must be a whole number of at least 1: got {rounds!r}")
+        rounds = check_whole("rounds", rounds, 1)
         if mode == "relabel" and rounds > self.rounds:
             raise ValueError(
                 f"rounds={rounds} is more than the {self.rounds} this flow has: add rounds with PreferenceFlow.relabel"
@@ -321,7 +317,7 @@ class FlowModel(nn.Module):
         return result, well
 
     def _guided(self, context: Tensor | None, guidance: float, win_gradient: float) -> Velocity:
-        """Give the velocity in normalised coordinates, as :meth:`transport` describes it."""
+        """Return the velocity in normalised coordinates, as :meth:`transport` describes it."""
         base = self.field.at(self.normalizer.context(context))
         free = None if guidance == 1 or self.context_free is None else self.context_free.at(None)
 
@@ -362,7 +358,7 @@ class FlowModel(nn.Module):
 
     @torch.no_grad()
     def trajectory(self, y: Any, context: Any = None, *, times: Any) -> Tensor:
-        """Give the states along one pass, on the device of ``y``.
+        """Return the states along one pass, on the device of ``y``.
 
         Args:
             y: (B, \\*D) outputs. context: as for :meth:`transport`.
@@ -388,13 +384,12 @@ class FlowModel(nn.Module):
 
     @torch.no_grad()
     def velocity(self, t: float, y: Any, context: Any = None) -> Tensor:
-        """Give the field v(t, y | x) (B, \\*D), in the outputs' units for a pass, at a time t in [0, 1].
+        """Return the field v(t, y | x) (B, \\*D), in the outputs' units for a pass, at a time t in [0, 1].
 
         Args:
             t: one time for all rows. y: (B, \\*D) outputs. context: as for :meth:`transport`.
         """
-        if not 0 <= t <= 1:
-            raise ValueError(f"t must lie in [0, 1]: got {t}")
+        check_number("t", t, least=0, most=1)
 
         def evaluate(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor]:
             velocity = self.field.at(self.normalizer.context(contexts))
@@ -405,7 +400,7 @@ class FlowModel(nn.Module):
 
     @torch.no_grad()
     def straightness(self, y: Any, context: Any = None, *, times: int = 32) -> float:
-        """Give how far paths depart from straight lines: 0 for straight ones, which one Euler step follows.
+        """Return how far paths depart from straight lines: 0 for straight ones, which one Euler step follows.
 
         The mean over outputs and times of |v(t, y_t) - (y_1 - y_0)|^2 (Liu et al. 2209.03003, section 2.2), divided by
         the mean of |y_1 - y_0|^2, in normalised coordinates.
@@ -433,7 +428,7 @@ class FlowModel(nn.Module):
 
     @torch.no_grad()
     def win_gradient(self, y: Any, context: Any = None) -> Tensor:
-        """Give the gradient of log b(y|x) with respect to y, (B, \\*D).
+        """Return the gradient of log b(y|x) with respect to y, (B, \\*D).
 
         Args:
             y: (B, \\*D) outputs. context: as for :meth:`transport`.
@@ -444,7 +439,7 @@ class FlowModel(nn.Module):
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None) -> Tensor:
-        """Give b(y|x) (B,) in [0, 1]: the chance that y beats an independent draw of the reference.
+        """Return b(y|x) (B,) in [0, 1]: the chance that y beats an independent draw of the reference.
 
         Args:
             y: (B, \\*D) outputs. context: as for :meth:`transport`.
@@ -458,7 +453,7 @@ class FlowModel(nn.Module):
     def candidate_probabilities(
         self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
     ) -> Tensor:
-        """Give b(y|x) (B,) of the candidates of several prompts, with the other candidates for opponents.
+        """Return b(y|x) (B,) of the candidates of several prompts, with the other candidates for opponents.
 
         So it is where a preference model gives b and a prompt has two or more candidates: they are draws of its own
         reference. Else it is :meth:`win_probability`.
@@ -482,7 +477,7 @@ class FlowModel(nn.Module):
 
     @torch.no_grad()
     def alignment(self, y: Any, context: Any = None) -> Tensor:
-        """Give how far each of one prompt's candidates lies along the flow's displacement of them.
+        """Return how far each of one prompt's candidates lies along the flow's displacement of them.
 
         Args:
             y: (B, \\*D) the candidates of one prompt. context: (C,), (1, C) or (B, C).
@@ -499,14 +494,13 @@ class FlowModel(nn.Module):
         return ((flat - flat.mean(0)) / scale) @ nn.functional.normalize(direction, dim=0)
 
     def _checked(self, y: Any, context: Any) -> tuple[Tensor, Tensor | None]:
-        """Give float32 outputs (B, \\*D) and a context a row, on the device of ``y``."""
+        """Return float32 outputs (B, \\*D) and a context a row, on the device of ``y``."""
         return check_inputs(y, context, self.event_shape, self.context_dimension)
 
     def _checked_steps(self, steps: int | None) -> int:
         if steps is None:
             return self.steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a whole number of at least 1: got {steps!r}")
+        steps = check_whole("steps", steps, 1)
         if steps > 1 and "distilled" in self.metadata:
             raise ValueError(f"steps={steps} has no meaning for a distilled flow, whose pass is one evaluation")
         return steps

@@ -18,6 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor
 
 from pfm._internal.archive import save_folder
+from pfm._internal.checks import check_same_sizes, check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.flow.config import FlowConfig, refuse_options
@@ -32,6 +33,7 @@ from pfm.flow.storage import download, load_files, load_folder, save_files
 from pfm.flow.training import remove_checkpoint
 from pfm.flow.win import WinHead
 from pfm.preferences.base import PreferenceModel
+from pfm.tracking import as_tracker
 
 __all__ = ["PreferenceFlow"]
 
@@ -46,8 +48,8 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
     """Carries less-preferred outputs to preferred ones: dy/dt = v(t, y | x), t from 0 to 1.
 
     Make one with :meth:`fit` or :meth:`from_pretrained`. One pass of a flow fitted with ``source="reference"``
-    carries the reference's law pi_ref to the winners' law p1 = 2 pi_ref b, the law of best of two, as far as the
-    field is learned; b(y|x) is the chance that y beats an independent draw of the reference.
+    carries the reference distribution pi_ref to the winners' distribution p1 = 2 pi_ref b, that of best of two, as far
+    as the field is learned; b(y|x) is the chance that y beats an independent draw of the reference.
 
     Its numbers are float32 on every device: ``half()``, ``bfloat16()`` and ``double()`` are refused, and
     ``FlowConfig(dtype=...)`` says how precisely it computes. Copies, :meth:`distill`, :meth:`relabel` and loading make
@@ -84,6 +86,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         *,
         preference: PreferenceModel | None = None,
         checkpoint: str | Path | None = None,
+        tracker: Any = None,
     ) -> PreferenceFlow:
         """Fit a flow on labelled pairs.
 
@@ -93,15 +96,17 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             validation: pairs of other prompts, on which the ridge, the residual and the number of steps are
                 decided; None holds out ``config.validation_share`` of the prompts of ``encoded``.
             progress: show a progress bar.
-            preference: a preference model that is to give b, in place of the flow's own classifier, and the scores of
-                candidate sets for ``best_of`` above 2; fitted on the training prompts here if it is not yet. Its guard
-                is set on the validation pairs, which a model that is fitted already should not have seen. See
-                :mod:`pfm.flow.preference_win` for what b means when preferences go round.
-            checkpoint: folder for the training state; a fit that was stopped goes on from it.
+            preference: a preference model that gives b in place of the flow's own classifier, and the scores of
+                candidate sets for ``best_of`` above 2. It is fitted on the training prompts unless it is fitted
+                already; then it must not have seen the validation pairs, which set its guard. See
+                :mod:`pfm.flow.preference_win` for the meaning of b when preferences are cyclic.
+            checkpoint: folder for the training state; an interrupted fit resumes from it.
+            tracker: keeps the validation loss of the network by updates, and the figures of b at the end: anything that
+                :func:`pfm.tracking.as_tracker` takes, such as a path, a run of Weights & Biases, a ``SummaryWriter``.
 
         Raises:
-            TypeError: ``encoded`` is not EncodedPairs.
-            ValueError: shapes of training and validation pairs disagree, or the configuration asks for what the
+            TypeError: ``encoded`` is not EncodedPairs, or ``tracker`` no tracker.
+            ValueError: shapes of training and validation pairs disagree, or the configuration needs what the
                 pairs do not carry.
         """
         if not isinstance(encoded, EncodedPairs):
@@ -114,6 +119,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         elif not isinstance(config, FlowConfig):
             config = FlowConfig.from_dict(dict(config))
         began = time.perf_counter()
+        track = as_tracker(tracker)
         encoded, validation = encoded.counted(), None if validation is None else validation.counted()
         train, held = training_sets(encoded, validation, config)
         if preference is not None:
@@ -140,7 +146,9 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             for part in (train, held)
         )  # fmt: skip
         folder = None if checkpoint is None else Path(checkpoint)
-        found = fit_field(flow.field, flow.normalizer, coupling, check, config, checkpoint=folder, progress=progress)
+        found = fit_field(
+            flow.field, flow.normalizer, coupling, check, config, checkpoint=folder, progress=progress, tracker=track
+        )
         flow.metadata |= found.to_dict() | {
             "encoder": encoded.encoder,
             "dimension": flow.dimension,
@@ -163,6 +171,9 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         flow.metadata["unit_norm"] = on_unit_sphere(some.chosen, some.rejected, config)
         flow.metadata |= choose_steps(flow.field, flow.normalizer, check, config)._asdict()
         flow.metadata["seconds"] = round(time.perf_counter() - began, 3)
+        if track is not None:
+            figures = {f"win/{name}": each for name, each in judgement.items() if isinstance(each, int | float)}
+            track.log(figures | {"seconds": flow.metadata["seconds"]}, step=found.log.updates)
         if folder is not None:
             remove_checkpoint(folder / "context_free")
             remove_checkpoint(folder)
@@ -180,10 +191,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         Raises:
             TypeError: not a preference model. ValueError: it or the pairs are of other shapes than the flow.
         """
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(self, name), getattr(pairs, name)
-            if ours != theirs:
-                raise ValueError(f"pairs must have the flow's {name} {ours}: got {theirs}")
+        check_same_sizes("pairs", pairs, self, "the flow's")
         win, judgement = PreferenceWin.made(preference, pairs, pairs, self.config.seed)
         twin = copy.deepcopy(self)
         twin._set_win(win, judgement)
@@ -208,16 +216,16 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
     ) -> PreferenceFlow:
         """Add a round: carry reference draws through the rounds so far, have them labelled, fit a flow on the labels.
 
-        With honest labels and exact flows round n carries to the law of the best of 2^n while preferences are
-        transitive. ``transport(mode="relabel")`` passes through all rounds; what :meth:`win_probability` gives
-        stays the chance against the reference itself. Preferences that go round need not converge: the new round is
-        compared with those before it, and a :class:`pfm.flow.rounds.CyclingWarning` says when it beats the last one and
+        With honest labels and exact flows round n carries to the distribution of the best of 2^n while preferences are
+        transitive. ``transport(mode="relabel")`` passes through all rounds; :meth:`win_probability` remains the chance
+        against the reference itself. Rounds of cyclic preferences need not converge: the new round is compared with
+        those before it, and a :class:`pfm.flow.rounds.CyclingWarning` says when it beats the last one and
         yet loses ground against an earlier one; ``metadata["rounds"]`` holds the figures.
 
         Args:
             labeller: labels outputs y, y' (B, \\*D) under contexts (B, C) or None with the probability (B,) that y
                 is preferred, in [0, 1], or with booleans; or a fitted preference model, which gives the round's b too.
-            y, other: (B, \\*D) independent draws of the reference, two for each context; better not those of an
+            y, other: (B, \\*D) independent draws of the reference, two for each context; preferably not those of an
                 earlier round.
             context: (B, C), or None as the flow was fitted.
             config: settings of the round; None for this flow's.
@@ -225,7 +233,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
                 0 for no comparison.
 
         Returns:
-            a flow with one more round; this one stays as it is.
+            a flow with one more round; this one is unchanged.
 
         Raises:
             ValueError: shapes disagree, or the labels are not (B,) numbers in [0, 1].
@@ -234,12 +242,11 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         two = self._checked(other, context)[0].to(one.device)
         if len(one) != len(two):
             raise ValueError(f"y and other must hold equally many draws: got {len(one)} and {len(two)}")
-        if isinstance(check, bool) or not isinstance(check, int) or check < 0:
-            raise ValueError(f"check must be a whole number of at least 0: got {check!r}")
-        ask = as_labeller(labeller)
+        check_whole("check", check, 0)
+        label_pairs = as_labeller(labeller)
         draws = one[:check], two[:check], None if contexts is None else contexts[:check]
         one, two = (self.transport(draws, contexts, mode="relabel") for draws in (one, two))
-        label = labelled(ask, one, two, contexts)
+        label = labelled(label_pairs, one, two, contexts)
         label = label.to(one.device)
         first = (label >= 0.5).view(-1, *[1] * len(self.event_shape))
         hard = bool(((label == 0) | (label == 1)).all())
@@ -258,13 +265,13 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
                 [draw, *(chain.transport(draw, draws[2], mode="relabel", rounds=n + 1) for n in range(chain.rounds))]
                 for draw in draws[:2]
             )
-            found = compare_rounds(ours, theirs, ask, draws[2])
+            found = compare_rounds(ours, theirs, label_pairs, draws[2])
             chain.metadata["rounds"] = [*chain.metadata.get("rounds", []), found.to_dict()]
             warn_of_cycle(found)
         return chain
 
     def _config_here(self) -> FlowConfig:
-        """Give the settings for a further fit where the flow is now, which may not be where it was fitted."""
+        """Return the settings for a further fit where the flow is now, which may not be where it was fitted."""
         return self.config if self.config.device == "auto" else self.config.replace(device=str(self.device))
 
     def distill(
@@ -358,7 +365,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Save the flow to a folder, as safetensors and JSON; a save that fails leaves the folder as it was.
+        """Save the flow to a folder, as safetensors and JSON; a failed save leaves the folder unchanged.
 
         Args:
             save_directory: the folder, made if absent.
@@ -430,7 +437,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         return load_files(cls, *paths, device)
 
     def summary(self) -> str:
-        """Say in a few lines what was fitted and what held-out prompts confirmed."""
+        """Summarise in a few lines what was fitted and what held-out prompts confirmed."""
         found, win, training = self.metadata, self.metadata.get("win", {}), self.metadata.get("training", {})
         name = "residual" if self.config.field == MLP else f"field {self.config.field!r}"
         residual = f"{name} not confirmed by held-out prompts, dropped"

@@ -1,8 +1,8 @@
 """b(y|x) from a preference model: the mean chance of y against opponents, cyclic preferences included.
 
-What stays defined when preferences go round, and what does not:
+What is defined for cyclic preferences, and what is not:
 
-- b(y|x) = E over y' ~ pi_ref of P(y > y' | x) is defined for any preference, and so are the winners' law
+- b(y|x) = E over y' ~ pi_ref of P(y > y' | x) is defined for any preference, and so are the winners' distribution
   p1 = 2 pi_ref b, the gate, one pass of a flow, and choosing the candidate that does best against the others;
 - "the best output" is not: the candidate of highest b may lose to another candidate (it is the Borda winner, not a
   Condorcet winner, which need not exist), and b changes with the opponents;
@@ -76,15 +76,15 @@ class PreferenceWin(nn.Module):
     def made(
         cls, model: PreferenceModel, pairs: EncodedPairs, judging: EncodedPairs, seed: int = 0
     ) -> tuple[PreferenceWin, dict[str, Any]]:
-        """Keep reference draws of ``pairs``, set the guard on ``judging``, on the CPU; give this, and what was found.
+        """Keep reference draws of ``pairs``, and set the guard on ``judging``, on the CPU; return both.
 
-        Of every pair one member, by a fair coin, is a draw of the reference; with contexts both members are, half the
-        weight each, which makes the draws of one context even.
+        One member of every pair, picked uniformly at random, is a draw of the reference; with contexts both members
+        are, with half the weight each, so that the draws of one context are balanced.
 
         Raises:
             TypeError: not a preference model. ValueError: it was fitted on outputs of another size.
         """
-        if not isinstance(model, PreferenceModel):
+        if not isinstance(model, PreferenceModel):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"preference must be a pfm.preferences.PreferenceModel: got {type(model).__name__}; a subclass gives "
                 "fit and embed"
@@ -102,8 +102,8 @@ class PreferenceWin(nn.Module):
         contexts = pairs.contexts_of(index)
         if contexts is None:
             win = cls(model, pairs.dimension, 0, len(index))
-            coin = torch.randint(2, (len(index),), generator=generator, device="cpu")
-            win.draws.copy_(pairs.members(2 * index + coin))
+            member = torch.randint(2, (len(index),), generator=generator, device="cpu")
+            win.draws.copy_(pairs.members(2 * index + member))
         else:
             win = cls(model, pairs.dimension, pairs.context_dimension, 2 * len(index))
             win.draws.copy_(torch.cat([pairs.members(2 * index), pairs.members(2 * index + 1)]))
@@ -166,7 +166,7 @@ class PreferenceWin(nn.Module):
         return ours | {name: value for name, value in tensors.items() if name != f"{prefix}context_spread"}
 
     def forward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give logit b (B,) of outputs y (B, D) under contexts (B, C) or None."""
+        """Return logit b (B,) of outputs y (B, D) under contexts (B, C) or None."""
         reads = self.model.context_dimension > 0
         theirs = self.model.embed(self.draws, self.draw_contexts if reads else None)
         chances = [y.new_zeros(0)]
@@ -176,7 +176,7 @@ class PreferenceWin(nn.Module):
         return torch.logit(torch.cat(chances), eps=FLOOR)
 
     def _chance(self, y: Tensor, context: Tensor | None, theirs: Embedded) -> Tensor:
-        """Give the mean chance (B,) against the draws' embeddings."""
+        """Return the mean chance (B,) against the draws' embeddings."""
         if context is None or context.shape[1] == 0:
             return torch.sigmoid(self.model.embed(y, None).against_all(theirs)).mean(1)
         mine = self.model.embed(y, context if self.model.context_dimension else None)
@@ -190,14 +190,14 @@ class PreferenceWin(nn.Module):
 
     @classmethod
     def restored(cls, described: dict[str, Any], dimension: int, context_dimension: int) -> PreferenceWin:
-        """Make what :meth:`describe` told of, its tensors still to be loaded."""
+        """Build from the result of :meth:`describe`; the tensors are loaded afterwards."""
         anchors = int(described.get("anchors", 0))
         return cls(restored(described["model"]), dimension, context_dimension, int(described["draws"]), anchors)
 
 
 @torch.no_grad()
 def candidate_wins(model: PreferenceModel, y: Any, context: Any = None) -> Tensor:
-    """Give each candidate's mean chance (n,) against the other candidates y (n, \\*D) of one prompt, n >= 2."""
+    """Return each candidate's mean chance (n,) against the other candidates y (n, \\*D) of one prompt, n >= 2."""
     chance = torch.sigmoid(model.table(y, context))
     count = len(chance)
     if count < 2:
@@ -209,7 +209,7 @@ def rescored(pairs: EncodedPairs, model: PreferenceModel) -> EncodedPairs:
     """Score the candidate sets of pairs by each candidate's mean chance against the others of its set.
 
     With cycles "the best of m" is then the one that does best against all of the set, which no cycle makes ambiguous.
-    Pairs without candidate sets are returned as they are.
+    Pairs without candidate sets are returned unchanged.
     """
     if not pairs.candidates:
         return pairs

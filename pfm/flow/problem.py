@@ -18,7 +18,7 @@ LARGE = 4096  # entries of the linear part's matrix from which it is
 
 
 def flow_matching_loss(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Give the weighted mean square error of velocities.
+    """Return the weighted mean square error of velocities.
 
     Args:
         predicted: (..., D). target: the same shape - broadcasting would silently average over other samples.
@@ -40,7 +40,7 @@ def flow_matching_loss(predicted: Tensor, target: Tensor, weight: Tensor | None 
 
 
 def path_sample(source: Tensor, target: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Give y_t and dy_t/dt of y_t = (1 - t) source + t target + sin(pi t) noise, for (B, D) tensors and t (B, 1)."""
+    """Return y_t and dy_t/dt of y_t = (1 - t) source + t target + sin(pi t) noise, for (B, D) tensors and t (B, 1)."""
     y = torch.lerp(source, target, t).addcmul_(torch.sin(math.pi * t), noise)
     return y, (target - source).addcmul_(math.pi * torch.cos(math.pi * t), noise)
 
@@ -59,7 +59,7 @@ class Rows:
     repeats: int
 
     def each(self) -> tuple[Tensor, Tensor | None]:
-        """Give every row's time (B,) and context (B, C)."""
+        """Return every row's time (B,) and context (B, C)."""
         times = self.times.repeat_interleave(len(self.y) // (len(self.times) * self.repeats)).repeat(self.repeats)
         return times, None if self.context is None else self.context.repeat(self.repeats, 1)
 
@@ -82,7 +82,7 @@ class FlowProblem:
         self._at_times: tuple[Tensor, ...] = ()
 
     def strata(self, items: int) -> int:
-        """Give the number of different times of an update of so many items, a divisor of it."""
+        """Return the number of different times of an update of so many items, a divisor of it."""
         if self.one_step:
             return 1
         if not self.stratified:

@@ -124,7 +124,7 @@ class RegisteredField(nn.Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Give the multiplications of one row's evaluation, by torch's count of matrix products and convolutions."""
+        """Return the multiplications of one row's evaluation, by torch's count of matrix products and convolutions."""
         from torch.utils.flop_counter import FlopCounterMode
 
         weight = next(self.parameters())

@@ -1,4 +1,4 @@
-"""Whether rounds of labels go forward or round in circles, told by the preference that labels them.
+"""Detect cycles over rounds of labels, by the preference that labels them.
 
 Let b_j(y) be the chance of y against round j. Where a reward r stands behind the preference, b_j rises with r, and
 every round moves weight to larger r: the mean of b_j over round n never falls with n. So a round that beats the one
@@ -28,7 +28,7 @@ Labeller = Callable[[Tensor, Tensor, Tensor | None], Any]
 
 
 class CyclingWarning(UserWarning):
-    """Says that the last round of labels beats the one before and loses ground against an earlier one."""
+    """Warns that the last round of labels beats the one before and loses ground against an earlier one."""
 
 
 @dataclass(frozen=True)
@@ -54,24 +54,24 @@ class RoundCheck:
 
     @property
     def cycling(self) -> bool:
-        """Say whether the rounds were seen to go round."""
+        """Return whether the rounds are seen to cycle."""
         return bool(self.slipped or self.lost_to)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
+        """Return the figures as JSON values."""
         return asdict(self) | {"cycling": self.cycling}
 
     def __str__(self) -> str:
         last = self.rounds
         if not self.cycling:
             return f"round {last} wins {self.wins[-1]:.1%} against round {last - 1}; no sign of a cycle"
-        told = [
+        losses = [
             f"{self.wins[j]:.1%} against round {j}" + ("" if j in self.lost_to else f", down from {self.before[j]:.1%}")
             for j in sorted({*self.slipped, *self.lost_to})
         ]
         return (
-            f"round {last} wins {self.wins[-1]:.1%} against round {last - 1}, but {'; '.join(told)}: the preferences "
-            "go round, and further rounds need not converge"
+            f"round {last} wins {self.wins[-1]:.1%} against round {last - 1}, but {'; '.join(losses)}: the preferences "
+            "are cyclic, and further rounds need not converge"
         )
 
 
@@ -123,7 +123,7 @@ def labelled(labeller: Labeller, y: Tensor, other: Tensor, context: Tensor | Non
 
 
 def as_labeller(labeller: Labeller | PreferenceModel) -> Labeller:
-    """Turn a fitted preference model into what labels with its probabilities; leave a function as it is."""
+    """Return a labeller that uses the probabilities of a fitted preference model; a function is returned unchanged."""
     if not isinstance(labeller, PreferenceModel):
         return labeller
     model = labeller
@@ -136,7 +136,7 @@ def as_labeller(labeller: Labeller | PreferenceModel) -> Labeller:
 
 
 def warn_of_cycle(check: RoundCheck) -> None:
-    """Warn if the rounds were seen to go round."""
+    """Warn if the rounds are seen to cycle."""
     if check.cycling:
         warnings.warn(CyclingWarning(str(check)), stacklevel=4)
 
@@ -146,5 +146,5 @@ def _error(values: Tensor) -> float:
 
 
 def _beyond(values: Tensor, tests: int) -> bool:
-    """Say whether the mean of values (B,) is above 0 beyond chance, at 95% over as many tests (Bonferroni)."""
+    """Return whether the mean of values (B,) is above 0 beyond chance, at 95% over as many tests (Bonferroni)."""
     return bool(confirmed(values, torch.arange(len(values)), tests=tests))

@@ -2,9 +2,9 @@
 
 Conditional flow matching (Lipman et al. 2210.02747; on preferences, 2405.19806): minimise
 E | v(t, y_t | x) - dy_t/dt |^2 with y_t = (1 - t) y_0 + t y_1 + sigma sin(pi t) eps, t uniform on [0, 1]. The noise
-of this bridge (Albergo et al. 2303.08797) is zero at both ends: the flow carries the source law itself to the target
-law itself, where noise of constant size would carry blurred laws to each other. The linear part of the field is fixed
-beforehand; the network learns what it leaves.
+of this bridge (Albergo et al. 2303.08797) is zero at both ends: the flow carries the source distribution itself to the
+target distribution itself, where noise of constant size would carry one blurred distribution to another. The linear
+part of the field is fixed beforehand; the network learns what it leaves.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EMA_EVERY = 4  # updates between two steps of the average
 
 @dataclass
 class TrainingLog:
-    """Holds what training found; losses are mean squares in units of the displacement.
+    """Holds the results of training; losses are mean squares in units of the displacement.
 
     ``plain_loss`` is the validation loss of the linear part alone, ``loss`` with the residual at its best.
     ``gain`` is the share of the residual that held-out prompts confirm (0: it was dropped) and ``z`` the z-score of its
@@ -63,7 +63,7 @@ class TrainingLog:
 
 
 def planned_updates(problem: FlowProblem, coupling: Coupling, config: FlowConfig) -> tuple[int, int]:
-    """Give (updates, pairs an update) for the run."""
+    """Return (updates, pairs an update) for the run."""
     items = max(1, min(config.batch_size // coupling.rows_per_item, len(coupling)))
     if problem.stratified:
         items = max(STRATA, items // STRATA * STRATA)
@@ -89,7 +89,7 @@ def train_residual(
     """Train the residual, keep the averaged weights that validated best, and set its gain.
 
     A run with a ``checkpoint`` folder saves its state at every validation and, started again with the same data
-    and configuration, goes on from there to the same result. The file stays: :func:`remove_checkpoint` removes it
+    and configuration, resumes there and gives the same result. The file remains: :func:`remove_checkpoint` removes it
     when what comes after the training is safe too.
     """
     from tqdm.auto import tqdm
@@ -238,7 +238,7 @@ class _Average:
 
 
 def _generator(seed: int, number: int) -> torch.Generator:
-    """Give the generator of one stretch of a run, the same when the run is taken up again."""
+    """Return the generator of one stretch of a run, the same when the run is taken up again."""
     return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
 
 
@@ -287,14 +287,14 @@ class _ValidationRows:
 
     @torch.no_grad()
     def loss(self, network: torch.nn.Module | None) -> float:
-        """Give the loss of a network, or of predicting zero."""
+        """Return the loss of a network, or of predicting zero."""
         if network is not None:
             return self.judge(network)[0]
         return float(flow_matching_loss(torch.zeros_like(self.target), self.target, self.weight))
 
     @torch.no_grad()
     def judge(self, network: torch.nn.Module) -> tuple[float, Tensor]:
-        """Give the loss of a network, and each row's mean of prediction * target and of prediction ** 2, (N, 2).
+        """Return the loss of a network, and each row's mean of prediction * target and of prediction ** 2, (N, 2).
 
         From the latter follows what any multiple g of the prediction improves: g (2 p t - g p^2).
         """
@@ -304,7 +304,7 @@ class _ValidationRows:
 
     @torch.no_grad()
     def confirmed_gain(self, network: torch.nn.Module, products: Sequence[Tensor]) -> tuple[float, float]:
-        """Give the best multiple in [0, 1] of the network's output and the z-score of its improvement.
+        """Return the best multiple in [0, 1] of the network's output and the z-score of its improvement.
 
         Which moment of the training is best, and its multiple, are chosen on one half of the prompts and judged on the
         other, from the ``products`` (N, 2) of every moment; the multiple is 0 if that is not an improvement.
@@ -336,7 +336,7 @@ def _split(context: Tensor | None, size: int, rows: int) -> list[Tensor | None]:
 
 
 def _best_multiple(sums: Tensor) -> float:
-    """Give the multiple in [0, 1] that improves most, from the sums of prediction * target and of prediction ** 2."""
+    """Return the multiple in [0, 1] that improves most, from the sums of prediction * target and of prediction ** 2."""
     product, square = sums.tolist()
     return min(max(product / square, 0.0), 1.0) if square > 0 else 0.0
 

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pfm._internal.columns import column_statistics, weighted_mean
+from pfm._internal.networks import Perceptron
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.coordinates import Coordinates
 from pfm.preferences.crossvalidation import Search, deal_folds
-from pfm.preferences.logistic import drawn_in, fit_platt, pairwise_log_loss
-from pfm.preferences.networks import GAINS, Perceptron, train_network
+from pfm.preferences.logistic import fit_platt, pairwise_log_loss, smooth_labels
+from pfm.preferences.networks import GAINS, train_network
 from pfm.preferences.ridge import fit_ridge
 
 __all__ = ["WinFit", "WinHead", "confirmed_margin"]
@@ -40,7 +41,7 @@ FIT_PAIRS = 30_000
 
 @dataclass
 class WinFit:
-    """Holds what the fit of the head found, on prompts that each prediction's model had not seen.
+    """Holds the results of fitting the head, on prompts that each prediction's model had not seen.
 
     ``settings`` are the (penalty, scale of products) whose rewards are averaged. ``accuracy`` is the share of
     held-out pairs ordered rightly, ``z`` the z-score, over prompts, of its excess over one half
@@ -56,7 +57,7 @@ class WinFit:
     network_gain: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values; what is not finite - every held-out pair ordered rightly - is None."""
+        """Return the figures as JSON values; what is not finite - every held-out pair ordered rightly - is None."""
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
@@ -100,14 +101,14 @@ class WinHead(nn.Module):
         self.gain.zero_()
 
     def forward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give logit b (B,) of outputs y (B, D) under contexts (B, C) or None."""
+        """Return logit b (B,) of outputs y (B, D) under contexts (B, C) or None."""
         logit = self.offset + self.slope * (self.reward(y) - self._reference_reward(context))
         if self.network is not None:
             logit = logit + self.gain * self.network(self._inputs(y, context)).squeeze(-1)
         return logit
 
     def reward(self, y: Tensor) -> Tensor:
-        """Give the Bradley-Terry reward (B,) of outputs y (B, D), before calibration."""
+        """Return the Bradley-Terry reward (B,) of outputs y (B, D), before calibration."""
         linear, products = self.coordinates(y)
         return linear @ self.weights + products @ self.product_weights
 
@@ -157,7 +158,7 @@ class WinHead(nn.Module):
         both = (loose_a + loose_b) / 2
         reference = self._fit_reference_reward(batch.context, both, batch.weight, fold)
         reward = torch.stack([loose_a - reference, loose_b - reference])
-        label = drawn_in(torch.stack([batch.probability, 1 - batch.probability]))
+        label = smooth_labels(torch.stack([batch.probability, 1 - batch.probability]))
         slope, offset = fit_platt(reward.flatten(), label.flatten(), batch.weight.repeat(2))
         self.slope.fill_(slope)
         self.offset.fill_(offset - slope * float(weighted_mean(both[:, None], batch.weight)))
@@ -250,7 +251,7 @@ class WinHead(nn.Module):
 
 
 def _accuracy(gap: Tensor, weight: Tensor, probability: Tensor) -> float:
-    """Give the weighted share of pairs whose order agrees with the label, ties half."""
+    """Return the weighted share of pairs whose order agrees with the label, ties half."""
     return float(0.5 + 0.5 * (_agreement(gap, weight, probability)).sum() / weight.sum())
 
 
@@ -259,7 +260,7 @@ def _agreement(gap: Tensor, weight: Tensor | float, probability: Tensor) -> Tens
 
 
 def confirmed_margin(gap: Tensor, weight: Tensor, probability: Tensor, bins: int = 10) -> float:
-    """Give the smallest difference in b from which on every larger one is right more often than not.
+    """Return the smallest difference in b from which on every larger one is right more often than not.
 
     The pairs are cut into equally filled bins of |gap|; from the largest gaps downwards, bins are taken as long
     as the label agrees with the order more often than it disagrees.

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from gymnasium.spaces import Box
 
+from pfm._internal.checks import check_whole
+
 __all__ = ["BatchedPendulum", "BatchedPointMass"]
 
 
 class _Batched:
-    """E episodes of one law of motion; the state (E, S) ends with the count of steps.
+    """E episodes of one dynamical system; the state (E, S) ends with the count of steps.
 
-    An episode ends after ``horizon`` steps, by time alone. From then on its row stays as it is and its rewards are 0.
+    An episode ends after ``horizon`` steps, by time alone. From then on its row is constant and its rewards are 0.
     """
 
     observation_space: Box
@@ -49,8 +51,7 @@ class _Batched:
         Returns:
             observations (E, O) float32.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+        check_whole("count", count, 1)
         draws = self._start(count, np.random.default_rng(seed))
         self._states = np.column_stack([draws, np.zeros(count)])
         return self._observe()
@@ -67,7 +68,7 @@ class _Batched:
         expected = (self.count, *self.action_space.shape)
         actions = np.asarray(actions)
         if actions.shape != expected:
-            raise ValueError(f"actions must have shape {expected}, got {actions.shape}")
+            raise ValueError(f"actions must have shape {expected}: got {actions.shape}")
         if not np.isfinite(actions).all():
             raise ValueError("actions hold NaN or infinity: see what the policy made of its observations")
         actions = np.clip(actions, self.action_space.low, self.action_space.high)
@@ -91,7 +92,7 @@ class _Batched:
         """Continue from states (E, S), of any number E, and give their observations (E, O)."""
         states = np.array(states, np.float64)
         if states.ndim != 2 or states.shape[1] != self.width + 1:
-            raise ValueError(f"states must have shape (E, {self.width + 1}), got {states.shape}")
+            raise ValueError(f"states must have shape (E, {self.width + 1}): got {states.shape}")
         self._states = states
         return self._observe()
 

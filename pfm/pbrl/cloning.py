@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from gymnasium.spaces import Box
 from torch import Tensor, nn
 
 from pfm._internal.archive import load_module
-from pfm.pbrl.networks import load_network, perceptron, save_network
+from pfm._internal.networks import Perceptron, train_epochs
+from pfm.pbrl.networks import load_network, save_network
 
 __all__ = ["ClonedPolicy"]
 
@@ -23,7 +23,7 @@ FLOOR = 1e-3  # least standard deviation, in half ranges of the action: what is 
 
 
 class ClonedPolicy(nn.Module):
-    """A Gaussian law of action segments (H, A) given an observation (O,).
+    """A Gaussian distribution of action segments (H, A) given an observation (O,).
 
     The mean is a network of the observation; the standard deviation is one number a step and action, the same for all
     observations. It needs no simulator, so it proposes segments offline; with H = 1 it is an ordinary policy. It is a
@@ -60,7 +60,7 @@ class ClonedPolicy(nn.Module):
         self.register_buffer("scale", torch.ones(observation_size))
         self.register_buffer("middle", torch.from_numpy((high + low) / 2))
         self.register_buffer("reach", torch.from_numpy((high - low) / 2))
-        self.network = perceptron(observation_size, horizon * low.size, hidden=hidden, layers=layers, seed=seed)
+        self.network = Perceptron(observation_size, hidden, horizon * low.size, layers=layers, seed=seed)
         self.log_std = nn.Parameter(torch.zeros(horizon, low.size))
         self._noise = np.random.default_rng(seed)
 
@@ -84,7 +84,7 @@ class ClonedPolicy(nn.Module):
         """Clone the policy that acted.
 
         The mean is fitted by least squares, with early stopping on held-out rows; the standard deviations are those
-        of the held-out residuals, which is the Gaussian law's maximum of likelihood without the optimism of the
+        of the held-out residuals, which is the maximum likelihood of the Gaussian without the optimism of the
         training rows.
 
         Args:
@@ -118,35 +118,20 @@ class ClonedPolicy(nn.Module):
             return (policy.network(seen[rows]) - target[rows]).square() * counts[rows, None]
 
         with torch.no_grad():  # the network starts at the mean, and learns what differs from it
-            last: Any = policy.network[-1]
+            last = policy.network.last
             last.weight.mul_(0.1)
             last.bias.copy_((target[train] * counts[train, None]).sum(0) / counts[train].sum())
-        optimizer = torch.optim.Adam(policy.network.parameters(), lr=learning_rate)
-        batches = math.ceil(len(train) / batch_size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-        best, best_loss, waited = copy.deepcopy(policy.network.state_dict()), math.inf, 0
-        for _ in range(epochs):
-            for rows in train[torch.randperm(len(train), generator=generator)].chunk(batches):
-                optimizer.zero_grad()
-                squares(rows).mean().backward()
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                loss = float(squares(check).mean())
-            if loss < best_loss * (1 - 1e-4):
-                best, best_loss, waited = copy.deepcopy(policy.network.state_dict()), loss, 0
-            else:
-                waited += 1
-                if waited >= patience:
-                    break
-        policy.network.load_state_dict(best)
+        train_epochs(
+            policy.network, lambda rows: squares(rows).mean(), lambda: squares(check).mean(), train, generator,
+            epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, margin=1e-4,
+        )  # fmt: skip
         with torch.no_grad():
             variance = squares(check).sum(0) / counts[check].sum().clamp_min(1e-12)
             policy.log_std.copy_(variance.sqrt().clamp_min(FLOOR).log().unflatten(0, acted.shape[1:]))
         return policy
 
     def forward(self, observation: Tensor) -> Tensor:
-        """Give the mean segments (B, H, A) of observations (B, O), not yet clipped."""
+        """Return the mean segments (B, H, A) of observations (B, O), not yet clipped."""
         flat = self.network(self._normalised(observation))
         return flat.unflatten(-1, self.log_std.shape) * self.reach + self.middle
 
@@ -157,21 +142,21 @@ class ClonedPolicy(nn.Module):
         return mean + self.log_std.exp() * self.reach * noise
 
     def log_prob(self, observation: Tensor, segments: Tensor) -> Tensor:
-        """Give the log density (B,) of segments (B, H, A), in units of the action, with gradients."""
+        """Return the log density (B,) of segments (B, H, A), in units of the action, with gradients."""
         mean = self(observation)
         if segments.shape != mean.shape:
-            raise ValueError(f"segments must have shape {tuple(mean.shape)}, got {tuple(segments.shape)}")
+            raise ValueError(f"segments must have shape {tuple(mean.shape)}: got {tuple(segments.shape)}")
         log_std = self.log_std + self.reach.log()
         z = (segments - mean) * torch.exp(-log_std)
         return -(z.square() / 2 + log_std + math.log(2 * math.pi) / 2).sum((-2, -1))
 
     @torch.no_grad()
     def propose(self, observation: np.ndarray, deterministic: bool = False) -> np.ndarray:
-        """Give a segment of actions within the bounds: (H, A) for one observation (O,), (B, H, A) for (B, O)."""
+        """Return a segment of actions within the bounds: (H, A) for one observation (O,), (B, H, A) for (B, O)."""
         observation = np.asarray(observation)
         rows = np.atleast_2d(observation)
         if rows.shape[1:] != self.mean.shape:
-            raise ValueError(f"observation must have {len(self.mean)} numbers, got shape {observation.shape}")
+            raise ValueError(f"observation must have {len(self.mean)} numbers: got shape {observation.shape}")
         if not np.isfinite(rows).all():
             raise ValueError("observation holds NaN or infinity")
         segments = self(torch.as_tensor(rows, dtype=self.mean.dtype, device=self.mean.device)).cpu().numpy()
@@ -184,17 +169,17 @@ class ClonedPolicy(nn.Module):
     def predict(
         self, observation: np.ndarray, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> tuple[np.ndarray, Any]:
-        """Give the first action of a proposed segment; see :class:`~pfm.pbrl.policies.Policy`."""
+        """Return the first action of a proposed segment; see :class:`~pfm.pbrl.policies.Policy`."""
         return self.propose(observation, deterministic)[..., 0, :], state
 
     def seed(self, seed: int) -> None:
-        """Start the noise of :meth:`propose` and :meth:`predict` anew."""
+        """Reset the noise of :meth:`propose` and :meth:`predict`."""
         self._noise = np.random.default_rng(seed)
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file: weights, and the shape and bounds as its metadata."""
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file, and return its path: weights, and the shape and bounds as its metadata."""
         bounds = {"low": self.action_space.low.tolist(), "high": self.action_space.high.tolist()}
-        save_network(path, KIND, {**self.shape, **bounds}, self.state_dict())
+        return save_network(path, KIND, {**self.shape, **bounds}, self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> ClonedPolicy:
@@ -219,7 +204,7 @@ class ClonedPolicy(nn.Module):
 def _bounds(space: Box) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
     if low.ndim != 1 or not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ValueError(f"action_space must be a box (A,) with finite bounds, got {space}")
+        raise ValueError(f"action_space must be a box (A,) with finite bounds: got {space}")
     return low, high
 
 
@@ -235,10 +220,10 @@ def _checked_data(observations: Any, segments: Any, space: Box, weight: Any) -> 
             f"got {tuple(np.shape(observations))} and {tuple(np.shape(segments))}"
         )
     if len(seen) < 10:
-        raise ValueError(f"cloning needs at least 10 rows, got {len(seen)}")
+        raise ValueError(f"cloning needs at least 10 rows: got {len(seen)}")
     counts = torch.ones(len(seen)) if weight is None else torch.as_tensor(np.asarray(weight, np.float32))
     if counts.shape != (len(seen),) or not (counts >= 0).all() or counts.sum() <= 0:
-        raise ValueError(f"weight must be ({len(seen)},) numbers >= 0, not all 0, got shape {tuple(counts.shape)}")
+        raise ValueError(f"weight must be ({len(seen)},) numbers >= 0, not all 0: got shape {tuple(counts.shape)}")
     for name, tensor in (("observations", seen), ("segments", acted)):
         whole = tensor.flatten(1).isfinite().all(1)
         if not whole.all():

@@ -6,7 +6,7 @@ or a fitted value says what it would earn: a teacher who does not look beyond th
 costs later.
 
 Work is cut into shards that depend on the seed and their number alone: the result is the same for any number of
-workers, and a collection that was interrupted goes on from the shards that are on disk.
+workers, and an interrupted collection resumes from the shards on disk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm._internal.files import claim_folder
 from pfm.pbrl.policies import check_policy
 from pfm.pbrl.running import (
@@ -43,7 +44,7 @@ from pfm.pbrl.segments import SegmentPairs
 from pfm.pbrl.states import join_states, pack_states, pick_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
 
-__all__ = ["Met", "collect", "fingerprint", "open_environment", "visit"]
+__all__ = ["Visited", "collect", "fingerprint", "open_environment", "visit"]
 
 SHARD = 100  # states; a constant of the format: results depend on it
 LARGE = 4096  # rows of an environment in array code that are stepped together
@@ -72,7 +73,7 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Work:
-    """Is sent to a worker: what to run, and where to put it."""
+    """Holds what is sent to a worker: what to run, and where to write the result."""
 
     environment: Any
     policy: Any
@@ -101,7 +102,7 @@ def collect(
     workers: int = 1,
     folder: str | Path | None = None,
     batch: int = 32,
-    progress: bool = False,
+    progress: bool = True,
 ) -> SegmentPairs:
     """Collect labelled comparisons of action segments from the same exact state.
 
@@ -109,12 +110,13 @@ def collect(
         environment: a gymnasium id, a batch environment, or a callable that makes one (sent to the workers), or that
             makes a gymnasium environment, with or without wrappers such as RescaleAction.
         policy: the frozen reference: an object with stable-baselines3's ``predict``.
-        pairs: comparisons to ask the teacher for. With two members that is the number of states; with more, as many
+        pairs: comparisons that the teacher labels. With two members that is the number of states; with more, as many
             states as give that number of comparisons, rounded up.
         length: H, steps of a segment. continuation: further steps of the deterministic reference that count for the
             label.
-        teacher: a :class:`Teacher` or the name of one. design: who meets whom, see :meth:`SegmentPairs.relabel`.
-        seed: decides states, noise and labels. The first states do not depend on how many are asked for.
+        teacher: a :class:`Teacher` or the name of one. design: which members are compared, see
+            :meth:`SegmentPairs.relabel`.
+        seed: decides states, noise and labels. The first states do not depend on ``pairs``.
         members: M, segments a state.
         noise: standard deviation of the Gaussian noise on the deterministic reference, as a share of half the range
             of the action space; None for the reference's own stochastic actions.
@@ -127,7 +129,7 @@ def collect(
             :class:`pfm.pbrl.FittedValue` of the same ``discount``; most often with ``continuation=0``. An episode that
             ends by termination is worth nothing more, one that is cut by the time limit what its last observation is.
             None for nothing.
-        workers: processes. folder: for the shards, from which an interrupted collection goes on; None keeps nothing.
+        workers: processes. folder: for the shards, from which an interrupted collection resumes; None keeps nothing.
         batch: copies of a gymnasium environment that are stepped together; results depend on it by rounding only.
         progress: show a progress bar.
 
@@ -137,7 +139,7 @@ def collect(
     Raises:
         ValueError: an argument is out of range, the policy acts in another space, observations or values are not
             finite, the value has another discount, or ``folder`` holds a collection with other settings.
-        TypeError: ``environment`` is none of the three, or does not say which episodes terminated, as a value asks.
+        TypeError: ``environment`` is none of the three, or does not say which episodes terminated, which a value needs.
         pfm.pbrl.UnsupportedEnvironmentError: the environment's state cannot be restored exactly.
     """
     teacher = Teacher.named(teacher)
@@ -174,18 +176,12 @@ def _check(pairs: int, length: int, continuation: int, members: int, noise: floa
         "states_per_trajectory": (states_per_trajectory, 1), "workers": (workers, 1), "batch": (batch, 1),
     }  # fmt: skip
     for name, (number, low) in whole.items():
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < low:
-            raise ValueError(f"{name} must be a whole number of at least {low}: got {number!r}")
-    if noise is not None and not 0 < noise < math.inf:
-        raise ValueError(f"noise must be above 0, or None for the reference's own stochastic actions: got {noise}")
-    if explore is not None and not 0 <= explore < math.inf:
-        raise ValueError(f"explore must be >= 0: got {explore}")
-    if not 0 <= correlation <= 1:
-        raise ValueError(f"correlation must lie in [0, 1]: got {correlation}")
-    if not 0 < discount <= 1:
-        raise ValueError(f"discount must lie in (0, 1]: got {discount}")
-    if design not in ("all", "knockout"):
-        raise ValueError(f"design must be 'all' or 'knockout': got {design!r}")
+        check_whole(name, number, low)
+    check_number("noise", noise, above=0, also=(None,), hint="None takes the reference's own stochastic actions")
+    check_number("explore", explore, least=0, also=(None,))
+    check_number("correlation", correlation, least=0, most=1)
+    check_number("discount", discount, above=0, most=1)
+    check_choice("design", design, ("all", "knockout"))
 
 
 def _shards(work: _Work, sizes: list[int], env: Any, workers: int) -> Iterator[tuple[int, SegmentPairs]]:
@@ -307,21 +303,21 @@ def _shard(work: _Work, env: Any, number: int, size: int) -> SegmentPairs:
 
 
 @dataclass(frozen=True)
-class Met:
-    """Holds states that were met: observations (N, O), exact states, the policy's memory, trajectories (N,)."""
+class Visited:
+    """Holds visited states: observations (N, O), exact states, the policy's memory, trajectories (N,)."""
 
     observation: np.ndarray
     states: Any
     memory: Memory
     trajectory: np.ndarray
 
-    def pick(self, index: np.ndarray) -> Met:
+    def pick(self, index: np.ndarray) -> Visited:
         """Select states by their indices (M,)."""
         memory = None if self.memory is None else tuple(part[index] for part in self.memory)
-        return Met(self.observation[index], pick_states(self.states, index), memory, self.trajectory[index])
+        return Visited(self.observation[index], pick_states(self.states, index), memory, self.trajectory[index])
 
     @classmethod
-    def concatenate(cls, parts: list[Met]) -> Met:
+    def concatenate(cls, parts: list[Visited]) -> Visited:
         """Join several sets of states in their order."""
         memory: Memory = None
         if parts[0].memory is not None:
@@ -342,7 +338,7 @@ def visit(
     correlation: float,
     deterministic: bool,
     number: int = 0,
-) -> tuple[Met, int]:
+) -> tuple[Visited, int]:
     """Walk whole episodes and keep SHARD states of them, each step as likely as any other; count the steps.
 
     Args:
@@ -352,14 +348,14 @@ def visit(
         number: of the shard; trajectories of different shards have different names.
     """
     count = math.ceil(SHARD / per)
-    found: list[Met] = []
+    found: list[Visited] = []
     walked = begun = 0
     spread = explore * half_range(env.action_space)
     clip, dtype = clipper(env.action_space), env.action_space.dtype
     while sum(len(each.trajectory) for each in found) < SHARD:
         observation = env.reset(count, int(random.integers(2**31)))
         # Reservoir sampling over time: the length of an episode is not known before its end.
-        kept: list[Met] = []
+        kept: list[Visited] = []
         memory: Memory = None
         start, going_on = np.ones(count, dtype=bool), np.zeros(count, dtype=bool)
         offset = noise = np.zeros(())
@@ -369,7 +365,7 @@ def visit(
             slot = len(kept) if len(kept) < per else int(random.integers(step + 1))
             # A memory is None before the first step only, and states are kept with memories of one kind.
             if slot < per and (step > 0 or not _remembers(policy, observation)):
-                seen = Met(observation, env.save_states(), memory, begun + np.arange(count))
+                seen = Visited(observation, env.save_states(), memory, begun + np.arange(count))
                 kept[slot : slot + 1] = [seen.pick(np.flatnonzero(alive))]
             action, memory = policy.predict(observation, memory, start, deterministic)
             memory, start = _checked_memory(memory, count), going_on
@@ -388,8 +384,8 @@ def visit(
             step += 1
         found += kept
         begun += count
-    seen = Met.concatenate(found)
-    # Trajectories of one shard do not meet those of another.
+    seen = Visited.concatenate(found)
+    # Trajectories of different shards have different numbers.
     seen = replace(seen, trajectory=seen.trajectory + number * TRAJECTORIES)
     return seen.pick(random.permutation(len(seen.trajectory))[:SHARD]), walked
 
@@ -410,7 +406,7 @@ def _checked_memory(memory: Any, count: int) -> Memory:
 
 
 def open_environment(environment: Any) -> tuple[Any, str]:
-    """Give a batch environment and its name, from a gymnasium id, a batch environment or what makes one.
+    """Return a batch environment and its name, from a gymnasium id, a batch environment or what makes one.
 
     What is made may be a gymnasium environment too, with wrappers that keep no state of their own.
     """
@@ -451,7 +447,7 @@ class _Once:
 
 
 def fingerprint(env: Any, policy: Any) -> str:
-    """Give a short name of what a policy does at a few observations of a batch environment.
+    """Return a short name of what a policy does at a few observations of a batch environment.
 
     Raises:
         ValueError: the policy's spaces, or its actions, are not those of the environment.
@@ -463,7 +459,7 @@ def fingerprint(env: Any, policy: Any) -> str:
 
 
 def _fingerprints(env: Any, policy: Any, value: Value | None, discount: float) -> tuple[str, str | None]:
-    """Give short names of what the policy does and of what the value says at a few observations, with their checks."""
+    """Return fingerprints of the policy and of the value at a few observations, and check both."""
     acts = fingerprint(env, policy)
     if value is None:
         return acts, None

@@ -1,6 +1,6 @@
 """Gymnasium environments whose exact state can be saved and restored.
 
-A deep copy of a MuJoCo or Box2D environment silently starts it anew. Here each kind of simulator is saved by what
+A deep copy of a MuJoCo or Box2D environment silently restarts it. Here each kind of simulator is saved by what
 its next step reads, as plain arrays:
 
 - MuJoCo: the integration state of ``mj_getState`` (positions, velocities, activations, controls, time, warm start of
@@ -57,11 +57,11 @@ STATELESS = (
 
 
 class UnsupportedEnvironmentError(PfmError, TypeError):
-    """Says that the state of an environment cannot be saved exactly."""
+    """Raised when the state of an environment cannot be saved exactly."""
 
 
 class StateMismatchError(PfmError, ValueError):
-    """Says that a saved state does not belong to the environment, or that its replay came out otherwise."""
+    """Raised when a saved state does not belong to the environment, or its replay gave another result."""
 
 
 def make_env(name: str, **settings: Any) -> StatefulEnv:
@@ -77,7 +77,7 @@ def make_env(name: str, **settings: Any) -> StatefulEnv:
         gymnasium.error.Error: there is no environment of this name.
     """
     spec = copy.copy(gymnasium.spec(name))
-    spec.order_enforce = False  # StatefulEnv asks for the reset itself
+    spec.order_enforce = False  # StatefulEnv checks for the reset itself
     try:
         env = gymnasium.make(spec, **{"disable_env_checker": True, **settings})
     except gymnasium.error.DependencyNotInstalled as error:
@@ -141,7 +141,7 @@ class StatefulEnv(gymnasium.Wrapper):
 
     @property
     def can_restore(self) -> bool:
-        """Whether states can be saved and restored exactly."""
+        """Return whether states can be saved and restored exactly."""
         return self._simulator is not None
 
     @property
@@ -371,7 +371,7 @@ class _Box2d:
 
     def before_reset(self, seed: int | None, options: Any) -> None:
         if options:
-            raise ValueError(f"options of reset are not part of the state, got {options!r}: leave them out")
+            raise ValueError(f"options of reset are not part of the state: got {options!r}; leave them out")
         if seed is not None:
             self.env._np_random, self.env._np_random_seed = seeding.np_random(seed)
         self.generator = _pack(self.env.np_random)

@@ -51,7 +51,7 @@ class FastTransport:
 
     @classmethod
     def of(cls, flow: PreferenceFlow) -> FastTransport | None:
-        """Make one, or None for a flow that it cannot stand in for."""
+        """Make one, or return None for a flow that it does not support."""
         fits = (
             ("distilled" in flow.metadata or flow.config.solver in ("rk4", "euler"))
             and flow.config.field == MLP

@@ -1,4 +1,4 @@
-"""Whether numbers are finite, told fast: asked at every step of every episode."""
+"""A fast check for finite numbers, which runs at every step of every episode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["all_finite"]
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Tell whether an array holds neither NaN nor infinity: by a sum of squares, and one by one if that overflows."""
+    """Return whether an array holds neither NaN nor infinity: by a sum of squares, and one by one if that overflows."""
     flat = array.ravel()
     with np.errstate(over="ignore"):
         return math.isfinite(flat.dot(flat)) or bool(np.isfinite(array).all())

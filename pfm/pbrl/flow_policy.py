@@ -1,4 +1,4 @@
-"""A frozen policy, refined: propose a segment of actions, carry it along the flow, execute its beginning, plan anew.
+"""A frozen policy, refined: propose a segment of actions, carry it along the flow, execute its beginning, plan again.
 
 Shapes: E episodes in a batch, O observation values, H steps of a segment, A action values.
 """
@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.flow.preference_flow import PreferenceFlow
 from pfm.pbrl.collection import open_environment
@@ -36,10 +37,10 @@ BATCH = 32  # copies of a gymnasium environment that are stepped together
 class PolicyCounts:
     """Counts what a policy did since it was made or ``reset``.
 
-    ``plans`` segments were refined; of those ``off_support`` ended further from the proposals' law than the data did,
-    ``not_better`` had a lower win probability than their proposals; ``kept`` are those whose proposal was executed in
-    their place. ``clipped`` of ``actions`` were brought back to the bounds. ``moved`` is the sum of the distances
-    between result and proposal, in root mean square units of the data's noise.
+    ``plans`` segments were refined; of those ``off_support`` ended further from the proposals' distribution than the
+    data did, ``not_better`` had a lower win probability than their proposals; ``kept`` are those whose proposal was
+    executed in their place. ``clipped`` of ``actions`` were brought back to the bounds. ``moved`` is the sum of the
+    distances between result and proposal, in root mean square units of the data's noise.
     """
 
     plans: int = 0
@@ -51,7 +52,7 @@ class PolicyCounts:
     moved: float = 0.0
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Reset the counts."""
         self.__init__()
 
 
@@ -69,7 +70,7 @@ class FlowPolicy:
         reference: the frozen policy; None for an offline ``proposal`` on actions.
         env: what the episodes are played in - an environment with exact state, a batch environment, or
             stable-baselines3's vector of such -; needed online by a flow on actions, and never stepped.
-        proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the law that the data were drawn from -,
+        proposal: ``"deterministic"`` (default), ``"stochastic"`` - draws of the distribution of the data -,
             or a policy with ``propose(observations, deterministic)``, such as :class:`ClonedPolicy`.
         mode, rounds, strength, guidance, win_gradient, steps: as for :meth:`pfm.PreferenceFlow.transport`; ``rounds=0``
             leaves the proposal. ``guidance=0`` goes the same way in every state. ``win_gradient`` is for flows on
@@ -78,9 +79,9 @@ class FlowPolicy:
             the proposal as above and n - 1 draws, as with ``"stochastic"``. Where held-out pairs did not confirm b,
             the first is executed. ``strength=0`` leaves n proposals to choose from: best of n.
         execute: h, how many steps of a refined segment are executed before the next plan; up to H.
-        guard: what becomes of a result that lies further from the proposals' law than 99% of the data, by its root
-            mean square distance in units of the noise: ``"keep"`` executes the proposal, ``"shrink"`` brings the result
-            back to that distance, ``"off"`` executes the result.
+        guard: treatment of a result that lies further from the proposals' distribution than 99% of the data, by its
+            root mean square distance in units of the noise: ``"keep"`` executes the proposal, ``"shrink"`` brings the
+            result back to that distance, ``"off"`` executes the result.
         win_guard: keep the proposal where the result's win probability is lower, if held-out pairs confirm b.
         seed: of stochastic proposals.
 
@@ -131,14 +132,11 @@ class FlowPolicy:
         if rounds is not None and rounds > 1 and mode == "single":
             raise ValueError(f"rounds={rounds} needs mode='reapply' or mode='relabel': got mode='single'")
         for name, value, known in (("mode", mode, MODES), ("guard", guard, GUARDS), ("form", self.form, FORMS)):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}: got {value!r}")
-        if isinstance(proposal, str) and proposal not in PROPOSALS:
-            raise ValueError(f"proposal must be one of {', '.join(PROPOSALS)}, or a policy: got {proposal!r}")
-        if isinstance(execute, bool) or not isinstance(execute, int) or not 1 <= execute <= self.length:
-            raise ValueError(f"execute must be a whole number from 1 to the segments' {self.length}: got {execute!r}")
-        if isinstance(candidates, bool) or not isinstance(candidates, int) or candidates < 1:
-            raise ValueError(f"candidates must be a whole number of at least 1: got {candidates!r}")
+            check_choice(name, value, known)
+        if isinstance(proposal, str):
+            check_choice("proposal", proposal, PROPOSALS, hint="or give a policy")
+        check_whole("execute", execute, 1, self.length, hint=f"the segments have {self.length} steps")
+        check_whole("candidates", candidates, 1)
         if guard != "off" and math.isinf(self._radius):
             raise ValueError(f"guard={guard!r} needs to know how far the data lay from the proposals, and they carried "
                              "no plan: use guard='off'")  # fmt: skip
@@ -146,10 +144,8 @@ class FlowPolicy:
         if self._unit is None and not offline and (proposal == "stochastic" or candidates > 1):
             raise ValueError("drawn proposals need the noise of the data, and they carried no plan: use "
                              "proposal='deterministic' and candidates=1")  # fmt: skip
-        if not (math.isfinite(guidance) and guidance >= 0):
-            raise ValueError(f"guidance must be a number >= 0: got {guidance!r}")
-        if not math.isfinite(win_gradient):
-            raise ValueError(f"win_gradient must be a finite number: got {win_gradient!r}")
+        check_number("guidance", guidance, least=0)
+        check_number("win_gradient", win_gradient)
         if guidance != 1 and flow.context_free is None:
             raise ValueError(f"guidance={guidance!r} needs a field without states: fit the flow with "
                              "FlowConfig(context_free=True), or use guidance=1")  # fmt: skip
@@ -183,7 +179,7 @@ class FlowPolicy:
         self._fast = FastTransport.of(flow)
 
     def seed(self, seed: int) -> None:
-        """Start the draws of stochastic proposals anew."""
+        """Reset the draws of stochastic proposals."""
         self._random = np.random.default_rng(seed)
 
     def bind(self, env: Any) -> FlowPolicy:
@@ -200,7 +196,7 @@ class FlowPolicy:
         Args:
             observation: (O,) or (E, O).
             state: what the call before returned, None at first; it holds what is left of the segments in execution.
-            episode_start: (E,) or bool: which episodes begin now, and plan anew.
+            episode_start: (E,) or bool: which episodes begin now.
             deterministic: without effect: what is proposed is decided by ``proposal``.
 
         Returns:
@@ -245,9 +241,11 @@ class FlowPolicy:
         return (bounded if seen.ndim == 2 else bounded[0]), kept
 
     def _planned(self, observation: np.ndarray, due: np.ndarray) -> np.ndarray:
-        """Give the segments (B, H, A) to execute next in the rows that are due."""
+        """Return the segments (B, H, A) to execute next in the rows that are due."""
         first = self._propose(observation, due, self.proposal == "stochastic")
-        if self.candidates == 1 or not math.isfinite(self.flow.guard_margin):  # nothing to choose, or b tells nothing
+        if self.candidates == 1 or not math.isfinite(
+            self.flow.guard_margin
+        ):  # nothing to choose, or b has no information
             return self.refine(first, observation[due])
         drawn = [self._propose(observation, due, True) for _ in range(self.candidates - 1)]
         seen = np.tile(observation[due], (self.candidates, 1))
@@ -290,7 +288,7 @@ class FlowPolicy:
         return carried.numpy()
 
     def _seen_by_flow(self, segments: np.ndarray) -> np.ndarray:
-        """Give segments (B, H, A) as the flow was fitted on them: themselves, or their coordinates (B, K)."""
+        """Return segments (B, H, A) as the flow was fitted on them: themselves, or their coordinates (B, K)."""
         segments = np.asarray(segments, dtype=np.float32)
         return segments if self._coordinates is None else segments.reshape(len(segments), -1) @ self._coordinates
 
@@ -356,7 +354,7 @@ class FlowPolicy:
         return run_on(self._simulator, self.reference, states, added, 0).actions.astype(np.float32)
 
     def _unchanged(self, count: int) -> np.ndarray:
-        """Give residuals (count, H, A) that add nothing."""
+        """Return residuals (count, H, A) that add nothing."""
         return np.zeros((count, self.length, len(self._low)), dtype=np.float32)
 
     def _noise(self, count: int) -> np.ndarray:
@@ -416,7 +414,7 @@ def _copy_of(env: Any) -> Any:
 
 @dataclass(frozen=True)
 class RoundsChoice:
-    """Says what held-out states were best served by.
+    """Holds the setting that did best on held-out states.
 
     ``rounds`` and ``strength`` are the choice, ``rounds`` 0 if nothing beat the proposals beyond doubt; ``gain`` is
     its mean gain over the proposals - in reward, or in win probability for ``by="win"`` -, ``z`` the same in standard
@@ -433,7 +431,7 @@ class RoundsChoice:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Give the arguments for :class:`FlowPolicy`."""
+        """Return the arguments for :class:`FlowPolicy`."""
         return {"mode": "reapply", "rounds": self.rounds, "strength": self.strength}
 
 
@@ -454,7 +452,7 @@ def choose_rounds(
         policy: whose flow, reference and guard are used; it is not changed.
         held_out: segments of other trajectories than the flow was fitted on, with their plans.
         by: ``"value"`` runs refined segments in the simulator and takes their return with what follows; ``"win"``
-            asks the flow's own win probability, without a simulator - it knows the data's support only.
+            uses the flow's own win probability, without a simulator: it is fitted on the data's support only.
         env: for ``by="value"``: a gymnasium id, a batch environment or what makes one.
         rounds, strengths: the candidates.
         continuation: steps of the reference after a segment; None for those of the segments' collection.
@@ -464,10 +462,9 @@ def choose_rounds(
         the candidate of the largest gain, if the gain is beyond doubt on these states, else ``rounds=0``.
 
     Raises:
-        ValueError: what is asked for needs a simulator, states or plans that are not there.
+        ValueError: the choice needs a simulator, states or plans that are not there.
     """
-    if by not in ("value", "win"):
-        raise ValueError(f"by must be 'value' or 'win': got {by!r}")
+    check_choice("by", by, ("value", "win"))
     observation = held_out.observation
     if policy.form == "residual":
         start = policy._unchanged(len(held_out))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_finite, check_number, check_shape
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.logistic import pairwise_log_loss
 from pfm.preferences.newton import newton_logistic
@@ -65,8 +66,7 @@ class HumanSegments:
             if value.ndim != ndim or len(value) != rows:
                 raise ValueError(f"{name} must have {ndim} dimensions and {rows} rows: got {value.shape}")
         for name in ("observations", "actions"):
-            if not np.isfinite(getattr(self, name)).all():
-                raise ValueError(f"{name} must be finite")
+            check_finite(name, getattr(self, name))
         if not ((self.label >= 0) & (self.label <= 1)).all():
             raise ValueError("label must lie in [0, 1]: 0.5 is a tie")
         for name in ("first", "second"):
@@ -112,12 +112,12 @@ class HumanSegments:
         return replace(self, first=self.first[index], second=self.second[index], label=self.label[index])
 
     def episodes(self) -> np.ndarray:
-        """Give the episodes at the first and last steps of both segments of each pair, (N, 4)."""
+        """Return the episodes at the first and last steps of both segments of each pair, (N, 4)."""
         ends = [begin + offset for begin in (self.first, self.second) for offset in (0, self.length - 1)]
         return np.stack([self.episode[end] for end in ends], axis=1)
 
     def split(self, held_out: float = 0.4, seed: int = 0) -> tuple[HumanSegments, HumanSegments]:
-        """Split by episode into (train, held out): no transition stands on both sides.
+        """Split by episode into (train, held out): no transition is on both sides.
 
         A pair belongs to a side only if both its segments do, so about ``held_out`` squared of the pairs are held out,
         and those between the sides are in neither.
@@ -125,8 +125,7 @@ class HumanSegments:
         Raises:
             ValueError: ``held_out`` is not in (0, 1), or a side would hold no pairs.
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        held_out = check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.episode)
         out = np.random.default_rng(seed).permutation(names)[: max(round(held_out * len(names)), 1)]
         inside = np.isin(self.episodes(), out)
@@ -139,12 +138,12 @@ class HumanSegments:
         return self.select(train), self.select(check)
 
     def returns(self) -> np.ndarray:
-        """Give the sums of the rewards of both segments of each pair, (N, 2)."""
+        """Return the sums of the rewards of both segments of each pair, (N, 2)."""
         total = np.concatenate([[0.0], np.cumsum(self.rewards.astype(np.float64))])
         return np.stack([total[begin + self.length] - total[begin] for begin in (self.first, self.second)], axis=1)
 
     def differences(self, values: np.ndarray, steps: int | None = None) -> np.ndarray:
-        """Give the mean of values (T, F) of single steps over each pair's first segment less that over its second.
+        """Return the mean of values (T, F) of single steps over each pair's first segment less that over its second.
 
         A linear reward of steps orders segments by these differences. ``steps`` counts only so many from a segment's
         beginning; None for all.
@@ -156,8 +155,7 @@ class HumanSegments:
             ValueError: ``values`` has not one row a transition, or ``steps`` is not in 1..length.
         """
         count = self.length if steps is None else steps
-        if np.ndim(values) != 2 or len(values) != len(self.observations):
-            raise ValueError(f"values must be ({len(self.observations)}, F), a row a step: got {np.shape(values)}")
+        check_shape("values", values, (len(self.observations), "F"), "one row a step")
         if not 1 <= count <= self.length:
             raise ValueError(f"steps must lie in 1..{self.length}, the segments' length: got {steps}")
         total = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values, axis=0, dtype=np.float64)])
@@ -165,16 +163,14 @@ class HumanSegments:
         return (one - other) / count
 
     def outputs(self, part: str = "both", pooling: str = "mean") -> tuple[Tensor, Tensor]:
-        """Give both segments of each pair as vectors (N, D), pooled over their steps.
+        """Return both segments of each pair as vectors (N, D), pooled over their steps.
 
         Args:
             part: ``"both"`` observations and actions, or one of them.
             pooling: ``"mean"``, on which a linear reward is a reward a step; ``"mean+std"`` appends the spread.
         """
-        if part not in PARTS:
-            raise ValueError(f"part must be one of {', '.join(PARTS)}: got {part!r}")
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}: got {pooling!r}")
+        check_choice("part", part, PARTS)
+        check_choice("pooling", pooling, POOLINGS)
         kept = {"observations": [self.observations], "actions": [self.actions]}.get(
             part, [self.observations, self.actions]
         )
@@ -204,7 +200,7 @@ class HumanSegments:
         )  # fmt: skip
 
     def accuracy(self, score: Callable[[Tensor], Tensor], part: str = "both", pooling: str = "mean") -> float:
-        """Give the share of the decided pairs that a score orders as people did, equal scores counting half.
+        """Return the share of the decided pairs that a score orders as people did, equal scores counting half.
 
         Args:
             score: outputs (N, D) to scores (N,), higher is better, such as a flow's ``win_probability``.
@@ -257,10 +253,8 @@ class PeopleReward:
         Raises:
             ValueError: shapes disagree, values are not finite, or all pairs are ties.
         """
-        if differences.ndim != 2 or len(differences) != len(segments):
-            raise ValueError(f"differences must be ({len(segments)}, F), a row a pair: got {differences.shape}")
-        if not np.isfinite(differences).all():
-            raise ValueError("differences must be finite")
+        check_shape("differences", differences, (len(segments), "F"), "one row a pair")
+        check_finite("differences", differences)
         if (segments.label == 0.5).all():
             raise ValueError(f"all {len(segments)} pairs are ties: nothing can be learned from them")
         scale = np.sqrt(np.square(differences).mean(0))
@@ -286,5 +280,5 @@ class PeopleReward:
         return cls(solve(torch.ones(len(x), dtype=torch.bool), penalty).numpy() / scale, penalty)
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
-        """Give rewards (...) of values (..., F), or what differences (N, F) are worth."""
+        """Return rewards (...) of values (..., F), or what differences (N, F) are worth."""
         return np.asarray(values, dtype=np.float64) @ self.weights

@@ -1,4 +1,4 @@
-"""Labels in rounds: each part is asked for around the policy that the part before has led to.
+"""Refine a policy in rounds: each collects labels around the policy of the round before.
 
 One flow is learned near the reference, and carried far it leaves what its data knew. A refined policy is a policy
 again: segments around it show what is better from there. In as many labels, several short steps then go further than
@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.files import claim_folder, replace_json
 from pfm.flow.config import FlowConfig
 from pfm.flow.preference_flow import PreferenceFlow
@@ -35,7 +36,7 @@ SETTINGS, CHOSEN, FLOW, SEGMENTS = "improvement.json", "chosen.json", "flow", "s
 
 @dataclass(frozen=True)
 class PolicyRound:
-    """Says what one round asked and chose.
+    """Holds the labels and the choice of one round.
 
     ``labels`` were given. ``kept`` is what the policy earned in the validation episodes, on average, as it was, and
     ``returns`` what it earned with the flow of this round at each strength; ``strength`` is the best of them, 0 if the
@@ -49,13 +50,13 @@ class PolicyRound:
 
     @property
     def reached(self) -> float | None:
-        """Give what the policy that was chosen earned in the validation episodes."""
+        """Return what the policy that was chosen earned in the validation episodes."""
         return self.returns.get(self.strength, self.kept)
 
 
 @dataclass(frozen=True)
 class Improvement:
-    """Holds the policy that the rounds have led to, and what each of them chose.
+    """Holds the policy after the last round, and the choice of each round.
 
     ``policy`` is a :class:`FlowPolicy` upon that of the round before, or the reference where no round was worth it.
     The returns are those by which was chosen, and flattered by that: measure the policy from other starts, with
@@ -92,22 +93,22 @@ def improve(
 ) -> Improvement:
     """Refine a frozen policy in rounds of collecting, fitting a flow, and choosing how far to follow it.
 
-    Choosing by returns is a search of its own, which rounds repeat: where almost any push helps, answers by a coin lead
-    somewhere too (``docs/studies/control.md``). ``episodes=0`` follows labels alone. To learn what labels are
+    Choosing by returns is a search of its own, which rounds repeat: where almost any push helps, random answers lead
+    to gains too (``docs/studies/control.md``). ``episodes=0`` follows labels alone. To learn what labels are
     worth in a simulator, improve with ``teacher=Teacher(mistake=0.5)`` as well.
 
     Args:
         environment: a gymnasium id, a batch environment, or a callable that makes one.
         policy: anything with stable-baselines3's ``predict``; it is never changed.
-        pairs: comparisons to ask for altogether; every round asks for ``pairs // rounds``.
+        pairs: comparisons in all; every round collects ``pairs // rounds``.
         rounds: at least 1.
         strengths: multiples of one pass to choose from, above 0. A round whose flow earns no more at any of them than
-            the policy without it leaves the policy as it is.
-        episodes: whole ones, by whose mean return is chosen, from the same starts in every round; 0 asks for none, and
+            the policy without it leaves the policy unchanged.
+        episodes: whole ones, by whose mean return is chosen, from the same starts in every round; 0 runs none, and
             follows the flow of every round at the one strength that there is.
         form: of the segments, "residual" or "directions", see :meth:`SegmentPairs.encode`.
         config: of the flows, see :class:`pfm.FlowConfig`.
-        folder: where rounds are kept as they end; the same call goes on from there, and :func:`load_improvement` reads
+        folder: where rounds are kept as they end; the same call resumes there, and :func:`load_improvement` reads
             it. None keeps nothing.
         seed: of data and starts, independent in every round and for every seed; the fits have that of ``config``.
         progress: show progress bars.
@@ -119,12 +120,9 @@ def improve(
         TypeError: an argument that :func:`collect` does not take.
     """
     for name, count, least in (("rounds", rounds, 1), ("episodes", episodes, 0)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}: got {count!r}")
-    if isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < rounds:
-        raise ValueError(f"pairs must be a whole number of at least the {rounds} rounds: got {pairs!r}")
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
+        check_whole(name, count, least)
+    check_whole("pairs", pairs, rounds, hint="each round needs a pair")
+    check_choice("form", form, FORMS)
     if not strengths or not all(math.isfinite(each) and each > 0 for each in strengths):
         raise ValueError(f"strengths must be numbers above 0, at least one: got {list(strengths)}")
     if not episodes and len(strengths) > 1:

@@ -1,43 +1,28 @@
-"""Small networks of observations: made with a seed of their own, kept in one safetensors file."""
+"""Save and load small networks of observations, each in one safetensors file."""
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pfm._internal.files import replace_file
 
-__all__ = ["load_network", "perceptron", "save_network"]
+__all__ = ["load_network", "save_network"]
 
 
-def perceptron(inputs: int, outputs: int, *, hidden: int, layers: int, seed: int) -> nn.Sequential:
-    """Make a network (B, inputs) -> (B, outputs) of SiLU layers, and leave torch's global random state alone."""
-    widths = [inputs] + [hidden] * layers
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            *(
-                module
-                for inward, outward in itertools.pairwise(widths)
-                for module in (nn.Linear(inward, outward), nn.SiLU())
-            ),
-            nn.Linear(widths[-1], outputs),
-        )
-
-
-def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write tensors, with what else is needed to make the network again as the file's metadata."""
+def save_network(path: str | Path, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """Write tensors, with what else is needed to make the network again as the file's metadata; return the path."""
     meta = {"kind": kind, "config": json.dumps(config)}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    replace_file(Path(path).expanduser(), lambda partial: save_file(whole, partial, meta))
+    path = Path(path).expanduser()
+    replace_file(path, lambda partial: save_file(whole, partial, meta))
+    return path
 
 
 def load_network(path: str | Path, kind: str, sizes: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -170,7 +170,7 @@ class NormalizedPolicy:
     def __init__(self, policy: Any, statistics: Any) -> None:
         found = ObservationStatistics.of(statistics)
         if found is None:
-            raise ValueError("these statistics are of rewards alone: the policy reads observations as they are")
+            raise ValueError("these statistics are of rewards alone: the policy reads raw observations")
         theirs = getattr(getattr(policy, "observation_space", None), "shape", None)
         if theirs is not None and tuple(theirs) != found.mean.shape:
             raise ValueError(
@@ -187,7 +187,7 @@ class NormalizedPolicy:
         return self.policy.predict(self.statistics(observation), state, episode_start, deterministic)
 
     def seed(self, seed: int) -> None:
-        """Start the randomness of the policy anew."""
+        """Reset the randomness of the policy."""
         from pfm.pbrl.policies import seed_policy
 
         seed_policy(self.policy, seed)
@@ -202,7 +202,7 @@ class NormalizedPolicy:
 
 
 def trained_normalized(model: Any) -> bool | None:
-    """Tell whether a model of stable-baselines3 was trained on normalised observations; None if nothing shows it.
+    """Return whether a model of stable-baselines3 was trained on normalised observations; None if nothing shows it.
 
     A checkpoint keeps the last observations of the training. VecNormalize hands out float32 where the environment has
     float64, and values beyond its bounds; and only where there is a VecNormalize does training on policy keep the
@@ -227,7 +227,7 @@ def trained_normalized(model: Any) -> bool | None:
 
 
 def beside_checkpoint(path: Path) -> str | None:
-    """Say what beside a checkpoint tells that it needs statistics; None if nothing does, "" for those of rewards alone.
+    """Describe what beside a checkpoint shows that it needs statistics; None if nothing, "" for rewards alone.
 
     Looked at are pickles named like VecNormalize's, as callbacks, the zoo and hub repositories name them, and the
     ``config.yml`` of the zoo, in the folder of the checkpoint and in those right below.

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from gymnasium.spaces import Box
 
+from pfm._internal.checks import check_choice, check_number
 from pfm.pbrl.cloning import ClonedPolicy
 from pfm.pbrl.environments import make_env
 from pfm.pbrl.finite import all_finite
@@ -44,8 +45,8 @@ class Policy(Protocol):
     """Chooses actions as stable-baselines3's models do.
 
     ``predict`` takes one observation (O,) or a batch (E, O), the state it returned before (None at first), for each
-    episode whether it begins now (E,), and whether to take the mode of its law in place of a draw. It gives the actions
-    (A,) or (E, A), and its new state, None if it keeps none.
+    episode whether it begins now (E,), and whether to take the mode of its distribution in place of a draw. It gives
+    the actions (A,) or (E, A), and its new state, None if it keeps none.
     """
 
     def predict(
@@ -65,7 +66,7 @@ def load_policy(path: str | Path, *, action_space: Box | None = None, seed: int 
         seed: of an actor's stochastic actions.
         normalize: the statistics of the observations that a checkpoint was trained on under ``VecNormalize``: its
             ``vec_normalize.pkl``, of which no code is run, the wrapper itself, or mean and variance, see
-            :meth:`ObservationStatistics.of`. False: it reads observations as they are.
+            :meth:`ObservationStatistics.of`. False: it reads raw observations.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -108,7 +109,7 @@ def check_policy(policy: Any, env: Any) -> None:
         ValueError: another action or observation space.
     """
     if not callable(getattr(policy, "predict", None)):
-        raise TypeError(f"a policy needs predict(observation, ...), got {type(policy).__name__}")
+        raise TypeError(f"a policy needs predict(observation, ...): got {type(policy).__name__}")
     theirs, ours = getattr(policy, "action_space", None), env.action_space
     if theirs is not None:
         same = (
@@ -138,7 +139,7 @@ def check_policy(policy: Any, env: Any) -> None:
 
 
 def seed_policy(policy: Any, seed: int) -> None:
-    """Start the randomness of a policy anew: its own ``seed``, or (stable-baselines3) torch's global stream."""
+    """Reset the randomness of a policy: its own ``seed``, or (stable-baselines3) torch's global stream."""
     own = getattr(policy, "seed", None)
     if callable(own):
         own(seed)
@@ -160,7 +161,8 @@ class ActorPolicy:
     Attributes:
         algorithm: what trained it.
         env_name: the version of its environment in which it can run today.
-        stochastic: whether it has a law to draw from; otherwise it acts the same whatever ``deterministic`` says.
+        stochastic: whether it has a distribution to draw from; otherwise it acts the same whatever ``deterministic``
+            says.
         action_space: the bounds of its actions.
     """
 
@@ -204,7 +206,7 @@ class ActorPolicy:
 
     @property
     def stochastic(self) -> bool:
-        """Whether the policy draws its actions."""
+        """Return whether the policy draws its actions."""
         return self._log_std is not None or self._log_std_layer is not None
 
     def predict(
@@ -240,7 +242,7 @@ class ActorPolicy:
         return (action if observation.ndim == 2 else action[0]), state
 
     def seed(self, seed: int) -> None:
-        """Start the draws anew."""
+        """Reset the draws."""
         self._noise = np.random.default_rng(seed)
 
     def _std(self, hidden: np.ndarray) -> np.ndarray:
@@ -259,7 +261,7 @@ class ActorPolicy:
             # 84 contact forces at the end, which were 0 in Ant-v3 and which Ant-v4 leaves out
             rows = np.pad(rows, ((0, 0), (0, expected - rows.shape[1])))
         if rows.shape[1] != expected:
-            raise ValueError(f"observation must have {expected} numbers, got {rows.shape[1]}: use {self.env_name}")
+            raise ValueError(f"observation must have {expected} numbers: got {rows.shape[1]}; use {self.env_name}")
         if self._statistics is not None:
             mean, scale, clip = self._statistics
             rows = np.minimum(np.maximum((rows - mean) / scale, -clip), clip)
@@ -279,9 +281,8 @@ class NoisyPolicy:
     def __init__(self, policy: Policy, sigma: float, seed: int = 0, action_space: Box | None = None) -> None:
         space = action_space if action_space is not None else getattr(policy, "action_space", None)
         if not isinstance(space, Box) or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-            raise ValueError(f"action_space must be a box with finite bounds, got {space}")
-        if not (np.isfinite(sigma) and sigma >= 0):
-            raise ValueError(f"sigma must be a number >= 0, got {sigma}")
+            raise ValueError(f"action_space must be a box with finite bounds: got {space}")
+        check_number("sigma", sigma, least=0)
         self.policy = policy
         self.sigma = sigma
         self.action_space = space
@@ -299,7 +300,7 @@ class NoisyPolicy:
         return np.clip(noisy, self.action_space.low, self.action_space.high).astype(self.action_space.dtype), state
 
     def seed(self, seed: int) -> None:
-        """Start the noise anew, and that of the policy within."""
+        """Reset the noise, and that of the wrapped policy."""
         self._noise = np.random.default_rng(seed)
         seed_policy(self.policy, seed)
 
@@ -315,8 +316,7 @@ def _runnable(name: str) -> str:
 
 
 def _choose(name: str, value: Any, known: dict[str, Any]) -> Any:
-    if value not in known:
-        raise ValueError(f"{name} of the actor must be one of {', '.join(known)}, got {value!r}")
+    check_choice(f"{name} of the actor", value, known)
     return known[value]
 
 
@@ -358,7 +358,7 @@ def _warn_of_normalization(path: Path, policy: Any) -> None:
         found = "its last observations of the training are normalised"
     if found:
         warnings.warn(
-            f"{path.name} was trained under VecNormalize ({found}), and acts wrongly on observations as they are: pass "
+            f"{path.name} was trained under VecNormalize ({found}), and acts wrongly on raw observations: pass "
             "its statistics, load_policy(..., normalize='vec_normalize.pkl'), or normalize=False if it needs none",
             stacklevel=4,
         )

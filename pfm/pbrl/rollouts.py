@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box
 
+from pfm._internal.checks import check_whole
 from pfm.pbrl.environments import StatefulEnv, UnsupportedEnvironmentError, make_env
 from pfm.pbrl.finite import all_finite
 from pfm.pbrl.policies import Policy, check_policy
@@ -95,8 +96,7 @@ class VectorEnv:
     """
 
     def __init__(self, name: str | Callable[[], gymnasium.Env], count: int = 1, **settings: Any) -> None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+        check_whole("count", count, 1)
         if not isinstance(name, str) and settings:
             raise TypeError(f"settings go with a gymnasium id: got {', '.join(settings)} and a function")
         self.source = name
@@ -165,7 +165,7 @@ class VectorEnv:
         expected = (self.count, *self.action_space.shape)
         actions = np.asarray(actions)
         if actions.shape != expected:
-            raise ValueError(f"actions must have shape {expected}, got {actions.shape}")
+            raise ValueError(f"actions must have shape {expected}: got {actions.shape}")
         if not all_finite(actions):
             raise ValueError("actions hold NaN or infinity: see what the policy made of its observations")
         actions = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
@@ -201,8 +201,7 @@ class VectorEnv:
             env.close()
 
     def _take(self, count: int) -> None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+        check_whole("count", count, 1)
         self._make(count)
         self.envs = self._made[:count]
 
@@ -223,14 +222,14 @@ class VectorEnv:
 
 
 def stateful(env: Any) -> StatefulEnv:
-    """Give an environment that a user has made its exact state.
+    """Return an environment that a user has made its exact state.
 
     Raises:
         TypeError: it is no gymnasium environment.
         UnsupportedEnvironmentError: it has no exact state; the message names what keeps one of its own.
     """
     if not isinstance(env, gymnasium.Env):
-        raise TypeError(f"a function that makes an environment must give a gymnasium.Env, got {type(env).__name__}")
+        raise TypeError(f"a function that makes an environment must give a gymnasium.Env: got {type(env).__name__}")
     found = env if isinstance(env, StatefulEnv) else StatefulEnv(env)
     if not found.can_restore:
         raise UnsupportedEnvironmentError(found.reason)
@@ -266,7 +265,7 @@ def _share_model(env: StatefulEnv, first: StatefulEnv) -> None:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What E episodes went through in T steps.
+    """Holds T steps of E episodes.
 
     Attributes:
         observations: (T, E, O), before each action.
@@ -275,7 +274,7 @@ class Rollout:
         alive: (T, E) bool, which steps belong to an episode that had not ended before.
         done: (E,) bool, which episodes have ended by now.
         last: (E, O), the observations after the last step.
-        states: of the asked steps, ``BatchEnv.save_states`` before the action.
+        states: of the requested steps, ``BatchEnv.save_states`` before the action.
     """
 
     observations: np.ndarray
@@ -311,7 +310,7 @@ def rollout(
 
     Args:
         env: the environment; it is left where the rollout ends.
-        policy: chooses actions for the whole batch; it is told by ``episode_start`` that it begins anew.
+        policy: chooses actions for the whole batch; ``episode_start`` tells it that episodes begin.
         steps: T, at most; fewer when every episode has ended.
         observations: (E, O), where the environment stands now, to go on from there.
         count, seed: how many episodes to start and their seed, when no observations are given.
@@ -354,7 +353,7 @@ def play(env: BatchEnv, actions: np.ndarray, *, observations: np.ndarray) -> Rol
     actions = np.asarray(actions)
     if actions.ndim != 3 or len(actions) != env.count or actions.shape[2:] != env.action_space.shape:
         raise ValueError(
-            f"actions must have shape (E, H, A) = ({env.count}, H, {env.action_space.shape[0]}), got {actions.shape}"
+            f"actions must have shape (E, H, A) = ({env.count}, H, {env.action_space.shape[0]}): got {actions.shape}"
         )
     record = _Record(env, observations, actions.shape[1])
     for step in range(actions.shape[1]):
@@ -389,8 +388,7 @@ def episode_returns(
     Raises:
         ValueError: fewer than one episode, an environment without a time limit, a policy with other spaces.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    check_whole("episodes", episodes, 1)
     own_env = isinstance(env, str) or not hasattr(env, "restore_states")
     made = VectorEnv(env, min(batch, episodes)) if own_env else None  # type: ignore[arg-type]
     vector: BatchEnv = made if made is not None else env  # type: ignore[assignment]
@@ -434,11 +432,10 @@ class _Record:
     """Arrays that fill as the steps go by."""
 
     def __init__(self, env: BatchEnv, observations: np.ndarray, steps: int) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_whole("steps", steps, 1)
         expected = (env.count, *env.observation_space.shape)
         if np.shape(observations) != expected:
-            raise ValueError(f"observations must have shape {expected}, got {np.shape(observations)}")
+            raise ValueError(f"observations must have shape {expected}: got {np.shape(observations)}")
         self.env = env
         self.taken = 0
         self.states: dict[int, Any] = {}

@@ -73,7 +73,7 @@ def run_on(
         env: a batch environment. policy: the reference.
         states: B states as ``env.save_states`` gives them.
         segments: (B, H, A), in the form that ``form`` names: what is added to the reference's own actions at the
-            observations met on the way (``"residual"``), or the actions themselves (``"actions"``).
+            observations on the way (``"residual"``), or the actions themselves (``"actions"``).
         continuation: steps of the reference after the segment. value: what is expected after those, or after the last
             observation of an episode that the time limit cut; nothing after a termination.
         memory: the reference's own state at the saved states, a tuple of arrays (B, ...); None if it keeps none.
@@ -158,7 +158,7 @@ def follow(before: np.ndarray, fresh: np.ndarray, correlation: float) -> np.ndar
 
 
 def half_range(space: Any) -> np.ndarray:
-    """Give half the range of each action (A,), 1 where it is unbounded."""
+    """Return half the range of each action (A,), 1 where it is unbounded."""
     half = (space.high.astype(np.float64) - space.low.astype(np.float64)) / 2
     return np.where(np.isfinite(half), half, 1.0)
 
@@ -169,7 +169,7 @@ def clip_action(action: np.ndarray, env: Any) -> np.ndarray:
 
 
 def clipper(space: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Give what clips actions (..., A) to the bounds of a space, in float64: for few rows faster than ``np.clip``."""
+    """Return what clips actions (..., A) to the bounds of a space, in float64: for few rows faster than ``np.clip``."""
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
 
     def clip(action: np.ndarray) -> np.ndarray:

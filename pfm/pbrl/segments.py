@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_choice, check_finite, check_number, check_shape
 from pfm._internal.files import replace_file
+from pfm._internal.moved import renamed_method
 from pfm.data.encoded import EncodedPairs
 from pfm.pbrl.states import join_states, pack_states, pick_states, unpack_states
 from pfm.pbrl.teachers import Teacher, all_comparisons
@@ -33,7 +35,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class SegmentStatistics:
-    """Says what a set of labelled segments holds; values are in the environment's reward.
+    """Holds counts and rates of a set of labelled segments; values are in the environment's reward.
 
     ``skipped`` and ``ties`` are shares of the comparisons, ``label_accuracy`` is the share of the other labels that
     agree with the values, ``return_accuracy`` what the segments' returns alone would reach: what a teacher gets wrong
@@ -72,7 +74,7 @@ class SegmentPairs:
         steps: (N, M) steps before the episode's end, at most H.
         trajectory: (N,) which trajectory of the reference a state lies on; splits never cut one.
         low, high: (A,) bounds of the action space.
-        reference_actions: (N, M, H, A) the reference's deterministic actions at the observations met on the way, or
+        reference_actions: (N, M, H, A) the reference's deterministic actions at the observations on the way, or
             None. ``actions - reference_actions`` is what was added to the reference.
         plan: (N, H, A) the segment of the deterministic reference itself, or None.
         plan_return, plan_value: (N,) its return, and its return with what followed; None without a plan.
@@ -121,15 +123,13 @@ class SegmentPairs:
         }  # fmt: skip
         for name, shape in wanted.items():
             value = getattr(self, name)
-            if value is not None and value.shape != shape:
-                raise ValueError(f"{name} must be {shape} for actions {self.actions.shape}: got {value.shape}")
-        if self.observation.ndim != 2 or len(self.observation) != n:
-            raise ValueError(f"observation must be ({n}, O), one row a state: got {self.observation.shape}")
+            if value is not None:
+                check_shape(name, value, shape, f"for actions {self.actions.shape}")
+        check_shape("observation", self.observation, (n, "O"), "one row a state")
         for name in ("observation", "actions", "rewards", "after", "reference_actions", "plan"):
             value = getattr(self, name)
-            if value is not None and not np.isfinite(value).all():
-                row = int(np.argwhere(~np.isfinite(value))[0, 0])
-                raise ValueError(f"{name} must be finite: the first bad row is {row}; leave that state out")
+            if value is not None:
+                check_finite(name, value)
         compared = self.comparisons
         if compared.ndim != 2 or compared.shape[1] != 3 or (compared < 0).any() or (compared >= [n, m, m]).any():
             raise ValueError(f"compared must be (L, 3) rows (state < {n}, first < {m}, second < {m})")
@@ -141,32 +141,32 @@ class SegmentPairs:
 
     @property
     def comparisons(self) -> np.ndarray:
-        """Give the comparisons, (L, 3) rows (state, first, second)."""
+        """Return the comparisons, (L, 3) rows (state, first, second)."""
         assert self.compared is not None
         return self.compared
 
     @property
     def members(self) -> int:
-        """Give M, the number of segments a state."""
+        """Return M, the number of segments a state."""
         return self.actions.shape[1]
 
     @property
     def length(self) -> int:
-        """Give H, the number of steps of a segment."""
+        """Return H, the number of steps of a segment."""
         return self.actions.shape[2]
 
     @property
     def returns(self) -> np.ndarray:
-        """Give the discounted reward of the segments alone, (N, M)."""
+        """Return the discounted reward of the segments alone, (N, M)."""
         return self._discounted().sum(-1)
 
     @property
     def values(self) -> np.ndarray:
-        """Give the discounted reward of the segments and of what followed them, (N, M)."""
+        """Return the discounted reward of the segments and of what followed them, (N, M)."""
         return self.returns + self.after
 
     def saved_states(self) -> Any:
-        """Give the exact states, as ``restore_states`` of a batch environment takes them.
+        """Return the exact states, as ``restore_states`` of a batch environment takes them.
 
         Raises:
             ValueError: they were not kept.
@@ -186,7 +186,7 @@ class SegmentPairs:
     # -- labels -------------------------------------------------------------------------------------------------
 
     def relabel(self, teacher: str | Teacher = "oracle", *, design: str = "all", seed: int = 0) -> SegmentPairs:
-        """Have the segments labelled anew; nothing is simulated.
+        """Label the segments again; nothing is simulated.
 
         Args:
             teacher: a :class:`Teacher` or the name of one.
@@ -215,7 +215,7 @@ class SegmentPairs:
             meta=self.meta | {"teacher": settings, "design": design, "label_seed": seed},
         )  # fmt: skip
 
-    def statistics(self) -> SegmentStatistics:
+    def summary(self) -> SegmentStatistics:
         """Describe the labels, their noise, the margins, and what there is to be learned.
 
         Raises:
@@ -250,16 +250,18 @@ class SegmentPairs:
 
     # -- towards a flow -----------------------------------------------------------------------------------------
 
+    statistics = renamed_method("statistics", "summary")
+
     def encode(self, form: str = "residual", *, ties: str = "keep") -> EncodedPairs:
         """Turn the labelled segments into what :meth:`pfm.PreferenceFlow.fit` takes, with the observation as context.
 
         Args:
-            form: ``"residual"``: outputs are what was added to the reference's own actions at the observations met
+            form: ``"residual"``: outputs are what was added to the reference's own actions at the observations
                 on the way, so that the reference is the zero segment in every state and nothing has to be learned
                 about it; ``"directions"``: the same in coordinates (K,) of :meth:`directions`, far fewer where the
                 noise was one offset for a whole segment; ``"actions"``: the actions themselves.
-            ties: ``"keep"`` gives a tie as half a label each way, which is what the winners' law
-                p1 = 2 pi_ref b asks for; ``"drop"`` leaves it out. Skipped comparisons are always left out.
+            ties: ``"keep"`` gives a tie as half a label each way, which is what the winners' distribution
+                p1 = 2 pi_ref b needs; ``"drop"`` leaves it out. Skipped comparisons are always left out.
 
         Returns:
             pairs of (H, A) outputs, or (K,), in groups by trajectory; with M > 2 members also candidate sets, scored
@@ -269,10 +271,8 @@ class SegmentPairs:
             ValueError: there are no labels, none of them prefers anything, or the form's actions are missing.
         """
         label = self._labelled()
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}: got {form!r}")
-        if ties not in ("keep", "drop"):
-            raise ValueError(f"ties must be 'keep' or 'drop': got {ties!r}")
+        check_choice("form", form, FORMS)
+        check_choice("ties", ties, ("keep", "drop"))
         outputs = self.outputs("actions" if form == "actions" else "residual")
         used = np.isfinite(label) if ties == "keep" else np.isfinite(label) & (label != 0.5)
         if not (used & (label != 0.5)).any():
@@ -305,7 +305,7 @@ class SegmentPairs:
         )
 
     def outputs(self, form: str = "residual") -> np.ndarray:
-        """Give the segments (N, M, H, A) float32 in one of the forms of :meth:`encode`."""
+        """Return the segments (N, M, H, A) float32 in one of the forms of :meth:`encode`."""
         actions = self.actions.astype(np.float32)
         if form == "actions":
             return actions
@@ -317,7 +317,7 @@ class SegmentPairs:
         return residual * alive[..., None].astype(np.float32)
 
     def directions(self) -> np.ndarray:
-        """Give the directions in which residuals vary, as a basis (H, A, K) float32.
+        """Return the directions in which residuals vary, as a basis (H, A, K) float32.
 
         A residual is about ``basis @ z`` with z (K,) of unit covariance. Directions in which little was tried are left
         out: noise that is one offset for a segment has K = A of them.
@@ -353,7 +353,7 @@ class SegmentPairs:
         return described
 
     def _candidates(self, used: np.ndarray) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Give each state's members with their numbers of wins, ties counting half each."""
+        """Return each state's members with their numbers of wins, ties counting half each."""
         assert self.label is not None
         state, first, second = self.comparisons[used].T
         wins = np.zeros((len(self), self.members), dtype=np.float32)
@@ -400,8 +400,7 @@ class SegmentPairs:
         Raises:
             ValueError: fewer than two trajectories, or ``held_out`` not in (0, 1).
         """
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        held_out = check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.trajectory)
         if len(names) < 2:
             raise ValueError("all states lie on one trajectory, so none can be held out: collect from more of them")
@@ -500,7 +499,7 @@ def _half_right(guess: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _knockout(teacher: Teacher, values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Let winners meet winners until one member of every state is left; unanswered and tied ones are tossed for."""
+    """Compare winners with winners until one member of every state is left; draw at random where none is preferred."""
     random = np.random.default_rng([seed, 1])
     standing = np.tile(np.arange(values.shape[1]), (len(values), 1))
     rows = np.arange(len(values))

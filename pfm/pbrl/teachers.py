@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_number
+
 __all__ = ["TEACHERS", "Teacher", "all_comparisons", "difference_unit"]
 
 TEACHERS: dict[str, dict[str, float]] = {
@@ -53,15 +55,11 @@ class Teacher:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, fits, wanted in (
-            ("beta", self.beta > 0, "above 0"),
-            ("mistake", 0 <= self.mistake <= 1, "in [0, 1]"),
-            ("skip", 0 <= self.skip < 1, "in [0, 1)"),
-            ("equal", 0 <= self.equal < math.inf, ">= 0"),
-            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {wanted}: got {getattr(self, name)!r}")
+        check_number("beta", self.beta, above=0, also=(math.inf,))
+        check_number("mistake", self.mistake, least=0, most=1)
+        check_number("skip", self.skip, least=0, below=1)
+        check_number("equal", self.equal, least=0)
+        check_number("gamma", self.gamma, above=0, most=1)
 
     @classmethod
     def named(cls, name: str | Teacher, **changes: float) -> Teacher:
@@ -79,7 +77,7 @@ class Teacher:
         return cls(**{**TEACHERS[name], **changes})
 
     def perceive(self, rewards: Any, after: Any) -> np.ndarray:
-        """Give the values (...) that this teacher sees: rewards (..., H) and what comes after a segment (...)."""
+        """Return the values (...) that this teacher sees: rewards (..., H) and what comes after a segment (...)."""
         rewards = np.asarray(rewards, dtype=np.float64)
         weights = self.gamma ** np.arange(rewards.shape[-1] - 1, -1, -1)
         return rewards @ weights + np.asarray(after, dtype=np.float64)
@@ -125,14 +123,14 @@ class Teacher:
 
 
 def all_comparisons(states: int, members: int) -> np.ndarray:
-    """Give every comparison of two of M members of N states: (N M (M - 1) / 2, 3) rows (state, first, second)."""
+    """Return every comparison of two of M members of N states: (N M (M - 1) / 2, 3) rows (state, first, second)."""
     first, second = np.triu_indices(members, 1)
     state = np.repeat(np.arange(states), len(first))
     return np.stack([state, np.tile(first, states), np.tile(second, states)], axis=1)
 
 
 def difference_unit(values: np.ndarray) -> float:
-    """Give the mean absolute difference between members of one state, of values (N, M); 1 if all are equal."""
+    """Return the mean absolute difference between members of one state, of values (N, M); 1 if all are equal."""
     compared = all_comparisons(*values.shape)
     gap = values[compared[:, 0], compared[:, 1]] - values[compared[:, 0], compared[:, 2]]
     return float(np.abs(gap).mean()) or 1.0

@@ -7,7 +7,6 @@ Barto, Reinforcement Learning, 2nd edition, section 9.3) from states that segmen
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_module
+from pfm._internal.checks import check_number, check_whole
+from pfm._internal.networks import Perceptron, train_epochs
 from pfm.pbrl.collection import SHARD, open_environment, visit
-from pfm.pbrl.networks import load_network, perceptron, save_network
+from pfm.pbrl.networks import load_network, save_network
 from pfm.pbrl.running import check_observation, clip_action, correlated_noise, half_range
 
 __all__ = ["FittedValue", "monte_carlo_returns"]
@@ -45,7 +46,7 @@ class FittedValue:
         # centre and scale of the observations, and of the returns
         self.mean, self.scale = torch.zeros(size), torch.ones(size)
         self.centre, self.unit = torch.zeros(()), torch.ones(())
-        self.network = perceptron(size, 1, hidden=hidden, layers=layers, seed=seed)
+        self.network = Perceptron(size, hidden, 1, layers=layers, seed=seed)
 
     @classmethod
     def fit(
@@ -110,7 +111,7 @@ class FittedValue:
 
     @torch.no_grad()
     def __call__(self, observation: np.ndarray) -> np.ndarray:
-        """Give V (B,) float64 of observations (B, O).
+        """Return V (B,) float64 of observations (B, O).
 
         Raises:
             ValueError: observations of another shape.
@@ -121,7 +122,7 @@ class FittedValue:
         return self._estimate(torch.as_tensor(rows, dtype=torch.float32)).double().numpy()
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: weights, and what was measured as its metadata."""
+        """Write one safetensors file, and return its path: weights, and what was measured as its metadata."""
         path = Path(path).expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.shape | {
@@ -129,8 +130,7 @@ class FittedValue:
         }  # fmt: skip
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {"mean": self.mean, "scale": self.scale, "centre": self.centre, "unit": self.unit}
-        save_network(path, KIND, config, tensors)
-        return path
+        return save_network(path, KIND, config, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> FittedValue:
@@ -143,7 +143,7 @@ class FittedValue:
         config, tensors = load_network(path, KIND, list(sizes.values()))
         shape = {name: config[key] for name, key in sizes.items()}
         network = load_module(
-            lambda: perceptron(outputs=1, seed=0, **shape), Path(path), "configuration", prefix="network."
+            lambda: Perceptron(outputs=1, seed=0, **shape), Path(path), "configuration", prefix="network."
         )
         try:
             value = cls(config["size"], config["discount"], hidden=config["hidden"], layers=config["layers"])
@@ -176,21 +176,14 @@ class FittedValue:
         self.mean, self.scale = x.mean(0), torch.where(spread > 1e-6, spread, torch.ones_like(spread))
         self.centre, self.unit = y.mean(), unit if unit > 0 else torch.ones(())
         generator = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.Adam(self.network.parameters(), lr=3e-3)
-        batches = math.ceil(len(x) / 256)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
-        best, best_loss = copy.deepcopy(self.network.state_dict()), math.inf
-        for _ in range(epochs):
-            for rows in torch.randperm(len(x), generator=generator).chunk(batches):
-                optimizer.zero_grad()
-                ((self._estimate(x[rows]) - y[rows]) / self.unit).square().mean().backward()
-                optimizer.step()
-                schedule.step()
-            with torch.no_grad():
-                loss = float((self._estimate(x_stop) - y_stop).square().mean())
-            if loss < best_loss:
-                best, best_loss = copy.deepcopy(self.network.state_dict()), loss
-        self.network.load_state_dict(best)
+
+        def training_loss(rows: Tensor) -> Tensor:
+            return ((self._estimate(x[rows]) - y[rows]) / self.unit).square().mean()
+
+        train_epochs(
+            self.network, training_loss, lambda: (self._estimate(x_stop) - y_stop).square().mean(),
+            torch.arange(len(x)), generator, epochs=epochs, batch_size=256, learning_rate=3e-3,
+        )  # fmt: skip
         with torch.no_grad():
             left = (self._estimate(x_held) - y_held).square().mean() / y_held.var(correction=0).clamp_min(1e-30)
         self.r2 = 1 - float(left)
@@ -202,7 +195,7 @@ class FittedValue:
 
 
 def monte_carlo_returns(rewards: np.ndarray, discount: float) -> np.ndarray:
-    """Give the discounted return from each step on, (T, E), of rewards (T, E) that are 0 after an episode's end."""
+    """Return the discounted return from each step on, (T, E), of rewards (T, E) that are 0 after an episode's end."""
     returns = np.zeros_like(rewards, dtype=np.float64)
     following = np.zeros(rewards.shape[1])
     for step in range(len(rewards) - 1, -1, -1):
@@ -233,14 +226,14 @@ def _gather(
     spread = half_range(env.action_space)
     observations, returns, trajectories, simulated = [], [], [], 0
     for number in range(math.ceil(states / SHARD)):
-        met, walked = visit(
+        visited, walked = visit(
             env, policy, random, per=per, explore=explore, correlation=correlation, deterministic=True, number=number
         )
         simulated += walked
         count = min(SHARD, states - SHARD * number)
-        chunk = count if isinstance(met.states, np.ndarray) else batch
+        chunk = count if isinstance(visited.states, np.ndarray) else batch
         for begin in range(0, count, chunk):
-            at = met.pick(np.arange(begin, min(begin + chunk, count)))
+            at = visited.pick(np.arange(begin, min(begin + chunk, count)))
             width = len(at.trajectory)
             added = spread * correlated_noise(random, (width, length, spread.size), noise, correlation)
             observation, memory, start = env.restore_states(at.states), at.memory, np.full(width, at.memory is None)
@@ -278,18 +271,12 @@ def _gather(
 
 def _check(discount: float, length: int, states: int, steps: int, noise: float, correlation: float,
            explore: float | None, per: int, batch: int, held_out: float) -> None:  # fmt: skip
-    if not 0 < discount < 1:
-        raise ValueError(
-            f"discount must lie between 0 and 1, so that a return without a time limit is finite: got {discount}"
-        )
+    hint = "without a time limit a return is finite for these only"
+    check_number("discount", discount, above=0, below=1, hint=hint)
     for name, number in (("length", length), ("states", states), ("steps", steps), ("batch", batch),
                          ("states_per_trajectory", per)):  # fmt: skip
-        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1: got {number!r}")
+        check_whole(name, number, 1)
     for name, number in (("noise", noise), ("explore", explore)):
-        if number is not None and not 0 <= number < math.inf:
-            raise ValueError(f"{name} must be >= 0: got {number}")
-    if not 0 <= correlation <= 1:
-        raise ValueError(f"correlation must lie in [0, 1]: got {correlation}")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must lie between 0 and 1: got {held_out}")
+        check_number(name, number, least=0, also=(None,))
+    check_number("correlation", correlation, least=0, most=1)
+    check_number("held_out", held_out, above=0, below=1)

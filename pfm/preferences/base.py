@@ -1,4 +1,4 @@
-"""What every preference model has in common: one embedding an output, and log-odds that are skew by construction.
+"""The base of all preference models: one embedding an output, and log-odds that are skew by construction.
 
 A model embeds an output y under a context x as a reward r and k planes v in R^2k, and compares two embeddings by
 
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import as_float_tensor, check_finite, check_same_sizes, check_shape
 from pfm._internal.files import replace_json, require_files
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import with_standard_defaults
 from pfm.preferences.logistic import fit_temperature
 
@@ -43,12 +43,12 @@ class Embedded:
     planes: Tensor
 
     def scaled(self, slope: Tensor | float) -> Embedded:
-        """Give the embedding whose log-odds are ``slope`` >= 0 times these."""
+        """Return the embedding whose log-odds are ``slope`` >= 0 times these."""
         slope = torch.as_tensor(slope).to(self.reward.device)
         return Embedded(self.reward * slope, self.planes * slope.sqrt())
 
     def against(self, other: Embedded) -> Tensor:
-        """Give the log-odds (...,) that these outputs are preferred to others, place by place."""
+        """Return the log-odds (...,) that these outputs are preferred to others, place by place."""
         score = self.reward - other.reward
         if self.planes.shape[-1]:
             even, odd = self.planes[..., 0::2], self.planes[..., 1::2]
@@ -56,7 +56,7 @@ class Embedded:
         return score
 
     def against_all(self, other: Embedded) -> Tensor:
-        """Give the log-odds (..., n, m) of each of n outputs against each of m."""
+        """Return the log-odds (..., n, m) of each of n outputs against each of m."""
         score = self.reward[..., :, None] - other.reward[..., None, :]
         if self.planes.shape[-1]:
             even, odd = self.planes[..., 0::2], self.planes[..., 1::2]
@@ -128,7 +128,7 @@ class PreferenceModel(nn.Module, ABC):
         """Embed outputs (B, D) under contexts (B, C) or None; rows do not depend on each other."""
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor as JSON values."""
+        """Return the arguments of the constructor as JSON values."""
         return {}
 
     @abstractmethod
@@ -155,7 +155,7 @@ class PreferenceModel(nn.Module, ABC):
     # -- comparing ----------------------------------------------------------------------------------------------
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D), under contexts (B, C) or (C,).
+        """Return the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D), under contexts (B, C) or (C,).
 
         ``other`` may have one row, for all of y. Inputs may be on any device; the result is on that of y.
 
@@ -176,19 +176,19 @@ class PreferenceModel(nn.Module, ABC):
         return self.embed(y, contexts).against(self.embed(other, others)).to(home)
 
     def table(self, y: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (n, n) of each of one prompt's candidates y (n, \\*D) against each, under context (C,)."""
+        """Return the log-odds (n, n) of one prompt's candidates y (n, \\*D) against each other, under context (C,)."""
         home = _home(y)
         y, context = self._checked("y", y, context)
         every = self.embed(y, context)
         return every.against_all(every).to(home)
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, \\*D).
+        """Return the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) or (B, M, \\*D).
 
         Args:
             y: the outputs.
-            opponents: (M, \\*D) for all of y, or (B, M, \\*D) for each its own. The shape \\*D of one output, by which
-                the two are told apart, is that of the training pairs or of ``y``.
+            opponents: (M, \\*D) for all of y, or (B, M, \\*D) for each its own. The shape \\*D of one output, which
+                distinguishes the two, is that of the training pairs or of ``y``.
             context: (B, C), or (C,) for one of all rows.
 
         Raises:
@@ -225,13 +225,13 @@ class PreferenceModel(nn.Module, ABC):
 
     @property
     def event_shape(self) -> torch.Size | None:
-        """Give the shape \\*D of one output; None before the fit, and of models that were saved without it."""
+        """Return the shape \\*D of one output; None before the fit, and of models that were saved without it."""
         shape = (self.layout or {}).get("event_shape")
         return None if shape is None else torch.Size(shape)
 
     @staticmethod
     def _own_opponents(shape: torch.Size, outputs: set[torch.Size], count: int) -> bool:
-        """Tell whether opponents of a shape are one set for each of ``count`` outputs, which have one of the shapes."""
+        """Return whether opponents of a shape are one set for each of ``count`` outputs of one of the shapes."""
         shared, own = shape[1:] in outputs, len(shape) > 2 and shape[0] == count and shape[2:] in outputs
         if shared and own:
             raise ValueError(
@@ -245,8 +245,7 @@ class PreferenceModel(nn.Module, ABC):
         if self.layout is None:
             raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(pairs) first")
         y = as_float_tensor(name, y).to(self._device, torch.float32)
-        if y.ndim < 2:
-            raise ValueError(f"{name} must be (B, *D), one row an output: got {tuple(y.shape)}")
+        check_shape(name, y, ("B", "*D"), "one row an output")
         if y.flatten(1).shape[1] != self.dimension:
             raise ValueError(f"{name} must have {self.dimension} values a row: got {y.flatten(1).shape[1]}")
         y = y.flatten(1)
@@ -304,7 +303,7 @@ class PreferenceModel(nn.Module, ABC):
         return folder
 
     def _ready(self, *, event_shape: list[int] | None = None, **layout: Any) -> None:
-        """Make tensors and networks anew, not to be trained further, and note their sizes."""
+        """Create the tensors and networks, frozen, and record their sizes."""
         self._build(**layout)
         self.layout = layout if event_shape is None else layout | {"event_shape": event_shape}
         self.requires_grad_(False)
@@ -353,7 +352,7 @@ def unfitted(described: dict[str, Any]) -> PreferenceModel:
 
 
 def restored(described: dict[str, Any]) -> PreferenceModel:
-    """Make a model from its own description, its tensors still to be loaded.
+    """Build a model from its description; its tensors are loaded afterwards.
 
     Raises:
         ValueError: the description is of no model known here.
@@ -405,19 +404,16 @@ def check_pairs(pairs: EncodedPairs, validation: EncodedPairs | None = None) -> 
                 f"{name} must be EncodedPairs: got {type(part).__name__}; PreferencePairs.encode makes them"
             )
     if pairs.probability is not None:
-        told = pairs.probability != 0.5
+        decided = pairs.probability != 0.5
         if pairs.weight is not None:
-            told &= pairs.weight > 0
-        if not bool(told.any()):
+            decided &= pairs.weight > 0
+        if not bool(decided.any()):
             raise ValueError(
-                f"all {len(pairs)} pairs are ties (probability 0.5): they say nothing about who is preferred; "
+                f"all {len(pairs)} pairs are ties (probability 0.5): they hold no preference; "
                 "give pairs of which at least one was decided"
             )
     if validation is not None:
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(pairs, name), getattr(validation, name)
-            if ours != theirs:
-                raise ValueError(f"validation must have the training pairs' {name} {ours}: got {theirs}")
+        check_same_sizes("validation", validation, pairs, "the training pairs'")
 
 
 def check_table(table: Any) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.columns import column_statistics
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
@@ -44,15 +45,13 @@ class BradleyTerry(PreferenceModel):
     slope: Tensor
 
     def __init__(self, l2: float = 1e-4, *, hidden: int = 0, seed: int = 0) -> None:
-        if not l2 > 0:
-            raise ValueError(f"l2 must be positive: got {l2}")
-        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 0:
-            raise ValueError(f"hidden must be a whole number of at least 0: got {hidden!r}")
+        check_number("l2", l2, above=0)
+        hidden = check_whole("hidden", hidden, 0)
         super().__init__()
         self.l2, self.hidden, self.seed = l2, hidden, seed
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {"l2": self.l2, "hidden": self.hidden, "seed": self.seed}
 
     def _build(self, dimension: int, contexts: int = 0, network: dict[str, int] | None = None) -> None:
@@ -129,7 +128,7 @@ class BradleyTerry(PreferenceModel):
         self.slope *= slope
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
-        """Give the reward (B,), in log-odds, of outputs y (B, \\*D), under contexts (B, C) if a network reads them."""
+        """Return the reward (B,), in log-odds, of outputs y (B, \\*D), under contexts (B, C) if it reads them."""
         y, context = self._checked("y", y, context)
         return self.embed(y, context).reward
 

@@ -1,4 +1,4 @@
-"""How far a preference model's probabilities can be taken at their word, on pairs of prompts it has not seen."""
+"""Calibration of a preference model's probabilities, on pairs of prompts that it has not seen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
 from pfm.preferences.base import PreferenceModel
@@ -40,7 +41,7 @@ class Calibration:
 
     Attributes:
         accuracy: share of pairs ordered as labelled, ties half.
-        log_loss: nats a pair; log 2 = 0.693 for a coin.
+        log_loss: nats a pair; log 2 = 0.693 at chance.
         brier: mean squared error of P(chosen is preferred).
         ece: expected calibration error (Naeini et al. 2015): mean |confidence - right| over the bins, by their pairs.
         bins: the reliability table, without empty bins.
@@ -53,7 +54,7 @@ class Calibration:
     bins: list[ReliabilityBin]
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
+        """Return the figures as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -78,8 +79,7 @@ def reliability(
     """
     if score.ndim != 1 or len(score) == 0 or not bool(torch.isfinite(score).all()):
         raise ValueError(f"score must be (N,) finite log-odds, N >= 1: got {tuple(score.shape)}")
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1: got {bins}")
+    check_whole("bins", bins, 1)
     label = torch.ones_like(score) if probability is None else probability
     weight = torch.ones_like(score) if weight is None else weight
     if not label.shape == weight.shape == score.shape:
@@ -108,7 +108,7 @@ def reliability(
 
 @torch.no_grad()
 def pair_scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:
-    """Give the log-odds (N,) that each pair's chosen output is preferred, on the CPU."""
+    """Return the log-odds (N,) that each pair's chosen output is preferred, on the CPU."""
     pairs = pairs.to("cpu")
     scores = []
     for index in torch.arange(len(pairs), device="cpu").split(8192):

@@ -53,7 +53,7 @@ class Coordinates(nn.Module):
         self.product_mean.copy_(weighted_mean(self(both)[1], weight))
 
     def forward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Give linear coordinates and products of outputs y (..., D)."""
+        """Return linear coordinates and products of outputs y (..., D)."""
         linear = (y - self.mean) / self.scale
         # Clipped, so that one outlying text does not dominate a product.
         leading = (linear @ self.axes).clamp(-4, 4)
@@ -61,11 +61,11 @@ class Coordinates(nn.Module):
         return linear, leading[..., first] * leading[..., second] - self.product_mean
 
     def standardised(self, y: Tensor) -> Tensor:
-        """Give outputs y (..., D) with every value of unit variance: a network's input."""
+        """Return outputs y (..., D) with every value of unit variance: a network's input."""
         return (y - self.mean) / self.spread
 
     def upgraded(self, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        """Give each column the one scale of all of them that earlier versions saved."""
+        """Return each column the one scale of all of them that earlier versions saved."""
         scale = tensors.get(f"{prefix}scale")
         if scale is None or scale.ndim:
             return tensors

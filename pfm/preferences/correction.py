@@ -1,4 +1,4 @@
-"""What a small network adds to the closed form of a preference model, if held-out prompts confirm it."""
+"""A small network beside the closed form of a preference model, kept if held-out prompts confirm it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, softplus
 
 from pfm._internal.columns import column_statistics
+from pfm._internal.networks import Perceptron
 from pfm._internal.significance import choose_crosswise, confirmable, confirmed, halves
 from pfm.data.batches import PairBatch
 from pfm.preferences.base import Embedded
 from pfm.preferences.coordinates import component_axes
-from pfm.preferences.logistic import drawn_in
-from pfm.preferences.networks import GAINS, Perceptron, train_network
+from pfm.preferences.logistic import smooth_labels
+from pfm.preferences.networks import GAINS, train_network
 
 __all__ = ["Correction", "FittedCorrection", "fit_correction", "label_loss"]
 
@@ -72,14 +73,14 @@ class Correction(nn.Module):
 
     def restart(self) -> None:
         """Draw the weights anew: no reward, small planes - between none the slope would be zero -, equal strengths."""
-        self.body.restart(alive=2 * self.blocks)
+        self.body.restart(nonzero=2 * self.blocks)
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
             nn.init.zeros_(self.gate.bias)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Give what its constructor was told of the axes it reads."""
+        """Return the sizes of its inputs, as its constructor takes them."""
         return {"inputs": self.input_axes.shape[1], "context_inputs": self.context_axes.shape[1]}
 
     def forward(self, features: Tensor, context: Tensor | None) -> Embedded:
@@ -87,7 +88,7 @@ class Correction(nn.Module):
         return self.of_axes(features @ self.input_axes, self.read(context)).scaled(self.gain)
 
     def read(self, context: Tensor | None) -> Tensor | None:
-        """Give what is read of contexts (B, C)."""
+        """Return what is read of contexts (B, C)."""
         return None if context is None else (context - self.context_mean) @ self.context_axes
 
     def of_axes(self, inputs: Tensor, context: Tensor | None) -> Embedded:
@@ -139,7 +140,7 @@ def fit_correction(
     """
     if not confirmable(group[held_out]):
         return FittedCorrection(None, torch.zeros_like(score), 0.0)
-    weight, label = tries[0][1].weight, drawn_in(tries[0][1].probability)
+    weight, label = tries[0][1].weight, smooth_labels(tries[0][1].probability)
     multiples = torch.tensor(GAINS)
     fits: list[tuple[float, float, Correction, Tensor]] = []
     corrections: list[Tensor] = []
@@ -198,5 +199,5 @@ def _train(
 
 
 def label_loss(score: Tensor, label: Tensor) -> Tensor:
-    """Give the log loss (N,), in nats, of log-odds (N,) under soft labels (N,)."""
+    """Return the log loss (N,), in nats, of log-odds (N,) under soft labels (N,)."""
     return softplus(-score) + (1 - label) * score

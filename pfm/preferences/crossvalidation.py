@@ -63,11 +63,11 @@ class Search:
                     self._fits.setdefault(setting, {})[number] = weights
 
     def best(self, fits: Callable[[Setting], bool] = lambda setting: True) -> list[Setting]:
-        """Give the settings to be averaged, the best first, among those that ``fits`` admits."""
+        """Return the settings to be averaged, the best first, among those that ``fits`` admits."""
         return sorted(filter(fits, self._loss), key=lambda setting: self._loss[setting])[:AVERAGED]
 
     def left_out(self, settings: Sequence[Setting]) -> Tensor:
-        """Give the score differences (N,) of every pair by the mean of fits that did not see its prompt."""
+        """Return the score differences (N,) of every pair by the mean of fits that did not see its prompt."""
         score = torch.zeros(len(self.fold), dtype=torch.float32, device=self.fold.device)
         for number in self.fold.unique().tolist():
             part = self.fold == number
@@ -77,7 +77,7 @@ class Search:
         return score
 
     def weights(self, settings: Sequence[Setting], number: int) -> list[Tensor]:
-        """Give the mean weights of each block of the fits that did not see fold ``number``."""
+        """Return the mean weights of each block of the fits that did not see fold ``number``."""
         return self._average([self._fits[setting][number] for setting in settings], settings)
 
     def refit(self, settings: Sequence[Setting]) -> list[Tensor]:
@@ -90,7 +90,7 @@ class Search:
         return self._average(fits, settings)
 
     def _rows(self, scales: Sequence[float], number: int, part: Tensor) -> Tensor:
-        """Give the rows of ``part`` at some scales, made without the labels of fold ``number``."""
+        """Return the rows of ``part`` at some scales, made without the labels of fold ``number``."""
         rows = [self._block(0, number)[part]]
         rows += [self._block(place, number)[part] * scale for place, scale in enumerate(scales, 1) if scale]
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]

@@ -8,12 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from pfm._internal.checks import check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, unfitted
 from pfm.preferences.bradley_terry import BradleyTerry
 from pfm.preferences.calibration import pair_scores, reliability
 from pfm.preferences.general import HybridPreference
-from pfm.preferences.logistic import PairwiseLogistic, drawn_in
+from pfm.preferences.logistic import PairwiseLogistic, smooth_labels
 
 __all__ = ["PreferenceEnsemble"]
 
@@ -45,8 +46,7 @@ class PreferenceEnsemble(PreferenceModel):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
-            raise ValueError(f"folds must be a whole number of at least 2: got {folds!r}")
+        folds = check_whole("folds", folds, 2)
         if members is None:
             members = [BradleyTerry(1e-3), HybridPreference()]
         if len(members) == 0:
@@ -62,7 +62,7 @@ class PreferenceEnsemble(PreferenceModel):
             unfitted(kind)
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {"members": self._kinds_of, "folds": self.folds, "seed": self.seed}
 
     def _build(self, dimension: int, context_dimension: int, members: list[dict[str, Any]]) -> None:
@@ -161,8 +161,8 @@ def _parts(group: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _stacked(scores: Tensor, pairs: EncodedPairs) -> Tensor:
-    """Give weights (kinds,) >= 0 of scores (N, kinds) by penalised likelihood, those that would get less left out."""
-    label = drawn_in(torch.ones(len(scores)) if pairs.probability is None else pairs.probability)
+    """Return weights (kinds,) >= 0 of scores (N, kinds) by penalised likelihood, those that would get less left out."""
+    label = smooth_labels(torch.ones(len(scores)) if pairs.probability is None else pairs.probability)
     spread = scores.square().mean(0).sqrt().clamp_min(1e-12)
     kept = torch.ones(scores.shape[1], dtype=torch.bool)
     while bool(kept.any()):

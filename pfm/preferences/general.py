@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.significance import confirmed
 from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
@@ -29,7 +30,7 @@ from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates, component_axes
 from pfm.preferences.correction import Correction, fit_correction, label_loss
 from pfm.preferences.crossvalidation import Search, Setting, deal_folds
-from pfm.preferences.logistic import drawn_in, fit_temperature, pairwise_log_loss
+from pfm.preferences.logistic import fit_temperature, pairwise_log_loss, smooth_labels
 from pfm.preferences.planes import SkewMoments, skew_products, skew_weights, to_planes
 
 __all__ = ["GeneralPreference", "HybridPreference"]
@@ -48,8 +49,8 @@ FIT_PAIRS = 30_000
 class GeneralPreference(PreferenceModel):
     """Embeds outputs in planes only (GPM); see the module for its parts.
 
-    What is found is a preference that may go round: it has no best output, and only comparisons, and the mean
-    chance against given opponents, are defined.
+    The fitted preference may be cyclic: then it has no best output, and only comparisons and the mean chance
+    against given opponents are defined.
 
     Args:
         blocks: number k of planes beside the linear reward's, in the closed part and again in the network.
@@ -85,17 +86,14 @@ class GeneralPreference(PreferenceModel):
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for name, value, low in (("blocks", blocks, 1), ("hidden", hidden, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name} must be a whole number of at least {low}: got {value!r}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be positive: got {temperature}")
+        blocks, hidden = check_whole("blocks", blocks, 1), check_whole("hidden", hidden, 0)
+        check_number("temperature", temperature, above=0)
         super().__init__()
         self.blocks, self.hidden, self.gate = blocks, hidden, gate
         self.normalise, self.temperature, self.seed = normalise, temperature, seed
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {name: getattr(self, name) for name in ("blocks", "hidden", "gate", "normalise", "temperature", "seed")}
 
     def _build(self, dimension: int, contexts: int, planes: int, network: dict[str, int] | None) -> None:
@@ -283,5 +281,5 @@ def _turns(setting: Setting) -> bool:
 
 
 def _losses(score: Tensor, batch: PairBatch) -> Tensor:
-    """Give each pair's log loss (N,), the scores once calibrated."""
-    return label_loss(fit_temperature(score, batch.probability, batch.weight) * score, drawn_in(batch.probability))
+    """Return each pair's log loss (N,), the scores once calibrated."""
+    return label_loss(fit_temperature(score, batch.probability, batch.weight) * score, smooth_labels(batch.probability))

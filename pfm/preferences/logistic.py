@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid, softplus
 from pfm.preferences.newton import newton_logistic
 from pfm.preferences.spectrum import principal_axes
 
-__all__ = ["PairwiseLogistic", "drawn_in", "fit_platt", "fit_temperature", "pairwise_log_loss"]
+__all__ = ["PairwiseLogistic", "fit_platt", "fit_temperature", "pairwise_log_loss", "smooth_labels"]
 
 
 class PairwiseLogistic:
@@ -39,7 +39,7 @@ class PairwiseLogistic:
         self._at = self._rows.new_zeros(self._rows.shape[1])
 
     def fit(self, l2: float, iterations: int = 30) -> Tensor:
-        """Give the weights (F,) at penalty ``l2`` > 0; starts from the last penalty's solution.
+        """Return the weights (F,) at penalty ``l2`` > 0; starts from the last penalty's solution.
 
         Without rows of positive weight, or where all differences are zero, they are zero.
         """
@@ -72,7 +72,7 @@ class PairwiseLogistic:
 
 
 def pairwise_log_loss(score: Tensor, weight: Tensor | None = None, probability: Tensor | None = None) -> float:
-    """Give the weighted mean of -log P(label) for score differences (N,), in nats; NaN if no weight is positive."""
+    """Return the weighted mean of -log P(label) for score differences (N,), in nats; NaN if no weight is positive."""
     each = -logsigmoid(score)
     if probability is not None:
         each = each + (1 - probability) * score
@@ -81,17 +81,17 @@ def pairwise_log_loss(score: Tensor, weight: Tensor | None = None, probability: 
     return float((each * weight).sum() / weight.sum())
 
 
-def drawn_in(label: Tensor) -> Tensor:
-    """Draw labels (...) in [0, 1] in by one count of either kind (Platt 1999).
+def smooth_labels(label: Tensor) -> Tensor:
+    """Smooth labels (...) in [0, 1] by one pseudo-count for each class (Platt 1999).
 
-    Few labels that a score happens to order perfectly do not make it certain; many are left as they are.
+    A few labels that a score happens to order perfectly do not make it certain; the effect on many labels is small.
     """
     count = label.numel() / 2
     return (label * count + 1) / (count + 2)
 
 
 def fit_platt(score: Tensor, label: Tensor, weight: Tensor | None = None) -> tuple[float, float]:
-    """Fit P(label = 1) = sigmoid(a score + c) by Newton's method (Platt 1999), to labels as :func:`drawn_in` gives.
+    """Fit P(label = 1) = sigmoid(a score + c) by Newton's method (Platt 1999), to labels of :func:`smooth_labels`.
 
     Args:
         score: (N,) raw scores.
@@ -120,5 +120,5 @@ def fit_temperature(score: Tensor, probability: Tensor, weight: Tensor) -> float
 
     Both orders of a pair count, so that :func:`fit_platt` finds no offset.
     """
-    label = drawn_in(probability)
+    label = smooth_labels(probability)
     return fit_platt(torch.cat([score, -score]), torch.cat([label, 1 - label]), weight.repeat(2))[0]

@@ -46,7 +46,7 @@ class MeanShift(PreferenceModel):
 
     @property
     def direction(self) -> Tensor:
-        """Give E[y+ - y-] (D,), in the outputs' units.
+        """Return E[y+ - y-] (D,), in the outputs' units.
 
         Raises:
             RuntimeError: the model is not fitted.
@@ -56,7 +56,7 @@ class MeanShift(PreferenceModel):
         return self._direction
 
     def reward(self, y: Any, context: Any = None) -> Tensor:
-        """Give the projections (B,) of outputs y (B, \\*D), in squared units of the outputs."""
+        """Return the projections (B,) of outputs y (B, \\*D), in squared units of the outputs."""
         y, _ = self._checked("y", y, None)
         return y @ self.direction
 

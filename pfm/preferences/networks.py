@@ -1,4 +1,4 @@
-"""Small networks that learn beyond a closed form, with early stopping on held-out prompts."""
+"""Train small networks beyond a closed form, with early stopping on held-out prompts."""
 
 from __future__ import annotations
 
@@ -8,37 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GAINS", "Perceptron", "train_network"]
+from pfm._internal.networks import EarlyStopping
+
+__all__ = ["GAINS", "train_network"]
 
 CHECKED = 8192
 CHECK_EVERY = 50
 PATIENCE = 10
 WEIGHT_DECAY = 1e-2
 GAINS = (0.25, 0.5, 0.75, 1.0)  # multiples of a network's output among which one is chosen
-
-
-class Perceptron(nn.Sequential):
-    """Maps (..., F) to (..., outputs) through two hidden layers; after :meth:`restart` to zero.
-
-    Making one leaves torch's global random state alone.
-    """
-
-    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
-        with torch.random.fork_rng(devices=[]):
-            super().__init__(
-                nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
-            )
-
-    @torch.no_grad()
-    def restart(self, alive: int = 0) -> None:
-        """Draw the weights anew; the outputs start at zero, but for the last ``alive`` ones, which start small."""
-        for module in self:
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        last = self[-1]
-        assert isinstance(last, nn.Linear)
-        last.weight[: len(last.weight) - alive] = 0
-        nn.init.zeros_(last.bias)
 
 
 def train_network(
@@ -87,19 +65,14 @@ def train_network(
         looks: list[Tensor] = []
         network.requires_grad_(True)
         optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
-        best, kept, patience = math.inf, {}, 0
+        stopping = EarlyStopping(network, PATIENCE)
         for update in range(updates):
             if update % CHECK_EVERY == 0:
                 with torch.no_grad():
                     looks.append(correct(check))
                     found = float((loss(check, looks[-1]) * weight[check]).mean())
-                if found < best:
-                    best, patience = found, 0
-                    kept = {name: value.detach().clone() for name, value in network.state_dict().items()}
-                else:
-                    patience += 1
-                    if patience >= PATIENCE:
-                        break
+                if stopping.validated(found):
+                    break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * (1 + math.cos(math.pi * update / updates)) / 2
             some = train[torch.randint(len(train), (rows,), generator=generator, device="cpu")]
@@ -107,6 +80,6 @@ def train_network(
             optimizer.zero_grad()
             (loss(some, correct(some)) * weight[some]).mean().backward()
             optimizer.step()
-        network.load_state_dict(kept)
+        stopping.restore()
         network.requires_grad_(False)
         return check, torch.stack(looks)

@@ -1,6 +1,6 @@
-"""Wrong labels: how many there are, which ones they probably are, and pairs in which they no longer count as right.
+"""Label noise: its rate, the labels that are probably wrong, and pairs with corrected labels.
 
-If a share e of the labels was turned round by chance, a label agrees with P(e) = e + (1 - 2 e) P of what it would
+If a share e of the labels was flipped at random, a label agrees with P(e) = e + (1 - 2 e) P of what it would
 have said. Two remedies are known where e is:
 
 - the unbiased loss ((1 - e) l(s) - e l(-s)) / (1 - 2 e) of Natarajan et al. (2013), which robust DPO (Chowdhury et al.
@@ -11,8 +11,8 @@ have said. Two remedies are known where e is:
 - the label's probability of being right, given what other labels say: :func:`corrected`. It stays within [0, 1], and
   what it gives is an ordinary pair set, so that every preference model and every flow has the benefit of it.
 
-Flips that strike all labels alike turn a large set's loss round little: they shrink what is learned more than they turn
-it. What they cost is precision, as if there were fewer pairs.
+Flips of all labels with one probability change the minimiser of a large set's loss little: they shrink it more than
+they rotate it. Their cost is precision, as if there were fewer pairs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from pfm._internal.checks import check_number
 from pfm._internal.columns import column_statistics
 from pfm._internal.significance import CONFIRMED
 from pfm.data.encoded import EncodedPairs
@@ -39,6 +40,7 @@ __all__ = ["Corrected", "NoiseReport", "RaterFlips", "corrected", "unbiased_labe
 
 SPREADS = (0.5, 1.0, 2.0, 4.0)  # of outputs' rewards around the linear one, in log-odds
 FOLDS = 5
+RATE_HINT = "at one half labels hold no information, above it the opposite: swap the pairs"
 RATER_PRIOR = 10.0  # labels that a rater's prior counts for
 ROUNDS = 3
 RATER_ROUNDS = 100
@@ -55,17 +57,17 @@ class RaterFlips:
 
 @dataclass(frozen=True)
 class NoiseReport:
-    """Says what was found about wrong labels.
+    """Holds the estimated rate of wrong labels, and the labels that are probably wrong.
 
     Attributes:
-        flip_rate: share of labels that were turned round, as given or as found; 0 if held-out labels do not confirm it.
+        flip_rate: share of labels that were flipped, as given or as found; 0 if held-out labels do not confirm it.
         known: whether it was given.
         estimate: the share under which held-out labels are likeliest, whether or not they confirm it.
         z: root of twice the log-likelihood ratio of it and no flips at all, on left-out labels: standard errors.
         correct: (N,) probability that each label is right.
         log_loss: of the observed labels under predictions that did not see them, nats a label.
-        spread: standard deviation of the outputs' rewards around what their embeddings tell, in log-odds; 0 if other
-            labels on the same outputs told nothing more.
+        spread: standard deviation of the outputs' rewards around the prediction from their embeddings, in log-odds; 0
+            if other labels on the same outputs gave no more information.
         raters: the raters' shares, or None if no raters were named.
     """
 
@@ -81,19 +83,17 @@ class NoiseReport:
     def __str__(self) -> str:
         wrong = int((self.correct < 0.5).sum())
         if self.known:
-            found = f"{self.flip_rate:.1%} of the labels were said to be turned round"
+            found = f"{self.flip_rate:.1%} of the labels were given as flipped"
         elif self.flip_rate:
-            found = (
-                f"about {self.flip_rate:.1%} of the labels are turned round ({self.z:.1f} standard errors above none)"
-            )
+            found = f"about {self.flip_rate:.1%} of the labels are flipped (z = {self.z:.1f} against none)"
         else:
-            found = f"no turned labels confirmed (the likeliest share, {self.estimate:.1%}, is within the noise)"
+            found = f"no flipped labels confirmed (the likeliest share, {self.estimate:.1%}, is within the noise)"
         return f"{found}; {wrong} of {len(self.correct)} labels are more likely wrong than right"
 
 
 @dataclass(frozen=True)
 class Corrected:
-    """Holds pairs with corrected soft labels, and the report of what was found."""
+    """Holds pairs with corrected soft labels, and the report."""
 
     pairs: EncodedPairs
     report: NoiseReport
@@ -101,7 +101,7 @@ class Corrected:
 
 @standard_defaults
 def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
-    """Give the soft label (N,) whose logistic loss is, on the mean over flips, that of the label before them.
+    """Return the soft label (N,) whose logistic loss is, on the mean over flips, that of the label before them.
 
     It is (p - e) / (1 - 2 e), outside [0, 1] for certain labels, as the module says; what takes probabilities refuses
     it. :class:`pfm.preferences.logistic.PairwiseLogistic` can be fitted with it.
@@ -113,7 +113,7 @@ def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
     Raises:
         ValueError: ``flip_rate`` is out of range: from one half on labels say nothing.
     """
-    _check_rate(flip_rate)
+    check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     return (torch.as_tensor(probability).float() - flip_rate) / (1 - 2 * flip_rate)
 
 
@@ -125,29 +125,29 @@ def corrected(
     rater: Sequence[Hashable] | Tensor | None = None,
     seed: int = 0,
 ) -> Corrected:
-    """Give each label the probability with which it is right, by what other labels say of its pair.
+    """Return each label the probability with which it is right, by what other labels say of its pair.
 
     1. A linear Bradley-Terry reward predicts every pair from labels of other prompts only; penalties by
        cross-validation.
     2. Added to it, each output's own reward in its prompt, from the other labels on that output, with a normal prior
        whose spread is chosen on left-out labels. Neither uses the label that is judged.
     3. The share of flips e is that under which left-out labels are likeliest, P = e + (1 - 2 e) sigmoid(a s); it counts
-       if the likelihood ratio to no flips is beyond chance (one-sided 95%), else the pairs come back as they are.
+       if the likelihood ratio to no flips is beyond chance (one-sided 95%), else the pairs are returned unchanged.
     4. Steps 1 to 3 are repeated with corrected labels of the other prompts, while left-out labels are likelier for it.
     5. By Bayes' rule a label p is right with odds (1 - e) / e exp((2 p - 1) a s), and is replaced by
        c p + (1 - c) (1 - p).
 
-    Labels that other labels tell nothing about are neither trusted more nor less than the share of flips says, so that
-    nothing can be learned from shuffled labels after it either. Held-out figures of a model fitted on corrected labels
+    Labels on which other labels have no information keep the probability of the flip rate, so that shuffled labels
+    remain uninformative. Held-out figures of a model fitted on corrected labels
     are held against those, and look better than they would against the labels that were given.
 
     Args:
         pairs: labelled pairs; soft labels and weights count. All happens on the CPU; the corrected pairs are on the
             device of these.
-        flip_rate: share of labels that were turned round, in [0, 0.5); None finds it.
+        flip_rate: share of labels that were flipped, in [0, 0.5); None finds it.
         rater: N names of who gave each label: each has a share of his own, drawn to that of all by a prior worth
             10 labels, so that a rater of one label counts as average. A rater who is wrong more often than
-            right is turned round.
+            right has the labels flipped.
         seed: of the folds.
 
     Raises:
@@ -163,7 +163,7 @@ def corrected(
     """
     check_pairs(pairs)
     if flip_rate is not None:
-        _check_rate(flip_rate)
+        check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     device, pairs = pairs.device, pairs.to("cpu")
     names, index = ([], torch.zeros(0)) if rater is None else numbered(rater, len(pairs))
     generator = torch.Generator().manual_seed(seed)
@@ -218,11 +218,11 @@ class _Link:
     rate: float
 
     def evidence(self, score: Tensor, labels: _Labels) -> Tensor:
-        """Give the log of how much likelier each label is as it stands than turned round, (N,)."""
+        """Return the log-odds that each label is as given rather than flipped, (N,)."""
         return (2 * labels.probability - 1) * self.slope * score
 
     def loss(self, score: Tensor, labels: _Labels) -> Tensor:
-        """Give -log of the chance of each label, (N,), in nats."""
+        """Return -log of the chance of each label, (N,), in nats."""
         return _link_loss(self.slope * score, torch.tensor(self.rate), labels.probability)
 
 
@@ -266,7 +266,7 @@ def _fit_link(score: Tensor, labels: _Labels, rate: float | None) -> _Link:
 
 
 def _from_other_prompts(pairs: EncodedPairs, labels: _Labels, generator: torch.Generator) -> Tensor:
-    """Give the log-odds (N,) of each pair by linear rewards fitted on other prompts (on other pairs, of one prompt)."""
+    """Return the log-odds (N,) of each pair by linear rewards fitted on other prompts, or other pairs of one prompt."""
     batch = pairs.gather(torch.arange(len(pairs)))
     spread = column_statistics(torch.cat([batch.chosen, batch.rejected]), batch.weight.repeat(2))[1]
     scale = equal_units(spread).to(batch.chosen.dtype)
@@ -286,7 +286,7 @@ def _with_outputs(
     generator: torch.Generator,
     spreads: Sequence[float] = SPREADS,
 ) -> tuple[Tensor, float, _Link]:
-    """Add what other labels on the same outputs tell, if left-out labels are likelier for it.
+    """Add the information of other labels on the same outputs, if left-out labels are likelier with it.
 
     Returns the log-odds (N,), the spread of the outputs' own rewards (0 if they are left out), and the link.
     """
@@ -331,7 +331,7 @@ def _repeated(
 
 
 def _turned(probability: Tensor, correct: Tensor) -> Tensor:
-    """Give soft labels (N,) of which each is right with probability ``correct``, and else the other way round."""
+    """Return soft labels (N,) of which each is right with probability ``correct``, and else the other way round."""
     return correct * probability + (1 - correct) * (1 - probability)
 
 
@@ -373,11 +373,3 @@ def _rater_rates(odds: Tensor, labels: _Labels, rater: Tensor, count: int, rate:
         if float((rates - last).abs().max()) < 1e-5:
             break
     return rates
-
-
-def _check_rate(rate: float) -> None:
-    if not 0 <= rate < 0.5:
-        raise ValueError(
-            f"flip_rate must lie in [0, 0.5), got {rate}: from one half on labels say nothing, or the opposite (swap "
-            "the pairs)"
-        )

@@ -1,4 +1,4 @@
-"""Planes in which preferences go round: the closed form of a skew-symmetric part, s = f(y)' A f(y') with A' = -A.
+"""Planes of cyclic preferences: the closed form of a skew-symmetric part, s = f(y)' A f(y') with A' = -A.
 
 Where labels follow P = sigmoid(f' A f'), the gradient of the likelihood at A = 0 is half the skew moment
 M = E[f+ f-' - f- f+'], and for features of second moment S the first Newton step is proportional to S^-1 M S^-1: its
@@ -30,7 +30,7 @@ class SkewMoments:
         self._known: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def axes(self, part: Tensor, ridge: float, count: int) -> Tensor:
-        """Give axes (F, count) that span the leading planes of the pairs in the mask ``part`` (N,).
+        """Return axes (F, count) that span the leading planes of the pairs in the mask ``part`` (N,).
 
         A feature along an axis has variance at most 1; ``ridge`` is in units of the features' mean variance.
         """
@@ -44,7 +44,7 @@ class SkewMoments:
         return axes
 
     def features(self, part: Tensor, count: int, *, reward: bool = False) -> Tensor:
-        """Give axes (F, count) along the single features in which the labels of the pairs in ``part`` stand out most.
+        """Return axes (F, count) along the single features in which the labels of the pairs in ``part`` stand out most.
 
         A cycle of a few features among many is lost in the noise of all of them. A feature stands out by its largest
         |M_ij| in standard errors, those of independent pairs; with ``reward`` by its mean difference between chosen and
@@ -62,7 +62,7 @@ class SkewMoments:
         return axes
 
     def _errors(self, part: Tensor) -> Tensor:
-        """Give the standard errors (F, F) of the skew moment of the pairs in ``part``, up to a common factor."""
+        """Return the standard errors (F, F) of the skew moment of the pairs in ``part``, up to a common factor."""
         chosen, rejected, forward = self.chosen[part], self.rejected[part], self.forward[part].square()[:, None]
         crossed = chosen.square().T @ (rejected.square() * forward)
         both = chosen * rejected
@@ -70,7 +70,7 @@ class SkewMoments:
         return variance.double().clamp_min(1e-9 * float(variance.mean()) + 1e-30).sqrt()
 
     def _moments(self, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Give eigenvalues (r,) and axes (F, r) of the features' second moment, and the skew moment, also in the axes.
+        """Return eigenvalues (r,) and axes (F, r) of the second moment, and the skew moment, also in the axes.
 
         Features that no pair reaches have no part in any plane: with fewer outputs than features, r < F.
         """
@@ -88,13 +88,13 @@ class SkewMoments:
 
 
 def skew_products(one: Tensor, other: Tensor) -> Tensor:
-    """Give u_i u'_j - u_j u'_i for i < j, (N, P), of coordinates (N, m): what a skew form is linear in."""
+    """Return u_i u'_j - u_j u'_i for i < j, (N, P), of coordinates (N, m): what a skew form is linear in."""
     first, second = torch.triu_indices(one.shape[1], one.shape[1], offset=1)
     return one[:, first] * other[:, second] - one[:, second] * other[:, first]
 
 
 def skew_weights(weights: Tensor, count: int) -> Tensor:
-    """Give the skew matrix (count, count) whose form the weights of :func:`skew_products` are."""
+    """Return the skew matrix (count, count) whose form the weights of :func:`skew_products` are."""
     matrix = weights.new_zeros(count, count)
     first, second = torch.triu_indices(count, count, offset=1)
     matrix[first, second] = weights
@@ -102,11 +102,11 @@ def skew_weights(weights: Tensor, count: int) -> Tensor:
 
 
 def to_planes(matrix: Tensor, second: Tensor, count: int) -> Tensor:
-    """Give at most ``count`` planes V (m, 2 k) with u' A u' ~ the sum over l of (V u)_2l (V u')_2l+1 - its mirror.
+    """Return at most ``count`` planes V (m, 2 k) with u' A u' ~ the sum over l of (V u)_2l (V u')_2l+1 - its mirror.
 
     Args:
         matrix: A (m, m), skew.
-        second: (m, m) second moment of u, by which the planes that matter most for scores are told.
+        second: (m, m) second moment of u, by which the planes that matter most for scores are chosen.
         count: number of planes to keep; those without weight are left out.
     """
     values, vectors = torch.linalg.eigh(second.double())

@@ -1,12 +1,13 @@
-"""Votes of several raters on one pair: what each rater's word is worth, and what the votes say together.
+"""Votes of several raters on one pair: the reliability of each rater, and the joint label.
 
 Dawid & Skene (1979) take every pair as having a truth k - the first output is better, neither is, the second is -
 and rater r as voting l with probability C_r[k, l]; expectation maximisation finds the truths' posterior and the
 tables in turn. Two forms of the table:
 
-- ``one-coin``: a rater has one number, how often it is right; what it says when it is not is common to all raters;
-- ``two-coin``: a rater has the whole table, so that a liking for what was shown first is a bias and not an error.
-  Without ties that is one coin for each truth.
+- ``one-coin``: a rater has one number, the probability of a correct vote; the distribution of wrong votes is common to
+  all raters;
+- ``two-coin``: a rater has the whole confusion matrix, so that a preference for what was shown first is a bias and not
+  an error. Without ties that is one probability for each truth.
 
 Both are drawn to the table of all raters together by a Dirichlet prior worth ``prior`` votes, so that a rater of few
 votes counts as an average one: after n votes its own record has the share n / (n + prior).
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_length, check_number, check_shape
 from pfm.data.identity import prompt_identity
-from pfm.data.tensors import as_float_tensor, check_finite
 
 if TYPE_CHECKING:
     from pfm.data.pairs import PreferencePairs
@@ -39,14 +40,14 @@ LEAST = 1e-4  # of a truth's or a vote's probability: nothing is taken as imposs
 
 @dataclass(frozen=True)
 class RaterFit:
-    """Says what V votes of R raters on I pairs tell.
+    """Holds what V votes of R raters on I pairs show.
 
     Attributes:
         raters: the R raters, as they were named.
         votes: (R,) how many votes each has cast.
         reliability: (R,) probability that a rater says what is true, over all truths; drawn to the mean.
-        first_bias: (R,) P(says first) of a rater over pairs whose truths are balanced, minus P(says second); 0 with one
-            coin.
+        first_bias: (R,) P(says first) of a rater over pairs whose truths are balanced, minus P(says second); 0 in the
+            one-coin model.
         mean_reliability: that of all votes together.
         probability: (I,) that the first output is the better one, a tie half.
         tied: (I,) probability that neither is.
@@ -84,10 +85,10 @@ def fit_raters(
     prior: float = 10.0,
     log_odds: Any = None,
 ) -> RaterFit:
-    """Find how reliable raters are, and what their votes together say of each pair.
+    """Fit the reliability of raters and the label of each pair from their votes.
 
-    Which of the two outputs of a pair is called first is anybody's choice with one coin; with two it is the order in
-    which they were shown, and the same for all votes on the pair.
+    In the one-coin model either output of a pair may be called first; in the two-coin model it is the output that was
+    shown first, the same for all votes on the pair.
 
     Args:
         pair: (V,) integers from 0: the pair that each vote is on.
@@ -100,25 +101,23 @@ def fit_raters(
 
     Raises:
         ValueError: lengths disagree, a vote is none of 0, 1/2, 1, all votes are ties, or no pair has two votes and
-            ``log_odds`` is None: nothing could then tell a good rater from a bad one.
+            ``log_odds`` is None: reliable and unreliable raters could not be distinguished.
     """
-    if model not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(map(repr, MODELS))}, got {model!r}")
-    if not (math.isfinite(prior) and prior > 0):
-        raise ValueError(f"prior must be a number of votes above 0, got {prior}")
+    check_choice("model", model, MODELS)
+    check_number("prior", prior, above=0)
     cast, said, classes = _checked_votes(pair, vote)
     raters, of = numbered(rater, len(said))
     pairs = int(cast.max()) + 1
     odds = torch.zeros(pairs, dtype=torch.float64)
     if log_odds is not None:
         odds = as_float_tensor("log_odds", log_odds).double()
-        if odds.shape != (pairs,):
-            raise ValueError(f"log_odds must be ({pairs},), one a pair: got {tuple(odds.shape)}")
+        check_shape("log_odds", odds, (pairs,), "one a pair")
         check_finite("log_odds", odds)
     elif int(torch.bincount(cast).max()) < 2:
         raise ValueError(
-            f"no pair has more than one vote ({len(said)} votes on {len(said)} pairs), so nothing tells a good rater "
-            "from a bad one: give pairs that several raters have seen, or log_odds of a model fitted on other prompts"
+            f"no pair has more than one vote ({len(said)} votes on {len(said)} pairs), so good and bad "
+            "raters cannot be distinguished: give pairs that several raters have seen, or log_odds of a model fitted "
+            "on other prompts"
         )
     votes = _Votes(cast, of, said, pairs, len(raters), classes, odds)
     truth, table, iterations, settled = votes.maximise(model, prior)
@@ -174,7 +173,7 @@ class _Votes:
         return truth, table, ITERATIONS, False
 
     def _belief(self, classes: int, tie: Tensor) -> list[Tensor]:
-        """Give the log-probability of each truth (I,) before any vote, to which end a pair is turned being open."""
+        """Return the log-probability of each truth (I,) before any vote, to which end a pair is turned being open."""
         first, second = logsigmoid(self.odds), logsigmoid(-self.odds)
         if classes == 2:
             return [first, second]
@@ -182,7 +181,7 @@ class _Votes:
         return [first + torch.log1p(-tie), tie.log().expand_as(first), second + torch.log1p(-tie)]
 
     def _tables(self, truth: Tensor, spoken: Tensor, model: str, prior: float) -> Tensor:
-        """Give each rater's table (R, K, K): rows truths, columns votes, drawn to that of all raters."""
+        """Return each rater's table (R, K, K): rows truths, columns votes, drawn to that of all raters."""
         each = truth[self.pair][:, :, None] * spoken[:, None, :]
         counts = torch.zeros(self.raters, *each.shape[1:], dtype=torch.float64).index_add_(0, self.rater, each)
         total = counts.sum(0) + 1 / each.shape[1]
@@ -203,7 +202,7 @@ class _Votes:
 
 
 def _checked_votes(pair: Any, vote: Any) -> tuple[Tensor, Tensor, int]:
-    """Give pairs (V,), votes as classes (V,) - first 0, second the last, a tie between - and the number of classes.
+    """Return pairs (V,), votes as classes (V,) - first 0, second the last, a tie between - and the number of classes.
 
     It is 3 where there is a tie, else 2, whether or not there is a vote in each class.
     """
@@ -214,8 +213,7 @@ def _checked_votes(pair: Any, vote: Any) -> tuple[Tensor, Tensor, int]:
     if not len(cast) or int(cast.min()) < 0:
         raise ValueError(f"pair must hold at least one number, none below 0: got {cast.tolist()[:5]}")
     said = as_float_tensor("vote", vote)
-    if said.shape != cast.shape:
-        raise ValueError(f"vote must be ({len(cast)},), one for each entry of pair: got {tuple(said.shape)}")
+    check_shape("vote", said, (len(cast),), "one for each entry of pair")
     check_finite("vote", said)
     odd = ~((said == 0) | (said == 0.5) | (said == 1))
     if bool(odd.any()):
@@ -237,8 +235,7 @@ def numbered(rater: Sequence[Hashable] | Tensor, count: int) -> tuple[list[Any],
         ValueError: there is not one name a vote, or one is None or NaN.
     """
     names = rater.tolist() if isinstance(rater, Tensor) else list(rater)
-    if len(names) != count:
-        raise ValueError(f"rater must have one entry a vote: got {len(names)} for {count} votes")
+    check_length("rater", names, count, "vote")
     if any(name is None or (isinstance(name, float) and math.isnan(name)) for name in names):
         row = next(i for i, name in enumerate(names) if name is None or name != name)
         raise ValueError(f"rater of vote {row} is {names[row]}: every vote needs its rater's name")
@@ -252,7 +249,7 @@ def numbered(rater: Sequence[Hashable] | Tensor, count: int) -> tuple[list[Any],
 
 @dataclass(frozen=True)
 class Reconciled:
-    """Holds one row a pair, ``pairs``, made of one row a vote, and what the votes tell of the raters."""
+    """Holds one row a pair, ``pairs``, made of one row a vote, and the fit of the raters."""
 
     pairs: PreferencePairs
     raters: RaterFit
@@ -277,8 +274,9 @@ def reconcile(
 
     Rows of one prompt (:mod:`pfm.data.identity`) with the same two responses, in whichever order, are votes on one
     pair; a row's ``probability`` says what was voted, 1 (or none) for its chosen response, 1/2 for a tie. The pair's
-    probability is the posterior of :func:`fit_raters`, its weight 1: what more votes tell, the probability tells
-    already. With two coins the response that is chosen in a pair's first row counts as shown first.
+    probability is the posterior of :func:`fit_raters`, its weight 1: the probability accounts
+    for the number of votes. With the two-coin model the response that is chosen in a pair's first row counts as shown
+    first.
 
     Args:
         pairs: one row a vote.

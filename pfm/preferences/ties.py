@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm.data.tensors import as_float_tensor, check_finite
+from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_shape
 from pfm.data.votes import check_counts
 
 __all__ = ["TieModel"]
@@ -34,8 +34,7 @@ class TieModel:
     """
 
     def __init__(self, kind: str = "davidson") -> None:
-        if kind not in ("davidson", "rao-kupper"):
-            raise ValueError(f"kind must be 'davidson' or 'rao-kupper', got {kind!r}")
+        check_choice("kind", kind, ("davidson", "rao-kupper"))
         self.kind = kind
         self.slope = 1.0
         self.width = 0.0
@@ -54,8 +53,7 @@ class TieModel:
         """
         one, two, undecided = check_counts(first, second, tie)
         s = as_float_tensor("score", score).double()
-        if s.shape != one.shape:
-            raise ValueError(f"score must be ({len(one)},), one a pair: got {tuple(s.shape)}")
+        check_shape("score", s, (len(one),), "one a pair")
         check_finite("score", s)
         ties = float(undecided.sum())
         spread = float(s.abs().mean()) or 1.0
@@ -85,19 +83,19 @@ class TieModel:
         return self
 
     def probabilities(self, score: Any) -> Tensor:
-        """Give P(first), P(tie), P(second), (N, 3), for log-odds (N,)."""
+        """Return P(first), P(tie), P(second), (N, 3), for log-odds (N,)."""
         s = as_float_tensor("score", score)
         width = torch.tensor(self.width, dtype=torch.float64).log()
         return _log_chances(self.kind, self.slope * s.double(), width).exp().to(s.dtype)
 
     def win_probability(self, score: Any) -> Tensor:
-        """Give P(first) + P(tie) / 2, (N,), for log-odds (N,): the b of a pair, a tie half."""
+        """Return P(first) + P(tie) / 2, (N,), for log-odds (N,): the b of a pair, a tie half."""
         chances = self.probabilities(score)
         return chances[:, 0] + chances[:, 1] / 2
 
 
 def _log_chances(kind: str, score: Tensor, log_width: Tensor) -> Tensor:
-    """Give log P(first), log P(tie), log P(second), (N, 3)."""
+    """Return log P(first), log P(tie), log P(second), (N, 3)."""
     if kind == "davidson":
         each = torch.stack([score / 2, log_width.expand_as(score), -score / 2], 1)
         return torch.log_softmax(each, 1)

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.columns import column_statistics
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, restored, unfitted
@@ -34,11 +35,11 @@ class _Viewing(PreferenceModel):
 
     @abstractmethod
     def _see(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give what the member sees (B, V) of outputs (B, D) under contexts (B, C) or None."""
+        """Return what the member sees (B, V) of outputs (B, D) under contexts (B, C) or None."""
 
     @property
     def seed(self) -> int:
-        """Give the member's seed; 0 if it has none."""
+        """Return the member's seed; 0 if it has none."""
         return int(getattr(unfitted(self._kind), "seed", 0))
 
     @seed.setter
@@ -49,7 +50,7 @@ class _Viewing(PreferenceModel):
             self._kind = self._kind | {"settings": member.settings()}
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return {"member": self._kind}
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class _Viewing(PreferenceModel):
             self._context_needed()
 
     def _emphasise(self, dimension: int, seen: int) -> Tensor | None:
-        """Give the emphasis (V,) of the ``seen`` columns that are made of outputs of a dimension, or None."""
+        """Return the emphasis (V,) of the ``seen`` columns that are made of outputs of a dimension, or None."""
         return self._emphasis
 
     def _context_needed(self) -> None:
@@ -103,8 +104,9 @@ class _Viewing(PreferenceModel):
 class ViewPreference(_Viewing):
     """Fits a preference model on the columns from ``start`` to ``stop`` of the outputs.
 
-    Few pairs cannot weigh many numbers: of a long embedding and a few features that tell more, a model of all of them
-    learns less than one of the features alone. In a :class:`PreferenceEnsemble` held-out prompts weigh the views.
+    Few pairs do not determine many weights: where a few features beside a long embedding are more informative, a model
+    of all columns learns less than one of the features alone. In a :class:`PreferenceEnsemble` held-out prompts
+    weigh the views.
 
     Args:
         member: the model, fitted or not: its settings count.
@@ -128,13 +130,12 @@ class ViewPreference(_Viewing):
         standardise: bool = False,
     ) -> None:
         super().__init__(member)
-        for name, value in (("start", start), ("stop", stop)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name} must be a whole number or None: got {value!r}")
-        self.start, self.stop, self.standardise = start, stop, standardise
+        self.start: int | None = check_whole("start", start, also=(None,))
+        self.stop: int | None = check_whole("stop", stop, also=(None,))
+        self.standardise = standardise
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return super().settings() | {"start": self.start, "stop": self.stop, "standardise": self.standardise}
 
     def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:
@@ -164,10 +165,10 @@ class ViewPreference(_Viewing):
 class RelevancePreference(_Viewing):
     """Fits a preference model on outputs with one number more, in the last column: their inner product with the prompt.
 
-    Within a prompt a linear term in the prompt cancels, so that a linear reward judges every output by itself. Whether
-    the output is about what was asked takes a product of both. Encoders that embed prompts and outputs in one space
+    Within a prompt a linear term in the prompt cancels, so that a linear reward judges every output by itself.
+    Relevance to the prompt takes a product of both. Encoders that embed prompts and outputs in one space
     make it their similarity; of vectors of unequal lengths the first numbers count, as many as the shorter one has.
-    Without contexts the member is fitted on the outputs as they are.
+    Without contexts the member is fitted on the outputs themselves.
 
     Args:
         member: the model, fitted or not: its settings count.
@@ -180,12 +181,11 @@ class RelevancePreference(_Viewing):
 
     def __init__(self, member: PreferenceModel | dict[str, Any], share: float = 0.3) -> None:
         super().__init__(member)
-        if not share > 0:
-            raise ValueError(f"share must be positive: got {share}")
+        check_number("share", share, above=0)
         self.share = share
 
     def settings(self) -> dict[str, Any]:
-        """Give the arguments of the constructor."""
+        """Return the arguments of the constructor."""
         return super().settings() | {"share": self.share}
 
     def _build(self, dimension: int, contexts: int, member: dict[str, Any] | None = None) -> None:

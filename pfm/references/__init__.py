@@ -1,7 +1,7 @@
 """Several references: a pool of frozen generators whose outputs carry the tag of the generator that made them.
 
-The pool's law is pi_ref = sum over k of alpha_k pi_k, with the share alpha_k of source k. With b the chance to beat a
-draw of the pool and W_kj the chance that a draw of source k beats one of source j:
+The pool's distribution is pi_ref = sum over k of alpha_k pi_k, with the share alpha_k of source k. With b the chance to
+beat a draw of the pool and W_kj the chance that a draw of source k beats one of source j:
 
 - one pass is aimed at p1 = 2 pi_ref b. Of its draws the share 2 alpha_k (W alpha)_k stems from source k
   (:func:`winners_shares`; iterated, the replicator dynamics);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice
 from pfm.flow.couplings import SOURCES, Coupled
 from pfm.references.pairs import TaggedPairs
 
@@ -19,8 +20,7 @@ class TaggedEnds:
     """
 
     def __init__(self, tagged: TaggedPairs, source: str) -> None:
-        if source not in SOURCES:
-            raise ValueError(f"source must be one of {', '.join(SOURCES)}: got {source!r}")
+        check_choice("source", source, SOURCES)
         self.pairs, self.reference = tagged.pairs, source == "reference"
         self.soft = tagged.pairs.probability is not None
         if self.soft and not self.reference:
@@ -43,7 +43,7 @@ class TaggedEnds:
         return index if self.reference else 2 * index + 1
 
     def group_of(self, index: Tensor) -> Tensor:
-        """Give the prompts of the source samples at ``index`` (B,), on the CPU."""
+        """Return the prompts of the source samples at ``index`` (B,), on the CPU."""
         return self.pairs.group[self._places(index).cpu() // 2]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_number
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import with_standard_defaults
 from pfm.references.shares import WinRates
@@ -91,7 +91,7 @@ class TaggedPairs:
         return self.pairs.select(both)
 
     def number(self, name: str) -> int:
-        """Give the number of a source."""
+        """Return the number of a source."""
         return source_number(name, self.names)
 
     def shuffle_labels(self, seed: int = 0) -> TaggedPairs:
@@ -111,7 +111,7 @@ class TaggedPairs:
 
     @property
     def shares(self) -> Tensor:
-        """Give the share (K,) of each source among the outputs, by the pairs' weights."""
+        """Return the share (K,) of each source among the outputs, by the pairs' weights."""
         weight = self._weight.double()
         count = torch.zeros(len(self.names), dtype=torch.float64)
         count.index_add_(0, self.chosen_tag, weight).index_add_(0, self.rejected_tag, weight)
@@ -121,10 +121,9 @@ class TaggedPairs:
         """Count how often outputs of each source beat those of each other.
 
         Args:
-            prior: votes for either side that are added to those cast: sources that hardly met stay near 1/2.
+            prior: votes for either side that are added to those cast: sources that were rarely compared stay near 1/2.
         """
-        if not (math.isfinite(prior) and prior > 0):
-            raise ValueError(f"prior must be a positive number of votes: got {prior}")
+        check_number("prior", prior, above=0)
         probability = self.pairs.probability
         won = self._weight.double() if probability is None else (self._weight * probability.cpu()).double()
         lost = self._weight.double() - won
@@ -159,6 +158,5 @@ def source_number(name: Any, names: Sequence[str]) -> int:
     """
     if isinstance(name, int) and not isinstance(name, bool) and 0 <= name < len(names) and str(name) not in names:
         return name
-    if str(name) not in names:
-        raise ValueError(f"tag must be one of {', '.join(names)}: got {name!r}")
+    check_choice("tag", str(name), names)
     return names.index(str(name))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_module, load_tensors, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import as_float_tensor, check_same_sizes
 from pfm._internal.chunks import map_rows
 from pfm._internal.files import replace_json, require_files
-from pfm.data.tensors import as_float_tensor
 from pfm.devices import resolve_device, with_standard_defaults
 from pfm.flow.config import FlowConfig
 from pfm.flow.fitting import STATISTICS_ROWS, at_most, choose_steps, fit_field, on_unit_sphere
@@ -38,9 +38,9 @@ class PooledFlow:
     """Carries the draws of each source of a pool to the winners of themselves against the pool.
 
     Made by :meth:`fit` or :meth:`load`. Around a :class:`pfm.generators.GeneratorPool` of the same names,
-    :func:`pfm.wrap` chooses among the pool's candidates by b, and tells it who made each. Its b reads the tag beside
-    the output: b(y|x) itself does not depend on who made y, but y as an encoder sees it may not tell what is known
-    of its maker.
+    :func:`pfm.wrap` chooses among the pool's candidates by b, and passes the generator of each. Its b reads the tag
+    beside the output: b(y|x) itself does not depend on the generator of y, but the embedding of y may hold less
+    information than the tag.
 
     Attributes:
         flow: a flow whose contexts end in the tag's one-hot code. win: the head of b, on (y, code).
@@ -97,7 +97,7 @@ class PooledFlow:
             batch = some.pairs.gather(torch.arange(len(some), device="cpu"))
             code = torch.eye(sources, device="cpu")[some.rejected_tag]
             flow.normalize_by(batch.chosen, batch.rejected, append_code(batch.context, code), batch.weight)
-            # A one-hot code is no measurement: its units stay as they are.
+            # A one-hot code is no measurement: its units are kept.
             flow.normalizer.context_mean[-sources:] = 0
             flow.normalizer.context_scale[-sources:] = 1
         coupling, check = (TaggedEnds(part, config.source) for part in (train, held))
@@ -138,18 +138,18 @@ class PooledFlow:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Give the encoder and the sizes of the outputs and contexts, without tags, that the flow was fitted on."""
+        """Return the encoder and the sizes of the outputs and contexts, without tags, that the flow was fitted on."""
         own = {"context_dimension": self.flow.context_dimension - len(self.names)}
         return {name: self.flow.metadata[name] for name in ("encoder", "dimension")} | own
 
     @property
     def event_shape(self) -> torch.Size:
-        """Give the shape of one output."""
+        """Return the shape of one output."""
         return self.flow.event_shape
 
     @property
     def guard_margin(self) -> float:
-        """Give the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
+        """Return the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         return float(self.win.margin)
 
     def transport(self, y: Any, context: Any = None, *, tag: Any = None, **options: Any) -> Tensor:
@@ -166,18 +166,18 @@ class PooledFlow:
         return self.flow.transport(y, append_code(context, self.code(tag, len(y))), **options)
 
     def trajectory(self, y: Any, context: Any = None, *, tag: Any, times: Any) -> Tensor:
-        """Give the states (T, B, \\*D) along a pass, at ``times`` (T,)."""
+        """Return the states (T, B, \\*D) along a pass, at ``times`` (T,)."""
         y = as_float_tensor("y", y)
         return self.flow.trajectory(y, append_code(context, self.code(tag, len(y))), times=times)
 
     def velocity(self, t: float, y: Any, context: Any = None, *, tag: Any) -> Tensor:
-        """Give the field v(t, y | x, tag) (B, \\*D)."""
+        """Return the field v(t, y | x, tag) (B, \\*D)."""
         y = as_float_tensor("y", y)
         return self.flow.velocity(t, y, append_code(context, self.code(tag, len(y))))
 
     @torch.no_grad()
     def win_probability(self, y: Any, context: Any = None, *, tag: Any = None) -> Tensor:
-        """Give b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
+        """Return b(y|x) (B,): the chance that y, known to be of its source, beats an independent draw of the pool."""
         y = as_float_tensor("y", y).float()
         joined = append_code(context, self.code(tag, len(y)))
         y, joined = check_inputs(y, joined, self.flow.event_shape, self.flow.context_dimension)
@@ -193,7 +193,7 @@ class PooledFlow:
     def candidate_probabilities(
         self, y: Any, context: Any, prompt: Tensor, tags: Sequence[str] | None = None
     ) -> Tensor:
-        """Give b(y|x) (B,) of candidates whose generators are named by ``tags`` (B,)."""
+        """Return b(y|x) (B,) of candidates whose generators are named by ``tags`` (B,)."""
         if tags is None:
             raise ValueError(
                 f"this flow needs to know which of {', '.join(self.names)} made each candidate: wrap a "
@@ -202,12 +202,12 @@ class PooledFlow:
         return self.win_probability(y, context, tag=tags)
 
     def alignment(self, y: Any, context: Any = None, *, tag: Any = None) -> Tensor:
-        """Give how far candidates (B, \\*D) lie along their displacement, as :meth:`pfm.PreferenceFlow.alignment`."""
+        """Return how far candidates (B, \\*D) lie along their displacement, as :meth:`pfm.PreferenceFlow.alignment`."""
         y = as_float_tensor("y", y)
         return self.flow.alignment(y, append_code(context, self.code(tag, len(y))))
 
     def code(self, tag: Any, count: int) -> Tensor:
-        """Give the one-hot codes (B, K) of a tag for all rows, or of B tags, names or numbers.
+        """Return the one-hot codes (B, K) of a tag for all rows, or of B tags, names or numbers.
 
         Raises:
             TypeError: there is no tag.
@@ -275,10 +275,7 @@ def _split(tagged: TaggedPairs, validation: TaggedPairs | None, config: FlowConf
     """Hold out prompts, or pairs where all are of one prompt; tags follow their pairs."""
     pairs = tagged.pairs
     if validation is not None:
-        for name in ("event_shape", "context_dimension"):
-            ours, theirs = getattr(pairs, name), getattr(validation.pairs, name)
-            if ours != theirs:
-                raise ValueError(f"validation must have the training pairs' {name} {ours}: got {theirs}")
+        check_same_sizes("validation", validation.pairs, pairs, "the training pairs'")
         return tagged, validation
     if len(pairs) < 2:
         raise ValueError("one pair is not enough to fit and to validate: at least two are needed")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pfm.data.tensors import as_float_tensor
+from pfm._internal.checks import as_float_tensor, check_number, check_shape
 from pfm.devices import standard_defaults
 
 __all__ = ["WinRates", "learned_shares", "maximin_shares", "winners_shares"]
@@ -20,7 +19,7 @@ class WinRates:
     """Holds how K sources do against each other.
 
     ``rates`` (K, K) chance that row beats column, rates + rates' = 1; ``votes`` (K, K) weight of the pairs behind
-    each, symmetric. Sources that never met are at 1/2.
+    each, symmetric. Sources that were never compared are at 1/2.
     """
 
     names: tuple[str, ...]
@@ -29,7 +28,7 @@ class WinRates:
 
 
 def winners_shares(rates: Any, shares: Any) -> Tensor:
-    """Give the share (K,) of each source among the winners of two draws of the pool: 2 alpha_k (W alpha)_k."""
+    """Return the share (K,) of each source among the winners of two draws of the pool: 2 alpha_k (W alpha)_k."""
     rates = _checked_rates(rates)
     shares = _checked_shares(shares, rates)
     return (2 * shares * (rates @ shares)).float()
@@ -37,7 +36,7 @@ def winners_shares(rates: Any, shares: Any) -> Tensor:
 
 @standard_defaults
 def learned_shares(rates: Any, shares: Any = None, *, temperature: float = 0.1) -> Tensor:
-    """Give the shares that beat the pool in use most often, at a price for departing from it.
+    """Return the shares that beat the pool in use most often, at a price for departing from it.
 
     They maximise over alpha the mean chance to beat a draw of the pool, alpha . W alpha_0, less
     ``temperature`` KL(alpha || alpha_0); the solution is alpha_k ~ alpha_0k exp((W alpha_0)_k / temperature).
@@ -53,14 +52,13 @@ def learned_shares(rates: Any, shares: Any = None, *, temperature: float = 0.1) 
     rates = _checked_rates(rates)
     shares = torch.full((len(rates),), 1 / len(rates)) if shares is None else shares
     shares = _checked_shares(shares, rates)
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a positive number: got {temperature}")
+    check_number("temperature", temperature, above=0)
     return (shares.log() + rates @ shares / temperature).softmax(0).float()
 
 
 @standard_defaults
 def maximin_shares(rates: Any) -> Tensor:
-    """Give the shares whose worst source to meet is met best: max over alpha of min over j of (alpha' W)_j.
+    """Return the shares that do best against their worst opponent: max over alpha of min over j of (alpha' W)_j.
 
     That is an optimal strategy of the symmetric game with these chances, the maximal lottery or von Neumann winner:
     defined for cycles of sources too, and the best source alone where one beats every other.
@@ -103,6 +101,5 @@ def _checked_shares(shares: Any, rates: Tensor) -> Tensor:
     from pfm.flow.composition import check_weights
 
     found = check_weights("shares", shares, len(rates))
-    if found.ndim != 1:
-        raise ValueError(f"shares must be ({len(rates)},), one a source: got {tuple(found.shape)}")
+    check_shape("shares", found, (len(rates),), "one a source")
     return found.double()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from pfm.data.tensors import as_float_tensor
+from pfm._internal.checks import as_float_tensor
 from pfm.devices import with_standard_defaults
 from pfm.preferences.newton import newton_logistic
 from pfm.tastes.likelihood import mixed_log_odds
@@ -35,7 +35,7 @@ class AdaptedTaste:
         self.blend, self.correction = blend, correction
 
     def score(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
+        """Return the log-odds (B,) that y (B, \\*D) is preferred to other (B, \\*D)."""
         y = as_float_tensor("y", y).float()
         difference = y - as_float_tensor("other", other).to(y.device, torch.float32)
         scores = self.mixture.scores(y, other, context)
@@ -43,7 +43,7 @@ class AdaptedTaste:
         return mixed_log_odds(scores, own) + scores @ blend + difference.flatten(1) @ correction
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) for all of y."""
+        """Return the mean probability (B,) that y (B, \\*D) is preferred to its opponents, (M, \\*D) for all of y."""
         y, opponents = (as_float_tensor(n, v).float() for n, v in (("y", y), ("opponents", opponents)))
         if opponents.shape[1:] != y.shape[1:] or len(opponents) == 0:
             raise ValueError(f"opponents must be (M, {', '.join(map(str, y.shape[1:]))}): got {tuple(opponents.shape)}")
@@ -54,7 +54,7 @@ class AdaptedTaste:
 
     @property
     def weights(self) -> Tensor:
-        """Give weights (K,) for a composition of the tastes' flows: what is positive of both parts, with sum 1."""
+        """Return weights (K,) for a composition of the tastes' flows: what is positive of both parts, with sum 1."""
         positive = (self.responsibilities + self.blend).clamp_min(0)
         return positive / positive.sum() if float(positive.sum()) > 0 else self.responsibilities
 
@@ -77,7 +77,7 @@ class Votes:
         return Votes(self.scores[index], self.axes[index], self.probability[index], self.weight[index])
 
     def coefficients(self, shares: Tensor, spread: float, correction: float) -> tuple[Tensor, Tensor]:
-        """Give the responsibilities (K,) of the votes, and the MAP coefficients (K + r,) beyond them."""
+        """Return the responsibilities (K,) of the votes, and the MAP coefficients (K + r,) beyond them."""
         each = logsigmoid(self.scores) - (1 - self.probability[:, None]) * self.scores
         start = ((each * self.weight[:, None]).double().sum(0) + shares.double().log()).softmax(0).float()
         deviation = torch.cat([torch.full_like(start, spread), torch.full((self.axes.shape[1],), correction)]).double()
@@ -89,7 +89,7 @@ class Votes:
         return start, (at * deviation).float()
 
     def loss(self, start: Tensor, coefficients: Tensor) -> float:
-        """Give the weighted mean of -log P(label); 0 for votes of no weight."""
+        """Return the weighted mean of -log P(label); 0 for votes of no weight."""
         score = mixed_log_odds(self.scores, start) + torch.cat([self.scores, self.axes], dim=1) @ coefficients
         each = softplus(-score) + (1 - self.probability) * score
         return float((each * self.weight).sum() / self.weight.sum().clamp_min(1e-12))

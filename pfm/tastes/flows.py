@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import as_float_tensor, check_finite, check_length, check_shape
 from pfm.data.encoded import EncodedPairs
-from pfm.data.tensors import as_float_tensor, check_finite
 from pfm.devices import standard_defaults
 from pfm.flow.composition import Composition, check_weights
 from pfm.flow.config import FlowConfig
@@ -27,7 +27,7 @@ def taste_flows(
     config: FlowConfig | Mapping[str, Any] | None = None,
     *,
     names: Sequence[Hashable] | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Composition:
     """Fit one flow a taste, each on all pairs of its raters, and compose them with equal weights.
 
@@ -44,15 +44,13 @@ def taste_flows(
     if isinstance(memberships, Tensor) and memberships.ndim == 2:
         share = check_weights("memberships", memberships, memberships.shape[1])
         names = list(range(share.shape[1])) if names is None else list(names)
-        if len(names) != share.shape[1]:
-            raise ValueError(f"names must be {share.shape[1]}, one a taste: got {len(names)}")
+        check_length("names", names, share.shape[1], "taste")
     else:
         present, index = number_raters(memberships, len(pairs), "memberships")
         if names is not None:
             index, present = renumber(present, index, list(names)), list(names)
         names, share = present, torch.nn.functional.one_hot(index, len(present)).float()
-    if len(share) != len(pairs):
-        raise ValueError(f"memberships must be of the {len(pairs)} pairs: got {len(share)}")
+    check_length("memberships", share, len(pairs), "pair")
     share = share.cpu()
     held = share * vote_weight(pairs)[:, None].cpu() > NEGLIGIBLE
     for name, kept in zip(names, held.T, strict=True):
@@ -70,18 +68,17 @@ def taste_flows(
 def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
     """Append a code of the rater to each pair's context, for a single flow that is conditioned on it.
 
-    The code may be one-hot in the groups, a rater's responsibilities, or any numbers that tell raters apart;
+    The code may be one-hot in the groups, a rater's responsibilities, or any numbers that distinguish raters;
     :func:`append_code` makes the contexts to apply such a flow under. Its closed-form field shifts outputs with the
     code, and its network may turn them; the reward in its b is linear in the outputs alone, so that opposite tastes
-    cancel there: for b by taste ask the models of a :class:`TasteMixture`.
+    cancel there: for b by taste use the models of a :class:`TasteMixture`.
 
     Args:
         pairs: N labelled pairs, with contexts or without.
         code: (N, K).
     """
     code = as_float_tensor("code", code).to(pairs.device, torch.float32)
-    if code.ndim != 2 or len(code) != len(pairs):
-        raise ValueError(f"code must be ({len(pairs)}, K), one row a pair: got {tuple(code.shape)}")
+    check_shape("code", code, (len(pairs), "K"), "one row a pair")
     check_finite("code", code)
     context = pairs.context
     joined = code if context is None else torch.cat([context.float(), code], dim=1)
@@ -94,7 +91,7 @@ def with_code(pairs: EncodedPairs, code: Any) -> EncodedPairs:
 
 
 def append_code(context: Any, code: Any, count: int | None = None) -> Tensor:
-    """Give contexts (B, C + K), on their device, from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
+    """Return contexts (B, C + K), on their device, from contexts (B, C), (C,) or None and a code (K,) or (B, K)."""
     code = as_float_tensor("code", code).float()
     code = code.to(context.device) if isinstance(context, Tensor) else code
     code = code[None] if code.ndim == 1 else code

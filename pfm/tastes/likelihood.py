@@ -23,25 +23,25 @@ def vote_weight(pairs: EncodedPairs) -> Tensor:
 
 
 def vote_scores(model: PreferenceModel, pairs: EncodedPairs) -> Tensor:
-    """Give the log-odds (N,) of chosen over rejected."""
+    """Return the log-odds (N,) of chosen over rejected."""
     batch = pairs.gather(torch.arange(len(pairs)))
     return model.score(batch.chosen, batch.rejected, batch.context)
 
 
 def vote_loss(score: Tensor, pairs: EncodedPairs) -> Tensor:
-    """Give -log P(label) (N,) at log-odds (N,)."""
+    """Return -log P(label) (N,) at log-odds (N,)."""
     each = softplus(-score)
     return each if pairs.probability is None else each + (1 - pairs.probability) * score
 
 
 def rater_likelihood(models: Sequence[PreferenceModel], pairs: EncodedPairs, index: Tensor, raters: int) -> Tensor:
-    """Give the log-likelihood (R, K) of each rater's votes under each model, float64."""
+    """Return the log-likelihood (R, K) of each rater's votes under each model, float64."""
     weight = vote_weight(pairs).double()
     each = torch.stack([-vote_loss(vote_scores(model, pairs), pairs).double() * weight for model in models], dim=1)
     return torch.zeros(raters, len(models), dtype=torch.float64).index_add_(0, index, each)
 
 
 def mixed_log_odds(scores: Tensor, weights: Tensor) -> Tensor:
-    """Give the log-odds (B,) of sum_k w_k sigmoid(s_k), s (B, K); skew, as 1 - sigmoid(s) = sigmoid(-s)."""
+    """Return the log-odds (B,) of sum_k w_k sigmoid(s_k), s (B, K); skew, as 1 - sigmoid(s) = sigmoid(-s)."""
     log = weights.clamp_min(1e-30).log()
     return (log + logsigmoid(scores)).logsumexp(1) - (log + logsigmoid(-scores)).logsumexp(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.data.encoded import EncodedPairs
@@ -70,11 +71,10 @@ class TasteMixture:
         confirm: bool = True,
         seed: int = 0,
     ) -> None:
-        for name, value in (("tastes", tastes), ("restarts", restarts), ("iterations", iterations)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1: got {value!r}")
-        self.tastes, self.component = tastes, component
-        self.restarts, self.iterations, self.confirm, self.seed = restarts, iterations, confirm, seed
+        self.tastes: int = check_whole("tastes", tastes, 1)
+        self.restarts: int = check_whole("restarts", restarts, 1)
+        self.iterations: int = check_whole("iterations", iterations, 1)
+        self.component, self.confirm, self.seed = component, confirm, seed
         self.models: list[PreferenceModel] = []
         self.shares = torch.zeros(0)
         self.names: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class TasteMixture:
 
         Args:
             pairs: N labelled pairs; soft labels and weights count.
-            raters: (N,) names of who labelled each, any values that can be told apart; or of what else shares a
+            raters: (N,) names of who labelled each, any hashable values; or of what else shares a
                 taste, as the prompts ``pairs.group``.
 
         Raises:
@@ -99,9 +99,7 @@ class TasteMixture:
         """
         names, index = number_raters(raters, len(pairs))
         if len(names) < self.tastes:
-            raise ValueError(
-                f"tastes={self.tastes} needs at least as many raters: got {len(names)}; ask for fewer tastes"
-            )
+            raise ValueError(f"tastes={self.tastes} needs at least as many raters: got {len(names)}; use fewer tastes")
         self.raters, pairs = names, pairs.to("cpu")
         self._set_axes(pairs)
         pooled = self.component().fit(pairs)
@@ -197,7 +195,7 @@ class TasteMixture:
         signed = ((batch.chosen - batch.rejected) @ axes) * ((2 * batch.probability - 1) * batch.weight)[:, None]
         mean = torch.zeros(raters, axes.shape[1]).index_add_(0, index, signed)
         count = torch.zeros(raters).index_add_(0, index, batch.weight)
-        # Means of few votes are drawn in by the noise of a vote, so that they do not seed a cluster.
+        # Means of few votes are shrunk by the noise of a vote, so that they do not seed a cluster.
         mean = mean / (count + float(count.mean()))[:, None]
         centres = mean[torch.randint(raters, (1,), generator=generator)]
         while len(centres) < self.tastes:
@@ -229,24 +227,24 @@ class TasteMixture:
     # -- using --------------------------------------------------------------------------------------------------
 
     def of_rater(self, rater: Hashable) -> Tensor:
-        """Give the responsibilities (K,) of a rater's name; of one that is not known, the shares of all."""
+        """Return the responsibilities (K,) of a rater's name; of one that is not known, the shares of all."""
         self._check_fitted()
         return self.responsibilities[self.raters.index(rater)] if rater in self.raters else self.shares
 
     def infer(self, pairs: EncodedPairs) -> Tensor:
-        """Give the responsibilities (K,) of a rater who is not among those fitted on, from its pairs."""
+        """Return the responsibilities (K,) of a rater who is not among those fitted on, from its pairs."""
         self._check_fitted()
         pairs = pairs.to("cpu")
         every = torch.zeros(len(pairs), dtype=torch.long)
         return (rater_likelihood(self.models, pairs, every, 1)[0] + self.shares.log()).softmax(0).float()
 
     def scores(self, y: Any, other: Any, context: Any = None) -> Tensor:
-        """Give each taste's log-odds (B, K) that y (B, \\*D) is preferred to other (B, \\*D)."""
+        """Return each taste's log-odds (B, K) that y (B, \\*D) is preferred to other (B, \\*D)."""
         self._check_fitted()
         return torch.stack([model.score(y, other, context) for model in self.models], dim=1)
 
     def score(self, y: Any, other: Any, context: Any = None, *, weights: Any = None) -> Tensor:
-        """Give the log-odds (B,) that y is preferred to other by a rater whose taste is drawn with ``weights``.
+        """Return the log-odds (B,) that y is preferred to other by a rater whose taste is drawn with ``weights``.
 
         Args:
             weights: (K,), or (B, K) for every row its own: a rater's responsibilities; None for the shares.
@@ -255,7 +253,7 @@ class TasteMixture:
         return mixed_log_odds(scores, self._weights(weights).to(scores.device))
 
     def win_probability(self, y: Any, opponents: Any, context: Any = None, *, weights: Any = None) -> Tensor:
-        """Give the mean probability (B,) that y is preferred to opponents (M, \\*D) or (B, M, D), by such a rater."""
+        """Return the mean probability (B,) that y is preferred to opponents (M, \\*D) or (B, M, D), by such a rater."""
         self._check_fitted()
         wins = torch.stack([model.win_probability(y, opponents, context) for model in self.models], dim=1)
         return (wins * self._weights(weights).to(wins.device)).sum(1)
@@ -281,13 +279,11 @@ class TasteMixture:
             ValueError: an argument is out of range, or the pairs are of other outputs.
         """
         self._check_fitted()
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
-            raise ValueError(f"rank must be a whole number of at least 0: got {rank!r}")
+        rank = check_whole("rank", rank, 0)
         spread = self.prior[0] if spread is None else spread
         correction = self.prior[1] if correction is None else correction
         for name, value in (("spread", spread), ("correction", correction)):
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number: got {value}")
+            check_number(name, value, above=0)
         if pairs.dimension != self._axes.shape[0]:
             raise ValueError(f"pairs must hold outputs of {self._axes.shape[0]} values: got {pairs.dimension}")
         axes, pairs = self._leading(rank), pairs.to("cpu")
@@ -391,7 +387,7 @@ def held_out_votes(index: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _rank_within(index: Tensor) -> Tensor:
-    """Give the number (N,) of each row among those of its rater, in order."""
+    """Return the number (N,) of each row among those of its rater, in order."""
     order = index.argsort(stable=True)
     counts = torch.bincount(index)
     starts = counts.cumsum(0) - counts

@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_length, check_shape
+
 __all__ = ["check_names", "number_raters", "renumber"]
 
 
 def check_names(name: str, values: Any, count: int) -> list[Any]:
-    """Give names (N,) as a list, one a pair.
+    """Return names (N,) as a list, one a pair.
 
     Raises:
         ValueError: there are not ``count`` of them, or one is missing (None or NaN).
     """
-    if isinstance(values, Tensor) and values.ndim != 1:
-        raise ValueError(f"{name} must be ({count},), one a pair: got {tuple(values.shape)}")
+    if isinstance(values, Tensor):
+        check_shape(name, values, ("N",), "one a pair")
     listed: list[Any] = values.tolist() if hasattr(values, "tolist") else list(values)
-    if len(listed) != count:
-        raise ValueError(f"{name} must be {count}, one a pair: got {len(listed)}")
+    check_length(name, listed, count, "pair")
     for row, value in enumerate(listed):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise ValueError(f"{name} must name every pair's: number {row} is {value!r}; leave such pairs out")

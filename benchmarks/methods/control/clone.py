@@ -1,6 +1,6 @@
 """Behaviour cloning, of all segments or of the winners of the comparisons.
 
-The mean of the winners' law is what preferences say in the simplest way; what it cannot do is leave that law.
+The mean of the winners' distribution is the simplest summary of preferences, and it cannot leave that distribution.
 """
 
 from __future__ import annotations

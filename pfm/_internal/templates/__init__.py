@@ -26,7 +26,7 @@ __all__ = ["Template", "fence", "fence_mark", "prompt_hash"]
 
 @dataclass(frozen=True)
 class Template:
-    """Is a text with named places; made by :meth:`load`.
+    """A text with named places; made by :meth:`load`.
 
     Attributes:
         source: name or path that it was read from.
@@ -109,5 +109,5 @@ def fence(label: str, text: str, mark: str) -> str:
 
 
 def prompt_hash(text: str) -> str:
-    """Give 16 hexadecimal digits of the SHA-256 of a prompt, to name it in a trace."""
+    """Return 16 hexadecimal digits of the SHA-256 of a prompt, to name it in a trace."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

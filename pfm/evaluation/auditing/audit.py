@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_whole
 from pfm._internal.significance import confirmed
 from pfm.devices import standard_defaults
 from pfm.evaluation.auditing.choices import Choices
@@ -93,8 +94,7 @@ def audit(
     (0.0, 1.0)
     """
     names = [selectors] if isinstance(selectors, str) else list(selectors or ())
-    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
-        raise ValueError(f"folds must be a whole number of at least 2, got {folds!r}")
+    check_whole("folds", folds, 2)
     columns = Columns(names, scores, prompt, group, candidates, costs)
     if isinstance(encoder, str):
         from pfm.encoders import encoder_from_name

@@ -17,7 +17,7 @@ from pfm.data.checks import check_unicode
 from pfm.data.conversations import as_text, conversation_text, is_blank
 from pfm.data.errors import BadRows, PreferenceDataError, show
 from pfm.data.identity import given_group, normal_form
-from pfm.data.readers import read_jsonl, reader_for
+from pfm.data.readers import numbered_rows, read_jsonl, reader_for
 from pfm.data.stringified import parse_literal
 from pfm.evaluation.auditing.choices import Choices
 from pfm.evaluation.auditing.rules import COSTS
@@ -89,10 +89,8 @@ def read_choices(
         bad = BadRows(source, on_bad_rows)
         unit, numbered = ("line" if reader is read_jsonl else "row"), list(reader(path, bad))
     else:
-        if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
-            raise TypeError(f"rows must be a path or a sequence of mappings, got {type(rows).__name__}")
         bad, unit = BadRows("rows", on_bad_rows), "row"
-        numbered = list(enumerate(rows, 1))
+        numbered = list(numbered_rows(rows))
     unreadable = sum(bad.dropped.values())
     objects: list[tuple[int, Mapping[str, Any]]] = []
     for number, value in numbered:

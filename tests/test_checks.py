@@ -1,0 +1,111 @@
+"""The argument checks: what they take, what they refuse, and that a message names argument, wanted and given."""
+
+import math
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from pfm._internal import checks
+
+
+@pytest.mark.parametrize("value", [1, 5, np.int64(3), np.uint8(4)])
+def test_whole_numbers_are_returned_as_plain_ints(value):
+    found = checks.check_whole("n", value, 1, 5)
+    assert type(found) is int
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    "value", [0, 6, True, 2.0, np.float64(2), "3", None, math.nan, [2], torch.tensor(2.0), "٣", 10**400]
+)
+def test_what_is_no_whole_number_in_range_is_refused(value):
+    with pytest.raises(ValueError, match=r"^n must be a whole number from 1 to 5: got ") as caught:
+        checks.check_whole("n", value, 1, 5)
+    assert len(str(caught.value)) < 130
+
+
+@pytest.mark.parametrize(
+    ("limits", "good", "bad", "text"),
+    [
+        ({"least": 0}, [0, 1e300], [-1e-300, math.inf, math.nan], "be a number of at least 0"),
+        ({"above": 0}, [5e-324, 2], [0, -0.0], "be a positive number"),
+        ({"least": 0, "most": 1}, [0, 1, 0.5], [-1e-9, 1 + 1e-9], r"lie in \[0, 1\]"),
+        ({"above": 0, "below": 1}, [0.5], [0, 1], "lie between 0 and 1"),
+        ({"least": 0, "below": 1}, [0], [1], r"lie in \[0, 1\)"),
+        ({"above": 0, "most": 1}, [1], [0], r"lie in \(0, 1\]"),
+        ({}, [-7, 0.0], [math.inf, -math.inf, math.nan], "be a finite number"),
+        ({"above": 2}, [3], [2], "be a number above 2"),
+        ({"below": 2}, [1], [2], "be a number below 2"),
+        ({"most": 2}, [2], [3], "be a number of at most 2"),
+    ],
+)
+def test_ranges_include_what_they_say(limits, good, bad, text):
+    for value in good:
+        assert checks.check_number("x", value, **limits) == value
+        assert checks.check_number("x", np.float64(value), **limits) == value
+    for value in [*bad, True, "0.5", None, object(), [0.5, 0.6], 1j, torch.ones(2), 10**400]:
+        with pytest.raises(ValueError, match=f"^x must {text}: got "):
+            checks.check_number("x", value, **limits)
+
+
+def test_tensors_and_arrays_of_one_number_are_numbers():
+    for value in (torch.tensor(0.5), np.float32(0.5), np.array(0.5)):
+        found = checks.check_number("x", value, least=0, most=1)
+        assert isinstance(found, float)
+        assert found == 0.5
+
+
+def test_other_values_are_allowed_by_name_only():
+    assert checks.check_whole("steps", "auto", 1, also=("auto",)) == "auto"
+    assert checks.check_number("noise", None, above=0, also=(None,)) is None
+    assert checks.check_number("beta", math.inf, above=0, also=(math.inf,)) == math.inf
+    for value in ("Auto", None, np.array(["auto", "auto"])):
+        with pytest.raises(ValueError, match=r"steps must be a whole number of at least 1, or 'auto': got "):
+            checks.check_whole("steps", value, 1, also=("auto",))
+
+
+def test_flags_choices_and_lengths():
+    checks.check_flag("linear", False)
+    for value in (0, 1, "true", None, np.bool_(True)):
+        with pytest.raises(ValueError, match=r"linear must be true or false: got "):
+            checks.check_flag("linear", value)
+    checks.check_choice("by", "b", ("a", "b"))
+    checks.check_choice("by", np.str_("b"), ("a", "b"))
+    for value in ("B", "", None, True, 0, ["a"], {"a"}, np.array(["a", "b"]), torch.tensor([0, 1])):
+        with pytest.raises(ValueError, match=r"by must be one of a, b: got "):
+            checks.check_choice("by", value, ("a", "b"))
+    with pytest.raises(ValueError, match=r"by must be one of 0, 1: got True"):
+        checks.check_choice("by", True, (0, 1))
+    checks.check_length("names", ("a",), 1, "taste")
+    with pytest.raises(ValueError, match=r"names must have one entry a taste: got 0 for 1 taste$"):
+        checks.check_length("names", (), 1, "taste")
+
+
+@pytest.mark.parametrize("array", [torch.zeros(2, 3), np.zeros((2, 3))])
+def test_shapes(array):
+    for fits in ((2, 3), (2, "C"), ("N", "*D"), ("N", "C")):
+        checks.check_shape("y", array, fits)
+    for wanted in ((3, 2), (2,), ("N", "C", "*D"), (2, 3, "D")):
+        text = re.escape(f"y must be {str(wanted).replace(chr(39), '')}, rows of pairs: got (2, 3); transpose it")
+        with pytest.raises(ValueError, match=text):
+            checks.check_shape("y", array, wanted, "rows of pairs", hint="transpose it")
+
+
+def test_the_first_row_that_is_not_finite_is_named():
+    rows = np.arange(20_000.0).reshape(10_000, 2)
+    frozen = rows.copy()
+    frozen.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fine in (rows, frozen, rows.astype(int), np.zeros((0, 2)), np.array(1.0), torch.zeros(0), torch.tensor(1)):
+            checks.check_finite("y", fine)
+    checks.check_finite("y", torch.full((3, 2), 3e38))  # their sum is beyond float32
+    rows[9_000, 1], rows[9_500, 0] = np.nan, np.inf
+    for bad in (rows, torch.from_numpy(rows), torch.from_numpy(rows).half(), rows[:, None]):
+        with pytest.raises(
+            ValueError, match="y must be finite: 2 of 10000 rows hold NaN or infinity, the first is row 9000"
+        ):
+            checks.check_finite("y", bad)
