@@ -125,6 +125,22 @@ def _a_policy_is_refined(shown: dict[str, SimpleNamespace]) -> None:
         assert gains["labels shuffled"][rounds] < 0.25 * gains["labels as given"][rounds]
 
 
+def _latents_are_moved(shown: dict[str, SimpleNamespace]) -> None:
+    """By the judge that did not label: one pass reaches what eight draws reach, and the controls find nothing."""
+    lines = {line.split("  ")[0].partition(",")[0]: line for line in shown["fit"].text.splitlines()}
+    read = {name: float(line.split("independent ")[1].split()[0]) for name, line in lines.items()}
+    assert read["flow to best of 8"] > max(0.93, read["best of 4 draws"])
+    assert read["best of 8 draws"] > read["flow to best of 2"] > read["as drawn"] + 0.08
+    assert "<- chosen" in shown["tune"].text
+    tuned = float(shown["tune"].text.split("on fresh draws")[1].split("independent ")[1].split()[0])
+    assert tuned > read["flow to best of 2"]
+    shuffled, permuted = (
+        float(line.split("independent ")[1].split()[0]) for line in shown["control"].text.splitlines() if line
+    )
+    assert abs(shuffled - read["as drawn"]) < 0.04
+    assert permuted < 0.4
+
+
 def _preferences_are_found_as_they_are(shown: dict[str, SimpleNamespace]) -> None:
     cycle, rivals, votes, noise, adapted, weights = (
         _table(shown[cell].text) for cell in ("fit-cycle", "select", "votes", "noise", "plot-adapt", "plot-compose")
@@ -166,6 +182,7 @@ PROMISES = {
     "03_refine_an_api_model": _an_api_model_is_refined,
     "04_refine_a_policy": _a_policy_is_refined,
     "05_preferences_as_they_are": _preferences_are_found_as_they_are,
+    "06_latents": _latents_are_moved,
 }
 
 

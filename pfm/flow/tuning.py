@@ -408,8 +408,8 @@ class HeldOutWin:
     Each half of the prompts is judged by a fit on the other half. Eight more fits of either kind, each without one
     eighth of the prompts, say how far the judgement depends on the labels that there are (delete-a-group jackknife).
     The fits are linear in the output and some of its products; a network that also reads the context is added where
-    held-out folds confirm it, which takes about a thousand pairs. With fewer, give :func:`tune` a judge of your own where
-    the preferred direction depends on the context.
+    held-out folds confirm it, which takes about a thousand pairs. With fewer, give :func:`tune` a judge of your own
+    where the preferred direction depends on the context.
     """
 
     def __init__(self, pairs: EncodedPairs, heads: list[tuple[Tensor, list[WinHead]]], part: Tensor) -> None:
