@@ -82,6 +82,8 @@ def test_flags_choices_and_lengths():
     checks.check_length("names", ("a",), 1, "taste")
     with pytest.raises(ValueError, match=r"names must have one entry a taste: got 0 for 1 taste$"):
         checks.check_length("names", (), 1, "taste")
+    with pytest.raises(ValueError, match=r"weights must have one entry an encoder: got 3 for 2 encoders$"):
+        checks.check_length("weights", "abc", 2, "encoder")
 
 
 @pytest.mark.parametrize("array", [torch.zeros(2, 3), np.zeros((2, 3))])

@@ -689,7 +689,7 @@ def test_wrong_settings_are_named():
         SentenceEncoder(dtype="int8")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="long_texts must be"):
         SentenceEncoder(long_texts="drop")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="batch_size must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, or None: got 0"):
         SentenceEncoder(batch_size=0)
     with pytest.raises(ValueError, match="prompts may hold"):
         SentenceEncoder(prompts={"passage": "x"})  # pyright: ignore[reportArgumentType]
@@ -1059,9 +1059,9 @@ def test_concat_takes_encoders_that_know_responses_only():
 def test_concat_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="at least one encoder"):
         ConcatEncoder([])
-    with pytest.raises(ValueError, match="one value an encoder: 1, got 2"):
+    with pytest.raises(ValueError, match="weights must have one entry an encoder: got 2 for 1 encoder"):
         ConcatEncoder([SurfaceEncoder()], weights=[1, 2])
-    with pytest.raises(ValueError, match=r"weights\[0\] must be a positive number, got nan"):
+    with pytest.raises(ValueError, match=r"weights\[0\] must be a positive number: got nan"):
         ConcatEncoder([SurfaceEncoder()], weights=[float("nan")])
 
 

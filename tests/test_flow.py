@@ -288,7 +288,7 @@ def test_bad_arguments_are_named(compass, call, told):
     ("values", "told"),
     [
         ({"sigmma": 0.1}, "did you mean 'sigma'"),
-        ({"sigma": -0.1}, "sigma must be a number >= 0"),
+        ({"sigma": -0.1}, "sigma must be a number of at least 0: got -0.1"),
         ({"steps": 0}, "steps must be"),
         ({"solver": "rk5"}, "solver must be one of"),
         ({"source": "winner"}, "source must be one of"),

@@ -178,7 +178,7 @@ NAMES = {
     "trickle": ("ServerError", "took longer than 0.4 seconds"),
     "huge": ("ServerError", "larger than"),
     "non_string": ("NotTextError", "no text but list"),
-    "tool_calls": ("ToolCallError", "asked for a tool"),
+    "tool_calls": ("ToolCallError", "called a tool"),
     "blank": ("EmptyAnswerError", "only white space"),
     "content_filter": ("ContentFilterError", "filtered"),
     "refused_content": ("ContentFilterError", "content management policy"),

@@ -139,7 +139,7 @@ def test_names_are_made_where_there_are_none():
     ("generators", "weights", "message"),
     [
         ([], None, "at least one"),
-        ([short], [1, 2], "as many as generators"),
+        ([short], [1, 2], "weights must have one entry a generator: got 2 for 1 generator"),
         ([short, long], [0, 0], "not all 0"),
         ([short, long], [1, -1], "at least 0"),
         ([short, long], [1, float("nan")], "finite"),

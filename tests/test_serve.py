@@ -353,7 +353,7 @@ def test_a_margin_keeps_the_original_and_one_candidate_is_only_judged(server, ur
         ({"strength": -1}, "pfm.strength must be"),
         ({"strength": 2, "by": "combined"}, "pfm.strength has no effect with by=combined"),
         ({"margin": "much"}, "pfm.margin must be a number"),
-        ({"power": 2}, "pfm.power is unknown; known are refine, n, by, margin, strength"),
+        ({"power": 2}, "pfm.power is unknown; known are refine, n, max, spend, by, margin, strength"),
         ("no", "pfm must be an object or a boolean"),
     ],
 )

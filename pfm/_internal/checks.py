@@ -165,8 +165,8 @@ def check_length(name: str, values: Sized, count: int, unit: str) -> None:
     ValueError: group must have one entry a prompt: got 2 for 3 prompts
     """
     if len(values) != count:
-        things = unit if count == 1 else f"{unit}s"
-        raise ValueError(f"{name} must have one entry a {unit}: got {len(values)} for {count} {things}")
+        article, things = "an" if unit[0] in "aeiou" else "a", unit if count == 1 else f"{unit}s"
+        raise ValueError(f"{name} must have one entry {article} {unit}: got {len(values)} for {count} {things}")
 
 
 def check_shape(name: str, array: _Array, shape: tuple[int | str, ...], meaning: str = "", *, hint: str = "") -> None:

@@ -28,6 +28,8 @@ from pfm.cli.shell import (
     make_folder,
 )
 
+__all__ = ["ScoredRow", "evaluate", "read_scored"]
+
 if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
     from pfm.data.pairs import PreferencePairs
@@ -75,7 +77,7 @@ def evaluate(
         from pfm.refiner import wrap
 
         context = bool(fitted.metadata.get("context_dimension"))
-        scored = _read_scored(rows, on_bad_rows.value, prompted=context, prompt_key=prompt_key)
+        scored = read_scored(rows, on_bad_rows.value, prompted=context, prompt_key=prompt_key)
         training = None
         if pairs is not None:
             training = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
@@ -104,7 +106,9 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _ScoredRow:
+class ScoredRow:
+    """Holds one row: candidates with a score each; ``independent`` is that of a further draw."""
+
     prompt: Any
     candidates: list[str]
     scores: list[float]
@@ -112,12 +116,17 @@ class _ScoredRow:
     independent: float | None
 
 
-def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: str) -> list[_ScoredRow]:
+def read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: str) -> list[ScoredRow]:
+    """Read rows with candidates and scores.
+
+    Raises:
+        PreferenceDataError: a row is bad, unless ``on_bad_rows`` is "drop".
+    """
     from pfm.data.errors import BadRows, PreferenceDataError
 
     unit = find_reader(path)[1]
     bad = BadRows(str(path), on_bad_rows)
-    found: list[_ScoredRow] = []
+    found: list[ScoredRow] = []
     for number, value in numbered_rows(path, bad, prompt_key):
         try:
             found.append(_scored_row(value, prompted))
@@ -127,7 +136,7 @@ def _read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: st
     return found
 
 
-def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
+def _scored_row(value: Any, prompted: bool) -> ScoredRow:
     from pfm.data.checks import checked_response, require
     from pfm.data.conversations import conversation_text
     from pfm.data.errors import PreferenceDataError
@@ -140,7 +149,7 @@ def _scored_row(value: Any, prompted: bool) -> _ScoredRow:
         found = f"{len(scores)} scores" if isinstance(scores, list | tuple) else repr(scores)
         raise PreferenceDataError(f"got {found} for {len(texts)} candidates; expected one a candidate", column="scores")
     further = value.get("independent_score")
-    return _ScoredRow(
+    return ScoredRow(
         prompt,
         texts,
         [_score(score, "scores") for score in scores],
@@ -162,7 +171,7 @@ def _score(value: Any, column: str) -> float:
 class _Recorded:
     """Stands for a refiner and a judge whose outputs, further draws and scores are already there."""
 
-    def __init__(self, rows: Sequence[_ScoredRow], records: Sequence[Refinement]) -> None:
+    def __init__(self, rows: Sequence[ScoredRow], records: Sequence[Refinement]) -> None:
         self.rows = rows
         self.records = records
         self._next = iter(rows)
@@ -180,7 +189,7 @@ class _Recorded:
 
 
 def _report(
-    rows: Sequence[_ScoredRow],
+    rows: Sequence[ScoredRow],
     records: Sequence[Refinement],
     training: EncodedPairs | None,
     encoder: Encoder,
@@ -205,7 +214,7 @@ def _report(
     return evaluate(recorded, [row.prompt for row in rows], judge=recorded.judge, **options)
 
 
-def _warn_of_leaks(report: Report, rows: Sequence[_ScoredRow], training: PreferencePairs) -> None:
+def _warn_of_leaks(report: Report, rows: Sequence[ScoredRow], training: PreferencePairs) -> None:
     from pfm.data.conversations import conversation_text
     from pfm.data.identity import normal_form
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["describe_generator", "make_generator"]
+__all__ = ["candidate_count", "describe_generator", "make_generator", "spend_of"]
 
 _PANEL = "Where candidates come from"
 _API_PANEL = "With --model"
@@ -49,7 +49,31 @@ LocalModelOption = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-CandidateCount = Annotated[int, typer.Option("-n", min=1, help="Candidates a prompt to draw.", rich_help_panel=_PANEL)]
+CandidateCount = Annotated[
+    str,
+    typer.Option(
+        "-n",
+        metavar="N|auto",
+        help="Candidates a prompt to draw; auto: until the best is good enough (see [cyan]pfm calibrate[/cyan]).",
+        rich_help_panel=_PANEL,
+    ),
+]
+MostCandidates = Annotated[
+    int | None,
+    typer.Option(
+        "--max-n", min=1, help="The most of -n auto.", show_default="the calibration's", rich_help_panel=_PANEL
+    ),
+]
+SpendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--spend",
+        metavar="PRICE",
+        help="Price of a draw in win probability for -n auto, as 0.01, or of a token, as token=1e-5.",
+        show_default="at which quality is that of the fixed number",
+        rich_help_panel=_PANEL,
+    ),
+]
 ParameterOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -109,6 +133,41 @@ Retries = Annotated[
     int | None,
     typer.Option(min=0, help="Tries of a request after the first.", show_default="2", rich_help_panel=_API_PANEL),
 ]
+
+
+def candidate_count(text: str | int) -> int | str:
+    """Read ``-n``: a whole number of at least 1, or "auto".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        number = int(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"-n must be a whole number, or auto; got {text!r}") from None
+    if number < 1:
+        raise ValueError(f"-n must be at least 1, or auto; got {number}")
+    return number
+
+
+def spend_of(text: str | None) -> float | dict[str, float] | None:
+    """Read ``--spend``: a price, or ``token=PRICE``.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None:
+        return None
+    name, equals, price = text.rpartition("=")
+    try:
+        value = float(price)
+    except ValueError:
+        value = None
+    if value is None or (equals and name.strip() not in ("draw", "token")):
+        raise ValueError(f"--spend must be a price, as 0.01 (of a draw), or token=1e-5; got {text!r}")
+    return {name.strip(): value} if equals else value
 
 
 def make_generator(

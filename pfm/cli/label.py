@@ -20,15 +20,18 @@ from pfm.cli.rows import PromptKey, find_reader, numbered_rows
 from pfm.cli.shell import (
     SOME_FAILED,
     BadRowsOption,
+    EncoderOfFlow,
     NoProgress,
     OnBadRows,
     Reasoning,
     ReasoningOption,
     Session,
     Traceback,
+    TrustEncoder,
     app,
     examples,
     guarded,
+    load_flow,
     make_folder,
 )
 
@@ -45,6 +48,7 @@ PORTION = 64  # comparisons that an interrupt can cost
         "pfm label candidates.jsonl --out pairs.jsonl --model qwen3 --base-url http://localhost:8000/v1",
         "pfm label candidates.jsonl --out pairs.jsonl --judge reward:OpenAssistant/reward-model-deberta-v3-large-v2",
         "pfm label candidates.jsonl --out pairs.jsonl --judge my_rules:score",
+        "pfm label candidates.jsonl --out pairs.jsonl --model gpt-4.1-mini --flow flow/ --sure 0.95",
     )
 )
 def label(
@@ -84,6 +88,28 @@ def label(
     rubric: Annotated[
         str, typer.Option(help="File that says what makes an answer better.", rich_help_panel=_PANEL)
     ] = "rubric",
+    flow: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a flow: a judge in both orders is asked a second time only where the first leaves the "
+            "winner open. With --sure, pairs whose winner it is sure of are not asked for."
+        ),
+    ] = None,
+    sure: Annotated[
+        float | None,
+        typer.Option(
+            min=0.5,
+            max=1,
+            help="Probability by --flow from which a pair is left out, as 0.95.",
+            show_default="ask for all",
+        ),
+    ] = None,
+    audit: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of such pairs to ask for all the same, to count the flow's errors."),
+    ] = 0.1,
+    encoder: EncoderOfFlow = None,
+    trust_encoder: TrustEncoder = False,
     one_order: Annotated[
         bool,
         typer.Option("--one-order", help="Ask once a pair: half the price, but biased.", rich_help_panel=_PANEL),
@@ -167,6 +193,13 @@ def label(
                 temperature=0.0 if generator is not None else None,
                 name=model or local_model or generator,
             )
+        if sure is not None and flow is None:
+            raise ValueError("--sure needs --flow: the flow whose b is sure")
+        if flow is not None:
+            from pfm.judges import SparingJudge, pair_probability
+
+            known = pair_probability(*load_flow(flow, encoder, trust_encoder))
+            made = SparingJudge(made, known, sure=1.0 if sure is None else sure, audit=audit, seed=seed)
         if reasoning is Reasoning.keep:
             made.reasoning = "keep"
         pairs = list(_pairs(rows, on_bad_rows.value, made, max_pairs, seed, prompt_key))
@@ -249,7 +282,7 @@ class _Labels(LineFile):
 
     def __init__(self, path: Path, pairs: Sequence[_Pair]) -> None:
         self.pairs = pairs
-        self.ties = 0
+        self.ties = self.left = 0
         self._digests = {pair.key: pair.digest for pair in pairs}
         super().__init__(path)
 
@@ -266,7 +299,7 @@ class _Labels(LineFile):
     @property
     def missing(self) -> int:
         """Count the pairs without one."""
-        return len(self.pairs) - len(self.keys)
+        return len(self.pairs) - len(self.keys) - self.left
 
     def run(self, judge: Judge, *, progress: bool) -> None:
         """Judge the pairs that wait, portion by portion, and write each portion's labels at once."""
@@ -279,7 +312,9 @@ class _Labels(LineFile):
             for start in range(0, len(waiting), PORTION):
                 some = waiting[start : start + PORTION]
                 for pair, verdict in zip(some, judge.compare([pair.comparison for pair in some]), strict=True):
-                    if verdict.given:
+                    if verdict.by_model:
+                        self.left += 1
+                    elif verdict.given:
                         self._write(pair, verdict)
                 bar.update(len(some))
         written = set(self.keys)
@@ -300,12 +335,22 @@ class _Labels(LineFile):
 
 
 def _show(session: Session, labels: _Labels, judge: Judge, earlier: int) -> None:
+    from pfm.judges import SparingJudge
+
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     lines = [("labelled", f"{labels.written:,}"), ("of these ties", f"{labels.ties:,}")]
     lines.append(("without verdict", f"{labels.missing:,}"))
     if earlier:
         lines.append(("from an earlier run", f"{earlier:,}"))
-    tally = getattr(judge, "tally", None)
+    spared = judge.tally if isinstance(judge, SparingJudge) else None
+    if spared is not None:
+        lines.append(("left to the flow", f"{labels.left:,}"))
+        if rate := spared.error_rate:
+            share, low, high = rate
+            told = f"{spared.wrong:,} of {spared.audited:,} audited ({share:.0%}, 95% interval {low:.0%} to {high:.0%})"
+            lines.append(("where the flow is wrong", told))
+        lines.append(("questions to the judge", f"{spared.questions:,} for {spared.pairs:,} pairs"))
+    tally = getattr(judge.judge_itself if isinstance(judge, SparingJudge) else judge, "tally", None)
     if tally is not None and tally.calls:
         found = tally.to_dict()
         lines += [("answers not read", f"{tally.unread:,}"), ("answers that never came", f"{tally.failed:,}")]

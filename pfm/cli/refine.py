@@ -24,13 +24,17 @@ from pfm.cli.generator import (
     MaxCalls,
     MaxTokens,
     ModelOption,
+    MostCandidates,
     NoCache,
     ParameterOption,
     PerCall,
     Retries,
+    SpendOption,
     Timeout,
+    candidate_count,
     describe_generator,
     make_generator,
+    spend_of,
 )
 from pfm.cli.lines import LineFile
 from pfm.cli.rows import Row, read_rows
@@ -49,6 +53,7 @@ from pfm.cli.shell import (
     fingerprint,
     guarded,
     load_flow,
+    load_stopping,
     make_folder,
 )
 
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
         "pfm refine outputs.jsonl --flow flow/ --out refined.jsonl",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 --base-url http://localhost:8000/v1",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --generator my_bot:reply -n 8",
+        "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 -n auto --max-n 16",
         "pfm refine prompts.jsonl --flow flow/ --out new.jsonl --model qwen3 --decoder rewrite --exemplars pairs.jsonl",
     )
 )
@@ -77,7 +83,9 @@ def refine(
     generator: GeneratorOption = None,
     model: ModelOption = None,
     local_model: LocalModelOption = None,
-    n: CandidateCount = 8,
+    n: CandidateCount = "8",
+    max_n: MostCandidates = None,
+    spend: SpendOption = None,
     parameter: ParameterOption = None,
     response_cache: CacheOption = None,
     no_cache: NoCache = False,
@@ -108,6 +116,8 @@ def refine(
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
     with guarded(traceback) as session:
+        count = candidate_count(n)
+        price = spend_of(spend)
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.generators.base import first_samples
         from pfm.refiner import wrap
@@ -135,8 +145,20 @@ def refine(
         )
         if reasoning is Reasoning.keep:
             depends = [*depends, "reasoning kept"]
-        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=n, reasoning=reasoning.value)
-        origin = [fingerprint(flow), encoder, *([describe_generator(source, generator), n] if drawn else []), *depends]
+        rule = load_stopping(flow) if count == "auto" else None
+        if count == "auto" and rule is None:
+            raise ValueError(
+                f"-n auto needs a stopping rule: make one with pfm calibrate SCORED --flow {flow}, or give -n 8"
+            )
+        auto = {"max_n": max_n, "spend": price, "stopping": rule}
+        refiner = wrap(source, fitted, encoder=with_encoder, decoder=made, n=count, reasoning=reasoning.value, **auto)
+        how = count if refiner.plan is None else [count, refiner.n, price, refiner.plan.stopping.to_dict()]
+        origin = [
+            fingerprint(flow),
+            encoder,
+            *([describe_generator(source, generator), how] if drawn else []),
+            *depends,
+        ]
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
@@ -153,7 +175,7 @@ def refine(
             if drawn:
                 # By its place among all rows, so that a prompt that comes twice gets the same draws in a second run.
                 whole = [row for row in asked if row.error is None]
-                numbers = first_samples([row.prompt for row in whole], n)
+                numbers = first_samples([row.prompt for row in whole], refiner.n)
                 first = {row.number: number for row, number in zip(whole, numbers, strict=True)}
                 start = [first[row.number] for row in sound]
                 refiner.batch(prompts, progress=not no_progress, on_result=keep, start=start)
@@ -196,6 +218,7 @@ class _Results(LineFile):
         self._results[number] = {
             "error": record["error"] is not None,
             "changed": record["changed"],
+            "draws": (record.get("spent") or {}).get("draws"),
             "b": None if before is None or after is None else (before, after),
         }
 
@@ -249,6 +272,11 @@ class _Results(LineFile):
         before, after = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
         return before, after
 
+    def mean_draws(self) -> float | None:
+        """Give the mean number of draws of ``-n auto``, or None."""
+        draws = [result["draws"] for result in self._results.values() if result["draws"] is not None]
+        return sum(draws) / len(draws) if draws else None
+
     def progress(self) -> str:
         """Say how far the run has come."""
         done = f"{len(self._results):,} of {len(self.rows):,} rows are in {self.path}"
@@ -284,6 +312,9 @@ def _show_refined(session: Session, results: _Results, earlier: int) -> None:
     b = results.mean_b()
     if b is not None:
         lines.append(("mean win probability", f"{b[0]:.3f} before, {b[1]:.3f} after"))
+    draws = results.mean_draws()
+    if draws is not None:
+        lines.append(("draws a prompt", f"{draws:.2f} on average"))
     if earlier:
         lines.append(("from an earlier run", f"{earlier:,}"))
     for name, value in lines:

@@ -12,16 +12,29 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli.shell import EncoderOfFlow, Reasoning, Session, Traceback, TrustEncoder, app, examples, guarded, load_flow
+from pfm.cli.generator import candidate_count, spend_of
+from pfm.cli.shell import (
+    EncoderOfFlow,
+    Reasoning,
+    Session,
+    Traceback,
+    TrustEncoder,
+    app,
+    examples,
+    guarded,
+    load_flow,
+    load_stopping,
+)
 
 # Settings of pfm.wrap that a file of settings may hold too.
-CHOICE = ("n", "by", "margin", "strength", "seed", "reasoning")
+CHOICE = ("n", "spend", "by", "margin", "strength", "seed", "reasoning")
 
 
 @app.command(
     epilog=examples(
         "pfm serve flow/ --upstream http://localhost:8000/v1",
         "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
+        "pfm serve flow/ --upstream http://localhost:8000/v1 -n auto --max-n 16",
         "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
     )
 )
@@ -41,7 +54,24 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: a free one.", show_default="8100")] = None,
-    n: Annotated[int | None, typer.Option("-n", "--n", help="Candidates of a request.", show_default="8")] = None,
+    n: Annotated[
+        str | None,
+        typer.Option(
+            "-n",
+            "--n",
+            metavar="N|auto",
+            help="Candidates of a request; auto: until the best is good enough (see [cyan]pfm calibrate[/cyan]).",
+            show_default="8",
+        ),
+    ] = None,
+    spend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRICE",
+            help="Price of a draw in win probability for -n auto, as 0.01, or of a token, as token=1e-5.",
+            show_default="at which quality is that of the fixed number",
+        ),
+    ] = None,
     max_n: Annotated[int | None, typer.Option(help="The most that a request may ask for.", show_default="32")] = None,
     by: Annotated[
         str | None,
@@ -130,8 +160,9 @@ def serve(
 
     Chat completions come back as the best of [cyan]-n[/cyan] candidates, with the evidence under the key
     [cyan]pfm[/cyan]; what cannot be refined (tools, response_format, other endpoints) is passed through. A request
-    chooses for itself by a field [cyan]pfm[/cyan] in its body, as {"pfm": {"n": 4}} or {"pfm": false}, or by headers
-    such as [cyan]x-pfm-n[/cyan]. [cyan]/healthz[/cyan] and [cyan]/metrics[/cyan] tell how it is.
+    chooses for itself by a field [cyan]pfm[/cyan] in its body, as {"pfm": {"n": 4}}, {"pfm": {"n": "auto", "max": 16}}
+    or {"pfm": false}, or by headers such as [cyan]x-pfm-n[/cyan]. [cyan]/healthz[/cyan] and [cyan]/metrics[/cyan] tell
+    how it is.
 
     Keys are passed on and never kept. Ctrl-C ends what is under way first.
     """
@@ -145,6 +176,7 @@ def serve(
             "host": host,
             "port": port,
             "n": n,
+            "spend": spend_of(spend),
             "max_n": max_n,
             "by": by,
             "margin": margin,
@@ -172,6 +204,15 @@ def serve(
         }
         settings = _settings(config, given)
         choice = {name: settings.pop(name) for name in CHOICE if name in settings}
+        rule = load_stopping(flow)
+        if "n" in choice:
+            choice["n"] = candidate_count(choice["n"])
+        if choice.get("n") == "auto":
+            if rule is None:
+                raise ValueError(
+                    f"-n auto needs a stopping rule: make one with pfm calibrate SCORED --flow {flow}, or give -n 8"
+                )
+            choice["max_n"] = min(rule.max_n, settings.get("max_n", ServeConfig.max_n))
         fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder)
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
@@ -182,7 +223,7 @@ def serve(
         for part in getattr(with_encoder, "encoders", [with_encoder]):
             if getattr(part, "cache", None) is not None:
                 part.cache = None
-        refiner = wrap(None, fitted, encoder=with_encoder, **choice)
+        refiner = wrap(None, fitted, encoder=with_encoder, stopping=rule, **choice)
         refiner.refine([["One text.", "Another text."]], ["A prompt."])  # loads the model before the first request
         if fitted.guard_margin == float("inf") and choice.get("margin") is None and choice.get("by") != "sample":
             session.note("this flow confirmed no gain: it keeps every original, so requests are passed through")

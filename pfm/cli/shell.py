@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import shlex
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pfm.encoders import Encoder
     from pfm.flow.composition import Composition
     from pfm.flow.preference_flow import PreferenceFlow
+    from pfm.refiner import Stopping
 
 __all__ = [
     "SOME_FAILED",
@@ -43,6 +45,7 @@ __all__ = [
     "fingerprint",
     "guarded",
     "load_flow",
+    "load_stopping",
     "make_folder",
     "setting",
 ]
@@ -277,6 +280,23 @@ def load_flow(
         ) from None
     except ValueError as error:
         raise ValueError(f"{error}; on the command line, --encoder NAME") from error
+
+
+def load_stopping(folder: Path) -> Stopping | None:
+    """Load the stopping rule beside a flow, or None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or was calibrated with another flow.
+    """
+    from pfm.refiner.stopping import FILE, Stopping
+
+    path = folder.expanduser() / FILE
+    if not path.is_file():
+        return None
+    rule = Stopping.load(path)
+    if json.loads(path.read_text(encoding="utf-8")).get("flow") not in (None, fingerprint(folder)):
+        raise ValueError(f"{path} was calibrated with another flow: run pfm calibrate again, or remove it")
+    return rule
 
 
 def fingerprint(folder: Path) -> str:

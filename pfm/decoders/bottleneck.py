@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_finite, check_shape, check_whole
 from pfm._internal.hub import check_folder, loading_problem, location
 from pfm.decoders.latent import weights_identity
 from pfm.devices import best_device
@@ -75,8 +76,7 @@ class BottleneckT5(CachedEncoder):
     ) -> None:
         super().__init__(cache=cache, on_empty=on_empty)
         for name, value in (("batch_size", batch_size), ("max_length", max_length)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_whole(name, value, 1)
         self.batch_size = batch_size
         self.max_length = max_length
         self.generation = {"do_sample": False, "num_beams": 1, "use_cache": False} | (generation or {})
@@ -157,10 +157,8 @@ class BottleneckT5(CachedEncoder):
             ValueError: another shape, or values that are not finite.
         """
         table = torch.as_tensor(vectors).detach().float()
-        if table.ndim != 2 or table.shape[1] != self.dimension:
-            raise ValueError(f"vectors must be (N, {self.dimension}): got {tuple(table.shape)}")
-        if not bool(table.isfinite().all()):
-            raise ValueError("vectors must be finite: some hold NaN or infinity")
+        check_shape("vectors", table, ("N", self.dimension))
+        check_finite("vectors", table)
         with self._lock:
             model, tokenizer = self._loaded()
             table = torch.nn.functional.normalize(table, dim=1).to(model.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import time
@@ -14,10 +13,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_choice, check_number, check_whole
 from pfm.data.vector_spaces import space_differences
 from pfm.decoders.editing.folder import load_writer
 from pfm.decoders.editing.writer import Edits, Writer, sample_edits
-from pfm.decoders.improve import Draft, Improver, Proposal, targets, whole
+from pfm.decoders.improve import Draft, Improver, Proposal, targets
 from pfm.decoders.select import Selection
 from pfm.devices import best_device
 from pfm.generators.base import count
@@ -33,15 +33,15 @@ class Editor(Improver):
     """Rewrites the draft towards the point to which the flow carries its embedding.
 
     A trained network (:mod:`pfm.decoders.editing`) models p(text | draft, e(draft), z*), with z* = T(e(draft)): it
-    copies where the flow does not move the draft, and writes anew where it does. ``samples`` edits of each draft are
+    copies where the flow does not move the draft, and writes new text elsewhere. ``samples`` edits of each draft are
     written in one batch and encoded again; of those whose b is above the draft's by the guard's margin the one nearest
-    to z* takes its place, and the next round goes on from there. The generator is not called.
+    to z* takes its place, and the next round starts there. The generator is not called.
 
     What it cost stands in the trace of each round: texts and tokens written, texts encoded, and the seconds of all
     drafts of the round together.
 
     A draft of more tokens than the network's window is split into sentences; each is carried and edited by itself, and
-    edit number j of the draft joins edit number j of each sentence. The trace tells how many sentences there were.
+    edit number j of the draft joins edit number j of each sentence. The trace holds the number of sentences.
 
     Args:
         writer: the trained network.
@@ -53,7 +53,7 @@ class Editor(Improver):
         guidance: how much to make of the move, see :func:`pfm.decoders.editing.sample_edits`; above 1 it costs twice
             as much.
         temperature: of sampling; the first edit always takes the likeliest tokens.
-        long_texts: "split" or "refuse" drafts beyond the window; what is refused stays as it is and says so.
+        long_texts: "split" or "refuse" drafts beyond the window; what is refused is kept unchanged, with a reason.
         seed: of sampling.
         batch_size: texts written at once.
 
@@ -83,21 +83,15 @@ class Editor(Improver):
         batch_size: int = 256,
     ) -> None:
         super().__init__(rounds=rounds, by="win_probability", margin=margin)
-        if long_texts not in LONG_TEXTS:
-            raise ValueError(f"long_texts must be 'split' or 'refuse': got {long_texts!r}")
-        for name, value, low in (
-            ("strength", strength, 0.0),
-            ("guidance", guidance, 0.0),
-            ("win_gradient", win_gradient, -math.inf),
-        ):
-            if not (math.isfinite(value) and value >= low):
-                raise ValueError(f"{name} must be a finite number{' of at least 0' if low == 0 else ''}: got {value!r}")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be a finite number above 0: got {temperature!r}")
+        check_choice("long_texts", long_texts, LONG_TEXTS)
+        check_number("strength", strength, least=0)
+        check_number("guidance", guidance, least=0)
+        check_number("win_gradient", win_gradient)
+        check_number("temperature", temperature, above=0)
         self.writer = writer
         self.trained_on = None if encoder is None else dict(encoder)
-        self.samples = whole("samples", samples)
-        self.batch_size = whole("batch_size", batch_size)
+        self.samples = check_whole("samples", samples, 1)
+        self.batch_size = check_whole("batch_size", batch_size, 1)
         self.strength, self.win_gradient, self.temperature = float(strength), float(win_gradient), float(temperature)
         self.guidance, self.long_texts, self.seed = float(guidance), long_texts, seed
 

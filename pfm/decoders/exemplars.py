@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import read_folder, save_folder
+from pfm._internal.checks import check_finite, check_shape, check_whole
 from pfm._internal.files import replace_file, require_files
 from pfm.encoders.sentence import as_encoder
 from pfm.reasoning import training_text
@@ -47,12 +48,10 @@ class ExemplarBank:
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise TypeError("texts must be a sequence of strings")
         table = torch.as_tensor(vectors).detach().to("cpu", torch.float32)
-        if table.ndim != 2 or len(table) != len(texts):
-            raise ValueError(f"vectors must be ({len(texts)}, D), one row a text: got {tuple(table.shape)}")
+        check_shape("vectors", table, (len(texts), "D"), "one row a text")
         if not len(texts):
             raise ValueError("texts is empty: an exemplar bank needs at least one preferred output")
-        if not bool(table.isfinite().all()):
-            raise ValueError("vectors must be finite: some hold NaN or infinity")
+        check_finite("vectors", table)
         first = {text: row for row, text in reversed(list(enumerate(texts)))}
         rows = sorted(first.values())
         self.texts: list[str] = [texts[row] for row in rows]
@@ -84,8 +83,7 @@ class ExemplarBank:
         sure = pairs.probability or [1.0] * len(pairs)
         shown = (training_text(text) for text, p in zip(pairs.chosen, sure, strict=True) if p > 0.5)
         texts = list(dict.fromkeys(shown))  # what a model is to imitate is the answer, without hidden reasoning
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be at least 1 or None, got {limit}")
+        check_whole("limit", limit, 1, also=(None,))
         if limit is not None and limit < len(texts):
             drawn = np.random.default_rng(seed).choice(len(texts), size=limit, replace=False)
             texts = [texts[row] for row in sorted(drawn.tolist())]

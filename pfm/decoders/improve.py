@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_whole
 from pfm.decoders.select import Judged, Select, Selection
 from pfm.generators.base import count, is_usable_text
 from pfm.protocols import Flow, TransportingFlow
@@ -87,7 +88,7 @@ class Proposal:
 
 
 class Improver(ABC):
-    """Is the base of decoders that make texts of their own.
+    """The base of decoders that make texts of their own.
 
     A subclass proposes texts; here they are encoded and judged by b and by alignment, all prompts of a round
     together. The best one by ``by`` takes the draft's place if b rises by the margin over the draft. Where no text
@@ -104,7 +105,7 @@ class Improver(ABC):
     def __init__(self, *, rounds: int, by: str, margin: float | None) -> None:
         if by == "sample":
             raise ValueError(f"by='sample' belongs to decoder='select': {type(self).__name__} takes the best text")
-        self.rounds = whole("rounds", rounds)
+        self.rounds = check_whole("rounds", rounds, 1)
         self.select = Select(by, margin)
         self.encoder: Any = None
 
@@ -319,10 +320,3 @@ def targets(flow: Flow, drafts: Sequence[Draft], **options: Any) -> torch.Tensor
     rows = [draft.row.context for draft in drafts]
     contexts = None if rows[0] is None else torch.stack([row for row in rows if row is not None])
     return flow.transport(vectors, contexts, **options).detach().cpu()
-
-
-def whole(name: str, value: Any, low: int = 1) -> int:
-    """Return ``value`` if it is a whole number of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}: got {value!r}")
-    return int(value)

@@ -197,13 +197,13 @@ class Latent(Improver):
 
 
 def as_autoencoder(model: Any) -> Any:
-    """Return an object whose ``decode`` is checked: what has a dimension too is taken as it is."""
+    """Return an object whose ``decode`` is checked: an object with a dimension is returned unchanged."""
     own = all(hasattr(type(model), name) for name in ("encode", "decode", "dimension", "describe"))
     return model if own else TextAutoencoder(model)
 
 
 def weights_identity(model: Any) -> str | None:
-    """Give a checksum of a torch module's weights; None for anything else."""
+    """Return a checksum of a torch module's weights; None for anything else."""
     if not isinstance(model, torch.nn.Module):
         return None
     digest = hashlib.sha256()

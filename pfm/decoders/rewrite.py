@@ -10,9 +10,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from pfm._internal.checks import check_whole
 from pfm._internal.templates import Template, fence, fence_mark, prompt_hash
 from pfm.decoders.exemplars import ExemplarBank
-from pfm.decoders.improve import Draft, Improver, Proposal, targets, whole
+from pfm.decoders.improve import Draft, Improver, Proposal, targets
 from pfm.generators import Draw, Prompt
 from pfm.protocols import Flow
 
@@ -76,12 +77,12 @@ class Rewrite(Improver):
                 "ExemplarBank.from_pairs(pairs, encoder)"
             )
         self.exemplars = exemplars
-        self.rewrites = whole("rewrites", rewrites)
-        self.shots = whole("shots", shots)
+        self.rewrites = check_whole("rewrites", rewrites, 1)
+        self.shots = check_whole("shots", shots, 1)
         self.template = Template.load(template, needed=PLACES, optional=("mark",))
         self.strength = strength
         self.win_gradient = win_gradient
-        self.max_calls = None if max_calls is None else whole("max_calls", max_calls)
+        self.max_calls: int | None = check_whole("max_calls", max_calls, 1, also=(None,))
         self.generator: Any = None
 
     def __repr__(self) -> str:
@@ -122,7 +123,7 @@ class Rewrite(Improver):
         """Ask for revisions of all drafts at once; see :meth:`Improver.propose`."""
         points = targets(flow, drafts, strength=self.strength, win_gradient=self.win_gradient)
         proposals: list[Proposal] = []
-        asked: dict[int, list[_Request]] = {}
+        requested: dict[int, list[_Request]] = {}
         for draft, point in zip(drafts, points, strict=True):
             left = self.rewrites if self.max_calls is None else self.max_calls - draft.calls
             if left < 1:
@@ -135,11 +136,13 @@ class Rewrite(Improver):
             prompt, mark = self._prompt(draft, [self.exemplars.texts[row] for row in rows])
             details = {"prompt_hash": prompt_hash(prompt), "exemplars": rows, "template": self.template.source}
             proposals.append(Proposal([], details))
-            # A conversation is asked for as a conversation, so that a chat model stays one.
+            # A conversation remains a conversation, for chat models.
             request = prompt if isinstance(draft.row.prompt, str) else [{"role": "user", "content": prompt}]
             copies = {self.exemplars.texts[row].strip() for row in rows}
-            asked.setdefault(min(self.rewrites, left), []).append(_Request(draft, proposals[-1], request, mark, copies))
-        for n, requests in asked.items():
+            requested.setdefault(min(self.rewrites, left), []).append(
+                _Request(draft, proposals[-1], request, mark, copies)
+            )
+        for n, requests in requested.items():
             draws = self.generator.draws([request.prompt for request in requests], n)
             for request, draw in zip(requests, draws, strict=True):
                 request.take(draw)
@@ -160,7 +163,7 @@ class Rewrite(Improver):
         return chosen[: self.shots]
 
     def _prompt(self, draft: Draft, exemplars: list[str]) -> tuple[str, str]:
-        """Return the text that asks for revisions, and the mark of its fences."""
+        """Return the text of a request for revisions, and the mark of its fences."""
         request, text = draft.row.key, draft.judged(draft.text)
         mark = fence_mark([request, text, *exemplars])
         shown = "\n\n".join(fence(f"example {n}", exemplar, mark) for n, exemplar in enumerate(exemplars, 1))
@@ -172,7 +175,7 @@ class Rewrite(Improver):
 
 @dataclass
 class _Request:
-    """What is asked of the generator for one draft, and what its answer may not be."""
+    """Holds a request to the generator for one draft, and the answers that are refused."""
 
     draft: Draft
     proposal: Proposal

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_choice, check_number
 from pfm.data.outputs import first_equal, same_output
 from pfm.protocols import Decoder, Flow
 
@@ -35,7 +36,7 @@ class Selection:
         added_probabilities: b(y|x) of each of them.
         added_tags: the name of the generator that made each of them; empty where there is only one.
         calls, usage: calls of the generator, and tokens by kind where they are known, that making them took.
-        trace: what the decoder did, round by round, in JSON values; None if there is nothing to tell.
+        trace: what the decoder did, round by round, in JSON values; None if there are none.
         error: type and message of what failed while it did so, or None; the selection is sound all the same.
     """
 
@@ -87,8 +88,8 @@ class Select:
     ``sample``           none: one is drawn with probability ∝ b(y|x)^strength
     ===================  ===========================================================================
 
-    With n candidates from π_ref, drawing ∝ b is importance resampling to the winners' law p₁ = 2·π_ref·b,
-    so the guard, which would bend that law, does not apply to ``sample``. The draw depends on the seed and
+    With n candidates from π_ref, drawing ∝ b is importance resampling to the winners' distribution p₁ = 2·π_ref·b,
+    so the guard, which would distort it, does not apply to ``sample``. The draw depends on the seed and
     on the prompt's text alone: it is the same in any batch, and the same again tomorrow.
 
     Args:
@@ -118,12 +119,10 @@ class Select:
         strength: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if by not in RULES:
-            raise ValueError(f"by must be one of {', '.join(RULES)}, got {by!r}")
+        check_choice("by", by, RULES)
         if margin is not None and math.isnan(margin):
             raise ValueError("margin must be a number or None (the flow's own guard margin), got nan")
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"strength must be finite and at least 0, got {strength}")
+        check_number("strength", strength, least=0)
         if strength != 1 and by != "sample":
             warnings.warn(
                 f"strength={strength} has no effect with by={by!r}: the highest score stays the highest; "

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_number
 from pfm._internal.files import cache_folder
 
 __all__ = ["EmbeddingCache", "text_keys"]
@@ -77,8 +78,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = MAX_BYTES) -> None:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError(f"max_bytes must be a whole number of at least 1, or None, got {max_bytes!r}")
+        check_number("max_bytes", max_bytes, least=1, also=(None,))
         self.max_bytes = max_bytes
         self._unchecked = _CHECK_BYTES  # so that the first addition looks
         self.folder = cache_folder("embeddings") if folder is None else Path(folder).expanduser()
@@ -234,7 +234,7 @@ class _Writer:
         return _HEADER.size + self.rows * (_ENTRY.itemsize + 4 * self.dimension)
 
     def is_current(self, dimension: int) -> bool:
-        """Tell whether the next row would land where its key says.
+        """Return whether the next row would land where its key says.
 
         Not so after a fork, when the files were cleared or cut from outside, or when an interrupt came between
         the vectors and their keys.
@@ -300,7 +300,7 @@ class _Shard:
 
 
 class _ShardReplacedError(Exception):
-    """Says that a mapped file was cleared, cut or replaced."""
+    """Raised when a mapped file was cleared, cut or replaced."""
 
 
 class _Index:

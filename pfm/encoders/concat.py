@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_length, check_number
 from pfm.encoders.base import Encoder
 from pfm.encoders.sentence import as_encoder
 
@@ -32,11 +32,9 @@ class ConcatEncoder(Encoder):
         if not self.encoders:
             raise ValueError("encoders must hold at least one encoder, got none")
         self.weights = [1.0] * len(self.encoders) if weights is None else [float(weight) for weight in weights]
-        if len(self.weights) != len(self.encoders):
-            raise ValueError(f"weights must have one value an encoder: {len(self.encoders)}, got {len(self.weights)}")
+        check_length("weights", self.weights, len(self.encoders), "encoder")
         for index, weight in enumerate(self.weights):
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"weights[{index}] must be a positive number, got {weight}")
+            check_number(f"weights[{index}]", weight, above=0)
 
     @property
     def dimension(self) -> int:

@@ -53,7 +53,7 @@ class OpenAIEncoder(CachedEncoder):
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the client is none.
-        EncodingError: a request failed after the client's retries, or the answer is not what was asked for;
+        EncodingError: a request failed after the client's retries, or the answer does not fit the request;
             the batches that were finished are in the cache.
     """
 
@@ -116,7 +116,7 @@ class OpenAIEncoder(CachedEncoder):
         return json.dumps(settings, sort_keys=True)
 
     def describe(self) -> dict[str, Any]:
-        """Describe the encoder in JSON values; asks the endpoint for the dimension if it is not known."""
+        """Describe the encoder in JSON values; requests the dimension from the endpoint if it is not known."""
         return {
             "type": type(self).__name__,
             "name": self.model,

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.hub import check_folder, loading_problem
 from pfm.devices import best_device
 from pfm.encoders.adapted import AdaptedEncoder
@@ -104,7 +105,7 @@ class SentenceEncoder(CachedEncoder):
             if (revision, device, dtype, trust_remote_code) != (None, "auto", "auto", False):
                 raise ValueError(
                     "revision, device, dtype and trust_remote_code belong to a model that is to be loaded: a loaded "
-                    "one stays as it is"
+                    "one is used unchanged"
                 )
             self._given = name_or_path
             self.name = _name_of(name_or_path)
@@ -124,13 +125,10 @@ class SentenceEncoder(CachedEncoder):
         self.truncate_dim = truncate_dim
         self.prompts = dict(prompts or {})
         self.trust_remote_code = trust_remote_code
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'auto', 'float32' or 'bfloat16', got {dtype!r}")
-        if long_texts not in ("chunk", "truncate"):
-            raise ValueError(f"long_texts must be 'chunk' or 'truncate', got {long_texts!r}")
+        check_choice("dtype", dtype, ("auto", "float32", "bfloat16"))
+        check_choice("long_texts", long_texts, ("chunk", "truncate"))
         for name, value in (("batch_size", batch_size), ("truncate_dim", truncate_dim)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            check_whole(name, value, 1, also=(None,))
         if not set(self.prompts) <= {"query", "document"}:
             raise ValueError(f"prompts may hold the keys 'query' and 'document', got {sorted(self.prompts)}")
         if self._given is None:
@@ -152,7 +150,7 @@ class SentenceEncoder(CachedEncoder):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """The dtype of the weights while encoding; "auto" is decided when first asked for."""
+        """The dtype of the weights while encoding; "auto" is decided at the first use."""
         with self._lock:
             if self.requested_dtype != "auto":
                 return self.requested_dtype
@@ -241,7 +239,7 @@ class SentenceEncoder(CachedEncoder):
         return "bfloat16" if _bfloat16_agrees[verdict] else "float32"
 
     def _compare_dtypes(self) -> bool:
-        """Tell whether the embeddings of a few texts agree between bfloat16 and float32."""
+        """Return whether the embeddings of a few texts agree between bfloat16 and float32."""
         model = self._load("float32")
         exact = _embed(model, "document", list(_AGREEMENT_TEXTS), "", self.batch_size)
         rounded = _embed(model.to(torch.bfloat16), "document", list(_AGREEMENT_TEXTS), "", self.batch_size)
@@ -325,7 +323,7 @@ def as_encoder(encoder: Any) -> Any:
 
 
 def is_sentence_transformer(value: Any) -> bool:
-    """Tell whether a value is a loaded ``SentenceTransformer``, without importing the library."""
+    """Return whether a value is a loaded ``SentenceTransformer``, without importing the library."""
     return not isinstance(value, type) and any(
         kind.__name__ == "SentenceTransformer" and kind.__module__.startswith("sentence_transformers")
         for kind in type(value).__mro__
@@ -384,7 +382,7 @@ def _capacity(model: SentenceTransformer, prompt: str) -> float:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "long_texts='chunk' needs a tokenizer that tells where tokens lie, and this model's does not;"
+            "long_texts='chunk' needs a tokenizer that gives the offsets of tokens, and this model's does not;"
             " pass long_texts='truncate'"
         )
     capacity = limit - len(tokenizer(prompt)["input_ids"])

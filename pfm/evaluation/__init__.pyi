@@ -1,6 +1,9 @@
 from .auditing.audit import Audit as Audit
 from .auditing.audit import audit as audit
 from .evaluation import evaluate as evaluate
+from .overshoot import Selecting as Selecting
+from .overshoot import best_of_curve as best_of_curve
+from .overshoot import choose_selection as choose_selection
 from .report import Report as Report
 from .results import Calibration as Calibration
 from .results import Example as Example

@@ -141,7 +141,7 @@ def evaluate(
         for name, picks in _vector_picks(vector, training, encoder, rows, progress).items():
             for row, pick in zip(rows, picks, strict=True):
                 row.picks[name] = pick
-    return Report.from_scored(
+    report = Report.from_scored(
         rows,
         baselines=computed,
         failures=failures,
@@ -149,6 +149,12 @@ def evaluate(
         resamples=resamples,
         seed=seed,
     )
+    if getattr(judge, "sure", 1.0) < 1:
+        report.verdict.warnings.append(
+            "The judge leaves pairs to a preference model where that is sure: figures flatter any flow that shares it. "
+            "Use sure=1."
+        )
+    return report
 
 
 def _checked_source(source: Any, refiner: Any, prompts: Sequence[Prompt] | None) -> list[Any]:

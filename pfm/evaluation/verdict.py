@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pfm.evaluation.candidates import Candidates
+from pfm.evaluation.overshoot import past_its_best
 from pfm.evaluation.results import Failure, MethodRow, Scored, Verdict
 from pfm.statistics import sign_test
 
@@ -36,6 +37,17 @@ def find_warnings(rows: Sequence[Scored], failures: Sequence[Failure]) -> list[s
     flat = sum(len(set(row.candidates)) > 1 and np.ptp(row.scores) == 0 for row in rows)
     if flat > n / 4:
         warnings.append(f"At {flat} of {n} prompts the judge gives all candidates the same score.")
+    judged = [row for row in rows if row.probabilities is not None]
+    past = past_its_best(
+        [row.probabilities for row in judged if row.probabilities is not None], [row.scores for row in judged]
+    )
+    if past is not None:
+        best, gain = past
+        most = max(len(row.candidates) for row in judged)
+        warnings.append(
+            f"{most} candidates are past the best number: best of {best} by b scores {gain.text(signed=True)} more. "
+            "Draw fewer, or choose n and a softer selection on validation data (pfm.evaluation.choose_selection)."
+        )
     return warnings
 
 

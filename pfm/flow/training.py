@@ -84,7 +84,7 @@ def train_residual(
     *,
     checkpoint: Path | None = None,
     progress: bool = True,
-    on_validation: Callable[[int, float], None] | None = None,
+    on_validation: Callable[[int, float], object] | None = None,
 ) -> TrainingLog:
     """Train the residual, keep the averaged weights that validated best, and set its gain.
 

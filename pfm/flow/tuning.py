@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pfm._internal.checks import check_number
 from pfm._internal.significance import confirmable, confirmed, halves
 from pfm.data.encoded import EncodedPairs
-from pfm.devices import with_standard_defaults
+from pfm.devices import standard_defaults
 from pfm.flow.config import FlowConfig
 from pfm.flow.win import WinHead
 from pfm.statistics import Bootstrap, Estimate
@@ -214,7 +215,7 @@ def grid(
 
 
 @torch.no_grad()
-@with_standard_defaults
+@standard_defaults
 def tune(
     flow: Any,
     validation: EncodedPairs,
@@ -269,9 +270,8 @@ def tune(
             f"exactly one of at_least and weight states the trade-off: got at_least={at_least}, weight={weight}; "
             "at_least=0.8 keeps 80% of the content, weight=1.0 counts a point of content as a point of b"
         )
-    for name, value in (("at_least", at_least), ("weight", weight)):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number: got {value!r}")
+    check_number("at_least", at_least, also=(None,))
+    check_number("weight", weight, also=(None,))
     for name, each in flows.items():
         for what in ("event_shape", "context_dimension"):
             ours, theirs = getattr(each, what, None), getattr(validation, what)
@@ -416,7 +416,7 @@ class HeldOutWin:
         self.pairs, self.heads, self.part = pairs, heads, part
 
     @classmethod
-    @with_standard_defaults
+    @standard_defaults
     def fit(cls, pairs: EncodedPairs, *, seed: int = 0, progress: bool = True) -> HeldOutWin:
         """Fit the win probabilities.
 

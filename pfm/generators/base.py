@@ -52,6 +52,7 @@ class Draw:
         usage: tokens that the calls took (``prompt_tokens``, ``completion_tokens``, ``total_tokens``); empty
             where that is not known.
         reasoning: for each text how many characters of hidden reasoning came beside it; empty where none did.
+        spent: where the number of draws was not fixed, how many were made and why they ended, as JSON values.
         accepts: tells usable outputs, texts that are not empty unless an encoder encodes others.
     """
 
@@ -64,6 +65,7 @@ class Draw:
     finish_reasons: list[str | None] = field(default_factory=list)
     usage: dict[str, int] = field(default_factory=dict)
     reasoning: list[int] = field(default_factory=list)
+    spent: dict[str, Any] | None = None
     accepts: Accepts = field(default_factory=lambda: is_usable_text, repr=False, compare=False)
 
     def add(self, outputs: Iterable[object], n: int) -> None:
@@ -85,6 +87,20 @@ class Draw:
     def unusable(self) -> str:
         """Say what dropped outputs are."""
         return "empty or not text" if self.of_text else "not what the encoder accepts"
+
+    def extend(self, other: Draw) -> None:
+        """Take in a further draw for the same prompt, behind what is there."""
+        before, after = len(self.texts), len(other.texts)
+        for name, missing in (("tags", ""), ("finish_reasons", None), ("reasoning", 0)):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours or theirs:
+                setattr(self, name, [*(ours or [missing] * before), *(theirs or [missing] * after)])
+        self.texts = [*self.texts, *other.texts]
+        self.calls += other.calls
+        self.dropped += other.dropped
+        self.seconds += other.seconds
+        add_usage(self.usage, other.usage)
+        self.error = self.error or other.error
 
     def fail(self, error: BaseException) -> None:
         """Record ``error`` by type and message."""

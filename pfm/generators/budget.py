@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 
+from pfm._internal.checks import check_whole
 from pfm.errors import BudgetError
 from pfm.generators.base import add_usage
 
@@ -25,8 +26,7 @@ class Budget:
 
     def __init__(self, max_calls: int | None = None, max_tokens: int | None = None) -> None:
         for name, bound in (("max_calls", max_calls), ("max_tokens_total", max_tokens)):
-            if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, or None, got {bound!r}")
+            check_whole(name, bound, 1, also=(None,))
         self.max_calls = max_calls
         self.max_tokens = max_tokens
         self.calls = 0

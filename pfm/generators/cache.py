@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pfm._internal.checks import check_number
 from pfm._internal.files import cache_folder
 from pfm.generators.base import Prompt, Sample, as_messages, canonical
 
@@ -37,7 +38,7 @@ _COLUMNS = ("key", "value", "checksum", "stored")
 
 
 def sample_key(origin: Mapping[str, Any], prompt: Prompt, number: int) -> bytes:
-    """Compute the key of one sample: SHA-256 of who is asked, with which settings, what, and the sample's number.
+    """Compute the key of one sample: SHA-256 of the model, its settings, the prompt and the sample's number.
 
     Args:
         origin: JSON values of all that the response depends on: model, address, every sampling parameter.
@@ -52,7 +53,7 @@ class ResponseCache:
     """Keeps responses on disk, so that the same call is made once.
 
     Safe for several threads and processes at once. A file that cannot be written (read-only, full) or read costs
-    one warning: what can be read still is, and the run goes on. A damaged row counts as not stored. It holds the
+    one warning: what can be read is used, and the run continues. A damaged row counts as not stored. It holds the
     responses' texts: treat it like them.
 
     Args:
@@ -66,8 +67,7 @@ class ResponseCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = MAX_BYTES) -> None:
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError(f"max_bytes must be a whole number of at least 1, or None, got {max_bytes!r}")
+        check_number("max_bytes", max_bytes, least=1, also=(None,))
         self.folder = cache_folder("responses") if folder is None else Path(folder).expanduser()
         self.path = self.folder / "responses.sqlite"
         self._lock = threading.RLock()
@@ -118,7 +118,7 @@ class ResponseCache:
         if not self._warned:
             self._warned = True
             logger.warning(
-                "the response cache %s holds damaged rows; there the run goes on without it, and calls are repeated",
+                "the response cache %s holds damaged rows; there the run continues without it, and calls are repeated",
                 self.path,
             )
         for key in keys if self._writable else ():
@@ -224,7 +224,7 @@ class ResponseCache:
             return
         self._warned = True
         logger.warning(
-            "the response cache %s cannot be %s (%s); the run goes on without it, and calls may be repeated",
+            "the response cache %s cannot be %s (%s); the run continues without it, and calls may be repeated",
             self.path,
             verb,
             error,

@@ -23,7 +23,7 @@ __all__ = ["CachedGenerator"]
 
 
 class CachedGenerator(GeneratesTexts):
-    """Looks for a sample in a cache before it asks the generator, and stores what the generator gives.
+    """Looks for a sample in a cache before it calls the generator, and stores what the generator gives.
 
     Samples are numbered: the same call gives the same texts, a second occurrence of a prompt in one call gives
     further ones. A generator that stores call by call (:class:`OpenAIGenerator`) does so here too; of others a
@@ -79,12 +79,12 @@ class CachedGenerator(GeneratesTexts):
         stored = self.cache.get([key for row in keys for key in row])
         gaps = [[place for place, key in enumerate(row) if key not in stored] for row in keys]
         # Drawn from the first gap on: a generator with seeds then gives each number its own sample.
-        asked = [row for row, gap in enumerate(gaps) if gap]
+        missing = [row for row, gap in enumerate(gaps) if gap]
         fresh = uneven_draws(
             self.generator,
-            [prompts[row] for row in asked],
-            [n - gaps[row][0] for row in asked],
-            [first[row] + gaps[row][0] for row in asked],
+            [prompts[row] for row in missing],
+            [n - gaps[row][0] for row in missing],
+            [first[row] + gaps[row][0] for row in missing],
         )
         for row, gap in enumerate(gaps):
             found = {place: stored[key] for place, key in enumerate(keys[row]) if key in stored}

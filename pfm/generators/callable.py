@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from pfm._internal.checks import check_whole
 from pfm.errors import GenerationError
 from pfm.generators.base import Accepts, Draw, GeneratesTexts, Generator, Prompt, is_usable_text
 from pfm.generators.looping import LoopSlots, in_order, iterate
@@ -20,9 +21,9 @@ def as_generator(generator: Any, accepts: Accepts = is_usable_text) -> Generator
     """Adapt ``generator`` to the :class:`~pfm.generators.base.Generator` protocol.
 
     Args:
-        generator: an object with ``.draws(prompts, n)`` (returned as it is) or ``.generate(prompts, n)``, or
+        generator: an object with ``.draws(prompts, n)`` (returned unchanged) or ``.generate(prompts, n)``, or
             a callable on one prompt, plain or async, with or without the keyword ``n``.
-        accepts: tells usable outputs; for objects with ``.draws``, which tell themselves, it has no effect.
+        accepts: returns whether an output is usable; no effect on objects with ``.draws``, which decide themselves.
 
     Raises:
         TypeError: it is none of these.
@@ -54,14 +55,14 @@ class CallableGenerator(GeneratesTexts):
     """Draw from a function of one prompt.
 
     The function returns a text or a list of texts. If it has a parameter ``n`` it is given the number of
-    texts still missing. It is called again until all are there; more than asked for are cut off.
+    texts still missing. It is called again until all are there; surplus texts are dropped.
 
     Args:
         function: ``prompt -> str | list[str]`` or ``(prompt, n=...) -> list[str]``. It gets its own copy of
             a message list, so that it may append to it.
         max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
             texts.
-        accepts: tells usable outputs.
+        accepts: returns whether an output is usable.
 
     Raises:
         TypeError: the function cannot be called with one prompt, or is async.
@@ -112,7 +113,7 @@ class AsyncCallableGenerator(GeneratesTexts):
         concurrency: calls under way at once in one event loop.
         max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
             texts.
-        accepts: tells usable outputs.
+        accepts: returns whether an output is usable.
 
     Raises:
         TypeError: the function cannot be called with one prompt.
@@ -127,8 +128,7 @@ class AsyncCallableGenerator(GeneratesTexts):
         max_calls: int | None = None,
         accepts: Accepts = is_usable_text,
     ) -> None:
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        check_whole("concurrency", concurrency, 1)
         self.function = function
         self.concurrency = concurrency
         self.max_calls = _checked_max_calls(max_calls)
@@ -178,7 +178,7 @@ class AsyncCallableGenerator(GeneratesTexts):
 class BatchGenerator:
     """Draw from an object with ``.generate(prompts, n) -> list[list[str]]``.
 
-    Rows that come back short are asked for again. When a call for several prompts raises, each of them is
+    Rows that come back short are requested again. When a call for several prompts raises, each of them is
     tried alone, so that one bad prompt does not cost the others; a GenerationError is taken as final, and the
     rows in its ``partial`` (one for each prompt) are kept.
 
@@ -187,7 +187,7 @@ class BatchGenerator:
         prompts_per_call: most prompts handed over in one call; results arrive in portions of this size.
         max_calls: calls for one prompt before fewer texts are accepted; None means twice the number of
             texts.
-        accepts: tells usable outputs.
+        accepts: returns whether an output is usable.
 
     Raises:
         TypeError: there is no method ``generate`` with a parameter ``n``.
@@ -207,8 +207,7 @@ class BatchGenerator:
                 f"generator must have .generate(prompts, n), got {type(generator).__name__} without one; "
                 "pass a function prompt -> str instead"
             )
-        if prompts_per_call < 1:
-            raise ValueError(f"prompts_per_call must be at least 1, got {prompts_per_call}")
+        check_whole("prompts_per_call", prompts_per_call, 1)
         self.generator = generator
         self.prompts_per_call = prompts_per_call
         self.max_calls = _checked_max_calls(max_calls)
@@ -273,7 +272,7 @@ def _partial(error: Exception) -> list[Any]:
 
 
 def _takes_n(function: Callable[..., Any]) -> bool:
-    """Tell whether ``function`` has a parameter ``n`` beside the prompt.
+    """Return whether ``function`` has a parameter ``n`` beside the prompt.
 
     Raises:
         TypeError: it cannot be called with one prompt, or is an async generator.
@@ -302,9 +301,9 @@ def _is_async(function: Any) -> bool:
 
 
 def _generates_n(generator: Any) -> bool:
-    """Tell whether ``generator`` has a method ``generate`` with a parameter named ``n``.
+    """Return whether ``generator`` has a method ``generate`` with a parameter named ``n``.
 
-    The name is asked for because models of other libraries have a ``generate`` of another meaning.
+    The name is required because models of other libraries have a ``generate`` of another meaning.
     """
     method = getattr(generator, "generate", None)
     if not callable(method):
@@ -316,6 +315,5 @@ def _generates_n(generator: Any) -> bool:
 
 
 def _checked_max_calls(max_calls: int | None) -> int | None:
-    if max_calls is not None and max_calls < 1:
-        raise ValueError(f"max_calls must be at least 1 or None, got {max_calls}")
+    check_whole("max_calls", max_calls, 1, also=(None,))
     return max_calls

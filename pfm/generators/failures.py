@@ -47,9 +47,9 @@ def named_failure(
 
     Args:
         error: what the client raised.
-        model, address: what was asked.
+        model, address: of the request.
         secrets: texts that must not be shown; servers quote keys in their errors.
-        route: says through which proxy it was asked; empty for none.
+        route: the proxy of the request, in words; empty for none.
     """
     import openai
 
@@ -64,10 +64,10 @@ def named_failure(
         kind, message = ServerError, f"no answer from {address}{route} in time{_cause(error)}"
     elif isinstance(error, openai.APIConnectionError):
         if "Connect" in type(error.__cause__).__name__ or "UnsupportedProtocol" in type(error.__cause__).__name__:
-            asked = "is the server running and base_url right?"
+            question = "is the server running and base_url right?"
             if route:
-                asked = "is the proxy running, and meant for this address? no_proxy lists addresses without one"
-            kind, message = EndpointError, f"nothing answers at {address}{route}: {asked}"
+                question = "is the proxy running, and meant for this address? no_proxy lists addresses without one"
+            kind, message = EndpointError, f"nothing answers at {address}{route}: {question}"
         else:
             kind, message = ServerError, f"the connection to {address}{route} broke"
         message += _cause(error)

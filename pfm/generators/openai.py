@@ -16,6 +16,7 @@ from contextlib import aclosing
 from operator import attrgetter
 from typing import Any, Literal
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.endpoint import Endpoint, check_extra_query, is_secret_name
 from pfm.errors import GenerationError, MissingKeyError
 from pfm.generators.base import Draw, GeneratesTexts, Prompt, Sample, as_messages, canonical, first_samples
@@ -29,7 +30,7 @@ from pfm.generators.sampling import Outcome, Sampling, Several
 __all__ = ["OpenAIGenerator"]
 
 _SET_ELSEWHERE = {
-    "n": "it is the n of draws(prompts, n) and of pfm.wrap(..., n=); n_per_call bounds what one request asks for",
+    "n": "it is the n of draws(prompts, n) and of pfm.wrap(..., n=); n_per_call bounds the samples of one request",
     "stream": "candidates are compared whole",
     "stream_options": "candidates are compared whole",
     "messages": "they are the prompts",
@@ -45,7 +46,7 @@ class OpenAIGenerator(GeneratesTexts):
     """Draws texts from a chat model through the openai client.
 
     Sends the parameters that are given here and no others. Retries and timeouts are the client's own. All
-    samples of a prompt are asked for with ``n``; where the server ignores or refuses it, with parallel requests.
+    samples of a prompt are requested with ``n``; where the server ignores or refuses it, with parallel requests.
     An error concerns its prompt alone and is recorded in its :class:`Draw`, by the names of :mod:`pfm.errors`.
 
     The key is kept in memory only: it is no part of `describe`, `repr`, pickles, the cache or an error. A
@@ -70,13 +71,13 @@ class OpenAIGenerator(GeneratesTexts):
         timeout: seconds for one try of a request, the whole of its answer included; None: the client's default.
         max_retries: None: the client's default.
         cache: a folder, a :class:`ResponseCache`, or True for the user's own: each response is stored as it
-            comes, and the same sample is not asked for again. None for no cache.
+            comes, and the same sample is not requested again. None for no cache.
         parameters: what the endpoint takes, such as ``temperature=0.7``, ``max_completion_tokens=200`` or
             ``extra_body={"top_k": 40}``. With a ``seed`` the sample of number k is drawn with seed + k, for
             requests with one seed may all give the same text.
 
     Raises:
-        MissingKeyError: OpenAI is to be asked, and there is no key.
+        MissingKeyError: the endpoint is that of OpenAI, and there is no key.
         ValueError, TypeError: an argument is out of range, a client is none, or the environment names a proxy that
             cannot be used.
     """
@@ -101,11 +102,9 @@ class OpenAIGenerator(GeneratesTexts):
     ) -> None:
         if not isinstance(model, str) or not model.strip():
             raise ValueError(f"model must be a name, got {model!r}")
-        if api not in PROTOCOLS:
-            raise ValueError(f"api must be one of {', '.join(PROTOCOLS)}, got {api!r}")
+        check_choice("api", api, PROTOCOLS)
         for name, value in (("n_per_call", n_per_call), ("concurrency", concurrency)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(name, value, 1, also=(None,))
         given = client if client is not None else async_client
         if given is not None:
             _check_clients(client, async_client, api)
@@ -271,7 +270,7 @@ class OpenAIGenerator(GeneratesTexts):
         if self._forgotten:
             raise MissingKeyError(
                 f"this generator was pickled without the texts in {', '.join(self._forgotten)}, which may be secret: "
-                "make it anew in this process"
+                "make a new one in this process"
             )
         first = first_samples(prompts, n, start)
         return [_Task(self, as_messages(prompt), n, at) for prompt, at in zip(prompts, first, strict=True)]
@@ -473,8 +472,7 @@ def _check_parameters(parameters: Mapping[str, Any], api: str) -> None:
             raise TypeError(f"{name} must be a dict with names as its keys, got {type(value).__name__}")
     check_extra_query(parameters.get("extra_query"))
     seed = parameters.get("seed")
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise ValueError(f"seed must be a whole number, got {seed!r}")
+    check_whole("seed", seed, also=(None,))
     if api == "chat":
         from openai.resources.chat.completions import Completions as Resource
     else:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pfm._internal.checks import check_length
 from pfm.errors import GenerationError
 from pfm.generators.base import (
     Draw,
@@ -40,7 +41,7 @@ class GeneratorPool(GeneratesTexts):
     Args:
         generators: by their names; or a list, which are then named after their models, numbered where two have
             the same name.
-        weights: how often each is asked, in any unit; None for all alike. By the same names, or in the same order.
+        weights: how often each is used, in any unit; None for all alike. By the same names, or in the same order.
         seed: seed of the allotment.
 
     Raises:
@@ -115,7 +116,7 @@ class GeneratorPool(GeneratesTexts):
 
 
 class _Ahead:
-    """Runs iterators ahead, each in a thread of its own; an error of one is raised where it is asked for."""
+    """Runs iterators ahead, each in a thread of its own; an error of one is raised where its result is needed."""
 
     def __init__(self, streams: Mapping[str, Iterator[Draw]]) -> None:
         self._streams = streams
@@ -192,8 +193,7 @@ def _checked_weights(weights: Any, names: list[str]) -> dict[str, float]:
     if weights is None:
         weights = dict.fromkeys(names, 1.0)
     elif not isinstance(weights, Mapping):
-        if len(weights) != len(names):
-            raise ValueError(f"weights must be as many as generators, got {len(weights)} for {len(names)}")
+        check_length("weights", weights, len(names), "generator")
         weights = dict(zip(names, weights, strict=True))
     if set(weights) != set(names):
         raise ValueError(f"weights must be those of {', '.join(names)}; got {', '.join(map(str, weights))}")

@@ -41,7 +41,7 @@ class Protocol:
     Attributes:
         method: the path of the client's method.
         prompt: name of the parameter that takes the conversation.
-        takes_n: whether several choices can be asked for in one request.
+        takes_n: whether one request may be for several choices.
         read: gives the choices of an answer; raises BadAnswerError if it is none.
     """
 
@@ -71,7 +71,7 @@ def _parsed(answer: Any) -> Any:
 def _checked(content: Any, finish_reason: Any, *, refusal: Any, called: bool, reasoning: int = 0) -> Choice:
     reason = finish_reason if isinstance(finish_reason, str) else None
     if called:
-        return Choice(error=ToolCallError("the model asked for a tool, which nothing here can run"))
+        return Choice(error=ToolCallError("the model called a tool, which nothing here can run"))
     if isinstance(refusal, str) and refusal.strip():
         return Choice(error=ContentFilterError(f"the model refused: {refusal[:200]}"))
     if reason == "content_filter":
@@ -79,10 +79,10 @@ def _checked(content: Any, finish_reason: Any, *, refusal: Any, called: bool, re
     if content is not None and not isinstance(content, str):
         return Choice(error=NotTextError(f"the content is no text but {type(content).__name__}"))
     if not content or not content.strip():
-        told = f" (finish_reason {reason!r})" if reason not in (None, "stop") else ""
+        detail = f" (finish_reason {reason!r})" if reason not in (None, "stop") else ""
         if reasoning:
-            told += f" after {reasoning:,} characters of hidden reasoning: let the model write more tokens"
-        return Choice(error=EmptyAnswerError(f"the answer is empty or only white space{told}"))
+            detail += f" after {reasoning:,} characters of hidden reasoning: let the model write more tokens"
+        return Choice(error=EmptyAnswerError(f"the answer is empty or only white space{detail}"))
     if not is_usable_text(content):
         return Choice(error=NotTextError("the answer holds half a surrogate pair, which is no text"))
     return Choice(content, reason, reasoning=reasoning)

@@ -62,7 +62,7 @@ class Several:
         """Note that several were not to be had.
 
         Args:
-            seen: the ``round`` when it was asked; what was asked at the same time tells the same only once.
+            seen: the ``round`` of the request; requests of the same time count once.
             named: whether it is sure that the number was the reason.
         """
         if seen == self.round:
@@ -79,8 +79,8 @@ class Several:
 class Sampling:
     """The way to n samples for one prompt.
 
-    All missing samples are asked for at once where the server takes n, else in parallel requests for one. Unusable
-    outputs are asked for again, until as many were unusable as were wanted, or two. An error ends the sampling;
+    All missing samples are requested at once where the server takes n, else in parallel requests for one. Unusable
+    outputs are requested again, until as many were unusable as were wanted, or two. An error ends the sampling;
     what is there, and what is still under way, is kept.
 
     Args:
@@ -170,7 +170,7 @@ class Sampling:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is under way and nothing would be sent: ask after :meth:`requests`."""
+        """Return whether nothing is under way and nothing would be sent: ask after :meth:`requests`."""
         return not self._under_way
 
     def draw(self) -> Draw:

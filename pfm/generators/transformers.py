@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_whole
 from pfm._internal.hub import check_folder, loading_problem, location
 from pfm._internal.special_tokens import SpecialTokens
 from pfm.devices import best_device
@@ -41,7 +42,7 @@ _REFUSED = {
     "num_beams": "candidates are sampled; a beam gives texts that are not",
     "generator": "the seed decides",
 }
-# Settings of the law that tokens are drawn from, and the value at which each leaves it as it is.
+# Settings of the distribution that tokens are drawn from, and the value at which each has no effect.
 _NEUTRAL = {
     "temperature": 1.0,
     "top_k": 50,  # what Transformers takes for unset where nothing is sampled
@@ -103,8 +104,7 @@ class TransformersGenerator(GeneratesTexts):
         **parameters: Any,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_new_tokens", parameters.get("max_new_tokens", 1))):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            check_whole(name, value, 1)
         for name, why in _REFUSED.items():
             if name in parameters:
                 raise ValueError(f"{name} cannot be set as a parameter: {why}")
@@ -310,7 +310,7 @@ class TransformersGenerator(GeneratesTexts):
             kept = kept[:-1]
         ended = end is not None or len(kept) < self.max_new_tokens
         special: set[int] = set()
-        if not self._markers.isdisjoint(kept):  # without its markers reasoning could not be told from the answer
+        if not self._markers.isdisjoint(kept):  # without its markers reasoning could not be separated from the answer
             special = set(self.tokenizer.all_special_ids) - self._markers
         text = self.tokenizer.decode(
             [token for token in kept if token not in special],
@@ -320,7 +320,7 @@ class TransformersGenerator(GeneratesTexts):
         return text, "stop" if ended else "length", len(kept) + (end is not None)
 
     def _warpers(self) -> list[Any]:
-        """Make what bends the law of the next token, in the order of Transformers."""
+        """Make the processors of the next token's distribution, in the order of Transformers."""
         from transformers.generation import logits_process as made
 
         def setting(name: str) -> Any:
@@ -414,7 +414,7 @@ class _OwnNumbers:
 
     Args:
         uniforms: (B, T) in [0, 1), one for each row and step.
-        warpers: what bends the law before a token is drawn from it.
+        warpers: processors of the distribution before a token is drawn from it.
     """
 
     def __init__(self, uniforms: np.ndarray, warpers: Sequence[Any]) -> None:

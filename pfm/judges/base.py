@@ -42,11 +42,13 @@ class Verdict:
         probability: that the first is the better one, in [0, 1]; ½ is a tie; NaN if the judge gave no verdict.
         votes: how often it said first, second, tie, and how often it could not be read.
         error: type and message of what failed, or None.
+        by_model: whether a preference model gave it alone, without the judge (:class:`pfm.judges.SparingJudge`).
     """
 
     probability: float
     votes: Mapping[str, int] = field(default_factory=lambda: dict(NO_VOTES))
     error: str | None = None
+    by_model: bool = False
 
     @property
     def given(self) -> bool:
@@ -129,7 +131,7 @@ class Judge(ABC):
         Returns:
             Rows with ``prompt``, ``chosen``, ``rejected``, ``probability`` (that chosen is the better one, at least
             ½) and ``votes``, ready for :meth:`pfm.PreferencePairs.from_rows`. Ties stay, with probability ½. Pairs
-            without a verdict are left out, and counted in the log.
+            without a verdict are left out, and counted in the log; so are pairs that a model decided alone, uncounted.
 
         Raises:
             PreferenceDataError: a row lacks a column, or a text is blank.
@@ -142,10 +144,11 @@ class Judge(ABC):
         labelled = [
             preference_row(row, comparison, verdict)
             for (row, comparison), verdict in zip(asked, verdicts, strict=True)
-            if verdict.given
+            if verdict.given and not verdict.by_model
         ]
-        if len(labelled) < len(asked):
-            logger.warning("%s gave no verdict on %d of %d pairs", self.name, len(asked) - len(labelled), len(asked))
+        missing = sum(not verdict.given for verdict in verdicts)
+        if missing:
+            logger.warning("%s gave no verdict on %d of %d pairs", self.name, missing, len(asked))
         return labelled
 
 

@@ -1,4 +1,4 @@
-"""A judge that asks a language model, in both orders."""
+"""A language model as judge, in both orders."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pfm._internal.checks import check_choice, check_whole
 from pfm._internal.templates import Template, fence, fence_mark
 from pfm.data.conversations import conversation_text
 from pfm.generators import Prompt, as_generator
@@ -47,7 +48,7 @@ class Tally:
 
     @property
     def position_bias(self) -> float:
-        """Give how much more often the first place won than the second, of all wins: 0 for none, 1 for always.
+        """Return how much more often the first place won than the second, of all wins: 0 for none, 1 for always.
 
         Meaningful over both orders, in which each output stands in each place once. NaN without a win.
         """
@@ -56,7 +57,7 @@ class Tally:
 
     @property
     def consistency(self) -> float:
-        """Give the share of pairs on which both orders agreed; NaN if none was judged in both."""
+        """Return the share of pairs on which both orders agreed; NaN if none was judged in both."""
         both = self.agreed + self.turned
         return self.agreed / both if both else math.nan
 
@@ -79,7 +80,7 @@ class LLMJudge(Judge):
         template: ``"judge"``, or the path of a file with the places ``{prompt}``, ``{first}``, ``{second}`` and, if
             wanted, ``{rubric}`` and ``{mark}``.
         rubric: what makes an output better: the path of a file, or ``"rubric"``, the one of this package.
-        both_orders: False asks in one order only, at half the price and with the model's leaning.
+        both_orders: False judges in one order only, at half the price and with the model's position bias.
         samples: answers an order, of which the mean counts.
         temperature: for a generator that takes one (with a dict ``parameters``, or a function with a parameter of this
             name) and has not been given another; 1 in place of 0 for several samples. None sends none, as models need
@@ -103,10 +104,8 @@ class LLMJudge(Judge):
         against: str = "all",
         name: str | None = None,
     ) -> None:
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be a whole number of at least 1: got {samples!r}")
-        if against not in ("all", "first"):
-            raise ValueError(f"against must be 'all' or 'first', got {against!r}")
+        check_whole("samples", samples, 1)
+        check_choice("against", against, ("all", "first"))
         self.temperature = 1.0 if samples > 1 and temperature == 0 else temperature
         own, self.applied = _with_temperature(generator, self.temperature)
         self.generator = as_generator(own)
@@ -138,8 +137,8 @@ class LLMJudge(Judge):
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """Ask about all comparisons, in both orders, as concurrently as the generator allows."""
         orders = (False, True) if self.both_orders else (False,)
-        asked = [self._prompt(comparison, turned) for comparison in comparisons for turned in orders]
-        draws = iter(list(self.generator.draws(asked, self.samples)))
+        questions = [self._prompt(comparison, turned) for comparison in comparisons for turned in orders]
+        draws = iter(list(self.generator.draws(questions, self.samples)))
         verdicts = []
         for _ in comparisons:
             votes = {"first": 0, "second": 0, "tie": 0, "unread": 0}

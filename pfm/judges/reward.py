@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pfm._internal.checks import check_whole
 from pfm._internal.hub import check_folder, loading_problem, location
 from pfm._internal.special_tokens import SpecialTokens
 from pfm.data.conversations import conversation_text
@@ -60,8 +61,7 @@ class RewardModelJudge(ScoringJudge):
         name: str | None = None,
     ) -> None:
         super().__init__(temperature=temperature)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}")
+        check_whole("batch_size", batch_size, 1)
         self.batch_size = batch_size
         self.revision = revision
         self.logit = logit
@@ -85,7 +85,7 @@ class RewardModelJudge(ScoringJudge):
             raise ValueError(f"{shown} has {labels} labels: say which one is the score, logit=0 to {labels - 1}")
         if logit is not None and not 0 <= logit < labels:
             raise ValueError(f"logit must lie in 0..{labels - 1}, got {logit}")
-        if model.config.pad_token_id is None:  # asked for by models that look for the last token, though none pads
+        if model.config.pad_token_id is None:  # needed by models that look for the last token, though none pads
             model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else -1
 
     def __repr__(self) -> str:

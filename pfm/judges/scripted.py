@@ -61,7 +61,7 @@ class ScriptedJudge(ScoringJudge):
         return [self._score(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
 
     def describe(self) -> dict[str, Any]:
-        """Describe the rule by its name; what a function does, it cannot tell."""
+        """Describe the rule by its name; the code of a function is not part of it."""
         rules = [[pattern.pattern, pattern.flags, weight] for pattern, weight in self._patterns]
         return {"type": type(self).__name__, "name": self.name, "rules": rules, "temperature": self.temperature}
 

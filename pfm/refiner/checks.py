@@ -17,6 +17,7 @@ from pfm.generators import Prompt
 from pfm.generators.base import Accepts, is_usable_text
 from pfm.protocols import Flow
 from pfm.references import PooledFlow
+from pfm.refiner.stopping import Plan, Stopping
 
 __all__ = [
     "accepted_outputs",
@@ -24,6 +25,7 @@ __all__ = [
     "check_flow_and_encoder",
     "check_n",
     "check_outputs",
+    "check_plan",
     "check_prompts",
     "check_sources",
     "check_tags",
@@ -121,6 +123,34 @@ def check_n(n: Any) -> int:
     if n < 1:
         raise ValueError(f"n must be at least 1 candidate a prompt, got {n}")
     return int(n)
+
+
+def check_plan(n: Any, max_n: Any, spend: Any, stopping: Any, flow: Flow, decoder: Decoder) -> Plan | None:
+    """Return the stopping rule of ``n="auto"`` with its cap and price, or None where n is a number.
+
+    Raises:
+        TypeError: n is text other than "auto", or ``stopping`` is no rule. ValueError: there is no rule, the decoder or
+            the flow has no use for one, or settings of a rule came with a number.
+    """
+    if stopping is not None and not isinstance(stopping, Stopping):
+        raise TypeError(f"stopping must be a pfm.refiner.Stopping, got {show(stopping)}")
+    if not isinstance(n, str):
+        given = {"max_n": max_n, "spend": spend}
+        names = [name for name, value in given.items() if value is not None]
+        if names:
+            raise ValueError(f'{", ".join(names)} belong to n="auto", got them with n={n!r}')
+        return None
+    if n != "auto":
+        raise TypeError(f'n must be an integer or "auto", got {n!r}')
+    if isinstance(flow, PooledFlow) or (isinstance(decoder, Select) and decoder.by != "win_probability"):
+        found = "a flow of a pool" if isinstance(flow, PooledFlow) else f"by={getattr(decoder, 'by', None)!r}"
+        raise ValueError(f'n="auto" stops by the best win probability so far, got {found}: give n a number')
+    if stopping is None:
+        raise ValueError(
+            'n="auto" needs a calibrated stopping rule: pass stopping=wrap(None, flow, ...).calibrate(outputs, '
+            "prompts, scores) on held-out prompts, or Stopping.load(path); without one, give n a number"
+        )
+    return stopping.plan(None if max_n is None else check_n(max_n), spend)
 
 
 def check_prompts(prompts: Any) -> list[Prompt]:

@@ -20,7 +20,9 @@ from pfm.reasoning import judged_text
 from pfm.refiner.checks import accepted_outputs, flat_size
 from pfm.refiner.refinement import Refinement
 
-__all__ = ["judge"]
+__all__ = ["judge", "log_odds"]
+
+LOGIT_FLOOR = 1e-6  # of b, before its log-odds are taken
 
 
 def judge(
@@ -58,6 +60,43 @@ def judge(
     share = (time.perf_counter() - started) / len(judged)
     for answered in judged:
         answered.result.seconds += share
+
+
+def log_odds(
+    rows: Sequence[Sequence[Any]], keys: Sequence[str], *, flow: Flow, encoder: Any, reasoning: str
+) -> list[list[float]]:
+    """Return logit b(y|x) against the reference of the outputs of each prompt; NaN where there is nothing to judge.
+
+    Other candidates of the prompt have no influence, also where a preference model gives b.
+
+    Args:
+        rows: outputs of each prompt. keys: its text.
+        flow, encoder, reasoning: as for :func:`judge`.
+    """
+    accepts = accepted_outputs(encoder)
+    shown = [[judged_text(text, reasoning) if isinstance(text, str) else text for text in row] for row in rows]
+    found = [[math.nan] * len(row) for row in shown]
+    places = [(row, place) for row, texts in enumerate(shown) for place, text in enumerate(texts) if accepts(text)]
+    if not places:
+        return found
+    texts = [shown[row][place] for row, place in places]
+    vectors = _encoded(encoder.encode, texts, flow.metadata["dimension"], _event_shape(flow))
+    usable = vectors.flatten(1).isfinite().all(dim=1)
+    contexts = None
+    if context_dimension := flow.metadata.get("context_dimension"):
+        asked = sorted({row for row, _ in places})
+        encode = getattr(encoder, "encode_prompts", encoder.encode)
+        encoded = _encoded(encode, [keys[row] for row in asked], context_dimension)
+        contexts = encoded[torch.tensor([asked.index(row) for row, _ in places])]
+        usable &= contexts.isfinite().all(dim=1)
+        contexts = contexts[usable]
+    if usable.any():
+        b = flow.win_probability(vectors[usable], contexts).detach().cpu().double().numpy()
+        b = b.clip(LOGIT_FLOOR, 1 - LOGIT_FLOOR)
+        judged = (place for place, good in zip(places, usable.tolist(), strict=True) if good)
+        for (row, place), value in zip(judged, (np.log(b) - np.log1p(-b)).tolist(), strict=True):
+            found[row][place] = value
+    return found
 
 
 def _decoded(flow: Flow, decoder: Decoder, rows: list[Judged]) -> Iterable[Selection]:

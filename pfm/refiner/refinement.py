@@ -14,7 +14,7 @@ from pfm.generators import Draw, Prompt
 __all__ = ["Refinement", "unjudged"]
 
 # Fields of a Refinement that most generators and decoders have nothing to say in.
-_WHERE_KNOWN = ("generator", "generators", "trace", "usage", "reasoning")
+_WHERE_KNOWN = ("generator", "generators", "trace", "usage", "reasoning", "spent")
 
 
 @dataclass
@@ -41,6 +41,9 @@ class Refinement:
             ``total_tokens``); empty where that is not known.
         reasoning: for each candidate how many characters of hidden reasoning were set aside: what was judged is the
             answer after it (see :mod:`pfm.reasoning`); empty where no candidate holds any.
+        spent: with ``n="auto"`` how many draws were made: ``draws``, ``waves``, ``max_n``, why they ``ended`` ("good
+            enough", "cap", "fixed n", "all the same", "failed", "interrupted"), and of the wave that was not made
+            ``expected_gain`` and ``price`` in win probability; else None.
     """
 
     prompt: Prompt
@@ -60,6 +63,7 @@ class Refinement:
     generators: list[str] = dataclasses.field(default_factory=list)
     usage: dict[str, int] = dataclasses.field(default_factory=dict)
     reasoning: list[int] = dataclasses.field(default_factory=list)
+    spent: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; a probability that is NaN becomes None, and what is not known is left out.
@@ -113,6 +117,7 @@ def unjudged(prompt: Prompt, draw: Draw) -> Refinement:
         generators=draw.tags,
         usage=draw.usage,
         reasoning=draw.reasoning,
+        spent=draw.spent,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,21 +19,25 @@ from pfm.generators.base import Accepts, first_samples, is_usable_text, numbered
 from pfm.protocols import Flow
 from pfm.reasoning import checked_reasoning
 from pfm.references import PooledFlow
+from pfm.refiner.calibration import calibrate
 from pfm.refiner.checks import (
     accepted_outputs,
     as_decoder,
     check_flow_and_encoder,
     check_n,
     check_outputs,
+    check_plan,
     check_prompts,
     check_sources,
     check_tags,
     is_conversation,
     show,
 )
-from pfm.refiner.judging import judge
+from pfm.refiner.judging import judge, log_odds
 from pfm.refiner.refinement import Refinement
 from pfm.refiner.run import Run
+from pfm.refiner.stopping import Plan, Stopping
+from pfm.refiner.waves import RecentEncoder, drawn_in_waves
 
 __all__ = ["Refiner", "wrap"]
 
@@ -45,7 +50,10 @@ def wrap(
     *,
     encoder: Any,
     decoder: str | Decoder = "select",
-    n: int = 8,
+    n: int | str = 8,
+    max_n: int | None = None,
+    spend: float | Mapping[str, float] | None = None,
+    stopping: Stopping | None = None,
     reasoning: str = "strip",
     **options: Any,
 ) -> Refiner:
@@ -62,7 +70,12 @@ def wrap(
             one. Outputs are texts, or where it has ``accepts(output)`` whatever that is true for: images, arrays.
         decoder: ``"select"``, ``"rewrite"``, ``"latent"``, or an object with ``decode`` (see
             :class:`pfm.decoders.Decoder`).
-        n: candidates a prompt.
+        n: candidates a prompt; ``"auto"`` draws in waves until the best b so far is good enough.
+        max_n: with "auto", the most candidates; None takes that of the calibration.
+        spend: with "auto", the price of a draw in win probability, or ``{"token": price}``; None takes the price at
+            which the held-out score is that of the fixed n.
+        stopping: the rule of "auto", made by :meth:`Refiner.calibrate`. With a number of candidates it is kept for
+            requests to ``pfm serve`` that ask for "auto".
         reasoning: "strip" judges of a candidate with hidden reasoning (``<think>...</think>`` and the like, see
             :mod:`pfm.reasoning`) the answer after it, and hands on the whole; "keep" judges the whole text.
         options: settings of the decoder that is named: ``by``, ``margin``, ``strength``, ``seed`` of
@@ -72,8 +85,8 @@ def wrap(
     Raises:
         TypeError: generator, flow, encoder or decoder lack a method that is needed, n is not an integer, or the
             decoder lacks a setting.
-        ValueError: n < 1, an unknown ``reasoning``, an encoder of another dimension than the flow's, a setting that
-            the decoder does not have, or settings beside a decoder object.
+        ValueError: n < 1, ``n="auto"`` without a stopping rule, an unknown ``reasoning``, an encoder of another
+            dimension than the flow's, a setting that the decoder does not have, or settings beside a decoder object.
 
     Warns:
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
@@ -96,7 +109,8 @@ def wrap(
     chooser = as_decoder(decoder, options)
     if isinstance(flow, PooledFlow):
         check_sources(flow, found, chooser)
-    return Refiner(found, flow, encoder, chooser, check_n(n), reasoning)
+    plan = check_plan(n, max_n, spend, stopping, flow, chooser)
+    return Refiner(found, flow, encoder, chooser, check_n(n if plan is None else plan.max_n), reasoning, plan, stopping)
 
 
 class Refiner:
@@ -104,10 +118,23 @@ class Refiner:
 
     It holds no open handle and can be pickled when its generator can (a function must live in a module), so
     :meth:`map_batch` runs in the workers of ``datasets.map``, Ray Data or Spark.
+
+    Attributes:
+        n: candidates a prompt, or the most of them where there is a ``plan``.
+        plan: with ``n="auto"`` the stopping rule, its cap and its price; else None.
+        stopping: the stopping rule, where there is one.
     """
 
     def __init__(
-        self, generator: Any, flow: Flow, encoder: Any, decoder: Decoder, n: int, reasoning: str = "strip"
+        self,
+        generator: Any,
+        flow: Flow,
+        encoder: Any,
+        decoder: Decoder,
+        n: int,
+        reasoning: str = "strip",
+        plan: Plan | None = None,
+        stopping: Stopping | None = None,
     ) -> None:
         self.reasoning = checked_reasoning(reasoning)
         self.generator = generator
@@ -116,9 +143,12 @@ class Refiner:
         bind = getattr(decoder, "bind", None)
         self.decoder = decoder if bind is None else bind(generator, flow, encoder)
         self.n = n
+        self.plan = plan
+        self.stopping = stopping if plan is None else plan.stopping
 
     def __repr__(self) -> str:
-        return f"Refiner(generator={self.generator!r}, decoder={self.decoder!r}, n={self.n})"
+        n = self.n if self.plan is None else f'"auto", max_n={self.n}'
+        return f"Refiner(generator={self.generator!r}, decoder={self.decoder!r}, n={n})"
 
     def __call__(self, prompt: Prompt) -> Refinement:
         """Draw n candidates for one prompt and return the refined output.
@@ -167,8 +197,12 @@ class Refiner:
         """
         prompts = check_prompts(prompts)
         generator, first = self._generator(), first_samples(prompts, self.n, start)
-        run = self._run(prompts, progress, on_result)
-        return run.over(numbered_draws(generator, prompts, self.n, first))
+        if self.plan is None:
+            return self._run(prompts, progress, on_result).over(numbered_draws(generator, prompts, self.n, first))
+        encoder = RecentEncoder(self.encoder)
+        run = self._run(prompts, progress, on_result, encoder)
+        odds = functools.partial(log_odds, flow=self.flow, encoder=encoder, reasoning=self.reasoning)
+        return run.over(drawn_in_waves(generator, prompts, run.keys, first, self.plan, odds))
 
     async def abatch(
         self,
@@ -181,10 +215,10 @@ class Refiner:
         """Do what :meth:`batch` does without holding up the event loop.
 
         A generator with ``adraws`` draws in this loop, for all prompts at once as far as its own bound allows, and
-        goes on while finished draws are judged in a thread. Any other runs in a thread of its own, with the rest.
-        ``on_result`` is called in such a thread.
+        goes on while finished draws are judged in a thread. Any other, and any with ``n="auto"``, runs in a thread of
+        its own, with the rest. ``on_result`` is called in such a thread.
         """
-        if not callable(getattr(self.generator, "adraws", None)):
+        if self.plan is not None or not callable(getattr(self.generator, "adraws", None)):
             executor = ThreadPoolExecutor(1, thread_name_prefix="pfm-refiner")
             work = functools.partial(self.batch, prompts, progress=progress, on_result=on_result, start=start)
             try:
@@ -228,6 +262,49 @@ class Refiner:
         tags = check_tags(generators, rows)
         draws = map(functools.partial(_given, accepts), rows, tags)
         return self._run(prompts, progress, on_result).over(draws)
+
+    def calibrate(
+        self,
+        outputs: Sequence[Sequence[Any]],
+        prompts: Sequence[Prompt],
+        scores: Sequence[Sequence[float]],
+        *,
+        n: int = 8,
+        max_n: int = 16,
+        **settings: Any,
+    ) -> Stopping:
+        """Learn from scored candidates of held-out prompts when to stop drawing, for ``wrap(..., n="auto")``.
+
+        Args:
+            outputs: for each prompt independent draws of the generator, 16 or more; none with fewer than n is used.
+            prompts: as many; none that the flow was fitted on.
+            scores: one for each output, by people or a judge; higher is better.
+            n: the fixed number of draws to replace. max_n: the most to take.
+            settings: ``waves``, ``loss``, ``margin``, ``replays``, ``seed`` of :func:`pfm.refiner.calibrate`.
+
+        Returns:
+            the rule, with its evidence; it stands for n draws, and says why, where held-out scores do not confirm it.
+
+        Raises:
+            TypeError, ValueError: as :meth:`refine` and :func:`pfm.refiner.calibrate`.
+        """
+        prompts = check_prompts(prompts)
+        rows = check_outputs(outputs, accepted_outputs(self.encoder))
+        if not len(rows) == len(prompts) == len(scores):
+            raise ValueError(
+                f"outputs, prompts and scores must be equally many, got {len(rows)}, {len(prompts)} and {len(scores)}"
+            )
+        for row, (given, found) in enumerate(zip(rows, scores, strict=True)):
+            if len(given) != len(found):
+                raise ValueError(f"scores[{row}] must hold one for each output, got {len(found)} for {len(given)}")
+        keys = [conversation_text(prompt) for prompt in prompts]
+        odds = log_odds(rows, keys, flow=self.flow, encoder=self.encoder, reasoning=self.reasoning)
+        kept = [[place for place, value in enumerate(values) if math.isfinite(value)] for values in odds]
+        probabilities = [
+            [1 / (1 + math.exp(-values[at])) for at in places] for values, places in zip(odds, kept, strict=True)
+        ]
+        judged = [[found[at] for at in places] for found, places in zip(scores, kept, strict=True)]
+        return calibrate(probabilities, judged, n=n, max_n=max_n, **settings)
 
     def candidates(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
         """Draw up to n fresh outputs for each prompt; fewer, with a line in the log, where it failed.
@@ -280,13 +357,19 @@ class Refiner:
         columns["error"] = [result.error or "" for result in results]
         return columns
 
-    def _run(self, prompts: list[Prompt], progress: bool, on_result: Callable[[Refinement], object] | None) -> Run:
+    def _run(
+        self,
+        prompts: list[Prompt],
+        progress: bool,
+        on_result: Callable[[Refinement], object] | None,
+        encoder: Any = None,
+    ) -> Run:
         keys = [conversation_text(prompt) for prompt in prompts]
         for row, key in enumerate(keys if self.flow.metadata.get("context_dimension") else []):
             if not is_usable_text(key):
                 raise ValueError(f"prompts[{row}] must be text that can be encoded, got {show(prompts[row])}")
         judge_here = functools.partial(
-            judge, flow=self.flow, encoder=self.encoder, decoder=self.decoder, reasoning=self.reasoning
+            judge, flow=self.flow, encoder=encoder or self.encoder, decoder=self.decoder, reasoning=self.reasoning
         )
         return Run(prompts, keys, self.n, judge_here, progress, on_result)
 

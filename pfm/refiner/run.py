@@ -128,7 +128,9 @@ def _notes(draw: Draw, n: int, result: Refinement) -> str:
     hidden = sum(characters > 0 for characters in result.reasoning)
     if hidden:
         notes += f"; hidden reasoning set aside in {hidden} of {count(len(result.reasoning), 'candidate')}"
-    if draw.calls and len(draw.texts) < n:
+    if draw.spent is not None:
+        notes += f"; {count(draw.spent['draws'], 'draw')} of at most {draw.spent['max_n']}: {draw.spent['ended']}"
+    elif draw.calls and len(draw.texts) < n:
         notes += f"; {len(draw.texts)} of {n} candidates after {count(draw.calls, 'call')}"
     if draw.dropped:
         notes += f"; {count(draw.dropped, 'output')} dropped: {draw.unusable}"

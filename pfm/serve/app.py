@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from pfm._internal.proxies import proxy_of
 from pfm.refiner import Refiner
+from pfm.refiner.stopping import CHARACTERS_A_TOKEN
 from pfm.serve.access import LOOPBACK_ORIGIN, Access
 from pfm.serve.answer import envelope, events, to_json
 from pfm.serve.asked import EXTENSION, HEADER, Asked, read
@@ -280,21 +281,41 @@ class _Proxy:
     # -- refining ------------------------------------------------------------------------------------------
 
     async def _refined(self, request: Request, asked: Asked, deadline: float, note: _Note, held: HeldBytes) -> Response:
-        started = time.perf_counter()
         headers, query = request.headers.raw, request.scope["query_string"]
-        drawn = await self.upstream.draw(asked.body or {}, headers, query, asked.n, deadline, held)
-        note.upstream = time.perf_counter() - started
+        drawn, judged, plain, spent = Drawn(), None, None, None
+        total, waves, more = 0, 0, asked.n if asked.plan is None else asked.plan.first
+        while more:
+            started, troubles = time.perf_counter(), drawn.errors.total()
+            await self.upstream.draw(asked.body or {}, headers, query, more, deadline, held, drawn, total)
+            note.upstream += time.perf_counter() - started
+            total, waves, more = total + more, waves + 1, 0
+            if not drawn.replies:
+                break
+            found, plain = await self._judged(drawn, asked, judged)
+            judged = found or judged  # the best of earlier waves is not lost to a later one's trouble
+            if spent is not None and found is None:
+                spent["ended"] = "failed"
+            if asked.plan is not None and found is not None:
+                decision = asked.plan.decide(found.log_odds or [], total, _tokens_a_draw(drawn))
+                ended = "failed" if drawn.errors.total() > troubles else decision.ended
+                more = 0 if ended is not None else decision.more
+                spent = {"draws": len(drawn.choices) + drawn.dropped, "waves": waves, "max_n": asked.n, "ended": ended}
+                spent |= {"expected_gain": decision.expected_gain, "price": decision.price}
         self._count(drawn)
         if not drawn.replies:
             return self._failed(drawn, note)
-        judged, plain = None, drawn.plain
-        if plain is None and not drawn.choices:
-            plain = "the upstream gave no text"
-        if plain is None:
-            plain = asked.unjudged or self._too_long(drawn, asked)
-        if plain is None:
-            judged, plain = await self._judged(drawn, asked)
-        return await in_background(lambda judged: self._answer(drawn, judged, plain, asked, note), judged, held.size)
+        plain = None if judged is not None else plain
+        return await in_background(
+            lambda judged: self._answer(drawn, judged, plain, asked, note, spent), judged, held.size
+        )
+
+    def _unjudgeable(self, drawn: Drawn, asked: Asked) -> str | None:
+        """Say why the candidates cannot be judged, if they cannot."""
+        if drawn.plain is not None:
+            return drawn.plain
+        if not drawn.choices:
+            return "the upstream gave no text"
+        return asked.unjudged or self._too_long(drawn, asked)
 
     def _too_long(self, drawn: Drawn, asked: Asked) -> str | None:
         """Say why the texts of a request are too long to encode, if they are."""
@@ -315,11 +336,19 @@ class _Proxy:
         headers = [*failure.headers, *kind, *own_headers({"refined": "false"})]
         return plain_response(failure.content, failure.status, headers)
 
-    async def _judged(self, drawn: Drawn, asked: Asked) -> tuple[Judged | None, str | None]:
+    async def _judged(
+        self, drawn: Drawn, asked: Asked, earlier: Judged | None = None
+    ) -> tuple[Judged | None, str | None]:
         """Choose, or say why the original must do: an answer that is there is not lost to the judge's trouble."""
+        plain = self._unjudgeable(drawn, asked)
+        if plain is not None:
+            return None, plain
         try:
             async with asyncio.timeout(self.config.judge_timeout):
-                judged = await self.judge.refine([choice.text for choice in drawn.choices], asked.prompt, asked.rule)
+                texts = [choice.text for choice in drawn.choices]
+                judged = await self.judge.refine(
+                    texts, asked.prompt, asked.rule, with_odds=asked.plan is not None, earlier=earlier
+                )
         except TimeoutError:
             return None, f"judging took more than {self.config.judge_timeout:g} seconds"
         except Exception as error:
@@ -334,16 +363,26 @@ class _Proxy:
             return None, f"the candidates could not be judged ({judged.refinement.error.partition(':')[0]})"
         return judged, None
 
-    def _answer(self, drawn: Drawn, judged: Judged | None, plain: str | None, asked: Asked, note: _Note) -> Response:
+    def _answer(
+        self,
+        drawn: Drawn,
+        judged: Judged | None,
+        plain: str | None,
+        asked: Asked,
+        note: _Note,
+        spent: dict[str, Any] | None,
+    ) -> Response:
         evidence: dict[str, Any] = {
             "refined": judged is not None,
             "changed": False,
             "reason": plain,
-            "n": asked.n,
+            "n": asked.n if asked.plan is None else "auto",
             "calls": drawn.calls,
             "dropped": drawn.dropped,
             "errors": dict(drawn.errors),
         }
+        if spent is not None:
+            evidence["spent"] = spent
         text, usage = None, drawn.usage()
         hidden = [choice.reasoning for choice in drawn.choices]
         if judged is not None:
@@ -472,6 +511,15 @@ class _Note:
             self.elapsed() * 1e3,
             parts,
         )
+
+
+def _tokens_a_draw(drawn: Drawn) -> float | None:
+    """Return the mean tokens of a candidate; where the upstream does not count them, by its characters."""
+    count = len(drawn.choices) + drawn.dropped
+    told = (drawn.usage() or {}).get("completion_tokens")
+    if isinstance(told, bool) or not isinstance(told, int | float):
+        told = sum(len(choice.text) for choice in drawn.choices) / CHARACTERS_A_TOKEN
+    return told / count if count else None
 
 
 def _finite(value: float | None) -> float | None:

@@ -17,6 +17,7 @@ from pfm.generators.base import is_usable_text
 from pfm.protocols import Flow
 from pfm.reasoning import read_content
 from pfm.refiner import Refiner
+from pfm.refiner.stopping import Plan, Spend
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 
@@ -25,7 +26,7 @@ __all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read"]
 EXTENSION = "pfm"
 HEADER = "x-pfm-"
 MAX_VALUES = 500_000  # of a body; one with more is passed through unread
-_OPTIONS = ("refine", "n", "by", "margin", "strength")
+_OPTIONS = ("refine", "n", "max", "spend", "by", "margin", "strength")
 # Fields whose answers have a shape or a meaning that choosing among texts would break.
 _NOT_TEXT = ("tools", "functions", "tool_choice", "function_call", "logprobs", "top_logprobs", "audio", "prediction")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
@@ -54,6 +55,7 @@ class Asked:
         content: the bytes to pass on when it is not refined.
         prompt: the conversation, its contents as text.
         n, rule: how many candidates, and how one is chosen; ``rule`` is None where the decoder is not ours.
+        plan: when drawing stops, where n is only the most; None: n candidates are drawn.
         stream: whether the answer is to be streamed.
         include_usage: whether the stream is to end with the usage.
         plain: why the answer is not refined but passed through; None if it is refined.
@@ -65,6 +67,7 @@ class Asked:
     prompt: list[dict[str, str]]
     n: int
     rule: Rule | None
+    plan: Plan | None = None
     stream: bool = False
     include_usage: bool = False
     plain: str | None = None
@@ -102,7 +105,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
         content = json.dumps(body).encode()
     options = _options(extension, headers)
     refine = options.pop("refine", True)
-    n, rule = _choice(options, config, refiner)
+    n, plan, rule = _choice(options, config, refiner)
     streaming = body.get("stream_options")
     asked = Asked(
         body,
@@ -110,6 +113,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
         [],
         n,
         rule,
+        plan,
         stream=body.get("stream") is True,
         include_usage=isinstance(streaming, dict) and streaming.get("include_usage") is True,
         plain=_plain(body, refine, n, rule, refiner.flow),
@@ -125,7 +129,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
         return dataclasses.replace(asked, plain="the prompt is empty or not valid text")
     if len(key) > config.text_characters and refiner.flow.metadata.get("context_dimension"):
         reason = f"the prompt is longer than {config.text_characters} characters"
-        return dataclasses.replace(asked, n=1, unjudged=reason)
+        return dataclasses.replace(asked, n=1, plan=None, unjudged=reason)
     return asked
 
 
@@ -209,21 +213,51 @@ def _from_header(name: str, text: str) -> Any:
         if text.lower() not in _TRUE + _FALSE:
             raise _bad(name, f"must be true or false, got {_shown(text)}")
         return text.lower() in _TRUE
+    if name == "n" and text.lower() == "auto":
+        return "auto"
     try:
-        return int(text) if name == "n" else float(text)
+        return int(text) if name in ("n", "max") else float(text)
     except ValueError:
         raise _bad(name, f"must be a number, got {_shown(text)}") from None
 
 
-def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -> tuple[int, Rule | None]:
-    n, most, decoder = options.get("n", refiner.n), max(config.max_n, refiner.n), refiner.decoder
+def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -> tuple[int, Plan | None, Rule | None]:
+    rule = _rule(options, refiner.decoder)
+    n, most = options.get("n", "auto" if refiner.plan else refiner.n), max(config.max_n, refiner.n)
+    if n == "auto":
+        plan = _plan(options, most, refiner)
+        if rule is not None and rule.by != "win_probability":
+            raise _bad("n", f"auto stops by the best win probability so far: give a number with by={rule.by}")
+        return plan.max_n, plan, rule
+    for name in ("max", "spend"):
+        if name in options:
+            raise _bad(name, f"belongs to n=auto, got it with n={_shown(n)}")
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
         raise _bad("n", f"must be an integer from 1 to {most}, got {_shown(n)}")
+    return n, None, rule
+
+
+def _plan(options: Mapping[str, Any], most: int, refiner: Refiner) -> Plan:
+    if refiner.stopping is None:
+        raise _bad("n", "must be a number: this proxy has no calibrated stopping rule for auto")
+    usual = refiner.plan or refiner.stopping.plan()
+    max_n = options.get("max", min(usual.max_n, most))
+    if isinstance(max_n, bool) or not isinstance(max_n, int) or not 1 <= max_n <= most:
+        raise _bad("max", f"must be an integer from 1 to {most}, got {_shown(max_n)}")
+    try:
+        spend = Spend.read(options["spend"]) if "spend" in options else usual.spend
+    except (TypeError, ValueError, OverflowError) as error:
+        problem = f"must be the price of a draw in win probability, or an object with the price of a token: {error}"
+        raise _bad("spend", problem.encode("ascii", "backslashreplace").decode()[:300]) from None
+    return refiner.stopping.plan(max_n, spend)
+
+
+def _rule(options: Mapping[str, Any], decoder: Any) -> Rule | None:
     asked = {name: options[name] for name in ("by", "margin", "strength") if name in options}
     if not isinstance(decoder, Select):
         if asked:
             raise _bad(next(iter(asked)), "has no effect: this proxy's decoder is not select")
-        return n, None
+        return None
     by = asked.get("by", decoder.by)
     if "strength" in asked and "by" not in asked:
         by = "sample"  # the one rule that strength has a meaning for
@@ -236,7 +270,7 @@ def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -
         raise _bad("strength", f"must be a finite number of at least 0, got {_shown(strength)}")
     if "strength" in asked and strength != 1 and by != "sample":
         raise _bad("strength", f"has no effect with by={by}: the highest score stays the highest; use by=sample")
-    return n, Rule(by, margin, float(strength) if by == "sample" else 1.0, decoder.seed)
+    return Rule(by, margin, float(strength) if by == "sample" else 1.0, decoder.seed)
 
 
 def _is_number(value: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from pfm.data.conversations import conversation_text
 from pfm.reasoning import judged_text
 from pfm.refiner import Refinement, Refiner
+from pfm.refiner.judging import log_odds
 from pfm.serve.asked import Rule
 
 __all__ = ["Judge", "Judged", "RememberingEncoder"]
@@ -109,12 +110,16 @@ class Judged:
         encoder_seconds: encoding of the slices that held texts of this request.
         flow_seconds: all else, of the whole batch.
         batch: requests judged together.
+        log_odds: logit b of each candidate against the reference, where it was asked for.
+        ready: vectors of the candidates, by what of each is judged.
     """
 
     refinement: Refinement
     encoder_seconds: float
     flow_seconds: float
     batch: int
+    log_odds: list[float] | None = None
+    ready: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
 @dataclass(eq=False)
@@ -136,6 +141,7 @@ class _Job:
     key: str
     waiting: deque[str]
     prompt_waits: bool
+    with_odds: bool = False
     ready: dict[str, torch.Tensor] = field(default_factory=dict)
     encoder_seconds: float = 0.0
     alone: bool = False
@@ -189,21 +195,37 @@ class Judge:
         self._worker: asyncio.Task[None] | None = None
         self._thread = _Thread("pfm-judge")
 
-    async def refine(self, candidates: list[str], prompt: list[dict[str, str]], rule: Rule | None) -> Judged:
+    async def refine(
+        self,
+        candidates: list[str],
+        prompt: list[dict[str, str]],
+        rule: Rule | None,
+        *,
+        with_odds: bool = False,
+        earlier: Judged | None = None,
+    ) -> Judged:
         """Choose among the candidates of one prompt.
+
+        Args:
+            candidates, prompt, rule: of the request.
+            with_odds: give their logit b too.
+            earlier: the judgement of earlier candidates, which are not encoded again.
 
         Raises:
             Exception: what the encoder or the decoder raised for this request.
         """
         judged = (judged_text(text, self.refiner.reasoning) for text in candidates)
+        ready = {} if earlier is None else dict(earlier.ready)
         job = _Job(
             candidates,
             prompt,
             rule,
             asyncio.get_running_loop().create_future(),
             key=conversation_text(prompt),
-            waiting=deque(dict.fromkeys(text for text in judged if text.strip())),
+            waiting=deque(dict.fromkeys(text for text in judged if text.strip() and text not in ready)),
             prompt_waits=self._reads_prompts,
+            with_odds=with_odds,
+            ready=ready,
         )
         self._jobs.append(job)
         if self._worker is None or self._worker.done():
@@ -316,14 +338,25 @@ class Judge:
         before, started = self.encoder.seconds, time.perf_counter()
         try:
             refinements = refiner.refine([job.candidates for job in jobs], [job.prompt for job in jobs])
+            odds = self._log_odds(jobs)
         finally:
             self.encoder.ready = {}
         encoder = self.encoder.seconds - before  # of texts that the decoder added
         seconds = time.perf_counter() - started - encoder
         return [
-            Judged(refinement, job.encoder_seconds + encoder, seconds, len(jobs))
-            for job, refinement in zip(jobs, refinements, strict=True)
+            Judged(refinement, job.encoder_seconds + encoder, seconds, len(jobs), found, job.ready)
+            for job, refinement, found in zip(jobs, refinements, odds, strict=True)
         ]
+
+    def _log_odds(self, jobs: list[_Job]) -> list[list[float] | None]:
+        asking = [job for job in jobs if job.with_odds]
+        if not asking:
+            return [None] * len(jobs)
+        own, rows = self.refiner, [job.candidates for job in asking]
+        found = iter(
+            log_odds(rows, [job.key for job in asking], flow=own.flow, encoder=self.encoder, reasoning=own.reasoning)
+        )
+        return [next(found) if job.with_odds else None for job in jobs]
 
 
 class _Thread:

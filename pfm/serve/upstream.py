@@ -95,6 +95,8 @@ class Upstream:
         n: int,
         deadline: float,
         held: HeldBytes,
+        earlier: Drawn | None = None,
+        asked: int = 0,
     ) -> Drawn:
         """Draw up to n candidates: with one call, topped up by parallel ones where that gives fewer.
 
@@ -107,34 +109,37 @@ class Upstream:
             n: candidates.
             deadline: time of the event loop at which drawing ends; what is there then is returned.
             held: where the bytes of the answers are counted.
+            earlier: what earlier waves gave, to which n further candidates are added.
+            asked: candidates that those asked for.
 
         Raises:
             Refused: the query cannot travel on.
         """
         url = self.url("chat/completions", query)
         ask = _Ask(self, dict(body), self.headers(headers), url, deadline, held)
-        drawn = Drawn()
+        drawn = Drawn() if earlier is None else earlier
+        total = len(drawn.choices) + n
         model = hashlib.blake2b(to_json(body.get("model")), digest_size=16).digest()
         if n > 1 and model not in self._one_a_call:
-            first = await ask.once(n=n)
+            first = await ask.once(n=n, place=asked)
             if isinstance(first, Reply) and first.status in (400, 422):
                 # Whether it is n that is refused shows when it is left out; if not, this is the answer to pass on.
                 drawn.calls += 1
-                first = await ask.once()
+                first = await ask.once(place=asked)
                 if isinstance(first, Reply) and first.data is not None:
                     self._note_one_a_call(model)
             elif isinstance(first, Reply) and first.data is not None and len(first.data["choices"]) == 1:
                 self._note_one_a_call(model)
             drawn.calls += 1
-            drawn.add(first, n)
+            drawn.add(first, total)
             if not drawn.replies or drawn.plain is not None:
                 return drawn
-        missing = n - len(drawn.choices)
+        missing = total - len(drawn.choices)
         if missing:
-            start = n - missing
-            for result in await ask.several(range(start, n)):
+            end = asked + n
+            for result in await ask.several(range(end - missing, end)):
                 drawn.calls += 1
-                drawn.add(result, n)
+                drawn.add(result, total)
         return drawn
 
     def _note_one_a_call(self, model: bytes) -> None:
@@ -381,11 +386,11 @@ class _Ask:
 
     async def once(self, n: int | None = None, place: int = 0) -> Reply | Refused:
         """Send it; as candidate number ``place``, so that a seed gives another draw for each."""
-        seed = self.body.get("seed")
-        if n is not None:
-            content = await self._written(self.body | {"n": n})
-        elif place and isinstance(seed, int) and not isinstance(seed, bool):
-            content = await self._written(self.body | {"seed": seed + place})
+        seed, more = self.body.get("seed"), {} if n is None else {"n": n}
+        if place and isinstance(seed, int) and not isinstance(seed, bool):
+            more["seed"] = seed + place
+        if more:
+            content = await self._written(self.body | more)
         else:
             if self._content is None:  # parallel calls share the bytes
                 self._content = await self._written(self.body)

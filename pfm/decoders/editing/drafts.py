@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pfm._internal.checks import check_length
 from pfm.decoders.editing.writer import Edits, TokenRow
 
 __all__ = ["EditData", "corrupted", "nearest_neighbours"]
@@ -26,7 +27,7 @@ _POOL = 131_072  # texts among which neighbours are looked for
 class EditData:
     """Holds N target sentences and the drafts from which each is to be written.
 
-    The embedding of the target is the point that the writer is told to reach. A draft is the target itself (copy),
+    The embedding of the target is the target point of the writer. A draft is the target itself (copy),
     a sentence nearby in the embedding space (neighbour), or the target with words dropped, moved or replaced
     (corrupted); no preferences are needed.
 
@@ -78,8 +79,8 @@ class EditData:
         Raises:
             ValueError: fewer than two usable sentences, or vectors of another number.
         """
-        if vectors is not None and len(vectors) != len(texts):
-            raise ValueError(f"vectors must be one a text: got {len(vectors)} for {len(texts)} texts")
+        if vectors is not None:
+            check_length("vectors", vectors, len(texts), "text")
         stripped = [text.strip() for text in texts]
         first: dict[str, int] = {}
         for place, text in enumerate(stripped):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from pfm._internal.checks import check_whole
 from pfm.decoders.editing.writer import Edits, TokenRow, Writer, condition
 
 if TYPE_CHECKING:
@@ -64,8 +65,7 @@ class PointerWriter(Writer):
             ("window", window, 1024),
             ("vocabulary", vocabulary, MOST_VOCABULARY),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{name} must be a whole number from 1 to {most}: got {value!r}")
+            check_whole(name, value, 1, most)
         if hidden % 2:
             raise ValueError(f"hidden must be even, half for each direction: got {hidden}")
         self.tokenizer, self.dimension, self.width, self.hidden, self.window = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pfm._internal.checks import check_number, check_whole
 from pfm._internal.files import replace_file
 from pfm.decoders.editing.drafts import COPY, CORRUPTED, KINDS, NEIGHBOUR, EditData
 from pfm.decoders.editing.writer import Writer
@@ -37,7 +38,7 @@ class TrainingConfig:
     Args:
         steps: updates; None where ``minutes`` says how long.
         minutes: length of the run; the number of updates is set by the time that the first ones take, and kept when
-            an interrupted run goes on.
+            an interrupted run resumes.
         batch_size: edits an update.
         learning_rate: highest, after a warm-up of ``warmup`` of the run, before a cosine to 0.
         weight_decay, clip: of AdamW, and the greatest norm of a gradient.
@@ -65,20 +66,17 @@ class TrainingConfig:
             raise ValueError(f"give either steps or minutes: got steps={self.steps} and minutes={self.minutes}")
         for name in ("steps", "batch_size", "checkpoint_every"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1: got {value!r}")
+            check_whole(name, value, 1, also=(None,))
         for name in ("minutes", "learning_rate", "clip"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a finite number above 0: got {value!r}")
+            check_number(name, value, above=0, also=(None,))
         if not (min(self.copy, self.neighbour) >= 0 and self.copy + self.neighbour <= 1):
             raise ValueError(
                 f"copy and neighbour must be shares of at most 1 in all: got {self.copy} and {self.neighbour}"
             )
         for name in ("warmup", "weight_decay", "noise"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0: got {value!r}")
+            check_number(name, value, least=0)
 
 
 class _Batches:
@@ -122,7 +120,7 @@ def train_writer(
 ) -> dict[str, Any]:
     """Train a writer to say each sentence from its draft and its embedding.
 
-    The loss is the mean negative log-likelihood of the targets' tokens. A run that was interrupted goes on from the
+    The loss is the mean negative log-likelihood of the targets' tokens. An interrupted run resumes from the
     last checkpoint in ``folder``, and ends with the same weights as one that was not.
 
     Args:

@@ -42,7 +42,7 @@ def condition(vectors: Tensor, points: Tensor) -> Tensor:
 
 
 class Writer(nn.Module, ABC):
-    """Is the base of networks that write p(text | draft, e(draft), z*), token by token.
+    """The base of networks that write p(text | draft, e(draft), z*), token by token.
 
     Attributes:
         kind: names the class in saved folders.
