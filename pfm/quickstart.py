@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from pfm.data.encoded import EncodedPairs
 
-__all__ = ["ExampleData", "WrittenDrafts", "cross_fit", "folds", "load_example", "run"]
+__all__ = ["ExampleData", "WrittenDrafts", "cross_fit", "fit_example", "folds", "load_example", "run"]
 
 ENCODER = "minilm+surface"
 FOLDS = 4
@@ -146,7 +146,7 @@ def cross_fit(
         train = encoded.select(torch.tensor([prompt not in set(held_out) for prompt in data.pairs.prompts]))
         if shuffle:
             train = train.shuffle_labels(seed)
-        flow = _fit(train, seed)
+        flow = fit_example(train, seed)
         refiner = wrap(generator, flow, encoder=encoder, n=CANDIDATES)
         rewards = {
             "mean_shift": MeanShift().fit(train).reward,
@@ -159,7 +159,8 @@ def cross_fit(
     return [rows[prompt] for prompt in data.prompts]
 
 
-def _fit(pairs: EncodedPairs, seed: int) -> PreferenceFlow:
+def fit_example(pairs: EncodedPairs, seed: int = 0) -> PreferenceFlow:
+    """Fit a flow for choosing among candidates on pairs of the shipped preferences, on one thread."""
     # A choice among candidates by win probability does not use the residual, which takes longest to fit; what is left
     # gives a second thread little to do.
     with _threads(1):
@@ -234,7 +235,7 @@ def run(out: str | Path, seed: int = 0, console: Console | None = None, progress
         told = _control(control)
         done(told)
     with _timed(console, "save") as done:
-        _fit(encoded, seed).save_pretrained(out / "flow")
+        fit_example(encoded, seed).save_pretrained(out / "flow")
         report = Report.from_scored(rows, settings=_settings(data, told), seed=seed)
         report.save_json(out / "report.json")
         report.save_html(out / "report.html", examples=EXAMPLES)

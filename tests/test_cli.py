@@ -253,7 +253,7 @@ def test_other_columns_and_bad_rows_can_be_asked_for(tmp_path):
         (["fit", "pairs.jsonl", "--out", "x", "--prompt-key", "q"], "column 'q'"),
         (["fit", "pairs.jsonl", "--out", "x", "--set", "sigm=1"], "did you mean 'sigma'?"),
         (["fit", "pairs.jsonl", "--out", "x", "--set", "sigma"], "--set takes KEY=VALUE"),
-        (["fit", "pairs.jsonl", "--out", "x", "--set", "sigma=wide"], "sigma must be a number >= 0"),
+        (["fit", "pairs.jsonl", "--out", "x", "--set", "sigma=wide"], "sigma must be a number of at least 0"),
         (["fit", "pairs.jsonl", "--out", "x", "--set", "residual=no"], "residual must be true or false"),
         (["fit", "pairs.jsonl", "--out", "x", "--held-out", "1.5"], "held_out must lie between 0 and 1"),
         (["fit", "pairs.jsonl", "--out", "x", "--encoder", "./no-model"], "there is no folder './no-model'"),

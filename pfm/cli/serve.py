@@ -35,6 +35,7 @@ CHOICE = ("n", "spend", "by", "margin", "strength", "seed", "reasoning")
         "pfm serve flow/ --upstream http://localhost:8000/v1",
         "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
         "pfm serve flow/ --upstream http://localhost:8000/v1 -n auto --max-n 16",
+        "pfm serve flow/ --port 9000",
         "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
     )
 )
@@ -42,7 +43,9 @@ def serve(
     flow: Annotated[Path, typer.Argument(help="Folder of a flow made by [cyan]pfm fit[/cyan].", show_default=False)],
     upstream: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Base URL of the server to refine; most end in /v1.", show_default=False),
+        typer.Option(
+            metavar="URL", help="Base URL of the server to refine; most end in /v1.", show_default="none: scores only"
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -51,6 +54,9 @@ def serve(
     model_name: Annotated[
         str | None,
         typer.Option(help="Model to ask the upstream for.", show_default="the one that the client names"),
+    ] = None,
+    score_model: Annotated[
+        str | None, typer.Option(help="Name of the flow in requests for scores.", show_default="its folder's")
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0: a free one.", show_default="8100")] = None,
@@ -143,6 +149,9 @@ def serve(
     judged_characters: Annotated[
         int | None, typer.Option(help="The same for all texts of one request.", show_default="131072")
     ] = None,
+    scored_texts: Annotated[
+        int | None, typer.Option(help="Most texts of a request for scores; beyond it status 413.", show_default="4096")
+    ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Host name of this proxy, beside loopback's; may be repeated."),
@@ -163,6 +172,9 @@ def serve(
     chooses for itself by a field [cyan]pfm[/cyan] in its body, as {"pfm": {"n": 4}}, {"pfm": {"n": "auto", "max": 16}}
     or {"pfm": false}, or by headers such as [cyan]x-pfm-n[/cyan]. [cyan]/healthz[/cyan] and [cyan]/metrics[/cyan] tell
     how it is.
+
+    Scores of texts come from [cyan]/v1/score[/cyan], [cyan]/v1/rerank[/cyan] and [cyan]/v1/classify[/cyan], in the
+    shapes of vLLM, Cohere and Jina, also without an upstream.
 
     Keys are passed on and never kept. Ctrl-C ends what is under way first.
     """
@@ -198,6 +210,8 @@ def serve(
             "held_bytes": held_bytes,
             "text_characters": text_characters,
             "judged_characters": judged_characters,
+            "scored_texts": scored_texts,
+            "score_model": score_model,
             "allowed_hosts": allowed_host or None,
             "allowed_origins": allowed_origin or None,
             "encoder": encoder,
@@ -214,6 +228,8 @@ def serve(
                 )
             choice["max_n"] = min(rule.max_n, settings.get("max_n", ServeConfig.max_n))
         fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder)
+        name = flow.resolve().name
+        settings.setdefault("score_model", name if name.strip() and name.isprintable() else "pfm")
         served = ServeConfig(**settings)
         for name in ("token_env", "upstream_key_env"):  # a missing one shows before the model is loaded
             served.secret(name)
@@ -225,10 +241,17 @@ def serve(
                 part.cache = None
         refiner = wrap(None, fitted, encoder=with_encoder, stopping=rule, **choice)
         refiner.refine([["One text.", "Another text."]], ["A prompt."])  # loads the model before the first request
-        if fitted.guard_margin == float("inf") and choice.get("margin") is None and choice.get("by") != "sample":
+        proxies = served.upstream is not None
+        if (
+            proxies
+            and fitted.guard_margin == float("inf")
+            and choice.get("margin") is None
+            and choice.get("by") != "sample"
+        ):
             session.note("this flow confirmed no gain: it keeps every original, so requests are passed through")
         if not is_loopback(served.host) and not served.token_env:
-            session.note(f"whoever reaches {served.host} may use the upstream through it; --token-env asks for a token")
+            what = "the upstream through it" if proxies else "it"
+            session.note(f"whoever reaches {served.host} may use {what}; --token-env asks for a token")
         _log_requests(session, quiet)
         # After its own handling of SIGTERM, uvicorn raises it again: by then all is done, and well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -248,17 +271,15 @@ def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"{file}: unknown settings: {', '.join(unknown)}; known are {', '.join(known)}")
     settings |= {name: value for name, value in given.items() if value is not None}
-    if "upstream" not in settings:
-        raise ValueError("--upstream is needed: the base URL of the server to refine, as in http://localhost:8000/v1")
     return settings
 
 
-def _show_start(session: Session, upstream: str, address: str, quiet: bool) -> None:
-    typer.echo(f"refining {upstream} on {address}")  # plain, for programs that start this one and want the address
+def _show_start(session: Session, upstream: str | None, address: str, quiet: bool) -> None:
+    # Plain, for programs that start this one and want the address.
+    typer.echo(f"scoring on {address}" if upstream is None else f"refining {upstream} on {address}")
     if not quiet:
-        session.err.print(
-            Text(f'a client uses it by OpenAI(base_url="{address}"); Ctrl-C stops', "dim"), soft_wrap=True
-        )
+        use = f'OpenAI(base_url="{address}")' if upstream is not None else f"POST {address}/score, /rerank, /classify"
+        session.err.print(Text(f"a client uses it by {use}; Ctrl-C stops", "dim"), soft_wrap=True)
 
 
 class _Lines(logging.Handler):

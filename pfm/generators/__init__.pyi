@@ -1,6 +1,7 @@
 from .base import Draw as Draw
 from .base import Generator as Generator
 from .base import Prompt as Prompt
+from .bundled import bundled as bundled
 from .cache import ResponseCache as ResponseCache
 from .cached import CachedGenerator as CachedGenerator
 from .callable import AsyncCallableGenerator as AsyncCallableGenerator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 import secrets
@@ -37,6 +38,7 @@ from pfm.serve.http import (
     Owning,
     answer_nobody,
     answer_not_found,
+    answer_other_method,
     answer_refusal,
     escaped_path,
     own_headers,
@@ -48,12 +50,14 @@ from pfm.serve.http import (
 from pfm.serve.judge import Judge, Judged
 from pfm.serve.metrics import Metrics
 from pfm.serve.places import HeldBytes, Memory, Place, Places
+from pfm.serve.scores import OWN_NAME, PATHS, ScoresAsked, model_list, read_scores, scored
 from pfm.serve.upstream import Upstream, in_background
 
 __all__ = ["create_app", "run"]
 
 logger = logging.getLogger(__name__)
 
+_JSON = (b"content-type", b"application/json")
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
 
@@ -83,9 +87,12 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
     app.add_api_route("/healthz", proxy.health, methods=["GET"])
     app.add_api_route("/metrics", proxy.show_metrics, methods=["GET"], response_model=None)
     app.add_api_route("/v1/chat/completions", proxy.chat, methods=["POST"], response_model=None)
+    for path, kind in PATHS.items():
+        app.add_api_route(path, functools.partial(proxy.scores, kind), methods=["POST"], response_model=None, name=kind)
     app.add_api_route("/v1/{path:path}", proxy.other, methods=METHODS, response_model=None)
     app.add_exception_handler(Refused, answer_refusal)
     app.add_exception_handler(404, answer_not_found)
+    app.add_exception_handler(405, answer_other_method)
     for gone in (Disconnected, ClientDisconnect):
         app.add_exception_handler(gone, answer_nobody)
     # The last one added is the first to see a request.
@@ -162,7 +169,8 @@ class _Proxy:
         self.judge = Judge(refiner)
         self._token = config.secret("token_env")
         self._key = config.secret("upstream_key_env")
-        proxy_of(config.upstream)  # one that cannot be used shows before the proxy listens
+        if config.upstream is not None:
+            proxy_of(config.upstream)  # one that cannot be used shows before the proxy listens
         self.access = Access(config, self._token, secrets.token_hex(8))
         self._usual_seconds = 1.0  # of a request, a running mean
 
@@ -170,14 +178,34 @@ class _Proxy:
         asyncio.get_running_loop().set_exception_handler(LoopErrors())
         self.places = Places(self.config.concurrency, self.config.queue)
         self.memory = Memory(self.config.held_bytes)
-        self.upstream = Upstream(self.config, self._key, self._token is not None, self.access.instance, self.metrics)
-        problem = await self.upstream.probe()
+        self._upstream: Upstream | None = None
+        if self.config.upstream is None:
+            return
+        self._upstream = Upstream(self.config, self._key, self._token is not None, self.access.instance, self.metrics)
+        problem = await self._upstream.probe()
         if problem is not None:
             logger.warning("%s", problem)
 
     async def close(self) -> None:
         self.judge.close()
-        await self.upstream.close()
+        if self._upstream is not None:
+            await self._upstream.close()
+
+    @property
+    def upstream(self) -> Upstream:
+        """The server behind the proxy.
+
+        Raises:
+            Refused: there is none; status 404.
+        """
+        if self._upstream is None:
+            raise Refused(
+                404,
+                "this server gives scores only (/v1/score, /v1/rerank, /v1/classify): started with --upstream URL, it "
+                "refines chat completions of that server too",
+                outcome="not_found",
+            )
+        return self._upstream
 
     # -- endpoints -----------------------------------------------------------------------------------------
 
@@ -194,6 +222,10 @@ class _Proxy:
         path = escaped_path(request)
         with self._counted("other", request) as note:
             self.access.check(request)
+            if self._upstream is None and path == "models" and request.method == "GET":
+                note.outcome = "passed"
+                return plain_response(to_json(model_list(self.config)), 200, [_JSON])
+            _ = self.upstream
             async with AsyncExitStack() as owned:
                 place = self._admitted(owned)
                 body = Body(request, self.config.read_timeout)
@@ -212,6 +244,7 @@ class _Proxy:
         """Answer a chat request by the best of its candidates, or pass it through."""
         with self._counted("chat", request) as note:
             self.access.check(request)
+            _ = self.upstream
             async with AsyncExitStack() as owned:
                 place = self._admitted(owned)
                 held = self.memory.held()
@@ -237,6 +270,78 @@ class _Proxy:
         self._usual_seconds += 0.1 * (time.perf_counter() - started - self._usual_seconds)
         place.leave()
         return response
+
+    # -- scores --------------------------------------------------------------------------------------------
+
+    async def scores(self, kind: str, request: Request) -> Response:
+        """Score texts by the flow; pass the request through where it names another model."""
+        with self._counted(kind, request) as note:
+            self.access.check(request)
+            async with AsyncExitStack() as owned:
+                place = self._admitted(owned)
+                held = self.memory.held()
+                owned.callback(held.close)
+                content = await whole_body(request, self.config, held)
+                response = await unless_gone(request, self._scores(kind, request, content, place, note, owned))
+                return Owning(response, owned.pop_all())
+
+    async def _scores(
+        self, kind: str, request: Request, content: bytes, place: Place, note: _Note, owned: AsyncExitStack
+    ) -> Response:
+        asked: ScoresAsked = await in_background(
+            lambda content: read_scores(kind, content, self.config, self.refiner.flow), content, len(content)
+        )
+        started = time.perf_counter()
+        deadline = self._deadline()
+        await place.start(deadline)
+        note.queue = time.perf_counter() - started
+        if asked.model is not None:
+            path = escaped_path(request)
+            if self._upstream is None or not request.url.path.startswith("/v1/"):
+                names = " or ".join(dict.fromkeys([self.config.score_model, OWN_NAME]))
+                raise Refused(
+                    404,
+                    f"there is no such model here: leave model out, or ask for {names}",
+                    outcome="not_found",
+                    param="model",
+                )
+            return await self._relayed(request, path, content, deadline, note, owned, "the request names another model")
+        try:
+            async with asyncio.timeout(self.config.judge_timeout):
+                found = await self.judge.win_probabilities(asked.prompts, asked.texts, together=asked.together)
+        except TimeoutError:
+            raise Refused(
+                504,
+                f"scoring took more than {self.config.judge_timeout:g} seconds: send fewer texts",
+                outcome="timeout",
+            ) from None
+        except Exception as error:
+            # Its message may quote the texts: they go to no log.
+            logger.warning("texts could not be scored: %s", type(error).__name__)
+            logger.debug("texts could not be scored", exc_info=True)
+            raise Refused(500, f"the texts could not be scored ({type(error).__name__})", outcome="error") from None
+        bad = [place for place, value in enumerate(found.values) if not math.isfinite(value)]
+        if bad:
+            shown = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
+            raise Refused(500, f"the encoder gave NaN or infinity for texts {shown}", outcome="error")
+        self.metrics.encoder_seconds.observe(found.encoder_seconds)
+        self.metrics.flow_seconds.observe(found.flow_seconds)
+        self.metrics.scored_texts.labels(kind).inc(len(asked.texts))
+        note.outcome, note.encoder = "scored", found.encoder_seconds
+        seconds = {
+            "queue": round(note.queue, 5),
+            "encoder": round(found.encoder_seconds, 5),
+            "flow": round(found.flow_seconds, 5),
+            "total": round(note.elapsed(), 5),
+        }
+        place.leave()
+        return await in_background(
+            lambda b: plain_response(
+                to_json(scored(asked, b, self.refiner.flow, self.config.score_model, seconds)), 200, [_JSON]
+            ),
+            found.values,
+            len(content),
+        )
 
     # -- passing through -----------------------------------------------------------------------------------
 
@@ -434,7 +539,7 @@ class _Proxy:
         if asked.stream:
             return streamed_response(events(whole, evidence, include_usage=asked.include_usage), headers)
         content = to_json({**whole, EXTENSION: evidence})
-        return plain_response(content, 200, [*headers, (b"content-type", b"application/json")])
+        return plain_response(content, 200, [*headers, _JSON])
 
     def _margin(self, asked: Asked) -> float | None:
         if asked.rule is None or asked.rule.by == "sample":  # it has no guard

@@ -21,7 +21,7 @@ from pfm.refiner.stopping import Plan, Spend
 from pfm.serve.config import ServeConfig
 from pfm.serve.errors import Refused
 
-__all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read"]
+__all__ = ["EXTENSION", "HEADER", "Asked", "Rule", "read", "read_messages", "shown"]
 
 EXTENSION = "pfm"
 HEADER = "x-pfm-"
@@ -120,7 +120,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
     )
     if asked.plain is not None:
         return asked
-    prompt = _prompt(body.get("messages"))
+    prompt = read_messages(body.get("messages"))
     if prompt is None:
         return dataclasses.replace(asked, plain="a message is not text")
     asked = dataclasses.replace(asked, prompt=prompt)
@@ -160,7 +160,7 @@ def _is_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 0
 
 
-def _prompt(messages: Any) -> list[dict[str, str]] | None:
+def read_messages(messages: Any) -> list[dict[str, str]] | None:
     """Return the conversation with its contents as text, or None where one is something else."""
     if not isinstance(messages, list) or not messages:
         return None
@@ -202,7 +202,7 @@ def _options(extension: Any, headers: Mapping[str, str]) -> dict[str, Any]:
         raise _bad("", f"must be an object or a boolean, got {type(extension).__name__}")
     unknown = [name for name in extension if name not in _OPTIONS]
     if unknown:
-        raise _bad(_shown(unknown[0])[1:-1], f"is unknown; known are {', '.join(_OPTIONS)}")
+        raise _bad(shown(unknown[0])[1:-1], f"is unknown; known are {', '.join(_OPTIONS)}")
     return found | extension
 
 
@@ -211,14 +211,14 @@ def _from_header(name: str, text: str) -> Any:
         return text
     if name == "refine":
         if text.lower() not in _TRUE + _FALSE:
-            raise _bad(name, f"must be true or false, got {_shown(text)}")
+            raise _bad(name, f"must be true or false, got {shown(text)}")
         return text.lower() in _TRUE
     if name == "n" and text.lower() == "auto":
         return "auto"
     try:
         return int(text) if name in ("n", "max") else float(text)
     except ValueError:
-        raise _bad(name, f"must be a number, got {_shown(text)}") from None
+        raise _bad(name, f"must be a number, got {shown(text)}") from None
 
 
 def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -> tuple[int, Plan | None, Rule | None]:
@@ -231,9 +231,9 @@ def _choice(options: Mapping[str, Any], config: ServeConfig, refiner: Refiner) -
         return plan.max_n, plan, rule
     for name in ("max", "spend"):
         if name in options:
-            raise _bad(name, f"belongs to n=auto, got it with n={_shown(n)}")
+            raise _bad(name, f"belongs to n=auto, got it with n={shown(n)}")
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= most:
-        raise _bad("n", f"must be an integer from 1 to {most}, got {_shown(n)}")
+        raise _bad("n", f"must be an integer from 1 to {most}, got {shown(n)}")
     return n, None, rule
 
 
@@ -243,7 +243,7 @@ def _plan(options: Mapping[str, Any], most: int, refiner: Refiner) -> Plan:
     usual = refiner.plan or refiner.stopping.plan()
     max_n = options.get("max", min(usual.max_n, most))
     if isinstance(max_n, bool) or not isinstance(max_n, int) or not 1 <= max_n <= most:
-        raise _bad("max", f"must be an integer from 1 to {most}, got {_shown(max_n)}")
+        raise _bad("max", f"must be an integer from 1 to {most}, got {shown(max_n)}")
     try:
         spend = Spend.read(options["spend"]) if "spend" in options else usual.spend
     except (TypeError, ValueError, OverflowError) as error:
@@ -262,12 +262,12 @@ def _rule(options: Mapping[str, Any], decoder: Any) -> Rule | None:
     if "strength" in asked and "by" not in asked:
         by = "sample"  # the one rule that strength has a meaning for
     if not isinstance(by, str) or by not in RULES:
-        raise _bad("by", f"must be one of {', '.join(RULES)}, got {_shown(by)}")
+        raise _bad("by", f"must be one of {', '.join(RULES)}, got {shown(by)}")
     margin, strength = asked.get("margin", decoder.margin), asked.get("strength", decoder.strength)
     if margin is not None and not _is_number(margin):
-        raise _bad("margin", f"must be a number, or null for the flow's own, got {_shown(margin)}")
+        raise _bad("margin", f"must be a number, or null for the flow's own, got {shown(margin)}")
     if not (_is_number(strength) and 0 <= strength < math.inf):
-        raise _bad("strength", f"must be a finite number of at least 0, got {_shown(strength)}")
+        raise _bad("strength", f"must be a finite number of at least 0, got {shown(strength)}")
     if "strength" in asked and strength != 1 and by != "sample":
         raise _bad("strength", f"has no effect with by={by}: the highest score stays the highest; use by=sample")
     return Rule(by, margin, float(strength) if by == "sample" else 1.0, decoder.seed)
@@ -282,7 +282,7 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Write a value of a request for a message: in ASCII, since it may hold half a character, and not at any length."""
     text = ascii(value)
     return text if len(text) <= 100 else f"{text[:100]}…"

@@ -28,6 +28,7 @@ _LEAST = {
     "held_bytes": 1,
     "text_characters": 1,
     "judged_characters": 1,
+    "scored_texts": 1,
 }
 
 
@@ -37,8 +38,10 @@ class ServeConfig:
 
     Attributes:
         upstream: base URL of the OpenAI-compatible server behind the proxy, as a client would be given it;
-            most end in ``/v1``.
+            most end in ``/v1``. None: there is none, and the server gives scores only.
         model: sent to the upstream in place of the model that the client names; None leaves it alone.
+        score_model: name of the flow as a model in requests for scores, beside ``pfm``. Such requests for other models
+            are passed on.
         max_n: the most candidates that a request may ask for.
         host, port: where to listen; port 0 takes a free one.
         token_env: name of the environment variable that holds the token which clients must send. The upstream
@@ -62,6 +65,7 @@ class ServeConfig:
         text_characters: the longest prompt and the longest candidate that are encoded; beyond it the original is
             the answer.
         judged_characters: the same for all texts of one request together.
+        scored_texts: the most texts of a request for scores; beyond it the status is 413.
         allowed_hosts: names, beside those of this machine, under which a proxy that listens on loopback is asked
             (the ``Host`` header); ``"*"`` allows all. Given any, they hold wherever it listens.
         allowed_origins: web pages that may use the proxy from a browser, as ``https://chat.example``, beside those
@@ -71,8 +75,9 @@ class ServeConfig:
         TypeError, ValueError: a setting is of another type or out of range, with its name.
     """
 
-    upstream: str
+    upstream: str | None = None
     model: str | None = None
+    score_model: str = "pfm"
     max_n: int = 32
     host: str = "127.0.0.1"
     port: int = 8100
@@ -92,11 +97,18 @@ class ServeConfig:
     held_bytes: int = 256 * 2**20
     text_characters: int = 32_768
     judged_characters: int = 131_072
+    scored_texts: int = 4096
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "upstream", _checked_upstream(self.upstream))
+        if self.upstream is not None:
+            object.__setattr__(self, "upstream", _checked_upstream(self.upstream))
+        elif self.model is not None or self.upstream_key_env is not None:
+            name = "model" if self.model is not None else "upstream_key_env"
+            raise ValueError(f"{name} has no effect without upstream: the base URL of the server to refine")
+        if not isinstance(self.score_model, str) or not self.score_model.strip() or not self.score_model.isprintable():
+            raise ValueError(f"score_model must be a name, got {self.score_model!r}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

@@ -31,6 +31,7 @@ __all__ = [
     "Owning",
     "answer_nobody",
     "answer_not_found",
+    "answer_other_method",
     "answer_refusal",
     "escaped_path",
     "own_headers",
@@ -217,7 +218,7 @@ class Body:
 
 
 async def whole_body(request: Request, config: ServeConfig, held: HeldBytes) -> bytes:
-    """Read the body of a chat request.
+    """Read the body of a request that is held in memory.
 
     Raises:
         Refused: it is too large (413), too slow (408), or all bodies together would be too large (503).
@@ -307,7 +308,19 @@ async def answer_refusal(_: Request, error: Exception) -> Response:
 async def answer_not_found(request: Request, _: Exception) -> Response:
     """Answer a request for a path that is not served."""
     hint = "; the base URL for clients ends in /v1" if "completions" in request.url.path else ""
-    return _error_response(Refused(404, f"there is /v1/..., /healthz and /metrics here{hint}", outcome="not_found"))
+    return _error_response(
+        Refused(
+            404, f"there is /v1/..., /score, /rerank, /classify, /healthz and /metrics here{hint}", outcome="not_found"
+        )
+    )
+
+
+async def answer_other_method(_: Request, error: Exception) -> Response:
+    """Answer a request by a method that its path does not have."""
+    allowed = (getattr(error, "headers", None) or {}).get("Allow", "POST")
+    return _error_response(
+        Refused(405, f"this path has {allowed} only", outcome="not_found", headers={"Allow": allowed})
+    )
 
 
 async def answer_nobody(_: Request, __: Exception) -> Response:

