@@ -583,7 +583,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_flow(work, tmp_path):
 # ------------------------------------------------------------------------------------------------ help and the rest
 
 
-@pytest.mark.parametrize("name", ["fit", "refine", "evaluate", "train-decoder", "quickstart", "cache"])
+@pytest.mark.parametrize("name", ["fit", "refine", "evaluate", "audit", "train-decoder", "quickstart", "cache"])
 def test_every_command_has_a_description_and_examples(name):
     for width in ("80", "120"):
         told = run(name, "--help", COLUMNS=width).stdout
