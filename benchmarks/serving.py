@@ -35,8 +35,8 @@ def drafts() -> dict[str, list[str]]:
     return found
 
 
-def upstream(delay: float, connection: Any) -> None:
-    """Serve chat completions of drafts, each changed a little so that no cache knows it."""
+def upstream(delay: float, words: int, connection: Any) -> None:
+    """Serve chat completions of drafts, each repeated up to a length and changed a little: no cache knows it."""
     app, known, source = FastAPI(), drafts(), random.Random(0)
 
     @app.post("/v1/chat/completions")
@@ -44,6 +44,7 @@ def upstream(delay: float, connection: Any) -> None:
         body = await request.json()
         await asyncio.sleep(delay)
         texts = source.choices(known[body["messages"][-1]["content"]], k=body.get("n") or 1)
+        texts = [" ".join([text] * max(1, -(-words // len(text.split())))) for text in texts]
         choices = [
             {"index": k, "message": {"role": "assistant", "content": f"{text} ({source.random()})"}}
             for k, text in enumerate(texts)
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("--delay", type=float, default=0.05, help="seconds that the upstream takes")
     parser.add_argument("--encoder", default="minilm+surface")
+    parser.add_argument("--words", type=int, default=0, help="repeat a draft until it has so many; 200 are 256 tokens")
     arguments = parser.parse_args()
 
     import openai
@@ -134,7 +136,9 @@ def main() -> None:
     import pfm
 
     receiving, sending = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=upstream, args=(arguments.delay, sending), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(
+        target=upstream, args=(arguments.delay, arguments.words, sending), daemon=True
+    )
     server.start()
     address = f"http://127.0.0.1:{receiving.recv()}/v1"
     with tempfile.TemporaryDirectory() as folder:

@@ -26,6 +26,7 @@ CALLED_FIRST = (
     pfm.compose,
     pfm.decoders.Select,
     pfm.evaluate,
+    pfm.evaluation.audit,
     pfm.explain.explain,
     pfm.judges.ScriptedJudge,
     pfm.register_coupling,

@@ -44,7 +44,9 @@ def test_each_known_tracker_gets_values_and_step(kind):
         "log_metrics": types.SimpleNamespace(log_metrics=keep),
         "function": keep,
     }
-    as_tracker(trackers[kind]).log({"loss": 0.5, "bad": float("nan")}, step=3)
+    tracker = as_tracker(trackers[kind])
+    assert tracker is not None
+    tracker.log({"loss": 0.5, "bad": float("nan")}, step=3)
     assert seen == {3: {"loss": 0.5}}
 
 

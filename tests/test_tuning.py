@@ -155,8 +155,11 @@ def test_contexts_reach_the_flow_and_the_judge():
         torch.where(first, one, two), torch.where(first, two, one), context, group=torch.arange(PAIRS)
     )
     fitted_on, held = pairs.split(held_out=0.5)
-    found = tune(fitted(fitted_on), held, weight=0.0, judge=lambda y, x: (y[:, 0] * (x[:, 0] - x[:, 1])).sigmoid(),
-                 settings=[Setting()], progress=False)  # fmt: skip
+
+    def by_class(y, x):
+        return (y[:, 0] * (x[:, 0] - x[:, 1])).sigmoid()
+
+    found = tune(fitted(fitted_on), held, weight=0.0, judge=by_class, settings=[Setting()], progress=False)
     assert found.points[1].gain.low > 0.05
 
 

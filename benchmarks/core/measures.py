@@ -99,12 +99,19 @@ class ChoiceTable:
         """Give the judge's mean score of what is chosen, (P,)."""
         return self.by_prompt(self.scores)
 
+    def gap(self) -> tuple[Array, Array]:
+        """Give what is chosen above a random candidate, and the gap from random to the judge's own pick: (P,) each."""
+        random = self.choosing(np.full_like(self.weights, 1 / self.scores.shape[1])).score()
+        best = np.bincount(self.owner, self.scores.max(1)) / np.bincount(self.owner)
+        return self.score() - random, best - random
+
     def measure(self, bootstrap: Bootstrap) -> dict[str, Estimate | None]:
         """Give every figure with its interval.
 
-        ``score``: the judge's mean score. ``win``: share won against the original, ties half. ``win_independent``:
-        against an independent draw. ``win_controlled``: against the original at equal length; None where length
-        and method cannot be told apart. ``changed``: share of texts that differ from the original.
+        ``score``: the judge's mean score. ``gap_closed``: share of the gap from a random candidate to the judge's own
+        pick that the score closes; None where there is no gap. ``win``: share won against the original, ties half.
+        ``win_independent``: against an independent draw. ``win_controlled``: against the original at equal length;
+        None where length and method cannot be told apart. ``changed``: share of texts that differ from the original.
         ``length_ratio``: geometric mean of length / length of the original.
         """
         # A text cannot win against itself, whatever a noisy judge says.
@@ -113,6 +120,7 @@ class ChoiceTable:
         weights = self.weights / np.bincount(self.owner)[self.owner][:, None]
         return {
             "score": bootstrap.mean(self.score()),
+            "gap_closed": bootstrap.ratio(*self.gap()),
             "win": bootstrap.mean(self.by_prompt(win), (0.0, 1.0)),
             "win_independent": bootstrap.mean(
                 self.by_prompt(win_share(self.scores, self.independent[:, None])), (0.0, 1.0)

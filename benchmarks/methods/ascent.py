@@ -43,7 +43,7 @@ NEIGHBOURS = 8000  # outputs that are the data
 
 
 def log_win(pairs: EncodedPairs, seed: int) -> Rating:
-    """Fit the win head, and give log b; where held-out pairs do not confirm its order, that of a coin."""
+    """Fit the win head and return log b; the same b for every output where held-out pairs do not confirm its order."""
     head = WinHead(pairs.dimension, pairs.context_dimension)
     confirmed = head.fit(pairs, seed=seed).z > CONFIRMED
     return lambda y, context: logsigmoid(head(y, context) * confirmed)

@@ -80,6 +80,14 @@ class PredictionTable:
         """Give the cross-entropy (N,) of the prediction against the share, in nats."""
         return np.logaddexp(0, -self.logit) + (1 - self.share) * self.logit
 
+    def gap(self) -> tuple[Array, Array]:
+        """Give what is said for the predicted output above one half, and for the better one: (N,) each.
+
+        They are the gain of choosing by the prediction over choosing at random, and that of the oracle.
+        """
+        lead = self.share - 0.5
+        return np.sign(self.logit) * lead, np.abs(lead)
+
     def entropy(self) -> Array:
         """Give the entropy (N,) of the share itself, in nats: no prediction has a lower loss."""
         p = np.clip(self.share, 1e-12, 1 - 1e-12)
@@ -105,14 +113,17 @@ class PredictionTable:
         """Give every figure with its interval over prompts.
 
         ``accuracy``: of the comparisons that are no ties, the share predicted rightly; ``accuracy.X`` of part X.
+        ``gap_closed``: share of the gap from a random output of the two to the better one that is closed.
         ``log_loss``: against the shares, in nats; ``log_loss.X``; ``excess``: above the shares' own entropy.
         ``ece``: expected calibration error; ``ece_chance``: of a calibrated prediction, its mean and 95% quantile as
         low and high. ``slope``: of what was said on what was predicted, below 1 for predictions too sure.
         """
         calibration = self.reliability(bootstrap)
+        gained, gap = (np.bincount(self.owner, values, minlength=self.prompts) for values in self.gap())
         chance, ceiling = calibration.noise_floor, calibration.noise_ceiling
         figures = {
             "accuracy": self.ratio(bootstrap, self.right(), self.decided),
+            "gap_closed": bootstrap.ratio(gained, gap),
             "log_loss": self.ratio(bootstrap, self.loss()),
             "excess": self.ratio(bootstrap, self.loss() - self.entropy()),
             "ece": calibration.ece,

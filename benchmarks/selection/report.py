@@ -162,8 +162,8 @@ def _section(report: TaskReport) -> list[str]:
     def score(estimate: Estimate | None, signed: bool = False) -> str:
         return shown(estimate, percent=percent, decimals=decimals, signed=signed)
 
-    rows = [["method", about["unit"], "above random", "wins against the original", "against an independent draw",
-             "at equal length", "length"]]  # fmt: skip
+    rows = [["method", about["unit"], "above random", "gap closed", "wins against the original",
+             "against an independent draw", "at equal length", "length"]]  # fmt: skip
     pairs = [["method", *(f"minus {label}" for label in BASELINES.values()), "interquartile mean", "changed", "seeds"]]
     for method in report.methods:
         figures = method.figures
@@ -172,6 +172,7 @@ def _section(report: TaskReport) -> list[str]:
                 method.label,
                 score(figures["score"]),
                 score(figures["gain"], signed=True),
+                shown(figures["gap_closed"], percent=True),
                 *(shown(figures[name], percent=True) for name in ("win", "win_independent", "win_controlled")),
                 f"× {_value(figures['length_ratio']):.2f}",
             ]
@@ -192,7 +193,7 @@ def _section(report: TaskReport) -> list[str]:
         f"Judge: {about['judge']}. {about['candidates']} candidates, {about['test_prompts']} test prompts and "
         f"{about['test_items']} items a seed, {len(seeds)} seeds, about {about['training_pairs']:,} training pairs. "
         "In brackets 95% intervals over seeds; length is the geometric mean of the choice's over the "
-        "original's.",
+        "original's. Gap closed: the share of the way from a random candidate to the judge's own pick.",
         "",
         *markdown_table(rows),
         "",

@@ -5,12 +5,13 @@ traceback), 2 a mistake of the user or a lack of this machine (one line), 3 some
 interrupted. What is heavy to import is imported by the command that needs it.
 """
 
-from pfm.cli import fit, refine, evaluate, calibrate, explain, label  # isort: skip  # the order of --help
-from pfm.cli import serve, train_decoder, quickstart, demo, cache, doctor  # isort: skip
+from pfm.cli import fit, refine, evaluate, audit, calibrate, explain  # isort: skip  # the order of --help
+from pfm.cli import label, serve, train_decoder, quickstart, demo, cache, doctor  # isort: skip
 from pfm.cli.shell import app
 
 __all__ = [
     "app",
+    "audit",
     "cache",
     "calibrate",
     "demo",

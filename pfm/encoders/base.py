@@ -17,7 +17,7 @@ from pfm.encoders.cache import EmbeddingCache, text_keys
 from pfm.errors import EncodingError
 from pfm.protocols import Encoder
 
-__all__ = ["CachedEncoder", "Encoder", "Kind", "check_texts"]
+__all__ = ["CachedEncoder", "Encoder", "Kind", "check_texts", "progress_bar"]
 
 Kind = Literal["document", "query"]
 
@@ -134,7 +134,7 @@ class CachedEncoder(Encoder):
         # The longest first: texts of like length share a block, and a want of memory shows at once.
         missing = np.array(sorted(np.flatnonzero(~found), key=lambda row: -len(distinct[row])), np.int64)
         if len(missing):
-            with _progress_bar(len(missing), progress) as bar:
+            with progress_bar(len(missing), progress) as bar:
                 for positions, block in self.blocks([distinct[row] for row in missing], kind):
                     here = missing[positions]
                     values = block.detach().to("cpu", torch.float32).numpy()
@@ -171,7 +171,8 @@ def _as_cache(cache: bool | str | os.PathLike[str] | EmbeddingCache) -> Embeddin
     raise TypeError(f"cache must be True, False, a folder or an EmbeddingCache, got {type(cache).__name__}")
 
 
-def _progress_bar(total: int, progress: bool) -> tqdm:
+def progress_bar(total: int, progress: bool) -> tqdm:
+    """Make a bar over texts, or one that is not shown."""
     if progress:
         return tqdm(total=total, desc="encoding", unit="text")  # no `disable`: it would override TQDM_DISABLE
     return tqdm(total=total, disable=True)

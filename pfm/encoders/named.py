@@ -14,6 +14,7 @@ from pfm.encoders.base import Encoder
 from pfm.encoders.concat import ConcatEncoder
 from pfm.encoders.openai import OpenAIEncoder
 from pfm.encoders.sentence import SentenceEncoder
+from pfm.encoders.static import POOLINGS, StaticEncoder
 from pfm.encoders.surface import SurfaceEncoder
 from pfm.errors import UntrustedEncoderError
 
@@ -31,8 +32,9 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
     """Make an encoder from a name that fits on a command line.
 
     Args:
-        name: ``"minilm"``, ``"surface"``, the name or the folder of a sentence-transformers model, or several
-            joined by ``+``: ``"minilm+surface"`` puts the two side by side, surface features at weight 0.3.
+        name: ``"minilm"``, ``"static"`` (:class:`StaticEncoder`; ``"static-mean"`` without maxima), ``"surface"``, the
+            name or the folder of a sentence-transformers model, or several joined by ``+``: ``"minilm+surface"`` puts
+            the two side by side, surface features at weight 0.3.
         options: settings of :class:`SentenceEncoder` for its parts; ``on_empty`` reaches all parts.
 
     Raises:
@@ -61,6 +63,9 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
 def _part(name: str, options: Mapping[str, Any]) -> Encoder:
     if name == "surface":
         return SurfaceEncoder(**{key: value for key, value in options.items() if key == "on_empty"})
+    if name in ("static", "static-mean"):
+        pooling = {"pooling": "mean"} if name == "static-mean" else {}
+        return StaticEncoder(**pooling, **{key: value for key, value in options.items() if key == "on_empty"})
     return SentenceEncoder(name, **options)
 
 
@@ -121,6 +126,10 @@ def _rebuilt(description: Mapping[str, Any]) -> Encoder:
             )
         if kind == "SurfaceEncoder":
             return SurfaceEncoder()
+        if kind == "StaticEncoder":
+            if description["pooling"] not in POOLINGS:
+                raise TypeError(f"pooling must be one of {', '.join(POOLINGS)}, got {description['pooling']!r:.100}")
+            return StaticEncoder(pooling=description["pooling"])
         if kind == "OpenAIEncoder":
             return OpenAIEncoder(
                 description["name"],

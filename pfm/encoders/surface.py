@@ -140,8 +140,8 @@ def _measure(text: str) -> list[float]:
     """Return the features of one text in the order of `_FEATURES`."""
     if not text or text.isspace():
         return [0.0] * len(_FEATURES)
-    words = [word.replace("’", "'") for word in _WORD.findall(text.lower())]
-    count = max(1, len(words))
+    words = _WORD.findall(text.lower().replace("’", "'"))
+    count, times = max(1, len(words)), Counter(words)
     lengths = [len(word) for word in words] or [0]
     mean_length = sum(lengths) / len(lengths)
     spread = math.sqrt(sum((length - mean_length) ** 2 for length in lengths) / len(lengths))
@@ -156,7 +156,7 @@ def _measure(text: str) -> list[float]:
     triples = list(zip(words, words[1:], words[2:], strict=False))
 
     def manner(known: frozenset[str]) -> float:
-        return min(1.0, 5 * sum(word in known for word in words) / count)
+        return min(1.0, 5 * sum(number for word, number in times.items() if word in known) / count)
 
     return [
         min(2.0, math.log1p(len(words)) / 7),
@@ -183,7 +183,7 @@ def _measure(text: str) -> list[float]:
         manner(_FIRST_PERSON),
         manner(_SECOND_PERSON),
         manner(_HEDGES),
-        min(1.0, 5 * sum(word in _NEGATIONS or word.endswith("n't") for word in words) / count),
+        min(1.0, 5 * sum(n for word, n in times.items() if word in _NEGATIONS or word.endswith("n't")) / count),
         manner(_CONNECTIVES),
         len(set(words[:100])) / max(1, len(words[:100])),
         1 - len(set(triples)) / len(triples) if triples else 0.0,

@@ -1,3 +1,5 @@
+from .auditing.audit import Audit as Audit
+from .auditing.audit import audit as audit
 from .evaluation import evaluate as evaluate
 from .overshoot import Selecting as Selecting
 from .overshoot import best_of_curve as best_of_curve

@@ -47,6 +47,8 @@ class Candidates:
         self.start = np.cumsum(sizes) - sizes
         self.original = self.start + np.array([row.original for row in rows])
         self.score = np.concatenate([row.scores for row in rows])
+        #: (n,) where all candidates have the same score: rounding aside, nothing can be chosen there
+        self.flat = np.array([np.ptp(row.scores) == 0 for row in rows])
         self.length = np.array([len(text) for row in rows for text in row.candidates], dtype=np.float64)
         self.changed = np.array(
             [float(text != row.candidates[row.original]) for row in rows for text in row.candidates]
@@ -93,7 +95,8 @@ def measure(name: str, table: Candidates, method: str, bootstrap: Bootstrap) -> 
     score = table.mean(weights, table.score)
     base, best, tested = (table.mean(table.weights(other), table.score) for other in ("identity", "oracle", method))
     against = table.has_independent.astype(np.float64)
-    gain = best - base
+    random = table.mean(table.weights("random"), table.score)
+    gain, gap = best - base, np.where(table.flat, 0.0, best - random)
     return MethodRow(
         name=name,
         label=LABELS.get(name, name),
@@ -107,6 +110,7 @@ def measure(name: str, table: Candidates, method: str, bootstrap: Bootstrap) -> 
         changed=bootstrap.mean(table.mean(weights, table.changed), (0.0, 1.0)),
         length_ratio=bootstrap.mean(table.mean(weights, table.length_ratio)),
         oracle_share=bootstrap.ratio(score - base, gain) if gain.any() else None,
+        gap_closed=bootstrap.ratio(np.where(table.flat, 0.0, score - random), gap) if gap.any() else None,
     )
 
 

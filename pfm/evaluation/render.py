@@ -53,7 +53,7 @@ COLUMNS = [
     _Column("Wins vs fresh draw", "no method’s pick", lambda row: row.win_independent, wide=True),
     _Column("Judge score", "mean", lambda row: row.score, percent=False),
     _Column("Tested ahead by", "mean score, paired", lambda row: row.difference, percent=False, signed=True),
-    _Column("Of oracle’s gain", "in mean score", lambda row: row.oracle_share, wide=True),
+    _Column("Gap closed", "random to oracle", lambda row: row.gap_closed, wide=True),
     _Column("Changed", "share of outputs", lambda row: row.changed, wide=True),
     _Column("Length ratio", "to the original", lambda row: row.length_ratio, percent=False, wide=True),
 ]
@@ -211,7 +211,7 @@ def _tiles(report: Results) -> list[tuple[str, str, str]]:
         ("Wins vs original", tested.win, True, False),
         ("Wins at equal length", tested.win_controlled, True, False),
         ("Gain in judge score", rows["identity"].difference, False, True),
-        ("Of the oracle’s gain", tested.oracle_share, True, False),
+        ("Gap closed, random to oracle", tested.gap_closed, True, False),
         ("Outputs changed", tested.changed, True, False),
     ]
     tiles: list[tuple[str, str, str]] = []
@@ -285,6 +285,7 @@ def _number(value: float) -> str:
 NOTES = (
     "Prompts are resampled, not candidates, and all methods share the resamples: differences are paired.",
     "“Random” is the exact expectation over the candidates, not one draw.",
+    "Gap closed: (score − random) / (oracle − random), summed over prompts: 0% is a random candidate, 100% the oracle.",
     "“Helps” and “hurts” need an interval that excludes 50% and a sign test below 0.05.",
     "Equal length: P(win) = σ(a + b·tanh(Δ/sd Δ)) among changed answers, with Δ the difference in characters; the "
     "figure is σ(a) for the changed share and one half for the unchanged one.",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 
 from pfm._internal.checks import check_shape
 from pfm.evaluation.candidates import COMPUTED, Candidates, by_group, calibrate, measure, pick_examples
+from pfm.evaluation.card import Card
 from pfm.evaluation.render import page, terminal
 from pfm.evaluation.results import Failure, Results, Scored
 from pfm.evaluation.verdict import find_warnings, judge_method
@@ -20,11 +19,9 @@ from pfm.statistics import Bootstrap
 
 __all__ = ["Report"]
 
-FORMAT = 1
-
 
 @dataclass
-class Report(Results):
+class Report(Results, Card):
     """The report card: print it, save it as JSON, or as one self-contained HTML page.
 
     For the attributes see :class:`pfm.evaluation.results.Results`.
@@ -84,46 +81,15 @@ class Report(Results):
             examples=pick_examples(rows, method, examples, seed),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
-        return {"format": FORMAT, **asdict(self)}
-
-    def save_json(self, path: str | Path) -> Path:
-        """Write the report as strict JSON, and return the path."""
-        path = Path(path).expanduser()
-        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load_json(cls, path: str | Path) -> Report:
-        """Read a report written by ``save_json``.
-
-        Raises:
-            ValueError: the file is not such a report.
-        """
-        try:
-            values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-            if values["format"] != FORMAT:
-                raise ValueError(f"format {values['format']!r} where {FORMAT} is expected")
-            return _decode(cls, values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a report written by Report.save_json: {error}") from error
-
     def save_html(self, path: str | Path, examples: int = 5) -> Path:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
-        path = Path(path).expanduser()
-        # texts may hold lone surrogates, which no UTF-8 file can
-        path.write_text(page(self, examples), encoding="utf-8", errors="replace")
-        return path
+        return super().save_html(path, examples=examples)
 
-    def print(self, console: Any = None) -> None:
-        """Print the report on a rich console; default: standard output."""
-        from rich.console import Console
+    def _page(self, **options: Any) -> str:
+        return page(self, **options)
 
-        (console or Console()).print(self)
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield from terminal(self, options.max_width)
+    def _terminal(self, width: int) -> Iterator[Any]:
+        return terminal(self, width)
 
 
 def _checked(row: Scored, number: int) -> Scored:
@@ -175,19 +141,3 @@ def _method_order(rows: Sequence[Scored], method: str, baselines: Sequence[str])
         raise ValueError(f"baselines holds unknown names {', '.join(unknown)}: choose from {', '.join(COMPUTED)}")
     before, after = ([name for name in group if name in baselines] for group in (("random", "longest"), ("oracle",)))
     return ["identity", *before, *(name for name in picked if name != method), method, *after]
-
-
-def _decode(kind: Any, value: Any) -> Any:
-    """Rebuild a dataclass, or a list or option of such, from plain JSON values."""
-    if is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        # A field that an earlier version did not write keeps its default.
-        return kind(
-            **{item.name: _decode(hints[item.name], value[item.name]) for item in fields(kind) if item.name in value}
-        )
-    if get_origin(kind) is list:
-        return [_decode(get_args(kind)[0], item) for item in value]
-    if isinstance(kind, UnionType):
-        inner = next(option for option in get_args(kind) if option is not NoneType)
-        return None if value is None else _decode(inner, value)
-    return value

@@ -60,6 +60,7 @@ class MethodRow:
         length_ratio: mean of (length of the pick / length of the original), in characters.
         oracle_share: share of the oracle's gain in mean score over the original; None when the oracle gains
             nothing.
+        gap_closed: share of the gap in mean score from a random candidate to the oracle; None where there is none.
     """
 
     name: str
@@ -72,6 +73,7 @@ class MethodRow:
     changed: Estimate
     length_ratio: Estimate
     oracle_share: Estimate | None
+    gap_closed: Estimate | None = None
 
 
 @dataclass(frozen=True)
