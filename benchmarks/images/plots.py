@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def save_grid(runs: Sequence[Run], path: Path) -> None:
         place.imshow(np.concatenate([images[number] for number in columns], axis=1), cmap="gray", vmin=0, vmax=255)
         place.set_xticks([])
         place.set_yticks([])
-        place.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        place.set_ylabel(textwrap.fill(name, 48), rotation=0, ha="right", va="center", fontsize=8)
         for side in place.spines.values():
             side.set_visible(False)
     figure.savefig(path, dpi=120)
