@@ -2,7 +2,7 @@
 
 The model is served by ``transformers serve``, which needs no package beyond those of the library. It decodes one
 request at a time, about 15 tokens a second on one core (AMD EPYC, bfloat16), and ignores ``n``, so that the proxy asks
-once for each candidate. llama.cpp's server would have to be compiled: the index has no wheel of llama-cpp-python.
+once for each candidate. llama.cpp's server would have to be compiled: llama-cpp-python is published without wheels.
 """
 
 from __future__ import annotations

@@ -48,8 +48,11 @@ class Card:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a report written by {cls.__name__}.save_json: {error}") from error
 
-    def save_html(self, path: str | Path, **options: Any) -> Path:
+    def save_html(self, path: str | Path) -> Path:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
+        return self._write_html(path)
+
+    def _write_html(self, path: str | Path, **options: Any) -> Path:
         path = Path(path).expanduser()
         # texts may hold lone surrogates, which no UTF-8 file can
         path.write_text(self._page(**options), encoding="utf-8", errors="replace")

@@ -83,7 +83,7 @@ class Report(Results, Card):
 
     def save_html(self, path: str | Path, examples: int = 5) -> Path:
         """Write the report as one HTML page that needs no network and no scripts, and return the path."""
-        return super().save_html(path, examples=examples)
+        return self._write_html(path, examples=examples)
 
     def _page(self, **options: Any) -> str:
         return page(self, **options)
