@@ -9,7 +9,7 @@ from torch import Tensor
 from pfm import FlowConfig
 from pfm.flow.couplings import Coupled
 from pfm.flow.fields import Field, Normalizer
-from pfm.flow.problem import FlowProblem
+from pfm.flow.problem import STRATA, FlowProblem
 from pfm.flow.training import TrainingLog, _best_multiple, _Order, _schedule, _ValidationRows, train_residual
 
 SHORT = FlowConfig(epochs=80, patience=1000, batch_size=64, device="cpu")
@@ -166,3 +166,75 @@ def test_the_rate_warms_up_and_falls_by_a_cosine():
     assert rates[199] == pytest.approx((1 + math.cos(math.pi * 189 / 190)) / 2)
     assert [_schedule(update, 4000) for update in (0, 99, 100)] == pytest.approx([0.01, 1.0, 1.0])
     assert _schedule(0, 1) == 1.0
+
+
+# -- taking up a run ------------------------------------------------------------------------------------------------
+
+
+def stopped(folder, after: int, train: Weighted, config: FlowConfig = SHORT) -> None:
+    seen = []
+
+    def watch(update: int, loss: float) -> None:
+        seen.append(update)
+        if len(seen) == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_residual(
+            one_step_problem(), train, two_ways(1.8), config, checkpoint=folder, progress=False, on_validation=watch
+        )
+
+
+@pytest.mark.parametrize("after", [1, 4, 39])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(tmp_path, after):
+    whole, log = trained(two_ways(1.8), two_ways(1.8))
+    stopped(tmp_path, after, two_ways(1.8))
+    resumed = one_step_problem()
+    begun = []
+    again = train_residual(
+        resumed, two_ways(1.8), two_ways(1.8), SHORT, checkpoint=tmp_path, progress=False,
+        on_validation=lambda update, loss: begun.append(update),
+    )  # fmt: skip
+    assert begun[0] == log.validation[after][0]  # it went on, and did not begin anew
+    assert again == log
+    for mine, theirs in zip(resumed.model.state_dict().values(), whole.model.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("train", "config"),
+    [(two_ways(1.7), SHORT), (two_ways(1.8, prompts=12), SHORT), (two_ways(1.8), SHORT.replace(seed=1))],
+    ids=["other weights", "other rows", "another seed"],
+)
+def test_a_state_of_other_data_is_refused(tmp_path, train, config):
+    stopped(tmp_path, 2, two_ways(1.8))
+    with pytest.raises(ValueError, match="belongs to other data or another configuration"):
+        train_residual(one_step_problem(), train, two_ways(1.8), config, checkpoint=tmp_path, progress=False)
+
+
+# -- times ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("items", [STRATA, 3 * STRATA // 2, 16 * STRATA, 16 * STRATA + STRATA // 2, 17 * STRATA])
+def test_times_are_stratified_and_divide_the_items(items):
+    problem = FlowProblem(Field(2, 0, 4, 1), Normalizer(2, 0), 0.1)
+    times = problem.times(items, torch.Generator().manual_seed(0), torch.device("cpu"))
+    count = len(times)
+    assert count == problem.strata(items)
+    assert items % count == 0
+    assert torch.equal((times * count).long(), torch.arange(count))  # one in each of equal strata
+    if problem.stratified:
+        assert count == (STRATA if items >= 16 * STRATA and items % STRATA == 0 else STRATA // 2)
+    else:
+        assert count == items
+
+
+def test_the_noise_of_a_batch_has_its_shape_and_its_generator():
+    problem = FlowProblem(Field(2, 0, 4, 1), Normalizer(2, 0), 0.1)
+    batch = Coupled(torch.zeros(7, 2), torch.ones(7, 2), None, torch.ones(7))
+    noise, again = (problem.noise(batch, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert noise is not None
+    assert again is not None
+    assert noise.shape == (7, 2)
+    assert torch.equal(noise, again)
+    assert FlowProblem(Field(2, 0, 4, 1), Normalizer(2, 0), 0.0).noise(batch, torch.Generator()) is None

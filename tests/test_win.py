@@ -155,3 +155,84 @@ def test_a_head_is_told_as_json_values():
     assert found.to_dict()["network_kept"] is False
     assert found.to_dict()["accuracy"] == found.accuracy == 1.0
     assert all(not isinstance(value, float) or math.isfinite(value) for value in found.to_dict().values())
+
+
+# -- contexts and the network ---------------------------------------------------------------------------------------
+
+
+def test_b_is_the_formula_of_its_parts():
+    torch.manual_seed(0)
+    y, context = torch.randn(5, 2), torch.randn(5, 3)
+    head = WinHead(2, 3, hidden=4)
+    head.coordinates.fit(torch.randn(50, 2) * 3 + 1, torch.ones(50))
+    for name, value in {
+        "weights": torch.tensor([0.5, -1.0]),
+        "product_weights": torch.randn(head.coordinates.products),
+        "context_mean": torch.tensor([1.0, 2.0, 3.0]),
+        "context_weights": torch.tensor([0.3, -0.2, 0.1]),
+        "context_spread": torch.tensor([2.0, 0.5, 1.0]),
+        "slope": torch.tensor(1.5),
+        "offset": torch.tensor(-0.25),
+        "gain": torch.tensor(0.5),
+    }.items():
+        getattr(head, name).copy_(value)
+    assert head.network is not None
+    linear, products = head.coordinates(y)
+    reward = linear @ head.weights + products @ head.product_weights
+    level = (context - head.context_mean) @ head.context_weights
+    inputs = torch.cat([head.coordinates.standardised(y), (context - head.context_mean) / head.context_spread], 1)
+    wanted = -0.25 + 1.5 * (reward - level) + 0.5 * head.network(inputs)[:, 0]
+    torch.testing.assert_close(head(y, context), wanted)
+    head.drop_network()
+    torch.testing.assert_close(head(y, context), -0.25 + 1.5 * (reward - level))
+
+
+def turned(count: int, seed: int, *, informative: bool = True, context_scale: float = 1.0) -> EncodedPairs:
+    """Prefer the larger of two numbers under one context, the smaller under the other: no reward of y alone knows."""
+    generator = torch.Generator().manual_seed(seed)
+    one, other = torch.randn(2, count, 1, generator=generator)
+    sign = torch.where(torch.rand(count, 1, generator=generator) < 0.5, 1.0, -1.0)
+    odds = 6 * sign * (one - other) if informative else torch.zeros(count, 1)
+    first = torch.rand(count, 1, generator=generator) < torch.sigmoid(odds)
+    return EncodedPairs(
+        torch.where(first, one, other),
+        torch.where(first, other, one),
+        context_scale * sign + 5,
+        group=torch.arange(count),
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_a_network_is_kept_where_the_context_turns_the_preference(scale):
+    head = WinHead(1, 1)
+    found = head.fit(turned(1200, 0, context_scale=scale), seed=1)
+    assert found.network_kept
+    assert found.network_gain > 0.1
+    assert found.accuracy > 0.8
+    assert math.isfinite(float(head.margin))
+    up, down = torch.full((2, 1), 5 + scale), torch.full((2, 1), 5 - scale)
+    y = torch.tensor([[1.5], [-1.5]])
+    high, low = torch.sigmoid(head(y, up)).tolist()
+    assert high > 0.75
+    assert low < 0.25
+    low, high = torch.sigmoid(head(y, down)).tolist()
+    assert high > 0.75
+    assert low < 0.25
+
+
+def test_a_network_is_dropped_where_labels_say_nothing():
+    head = WinHead(1, 1)
+    found = head.fit(turned(600, 0, informative=False), seed=1)
+    assert (found.network_kept, found.network_gain, head.network) == (False, 0.0, None)
+    assert float(head.margin) == math.inf
+
+
+def test_of_many_pairs_a_random_sample_is_fitted(monkeypatch):
+    """The first fifth of the rows contradicts the rest: a sample of the first rows would learn the opposite."""
+    monkeypatch.setattr("pfm.flow.win.FIT_PAIRS", 200)
+    one, other = torch.randn(2, 1000, 1, generator=torch.Generator().manual_seed(0))
+    wrong = (torch.arange(1000) < 200)[:, None]
+    first = (one > other) != wrong
+    head = WinHead(1, 0)
+    head.fit(EncodedPairs(torch.where(first, one, other), torch.where(first, other, one)), network=False)
+    assert float(head(torch.ones(1, 1), None) - head(-torch.ones(1, 1), None)) > 0.5

@@ -423,11 +423,13 @@ class _Checkpoint:
 
 
 def _fingerprint(problem: FlowProblem, coupling: Coupling, config: FlowConfig, updates: int) -> str:
-    # Values that are the same on every device: sums, as in the normaliser, are not to the last bit.
+    # Values that are the same on every device: sums, as in the normaliser, are not to the last bit. Weights may be made
+    # of sums, and are rounded.
     every = max(1, len(coupling) // FINGERPRINT_ROWS)
     some = coupling.draw(torch.arange(0, len(coupling), every, device="cpu"), torch.Generator().manual_seed(0))
     settings = {name: value for name, value in config.to_dict().items() if name != "device"}
     found = hashlib.sha256(json.dumps([settings, updates, len(coupling)]).encode())
-    for tensor in (some.source, some.target):
-        found.update(tensor.cpu().contiguous().numpy().tobytes())
+    for tensor in (some.source, some.target, some.context, some.weight.half()):
+        if tensor is not None:
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
