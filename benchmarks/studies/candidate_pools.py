@@ -9,6 +9,7 @@ constant one has the lowest score of the prompt.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from pfm.encoders import Encoder, encoder_from_name
 from pfm.flow.preference_win import PreferenceWin
 from pfm.preferences import PreferenceEnsemble
 
-__all__ = ["TASKS", "Pool", "load_pools"]
+__all__ = ["TASKS", "Pool", "load_pools", "study_options"]
 
 Array = NDArray[np.float64]
 
@@ -133,7 +134,7 @@ def _fitted(train: EncodedPairs) -> PreferenceWin:
 
 
 def _constants(win: PreferenceWin, encoder: Encoder, outputs: list[str], prompts: Iterable[str | None]) -> list[str]:
-    """Give the training outputs whose mean logit b over (some of) the test prompts is highest."""
+    """Return the training outputs whose mean logit b over (some of) the test prompts is highest."""
     rng = np.random.default_rng(0)
     some = [outputs[row] for row in rng.permutation(len(outputs))[:300]]
     vectors = encoder.encode(some, progress=False)
@@ -146,3 +147,13 @@ def _constants(win: PreferenceWin, encoder: Encoder, outputs: list[str], prompts
 def _log_odds(win: PreferenceWin, vectors: Tensor, encoder: Encoder, prompt: str | None) -> Array:
     context = None if prompt is None else encoder.encode_prompts([prompt]).expand(len(vectors), -1)
     return win(vectors, context).numpy().astype(np.float64)
+
+
+def study_options(description: str | None) -> argparse.Namespace:
+    """Read the options of a study that replays draws: tasks, seeds, labels, and the folder of candidates."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--labels", nargs="+", choices=("given", "shuffled"), default=["given", "shuffled"])
+    parser.add_argument("--out", type=Path, default=Path("runs/draws"), help="folder of the candidates and their b")
+    return parser.parse_args()

@@ -13,7 +13,6 @@ same mean number of draws (arXiv 2505.12050); and a fixed number of draws at the
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import defaultdict
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.core.tables import markdown_table
-from benchmarks.studies.candidate_pools import TASKS, Pool, load_pools
+from benchmarks.studies.candidate_pools import Pool, load_pools, study_options
 from pfm.refiner import Stopping, calibrate
 from pfm.refiner.calibration import Replays, thresholds
 from pfm.statistics import Bootstrap, Estimate
@@ -280,12 +279,7 @@ def measure(task: str, seeds: Sequence[int], labels: str, out: Path) -> Table:
 
 def main() -> None:
     """Print one table for each task and kind of labels."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--labels", nargs="+", choices=("given", "shuffled"), default=["given", "shuffled"])
-    parser.add_argument("--out", type=Path, default=Path("runs/draws"), help="folder of the candidates and their b")
-    options = parser.parse_args()
+    options = study_options(__doc__)
     for task in options.tasks:
         for labels in options.labels:
             table = measure(task, range(options.seeds), labels, options.out)

@@ -8,18 +8,16 @@ strength of a draw in proportion to b^strength, both measured on the other half.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.core.tables import markdown_table
-from benchmarks.studies.candidate_pools import TASKS, Pool, load_pools
+from benchmarks.studies.candidate_pools import Pool, load_pools, study_options
 from pfm.evaluation import Selecting, best_of_curve, choose_selection
 from pfm.statistics import Bootstrap
 
@@ -60,12 +58,7 @@ def _chosen(pools: Sequence[Pool], kinds: Sequence[int]) -> Selecting:
 
 def main() -> None:
     """Print one table for each task."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--labels", nargs="+", choices=("given", "shuffled"), default=["given", "shuffled"])
-    parser.add_argument("--out", type=Path, default=Path("runs/draws"), help="folder of the candidates and their b")
-    options = parser.parse_args()
+    options = study_options(__doc__)
     for task in options.tasks:
         lines = [
             ["candidates", *(f"best of {size}" for size in SIZES), "chosen: n, strength", "chosen minus best of most"]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, Traceback, app, examples, guarded, make_folder
 
@@ -100,11 +99,4 @@ def audit(
             if "no selector is named" in str(error):
                 raise ValueError(str(error).replace("name the column", "name by --selector the column")) from None
             raise
-        session.out.print(found)
-        if html is not None:
-            found.save_html(html)
-        if json_file is not None:
-            found.save_json(json_file)
-        for path in (html, json_file):
-            if path is not None:
-                session.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
+        session.show(found, html=html, json_file=json_file)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from pfm.cli.rows import PromptKey, checked_row, find_reader, numbered_rows
 from pfm.cli.shell import (
@@ -95,14 +94,7 @@ def evaluate(
         report.settings["judge"] = f"column scores of {rows.name}"
         if training is not None:
             _warn_of_leaks(report, scored, training)
-        session.out.print(report)
-        if html is not None:
-            report.save_html(html)
-        if json_file is not None:
-            report.save_json(json_file)
-        for path in (html, json_file):
-            if path is not None:
-                session.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
+        session.show(report, html=html, json_file=json_file)
 
 
 @dataclass(frozen=True)
@@ -183,7 +175,7 @@ class _Recorded:
         return [[] if row.independent is None else ["(a further draw)"] for row in self.rows]
 
     def judge(self, prompt: Any, responses: list[str]) -> list[float]:
-        """Give the scores of the next row: rows are judged in order."""
+        """Return the scores of the next row: rows are judged in order."""
         row = next(self._next)
         return row.scores if row.independent is None else [*row.scores, row.independent]
 

@@ -24,6 +24,7 @@ from pfm.errors import PfmError, UntrustedEncoderError
 
 if TYPE_CHECKING:
     from pfm.encoders import Encoder
+    from pfm.evaluation.card import Card
     from pfm.flow.composition import Composition
     from pfm.flow.preference_flow import PreferenceFlow
     from pfm.refiner import Stopping
@@ -167,6 +168,17 @@ class Session:
     err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     kept: Callable[[], str] = lambda: ""
 
+    def show(self, report: Card, *, html: Path | None, json_file: Path | None) -> None:
+        """Print a report, and write it to the files that are asked for."""
+        self.out.print(report)
+        if html is not None:
+            report.save_html(html)
+        if json_file is not None:
+            report.save_json(json_file)
+        for path in (html, json_file):
+            if path is not None:
+                self.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
+
     def note(self, text: str) -> None:
         """Print a warning in one line."""
         self.err.print(Text(f"Note: {_one_line(text)}", "yellow"), soft_wrap=True)
@@ -300,7 +312,7 @@ def load_stopping(folder: Path) -> Stopping | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Give a checksum of a saved flow, or of a composition with all of its flows."""
+    """Return a checksum of a saved flow, or of a composition with all of its flows."""
     digest = hashlib.sha256()
     folder = folder.expanduser()
     names = "config.json", "model.safetensors"

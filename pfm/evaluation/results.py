@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,26 @@ from pfm.statistics import Bin, Estimate, Reliability
 __all__ = ["Calibration", "Example", "Failure", "GroupRow", "MethodRow", "Prompt", "Results", "Scored", "Verdict"]
 
 Prompt = str | list[dict[str, Any]]
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Named)
+
+
+def named_row(rows: Sequence[R], name: str, owner: str) -> R:
+    """Return the row of a method by name; ``owner`` says in the error what has none.
+
+    Raises:
+        KeyError: there is no such row.
+    """
+    for row in rows:
+        if row.name == name:
+            return row
+    raise KeyError(f"no method {name!r}: this {owner} has {', '.join(row.name for row in rows)}")
 
 
 @dataclass
@@ -202,7 +222,4 @@ class Results:
         Raises:
             KeyError: the report has no such method.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"no method {name!r}: this report has {', '.join(row.name for row in self.rows)}")
+        return named_row(self.rows, name, "report")

@@ -9,7 +9,7 @@ import math
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import zip_longest
 from typing import Any
@@ -245,13 +245,19 @@ class _Proxy:
         with self._counted("chat", request) as note:
             self.access.check(request)
             _ = self.upstream
-            async with AsyncExitStack() as owned:
-                place = self._admitted(owned)
-                held = self.memory.held()
-                owned.callback(held.close)
-                content = await whole_body(request, self.config, held)
-                response = await unless_gone(request, self._chat(request, content, place, held, note, owned))
-                return Owning(response, owned.pop_all())
+            return await self._with_body(request, note, self._chat)
+
+    async def _with_body(
+        self, request: Request, note: _Note, answer: Callable[..., Coroutine[Any, Any, Response]]
+    ) -> Response:
+        """Admit a request, read its whole body, and answer it unless its client is gone."""
+        async with AsyncExitStack() as owned:
+            place = self._admitted(owned)
+            held = self.memory.held()
+            owned.callback(held.close)
+            content = await whole_body(request, self.config, held)
+            response = await unless_gone(request, answer(request, content, place, held, note, owned))
+            return Owning(response, owned.pop_all())
 
     async def _chat(
         self, request: Request, content: bytes, place: Place, held: HeldBytes, note: _Note, owned: AsyncExitStack
@@ -277,17 +283,12 @@ class _Proxy:
         """Score texts by the flow; pass the request through where it names another model."""
         with self._counted(kind, request) as note:
             self.access.check(request)
-            async with AsyncExitStack() as owned:
-                place = self._admitted(owned)
-                held = self.memory.held()
-                owned.callback(held.close)
-                content = await whole_body(request, self.config, held)
-                response = await unless_gone(request, self._scores(kind, request, content, place, note, owned))
-                return Owning(response, owned.pop_all())
+            return await self._with_body(request, note, functools.partial(self._scores, kind))
 
     async def _scores(
-        self, kind: str, request: Request, content: bytes, place: Place, note: _Note, owned: AsyncExitStack
-    ) -> Response:
+        self, kind: str, request: Request, content: bytes, place: Place, _: HeldBytes, note: _Note,
+        owned: AsyncExitStack,
+    ) -> Response:  # fmt: skip
         asked: ScoresAsked = await in_background(
             lambda content: read_scores(kind, content, self.config, self.refiner.flow), content, len(content)
         )

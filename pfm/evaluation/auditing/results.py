@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pfm.evaluation.results import named_row
 from pfm.statistics import Estimate
 
 __all__ = ["AuditResults", "AuditRow", "Difference", "Finding"]
@@ -94,7 +95,4 @@ class AuditResults:
         Raises:
             KeyError: the audit has no such method.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"no method {name!r}: this audit has {', '.join(row.name for row in self.rows)}")
+        return named_row(self.rows, name, "audit")
