@@ -183,7 +183,7 @@ def mutmut(home: Path, processes: int, names: list[str]) -> None:
 
 
 def judged(area: str) -> Iterator[tuple[str, str, str, str]]:
-    """Give each mutant of an area: its module, its name, its status and, of one that was not noticed, the change."""
+    """Return each mutant of an area: its module, its name, its status and, of one that was not noticed, the change."""
     from mutmut.configuration import reset_config  # pyright: ignore[reportMissingImports]
     from mutmut.mutation.data import SourceFileMutationData  # pyright: ignore[reportMissingImports]
     from mutmut.mutation.diff_apply import get_diff_for_mutant  # pyright: ignore[reportMissingImports]

@@ -38,7 +38,7 @@ SEND_SECONDS = 3.0
 
 
 class Proxy:
-    """Is the process of ``pfm serve``, which can be killed and started again on the same port."""
+    """The process of ``pfm serve``, which can be killed and started again on the same port."""
 
     def __init__(self, flow: str, upstream: str) -> None:
         with socket.socket() as free:

@@ -75,7 +75,7 @@ def load_example() -> ExampleData:
 
 
 class WrittenDrafts:
-    """Is a small frozen generator: it hands out the written drafts of a prompt in a random order, blind to grades.
+    """A small frozen generator: it hands out the written drafts of a prompt in a random order, blind to grades.
 
     The order depends on the seed and the prompt alone. The last draft of the order is handed out only when all are
     asked for.

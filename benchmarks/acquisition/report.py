@@ -40,12 +40,12 @@ class Curve:
     area_half: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as JSON values."""
+        """Return everything as JSON values."""
         return {"kind": "acquisition", **asdict(self)}
 
 
 def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Give the mean and half of Student's 95% interval; infinity for a single value."""
+    """Return the mean and half of Student's 95% interval; infinity for a single value."""
     found = np.asarray(values, dtype=np.float64)
     if len(found) < 2:
         return float(found.mean()), math.inf

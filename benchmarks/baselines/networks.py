@@ -41,13 +41,13 @@ class Fitted:
         return self.z > CONFIRMED
 
     def notes(self) -> dict[str, Any]:
-        """Give the figures as JSON values."""
+        """Return the figures as JSON values."""
         finite = self.z if math.isfinite(self.z) else None
         return {"updates": self.updates, "held_out": self.held_out, "gain": self.gain, "z": finite}
 
 
 class Network(nn.Module):
-    """Is a perceptron of (y, context), both standardised; it is zero before training.
+    """A perceptron of (y, context), both standardised; it is zero before training.
 
     Args:
         dimension: D of an output. context_dimension: C of a context, 0 for none.
@@ -84,12 +84,12 @@ class Network(nn.Module):
         return self
 
     def forward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give (B, outputs) at y (B, D) under contexts (B, C) or None."""
+        """Return (B, outputs) at y (B, D) under contexts (B, C) or None."""
         return self.body((_join(y, context) - self.mean) / self.spread)
 
 
 def pair_loss(loss: Callable[[Tensor], Tensor], margin: Tensor, probability: Tensor) -> Tensor:
-    """Give the expected loss (B,) of margins (B,) under soft labels (B,): p loss(m) + (1 - p) loss(-m)."""
+    """Return the expected loss (B,) of margins (B,) under soft labels (B,): p loss(m) + (1 - p) loss(-m)."""
     forward = probability * loss(margin)
     return forward if bool((probability == 1).all()) else forward + (1 - probability) * loss(-margin)
 

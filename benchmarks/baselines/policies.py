@@ -87,21 +87,21 @@ class Grid:
 
     @property
     def cells(self) -> int:
-        """Give the number of cells K."""
+        """Return the number of cells K."""
         return self.side**self.dimension
 
     @property
     def width(self) -> float:
-        """Give the length of a cell's side."""
+        """Return the length of a cell's side."""
         return (self.high - self.low) / self.side
 
     @property
     def centres(self) -> Tensor:
-        """Give the cells' centres (K, D)."""
+        """Return the cells' centres (K, D)."""
         return self._points(1)[:, 0]
 
     def index(self, y: Tensor) -> Tensor:
-        """Give the cell (B,) of each y (B, D); what lies outside the box belongs to the nearest cell."""
+        """Return the cell (B,) of each y (B, D); what lies outside the box belongs to the nearest cell."""
         place = ((y - self.low) / self.width).floor().long().clamp(0, self.side - 1)
         cell = place[:, 0]
         for axis in range(1, self.dimension):
@@ -114,7 +114,7 @@ class Grid:
         return self.centres[cell] + offset * self.width
 
     def log_reference(self, law: Law, context: Tensor | None) -> Tensor:
-        """Give the reference's log-probabilities (G, K) of the cells, by midpoint quadrature of its density."""
+        """Return the reference's log-probabilities (G, K) of the cells, by midpoint quadrature of its density."""
         points = self._points(QUADRATURE[self.dimension])
         flat = points.flatten(0, 1)
         rows = []
@@ -126,7 +126,7 @@ class Grid:
         return torch.log_softmax(torch.cat(rows).double(), dim=1).float()
 
     def _points(self, each: int) -> Tensor:
-        """Give each^dimension midpoints of every cell (K, each^D, D)."""
+        """Return each^dimension midpoints of every cell (K, each^D, D)."""
         inside = (torch.arange(each) + 0.5) / each
         axis = self.low + self.width * (torch.arange(self.side)[:, None] + inside)  # (side, each)
         if self.dimension == 1:
@@ -137,13 +137,13 @@ class Grid:
 
 
 def reference_of(law: Law, grid: Grid) -> Reference:
-    """Give the law's reference over the cells of a grid; without contexts it is worked out once."""
+    """Return the law's reference over the cells of a grid; without contexts it is worked out once."""
     fixed = grid.log_reference(law, None) if law.context_dimension == 0 else None
     return lambda context: grid.log_reference(law, context) if fixed is None else fixed
 
 
 def round_divergence(law: Law, number: int = 1) -> float:
-    """Give KL(p_k || p_(k-1)) in nats, exactly, of the distribution of round k from that of the round before.
+    """Return KL(p_k || p_(k-1)) in nats, exactly, of the distribution of round k from that of the round before.
 
     At most log 2, since p_k = 2 p_(k-1) b_(k-1). Without doubt and ties the first is log 2 - 1/2, best of two's
     log n - (n - 1) / n (arXiv 2401.01879); doubtful preferences spend less.
@@ -175,14 +175,14 @@ class Bins:
         return 1 if self.centres is None else len(self.centres)
 
     def index(self, context: Tensor | None, count: int) -> Tensor:
-        """Give the bin (B,) of each context (B, C); zeros (count,) for None."""
+        """Return the bin (B,) of each context (B, C); zeros (count,) for None."""
         if self.centres is None or context is None:
             return torch.zeros(count, dtype=torch.long)
         return torch.cdist(context.to(self.centres.dtype), self.centres).argmin(1)
 
 
 class Policy(nn.Module, ABC):
-    """Is a distribution over the cells of a grid, in terms of a reference and energies.
+    """A distribution over the cells of a grid, in terms of a reference and energies.
 
     Args:
         grid: the cells.
@@ -197,18 +197,18 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def energy(self, cell: Tensor, context: Tensor | None) -> Tensor:
-        """Give u (B,) of cells (B,) under contexts (B, C) or None, before sharpening."""
+        """Return u (B,) of cells (B,) under contexts (B, C) or None, before sharpening."""
 
     @abstractmethod
     def energies(self, context: Tensor | None) -> Tensor:
-        """Give u (G, K) of all cells under contexts (G, C), or (1, K) for None, before sharpening."""
+        """Return u (G, K) of all cells under contexts (G, C), or (1, K) for None, before sharpening."""
 
     def log_ratio(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give log pi/pi_ref (B,) of y (B, D), up to log Z of the context."""
+        """Return log pi/pi_ref (B,) of y (B, D), up to log Z of the context."""
         return self.sharpness * self.energy(self.grid.index(y), context)
 
     def log_probability(self, context: Tensor | None) -> Tensor:
-        """Give log pi (G, K) of all cells under contexts (G, C), or (1, K) for None."""
+        """Return log pi (G, K) of all cells under contexts (G, C), or (1, K) for None."""
         return torch.log_softmax(self.reference(context) + self.sharpness * self.energies(context), dim=1)
 
     @torch.no_grad()
@@ -236,7 +236,7 @@ class Policy(nn.Module, ABC):
 
     @torch.no_grad()
     def divergence(self, context: Tensor | None) -> float:
-        """Give KL(pi || reference) in nats, averaged over contexts (G, C)."""
+        """Return KL(pi || reference) in nats, averaged over contexts (G, C)."""
         parts = list(_groups(context, self.grid.cells))
         pieces = [_divergence(self.reference(part), self.sharpness * self.energies(part)) for part in parts]
         return float(torch.cat(pieces).mean())
@@ -303,7 +303,7 @@ class NetworkPolicy(Policy):
 
 
 def both_energies(policy: Policy, pairs: EncodedPairs) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Give the energies of the chosen and of the rejected outputs (B,) of the pairs at index (B,)."""
+    """Return the energies of the chosen and of the rejected outputs (B,) of the pairs at index (B,)."""
     every = pairs.gather(torch.arange(len(pairs)))
     cells = torch.stack([policy.grid.index(every.chosen), policy.grid.index(every.rejected)])
 
@@ -316,7 +316,7 @@ def both_energies(policy: Policy, pairs: EncodedPairs) -> Callable[[Tensor], tup
 
 
 def pair_rows(policy: Policy, loss: PairLoss, pairs: EncodedPairs) -> Rows:
-    """Give the losses of pairs under the policy, for the fits below."""
+    """Return the losses of pairs under the policy, for the fits below."""
     energies = both_energies(policy, pairs)
     probability = pairs.gather(torch.arange(len(pairs))).probability
 
@@ -421,7 +421,7 @@ def _divergence(reference: Tensor, energies: Tensor) -> Tensor:
 
 
 def _spread(reference: Tensor, energies: Tensor) -> Tensor:
-    """Give the largest standard deviation of the energies under the reference."""
+    """Return the largest standard deviation of the energies under the reference."""
     probability = reference.exp()
     mean = (probability * energies).sum(1, keepdim=True)
     return (probability * (energies - mean).square()).sum(1).sqrt().max()

@@ -39,7 +39,7 @@ class NetworkReward:
         return fit_early_stopped(network, loss, pairs, seed=self.seed)
 
     def reward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the rewards (B,), in log-odds, of y (B, D) under contexts (B, C) or None; differentiable in y."""
+        """Return the rewards (B,), in log-odds, of y (B, D) under contexts (B, C) or None; differentiable in y."""
         if self._network is None:
             raise RuntimeError("NetworkReward is not fitted: call fit(pairs) first")
         return torch.cat([self._network(a, b).squeeze(-1) for a, b in _chunks(y, context)])

@@ -144,7 +144,7 @@ class Split:
 
     @property
     def episode(self) -> NDArray[Any]:
-        """Give the episode of each transition, (T,)."""
+        """Return the episode of each transition, (T,)."""
         return self.train.episode
 
     @cached_property
@@ -154,20 +154,20 @@ class Split:
         return last[np.searchsorted(last, np.arange(len(self.episode)))] + 1 - np.arange(len(self.episode))
 
     def labelled(self, side: int) -> HumanSegments:
-        """Give the labelled pairs of one side."""
+        """Return the labelled pairs of one side."""
         return self.held if side else self.train
 
     def rows(self, side: int, following: int = 1) -> NDArray[np.int64]:
-        """Give the transitions of one side that so many transitions of their episode begin with."""
+        """Return the transitions of one side that so many transitions of their episode begin with."""
         return np.flatnonzero((self.side == side) & (self.following >= following))
 
     def chunks(self, rows: NDArray[np.int64], values: Array, length: int = LENGTH) -> Array:
-        """Give the values (B, H, ...) of the steps that begin at rows (B,)."""
+        """Return the values (B, H, ...) of the steps that begin at rows (B,)."""
         return values[rows[:, None] + np.arange(length)]
 
 
 def _episodes(*sides: HumanSegments) -> list[NDArray[Any]]:
-    """Give the episodes of which each side has pairs."""
+    """Return the episodes of which each side has pairs."""
     return [np.unique(side.episodes()) for side in sides]
 
 
@@ -179,7 +179,7 @@ def _folds(episodes: NDArray[Any], seed: int) -> list[NDArray[Any]]:
 
 
 def features(leading: Array, added: Array) -> Array:
-    """Give added actions (B, A) and their products with the state's leading coordinates (B, L): (B, A (1 + L))."""
+    """Return added actions (B, A) and their products with the state's leading coordinates (B, L): (B, A (1 + L))."""
     return np.concatenate([added, *(SHARE * each[:, None] * added for each in leading.T)], axis=1)
 
 
@@ -190,11 +190,11 @@ class Reading:
     weights: Array
 
     def score(self, leading: Array, added: Array) -> Array:
-        """Give the worth (B,), 0 for nothing added, of added actions (B, A) in units of people's own."""
+        """Return the worth (B,), 0 for nothing added, of added actions (B, A) in units of people's own."""
         return features(leading, added) @ self.weights
 
     def slope(self, leading: Array) -> Array:
-        """Give the gradient (B, A) of the worth."""
+        """Return the gradient (B, A) of the worth."""
         own, *turned = np.split(self.weights, 1 + leading.shape[1])
         return own + SHARE * leading @ np.stack(turned)
 
@@ -226,7 +226,7 @@ def came_after(
     motion: bool = False,
     ahead: int = AHEAD,
 ) -> tuple[NDArray[np.int64], Array]:
-    """Give transitions (B,) of one side, and how far the next states were above what was to be expected there (B,).
+    """Return transitions (B,) of one side, and how far the next states were above what was to be expected there (B,).
 
     How good states are, the people of ``labelled`` say; what is to be expected after a state, a regression on other
     episodes of the side. With ``motion`` it is also told how the state changed over the last step and the last five:
@@ -254,7 +254,7 @@ def came_after(
 
 
 def _whole(split: Split) -> Array:
-    """Give people's actions in the unit of what they add to the cloned ones, about their mean in training."""
+    """Return people's actions in the unit of what they add to the cloned ones, about their mean in training."""
     acted = split.train.actions / split.unit
     return acted - acted[split.side == 0].mean(0)
 
@@ -278,7 +278,7 @@ def _ridge_by_episode(x: Array, y: Array, episode: NDArray[Any], seed: int) -> A
 
 
 def what_labels_say(split: Split, *, network: bool = True) -> dict[str, Any]:
-    """Give which held-out pairs are ordered as people did, from more and more of what there is to know.
+    """Return which held-out pairs are ordered as people did, from more and more of what there is to know.
 
     Of each description: 1, 0 or one half for each decided pair, and its log loss. "acted elsewhere" is the control:
     actions of other transitions. A network is B-Pref's reward, of single steps.
@@ -425,21 +425,21 @@ class Measured:
 
     @cached_property
     def came(self) -> tuple[NDArray[np.int64], Array]:
-        """Give transitions of the held-out side, and what came after them above what was to be expected."""
+        """Return transitions of the held-out side, and what came after them above what was to be expected."""
         return came_after(self.split, self.split.held, 1)
 
     @cached_property
     def radius(self) -> float:
-        """Give how far from the cloned policy 99% of what people did there lies, in root mean square units."""
+        """Return how far from the cloned policy 99% of what people did there lies, in root mean square units."""
         return float(np.quantile(self.far(self.split.added[self.rows]), SUPPORT))
 
     @staticmethod
     def far(added: Array) -> Array:
-        """Give the root mean square (B,) of added actions (B, A)."""
+        """Return the root mean square (B,) of added actions (B, A)."""
         return np.sqrt(np.square(added).mean(1))
 
     def of(self, policy: Any) -> dict[str, list[float]]:
-        """Give sums over the steps of each held-out episode: gains by each judge, and distances.
+        """Return sums over the steps of each held-out episode: gains by each judge, and distances.
 
         A gain is in standard deviations of the judge's score over what people did there. "bound" is the gain of steps
         as long straight along the judge's own slope. "came" needs no judge of actions: products of how far people went
@@ -478,7 +478,7 @@ class Measured:
 
 
 def foretold(split: Split, readings: dict[str, Reading], judges: dict[str, Reading]) -> dict[str, Any]:
-    """Give what the readings of one side say of the other: agreement, and what really came after people's actions.
+    """Return what the readings of one side say of the other: agreement, and what really came after people's actions.
 
     "came" are sums over each held-out episode of products of standardised scores and outcomes, whose mean is a
     correlation; how good an outcome is, the people of the held-out side say. "judge" is the same for the judges, on
@@ -516,7 +516,7 @@ def foretold(split: Split, readings: dict[str, Reading], judges: dict[str, Readi
 
 
 def horizons(split: Split) -> dict[str, Any]:
-    """Give what readings that look so many steps ahead foretell of the held-out side, as :func:`foretold` does."""
+    """Return what readings that look so many steps ahead foretell of the held-out side, as :func:`foretold` does."""
     found = {}
     for ahead in HORIZONS:
         rows, came = came_after(split, split.held, 1, ahead=ahead)
@@ -528,7 +528,7 @@ def horizons(split: Split) -> dict[str, Any]:
 
 
 def _products(score: Array, outcome: Array, episode: NDArray[Any]) -> list[float]:
-    """Give sums over episodes of products of standardised values, of which the correlation is the mean."""
+    """Return sums over episodes of products of standardised values, of which the correlation is the mean."""
     if score.std() == 0:
         return [0.0] * len(np.unique(episode))
     z = (score - score.mean()) / score.std() * (outcome - outcome.mean()) / outcome.std()
@@ -541,7 +541,7 @@ def _coins(label: Array, seed: int) -> Array:
 
 
 def judge_accuracy(split: Split) -> dict[str, Any]:
-    """Give how judges of pairs order pairs of their own side, in episodes that they had not read."""
+    """Return how judges of pairs order pairs of their own side, in episodes that they had not read."""
     found: dict[str, Any] = {"cluster": [], "right": {"states": [], "segments": [], "residuals": []}}
     for part in _folds(np.unique(split.held.episodes()), split.seed):
         inside = np.isin(split.held.episodes(), part).all(1) & (split.held.label != 0.5)

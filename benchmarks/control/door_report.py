@@ -40,7 +40,7 @@ def write_report(results: list[dict[str, Any]], out: Path) -> str:
 
 
 def estimate(sums: Sums, less: Sums | None = None) -> Estimate:
-    """Give the mean over splits of the ratio of sums, with an interval over splits; of one split, over its clusters.
+    """Return the mean over splits of the ratio of sums, with an interval over splits; of one split, over its clusters.
 
     ``less`` is taken off, in the same resamples.
     """
@@ -63,7 +63,7 @@ def estimate(sums: Sums, less: Sums | None = None) -> Estimate:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give every figure of the tables, as estimates."""
+    """Return every figure of the tables, as estimates."""
     told = [result["foretold"] for result in results]
 
     def correlation(products: list[Any]) -> Estimate:
@@ -136,7 +136,7 @@ def _pairs(results: list[dict[str, Any]], part: str, key: str, name: str) -> Sum
 
 
 def _method(results: list[dict[str, Any]], kind: str, name: str, place: int) -> dict[str, Any]:
-    """Give the figures of one setting of a method, per step of held-out episodes."""
+    """Return the figures of one setting of a method, per step of held-out episodes."""
     settings = results[0]["methods"][kind][name]["found"][place]["settings"]
 
     def sums(figure: str, over: str = "steps", of: tuple[str, int] = (name, place)) -> Sums:

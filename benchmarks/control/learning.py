@@ -45,16 +45,16 @@ class ControlData:
 
     @cached_property
     def factor(self) -> Tensor:
-        """Give L (D, K), with L L' about the covariance of the residuals: the noise, as executed, is about L z."""
+        """Return L (D, K), with L L' about the covariance of the residuals: the noise, as executed, is about L z."""
         return torch.from_numpy(self.train.directions()).flatten(0, 1)
 
     @property
     def shape(self) -> torch.Size:
-        """Give (H, A)."""
+        """Return (H, A)."""
         return self.pairs.event_shape
 
     def whiten(self, residuals: Tensor) -> Tensor:
-        """Give z (B, K), of unit covariance, for residuals (B, D)."""
+        """Return z (B, K), of unit covariance, for residuals (B, D)."""
         return residuals @ torch.linalg.pinv(self.factor).T
 
     def colour(self, z: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class ControlData:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Is a policy, and what it is among those that a method can choose from."""
+    """A policy, and what it is among those that a method can choose from."""
 
     settings: dict[str, Any]
     policy: Any
@@ -83,7 +83,7 @@ class ControlMethod(Protocol):
         ...
 
     def candidates(self) -> list[Candidate]:
-        """Give the policies to choose from, at least one."""
+        """Return the policies to choose from, at least one."""
         ...
 
 

@@ -70,7 +70,7 @@ def _curves(report: ControlReport) -> Any:
 
 
 def _named(found: Reached, most: int) -> str:
-    """Give a method's label, and its number of seeds where others have more."""
+    """Return a method's label, and its number of seeds where others have more."""
     count = len(found.seeds)
     return found.label if count == most else f"{found.label} ({count} seed{'s' * (count > 1)})"
 

@@ -63,7 +63,7 @@ def load_reference(name: str, folder: Path) -> ActorPolicy:
 
 
 def normalised_score(value: float, name: str) -> float:
-    """Give 100 (value - random) / (expert - random) by D4RL's reference returns (Fu et al., 2004.07219)."""
+    """Return 100 (value - random) / (expert - random) by D4RL's reference returns (Fu et al., 2004.07219)."""
     scores = json.loads((data_folder("rl_policies") / "d4rl_reference_scores.json").read_text(encoding="utf-8"))[name]
     return 100 * (value - scores["ref_min"]) / (scores["ref_max"] - scores["ref_min"])
 

@@ -99,7 +99,7 @@ class ControlReport:
         return f"{self.settings['environment']}, segments of {self.settings['length']}{by}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as JSON values."""
+        """Return the report as JSON values."""
 
         def plain(found: Reached) -> dict[str, Any]:
             values = {name: value for name, value in vars(found).items() if name != "runs"}
@@ -157,7 +157,7 @@ def _load(run: Run) -> dict[str, Array]:
 
 
 def _curve(name: str, by_cell: dict[tuple[str, int], list[Run]]) -> list[Reached]:
-    """Give what one method reached by number of pairs, over the seeds that were run at every number."""
+    """Return what one method reached by number of pairs, over the seeds that were run at every number."""
     cells = {pairs: runs for (method, pairs), runs in sorted(by_cell.items()) if method == name}
     common = set.intersection(*({run.seed for run in runs} for runs in cells.values()))
     if not common:
@@ -209,7 +209,7 @@ def reached(runs: list[Run], flows: list[Run]) -> Reached:
 
 
 def ahead(ours: Reached, theirs: Reached) -> Estimate | None:
-    """Give how far one method is ahead of another, paired; None where seeds of theirs are not among ours."""
+    """Return how far one method is ahead of another, paired; None where seeds of theirs are not among ours."""
     return _ahead(ours.runs, theirs.runs)
 
 

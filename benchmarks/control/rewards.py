@@ -36,13 +36,13 @@ class RewardEnsemble:
         }
 
     def reward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Give the rewards (B,), in log-odds, of outputs y (B, D) under contexts (B, C) or None; differentiable."""
+        """Return the rewards (B,), in log-odds, of outputs y (B, D) under contexts (B, C) or None; differentiable."""
         scores = torch.stack([member.reward(y, context) for member in self._members]).mean(0)
         return scores if self.confirmed else torch.zeros_like(scores)
 
     @torch.no_grad()
     def slope(self, y: Tensor, context: Tensor) -> Tensor:
-        """Give the gradient (B, D) of the reward in y (B, D) under contexts (B, C).
+        """Return the gradient (B, D) of the reward in y (B, D) under contexts (B, C).
 
         For a few rows the tensor library's bookkeeping costs many times the arithmetic: all members go together, and
         the chain rule is written out.
@@ -64,7 +64,7 @@ class RewardEnsemble:
 
     @cached_property
     def _layers(self) -> Layers:
-        """Give weights (M, out, in) and biases (M, 1, out) of all members, with the standardisation in the first."""
+        """Return weights (M, out, in) and biases (M, 1, out) of all members, with the standardisation in the first."""
         stacks: list[Layers] = []
         for member in self._members:
             network = member._network

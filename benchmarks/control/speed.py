@@ -91,12 +91,12 @@ class Measured:
 
     @property
     def ratio(self) -> Estimate:
-        """Give the collection's steps a second over the bare simulator's."""
+        """Return the collection's steps a second over the bare simulator's."""
         return self.race.ratio("bare", "collection")
 
     @property
     def least(self) -> Estimate:
-        """Give the same of the least that any collection does."""
+        """Return the same of the least that any collection does."""
         return self.race.ratio("bare", "least")
 
 

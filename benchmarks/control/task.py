@@ -41,7 +41,7 @@ def open_simulator(name: str, count: int = 1) -> Any:
 
 @dataclass(frozen=True)
 class ControlTask:
-    """Is a reference with the pairs of a seed.
+    """A reference with the pairs of a seed.
 
     The score is the mean gain of whole episodes over the same policy's deterministic mode, from the same starts.
     Beside it stand the return itself, and the gain of single segments, with and without what follows them.
@@ -121,7 +121,7 @@ class ControlTask:
         return self._learn(method, bench, self.segments()[0], env)[0].policy
 
     def start(self, number: int) -> int:
-        """Give the seed of one of the test's starts."""
+        """Return the seed of one of the test's starts."""
         return episode_seeds(self.seed + _TEST, number + 1)[-1]
 
     def _collect(self, policy: Any, count: int, seed: int, folder: Path | None = None) -> SegmentPairs:
@@ -212,7 +212,7 @@ class ControlTask:
         return episode_returns(env, policy, episodes, self.seed + part, deterministic=True, batch=_BATCH)
 
     def _segment_gains(self, env: Any, policy: Any, held: SegmentPairs) -> dict[str, Array]:
-        """Give what H steps of a policy from held-out states earn beyond the reference's own, (S,) each.
+        """Return what H steps of a policy from held-out states earn beyond the reference's own, (S,) each.
 
         ``segment_gain`` counts what follows when the reference goes on, ``segment_return_gain`` the H steps alone.
         """
@@ -225,7 +225,7 @@ class ControlTask:
         return {"segment_gain": whole - plain, "segment_return_gain": alone - plain_alone}
 
     def _segment_returns(self, env: Any, policy: Any, held: SegmentPairs) -> tuple[Array, Array]:
-        """Give what H steps of a policy earn with and without the reference's steps that follow, (S,) each."""
+        """Return what H steps of a policy earn with and without the reference's steps that follow, (S,) each."""
         assert held.states is not None
         states, alone, whole = unpack_states(held.states), [], []
         for begin in range(0, len(held), _BATCH):

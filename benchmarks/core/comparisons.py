@@ -58,13 +58,13 @@ class Comparer(Protocol):
         ...
 
     def compare(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give the log-odds (B,) that y (B, D) is preferred to other (B, D) under contexts (B, C) or None."""
+        """Return the log-odds (B,) that y (B, D) is preferred to other (B, D) under contexts (B, C) or None."""
         ...
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """Is a loaded task.
+    """A loaded task.
 
     Every prompt is held out once: the fit that predicts it has seen the other folds. The score is minus the log-loss.
 
@@ -143,7 +143,7 @@ class Comparisons:
         )
 
     def fold(self) -> NDArray[np.int64]:
-        """Give the fold (N,) of each comparison."""
+        """Return the fold (N,) of each comparison."""
         return deal_folds([row.unit or row.group for row in self.rows], self.folds, self.seed)
 
     def table(self, logit: NDArray[np.float64], fold: NDArray[np.int64]) -> PredictionTable:
@@ -211,7 +211,7 @@ class _Encoded:
         )  # fmt: skip
 
     def pairs(self, index: NDArray[np.int64]) -> EncodedPairs:
-        """Give the comparisons at ``index`` as labelled pairs, what was said more for as chosen."""
+        """Return the comparisons at ``index`` as labelled pairs, what was said more for as chosen."""
         rows = [self.rows[i] for i in index]
         share = torch.tensor([row.share if row.lesson is None else row.lesson for row in rows], dtype=torch.float64)
         first, second = self.place[torch.from_numpy(index)].T

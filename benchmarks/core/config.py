@@ -390,7 +390,7 @@ class RunConfig:
             check_folder(part.strip(), "encoder")
 
     def settings(self) -> dict[str, Any]:
-        """Give what determines the result, as JSON values."""
+        """Return what determines the result, as JSON values."""
         measured = ("task", "method", "seed", "encoder", "long_texts")
         noise = {"flips": self.flips} if self.flips else {}  # a run without is the same as before there were any
         found = {name: value for name, value in asdict(self).items() if name in measured}
@@ -401,7 +401,7 @@ class RunConfig:
         return found | noise
 
     def key(self) -> str:
-        """Give a short name of the settings: equal settings, equal key."""
+        """Return a short name of the settings: equal settings, equal key."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -72,7 +72,7 @@ class ChoiceTable:
         )
 
     def choosing(self, weights: Array) -> ChoiceTable:
-        """Give the same items with other choices (I, n)."""
+        """Return the same items with other choices (I, n)."""
         return replace(self, weights=weights)
 
     # -- prompts ------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class ChoiceTable:
     # -- figures ------------------------------------------------------------------------------------------------
 
     def score(self) -> Array:
-        """Give the judge's mean score of what is chosen, (P,)."""
+        """Return the judge's mean score of what is chosen, (P,)."""
         return self.by_prompt(self.scores)
 
     def gap(self) -> tuple[Array, Array]:
@@ -106,7 +106,7 @@ class ChoiceTable:
         return self.score() - random, best - random
 
     def measure(self, bootstrap: Bootstrap) -> dict[str, Estimate | None]:
-        """Give every figure with its interval.
+        """Return every figure with its interval.
 
         ``score``: the judge's mean score. ``gap_closed``: share of the gap from a random candidate to the judge's own
         pick that the score closes; None where there is no gap. ``win``: share won against the original, ties half.
@@ -179,7 +179,7 @@ NestedBootstrap = SeedBootstrap  # deprecated name
 
 
 def interquartile_mean(values: Array) -> Any:
-    """Give the mean (...) of values (..., n) without the highest and the lowest quarter, rounded down."""
+    """Return the mean (...) of values (..., n) without the highest and the lowest quarter, rounded down."""
     ordered = np.sort(values)
     cut = ordered.shape[-1] // 4
     return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)

@@ -17,7 +17,7 @@ __all__ = ["Run", "code_notes", "collect", "common_setting", "grouped"]
 
 @dataclass(frozen=True)
 class Run:
-    """Is a finished run: its folder, and what metrics.json says.
+    """A finished run: its folder, and what metrics.json says.
 
     ``variant`` names the settings in which its method differs from the other runs of that name, as :func:`collect`
     finds them: "" for most, such as "label_rounds=5" for others.
@@ -29,39 +29,39 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """Give the kind of its task: "selection" or "law"."""
+        """Return the kind of its task: "selection" or "law"."""
         return self.metrics.get("kind", "selection")  # the only kind there was when runs did not say
 
     @property
     def task(self) -> str:
-        """Give the name of the task."""
+        """Return the name of the task."""
         return self.metrics["settings"]["task"]["name"]
 
     @property
     def method(self) -> str:
-        """Give the name of the method, and of its variant."""
+        """Return the name of the method, and of its variant."""
         name = self.metrics["settings"]["method"]["name"]
         return f"{name}[{self.variant}]" if self.variant else name
 
     @property
     def label(self) -> str:
-        """Give the method's name in tables, and that of its variant."""
+        """Return the method's name in tables, and that of its variant."""
         label = self.metrics["settings"]["method"]["label"]
         return f"{label}, {self.variant}" if self.variant else label
 
     @property
     def seed(self) -> int:
-        """Give the seed."""
+        """Return the seed."""
         return self.metrics["settings"]["seed"]
 
     @property
     def setting(self) -> str:
-        """Give all settings but method and seed, as one text: what runs must share to be compared."""
+        """Return all settings but method and seed, as one text: what runs must share to be compared."""
         return common_setting(self, [name for name in self.metrics["settings"] if name not in ("method", "seed")])
 
     @property
     def arrays(self) -> Path:
-        """Give the file of what the run kept beside its metrics."""
+        """Return the file of what the run kept beside its metrics."""
         return self.folder / ARRAYS[self.kind]
 
 
@@ -122,7 +122,7 @@ def _variants_named(runs: list[Run]) -> list[Run]:
 
 
 def _own(run: Run) -> dict[str, Any] | None:
-    """Give the settings that the file of the run's method says; None where there is no such file."""
+    """Return the settings that the file of the run's method says; None where there is no such file."""
     method = run.metrics["settings"]["method"]
     own = method_settings(method["name"], method.get("family", ""))
     return None if own is None else _leaves(own)
@@ -133,7 +133,7 @@ def _told(base: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 
 def _leaves(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Give the settings by their dotted names, without seeds and what a method is called."""
+    """Return the settings by their dotted names, without seeds and what a method is called."""
     leaves: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -157,7 +157,7 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def common_setting(run: Run, names: Sequence[str]) -> str:
-    """Give some of a run's settings as one text: what runs must share to be compared."""
+    """Return some of a run's settings as one text: what runs must share to be compared."""
     return json.dumps({name: run.metrics["settings"][name] for name in names})
 
 

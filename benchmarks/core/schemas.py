@@ -47,7 +47,7 @@ def composed(*overrides: str, **options: Any) -> Any:
 
 @cache
 def method_settings(name: str, family: str) -> dict[str, Any] | None:
-    """Give what a file of ``conf/method`` sets for the method of that name and family; None where there is none."""
+    """Return what a file of ``conf/method`` sets for the method of that name and family; None where there is none."""
     for path in sorted((_CONF / "method").rglob(f"{name}.yaml")):
         choice = path.relative_to(_CONF / "method").with_suffix("").as_posix()
         whole = OmegaConf.to_container(composed("task=line", f"method={choice}"), resolve=True)

@@ -75,7 +75,7 @@ class LeNet(Classifier):
 
 
 class Perceptron(Classifier):
-    """Is a perceptron of the pixels."""
+    """A perceptron of the pixels."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class _Block(nn.Module):
 
 
 class ResNet(Classifier):
-    """Is a residual network of three stages; images of 28 pixels are halved at once."""
+    """A residual network of three stages; images of 28 pixels are halved at once."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class ResNet(Classifier):
 
 
 class Gradients(Classifier):
-    """Is a perceptron of histograms of oriented gradients: cells of S / 7 or S / 4 pixels, blocks of 2 x 2 cells."""
+    """A perceptron of histograms of oriented gradients: cells of S / 7 or S / 4 pixels, blocks of 2 x 2 cells."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ EDGE = 0.02  # how near to 0 and 1 a pixel's probability may come
 
 
 class Space(Protocol):
-    """Is a way to take draws to vectors or images y (N, \\*D), and y back to images."""
+    """A way to take draws to vectors or images y (N, \\*D), and y back to images."""
 
     def encode(self, draws: Draws) -> Tensor:
         """Return y (N, \\*D)."""

@@ -17,7 +17,7 @@ __all__ = ["Flowing", "Law", "Mover", "Staged"]
 
 @dataclass(frozen=True)
 class Law(ABC):
-    """Is a reference distribution with a preference over its draws: all of it can be computed.
+    """A reference distribution with a preference over its draws: all of it can be computed.
 
     Draws are y (B, D); contexts (B, C), or None where the law has none. In round k two draws of round k - 1 are
     compared and the preferred one stays, so that p_k = 2 p_(k-1) b_(k-1), where b_(k-1)(y) is the chance that y beats a
@@ -43,30 +43,30 @@ class Law(ABC):
 
     @abstractmethod
     def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the logarithm of the reference's density (B,), up to a constant."""
+        """Return the logarithm of the reference's density (B,), up to a constant."""
 
     @abstractmethod
     def preference(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give P(y > other | context) (B,); P(y > other) + P(other > y) = 1."""
+        """Return P(y > other | context) (B,); P(y > other) + P(other > y) = 1."""
 
     @abstractmethod
     def supported(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Tell which outputs (B,) lie where the reference puts its mass."""
 
     def reward(self, y: Tensor, context: Tensor | None) -> Tensor | None:
-        """Give a reward (B,) that orders outputs as the preference does; None where no reward can."""
+        """Return a reward (B,) that orders outputs as the preference does; None where no reward can."""
         return None
 
     def aligned(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give outputs (B, D') whose distributions differ wherever they do under some context: (y, x) side by side."""
+        """Return outputs (B, D') whose distributions differ wherever they do under a context: (y, x) side by side."""
         return y if context is None else torch.cat([y, context], dim=1)
 
     def distribution(self, y: Tensor, number: int) -> Tensor | None:
-        """Give the distribution function (B,) of a round at y (B, 1); None unless it has a closed form."""
+        """Return the distribution function (B,) of a round at y (B, 1); None unless it has a closed form."""
         return None
 
     def shown(self) -> Tensor | None:
-        """Give the contexts (G, C) that figures show; None where the law has none."""
+        """Return the contexts (G, C) that figures show; None where the law has none."""
         return self.contexts(3, torch.Generator().manual_seed(0))
 
     def label(self, y: Tensor, other: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
@@ -116,7 +116,7 @@ class Mover(Protocol):
 
 @runtime_checkable
 class Staged(Protocol):
-    """Is a mover that aims at the distributions of other rounds than the first."""
+    """A mover that aims at the distributions of other rounds than the first."""
 
     def stages(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> dict[int, Tensor]:
         """Refine draws as :meth:`Mover.move` does: {number of a round: the outputs (B, D) that aim at it}.
@@ -128,12 +128,12 @@ class Staged(Protocol):
 
 @runtime_checkable
 class Flowing(Protocol):
-    """Is a mover whose way can be drawn."""
+    """A mover whose way can be drawn."""
 
     def trajectory(self, y: Tensor, context: Tensor | None, times: Tensor) -> Tensor:
-        """Give the states (T, B, D) of draws y (B, D) at times (T,) from 0 to 1."""
+        """Return the states (T, B, D) of draws y (B, D) at times (T,) from 0 to 1."""
         ...
 
     def velocity(self, t: float, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the field (B, D) at points y (B, D)."""
+        """Return the field (B, D) at points y (B, D)."""
         ...

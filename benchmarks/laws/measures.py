@@ -58,11 +58,11 @@ class Drawn:
         return cls(projections(rows, directions=config.directions), few, mean_distance(few, few), numbers)
 
     def sliced_wasserstein(self, other: Drawn) -> float:
-        """Give the sliced 2-Wasserstein distance of the two sets."""
+        """Return the sliced 2-Wasserstein distance of the two sets."""
         return projected_wasserstein(self.projected, other.projected)
 
     def energy_distance(self, other: Drawn) -> float:
-        """Give the energy distance of the two subsamples."""
+        """Return the energy distance of the two subsamples."""
         return max(0.0, 2 * mean_distance(self.few, other.few) - self.within - other.within)
 
 
@@ -75,7 +75,7 @@ def measure(
     *,
     best_of_two: list[float] | None,
 ) -> dict[str, Estimate | None]:
-    """Give every figure with its 95% interval over the R sets of outputs.
+    """Return every figure with its 95% interval over the R sets of outputs.
 
     Args:
         ours: R sets of outputs. target, floor: R sets each of exact draws of the target distribution, all independent.

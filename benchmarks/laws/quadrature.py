@@ -16,7 +16,7 @@ _CHUNK = 500_000  # comparisons made at once
 
 
 def grid(law: Law, cells: int) -> Tensor:
-    """Give the middles (cells^D, D) of the cells of a law's box, the last coordinate running fastest."""
+    """Return the middles (cells^D, D) of the cells of a law's box, the last coordinate running fastest."""
     low, high = law.box
     middles = low + (high - low) * (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
     return torch.cartesian_prod(*[middles] * law.dimension).view(-1, law.dimension)
@@ -63,20 +63,20 @@ class Quadrature:
         return self
 
     def mean(self, values: Tensor) -> Tensor:
-        """Give the mean (R + 1,) under every round's distribution of a function's values (M,) at the points."""
+        """Return the mean (R + 1,) under every round's distribution of a function's values (M,) at the points."""
         return self.mass @ values.double()
 
     def rewards(self) -> list[float] | None:
-        """Give E[r] of every round; None where no reward orders the outputs."""
+        """Return E[r] of every round; None where no reward orders the outputs."""
         values = self.law.reward(self.points, _rows(self.context, len(self.points)))
         return None if values is None else self.mean(values).tolist()
 
     def wins(self) -> list[float]:
-        """Give for every round the chance that its draw beats an independent draw of the reference."""
+        """Return for every round the chance that its draw beats an independent draw of the reference."""
         return self.mean(self._wins(self.points) @ self.mass[0]).tolist()
 
     def density(self, y: Tensor) -> Tensor:
-        """Give the densities (R + 1, B) of all rounds at any outputs (B, D)."""
+        """Return the densities (R + 1, B) of all rounds at any outputs (B, D)."""
         at_points = self.law.log_density(self.points, _rows(self.context, len(self.points))).exp()
         reference = self.law.log_density(y.double(), _rows(self.context, len(y))).exp()
         found = torch.zeros(len(self.mass), len(y), dtype=torch.float64)
@@ -88,7 +88,7 @@ class Quadrature:
         return found
 
     def _wins(self, y: Tensor) -> Tensor:
-        """Give the chances (B, M) that outputs y (B, D) beat the points."""
+        """Return the chances (B, M) that outputs y (B, D) beat the points."""
         pieces, count = [], len(self.points)
         for part in y.split(max(1, _CHUNK // count)):
             ours, theirs = part.repeat_interleave(count, 0), self.points.repeat(len(part), 1)

@@ -46,7 +46,7 @@ class LawMethod:
         return self.label if self.rounds[-1] == 1 else f"{self.label} (round {self.rounds[-1]})"
 
     def value(self, name: str) -> float:
-        """Give a figure, NaN where it is undefined."""
+        """Return a figure, NaN where it is undefined."""
         found = self.figures.get(name)
         return float("nan") if found is None else found.value
 
@@ -63,7 +63,7 @@ class LawReport:
 
     @property
     def floor(self) -> Figures:
-        """Give what exact draws of the first round score, as figures."""
+        """Return what exact draws of the first round score, as figures."""
         for method in self.methods:
             found = method.by_round.get(1)
             if found is not None:
@@ -71,7 +71,7 @@ class LawReport:
         return {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the report as JSON values."""
+        """Return the report as JSON values."""
 
         def plain(figures: Figures) -> dict[str, Any]:
             return {name: None if found is None else vars(found) for name, found in figures.items()}

@@ -29,7 +29,7 @@ _SHOWN = {"draws": 1500, "lines": 150, "times": 17, "cells": {1: 200, 2: 64}, "a
 
 @dataclass(frozen=True)
 class LawTask:
-    """Is a law with the pairs of a seed.
+    """A law with the pairs of a seed.
 
     The score is minus the sliced Wasserstein distance to the distribution that the method aims at, in units of its
     floor: −1 is exact, and nothing can be above it but by chance. It is not the win rate, which a method raises best by
@@ -109,7 +109,7 @@ class LawTask:
         )
 
     def generator(self, *path: int) -> torch.Generator:
-        """Give the randomness of one part of this seed, independent of that of every other part."""
+        """Return the randomness of one part of this seed, independent of that of every other part."""
         state = np.random.SeedSequence([self.seed, *path]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
@@ -137,7 +137,7 @@ class LawTask:
         return _checked_stages(method, y, context, self.generator(_MOVES, number))
 
     def _exact(self, rounds: int) -> dict[str, list[float] | None]:
-        """Give the exact means of rounds 0 to ``rounds``; one context stands for all, which differ by a rotation."""
+        """Return the exact means of rounds 0 to ``rounds``; one context stands for all, which differ by a rotation."""
         shown = self.law.shown()
         quadrature = Quadrature.of(self.law, None if shown is None else shown[0], rounds=max(1, rounds))
         return {"reward": quadrature.rewards(), "win": quadrature.wins()}
@@ -145,7 +145,7 @@ class LawTask:
     # -- what figures are drawn from --------------------------------------------------------------------------------
 
     def _arrays(self, method: Mover, rounds: list[int]) -> dict[str, NDArray[Any]]:
-        """Give what plots need; where there are contexts, of each of G shown ones, else G = 1.
+        """Return what plots need; where there are contexts, of each of G shown ones, else G = 1.
 
         ``reference``, ``exact`` (G, n, D) draws, ``moved`` (K, G, n, D) the outputs of K stages, ``density``
         (2, G, cells^D) of the reference and of the target distribution, ``context`` (G, C). Of a method with a field

@@ -22,7 +22,7 @@ class Acquirer:
     def ask(
         self, candidates: EncodedPairs, count: int, labelled: EncodedPairs | None, outputs: Tensor, seed: int
     ) -> Tensor:
-        """Give the places (count,) of the pairs to label next among the candidates, whose labels it does not read.
+        """Return the places (count,) of the pairs to label next among the candidates, whose labels it does not read.
 
         Args:
             candidates: the unlabelled pairs. labelled: the labelled ones, or None before the first.

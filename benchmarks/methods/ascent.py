@@ -79,7 +79,7 @@ class OffData:
         self.limit = float(self._distance(fresh).quantile(0.99))
 
     def share(self, rows: Tensor) -> float:
-        """Give the share of rows (B, D + C) that are off the data."""
+        """Return the share of rows (B, D + C) that are off the data."""
         return float((self._distance(rows) > self.limit).float().mean())
 
     def _distance(self, rows: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Ascent:
 
 
 def _unit(rating: Rating, pairs: EncodedPairs) -> float:
-    """Give the step at which climbing from the pairs' outputs moves by their displacement, both root mean squares."""
+    """Return the step at which climbing from the pairs' outputs moves by their displacement, both root mean squares."""
     batch = pairs.gather(torch.arange(len(pairs))[:NEIGHBOURS])
     moved = climb(rating, batch.rejected, batch.context, 1.0, 1)[0] - batch.rejected
     displacement = (batch.chosen - batch.rejected).square().mean().sqrt()

@@ -71,12 +71,12 @@ class BestOf:
         return candidates[torch.arange(len(y)), place]
 
     def stages(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> dict[int, Tensor]:
-        """Give the outputs under the round they aim at: best of 2^k that of round k, resampling the first."""
+        """Return the outputs under the round they aim at: best of 2^k that of round k, resampling the first."""
         number = 1 if self.config.rule == "resample" else max(1, round(math.log2(self.draws)))
         return {number: self.move(y, context, generator)}
 
     def _oracle(self, candidates: Tensor, context: Tensor | None) -> Tensor:
-        """Give the true rewards (B, n), or where there are none the expected wins in a round robin."""
+        """Return the true rewards (B, n), or where there are none the expected wins in a round robin."""
         rewards = [self.law.reward(candidate, context) for candidate in candidates.unbind(1)]
         known = [reward for reward in rewards if reward is not None]
         if known:

@@ -25,7 +25,7 @@ class LawIdentity:
         return {}
 
     def move(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Give y."""
+        """Return y."""
         return y
 
 

@@ -28,17 +28,17 @@ __all__ = ["DPO", "conservative_dpo_loss", "dpo_loss", "ipo_loss", "make", "robu
 
 
 def dpo_loss(rho: Tensor, beta: float) -> Tensor:
-    """Give -log sigmoid(beta rho) (B,)."""
+    """Return -log sigmoid(beta rho) (B,)."""
     return softplus(-beta * rho)
 
 
 def ipo_loss(rho: Tensor, beta: float) -> Tensor:
-    """Give (rho - 1 / (2 beta))^2 (B,)."""
+    """Return (rho - 1 / (2 beta))^2 (B,)."""
     return (rho - 1 / (2 * beta)).square()
 
 
 def robust_dpo_loss(rho: Tensor, beta: float, flip: float) -> Tensor:
-    """Give the loss (B,) whose mean over labels of which a share ``flip`` is wrong is DPO's on the right ones.
+    """Return the loss (B,) whose mean over labels of which a share ``flip`` is wrong is DPO's on the right ones.
 
     It is not bounded from below, and neither is its mean where a preference is surer than 1 - ``flip``: labels that
     were flipped less often than ``flip`` says push rho without end.
@@ -47,7 +47,7 @@ def robust_dpo_loss(rho: Tensor, beta: float, flip: float) -> Tensor:
 
 
 def conservative_dpo_loss(rho: Tensor, beta: float, flip: float) -> Tensor:
-    """Give DPO's loss (B,) under the soft label 1 - ``flip``."""
+    """Return DPO's loss (B,) under the soft label 1 - ``flip``."""
     return (1 - flip) * dpo_loss(rho, beta) + flip * dpo_loss(-rho, beta)
 
 
@@ -64,7 +64,7 @@ class DPO(PolicyMover):
             raise ValueError(f"method.flip must lie in [0, 0.5): got {config.flip}")
 
     def loss(self) -> PairLoss:
-        """Give the loss at the beta of training."""
+        """Return the loss at the beta of training."""
         beta, flip = self.beta, self.config.flip
         return {
             "dpo": lambda rho: dpo_loss(rho, beta),

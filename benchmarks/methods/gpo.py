@@ -51,7 +51,7 @@ class GPO(PolicyMover):
             raise ValueError(f"method.function must be one of {', '.join(CONVEX)}: got {config.function!r}")
 
     def loss(self) -> PairLoss:
-        """Give the loss at the beta of training."""
+        """Return the loss at the beta of training."""
         function, beta = CONVEX[self.config.function], self.beta
         return lambda rho: function(beta * rho)
 

@@ -37,7 +37,7 @@ class LinearChoice:
         return self.fit(train, bench)
 
     def compare(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give the difference in reward (B,): with Bradley–Terry log-odds, with the mean shift in no unit."""
+        """Return the difference in reward (B,): with Bradley–Terry log-odds, with the mean shift in no unit."""
         return self.model.score(y, other, context)
 
     def choose(self, items: Sequence[Item], encoder: Encoder) -> NDArray[np.float64]:

@@ -39,7 +39,7 @@ def clip_reference(log_other: Tensor, log_base: Tensor, clip: float) -> Tensor:
 
 
 def virtual_reference(log_base: Tensor, log_other: Tensor, share: float) -> Tensor:
-    """Give log of the weighted harmonic mean (G, K), normalised; ``share`` is the weight of the base reference.
+    """Return log of the weighted harmonic mean (G, K), normalised; ``share`` is the weight of the base reference.
 
     A cell in which either reference has no mass has none.
     """
@@ -91,7 +91,7 @@ class MRPO(PolicyMover):
         return fitted.notes() | self.release(policy, law, train) | notes
 
     def references(self, law: Law, grid: Grid, seed: int) -> tuple[Reference, Reference, dict[str, Any]]:
-        """Give the base reference, the other one, and what is worth noting of them."""
+        """Return the base reference, the other one, and what is worth noting of them."""
         base = reference_of(law, grid)
         direction = torch.randn(law.dimension, generator=torch.Generator().manual_seed(seed))
         direction = direction / direction.norm()

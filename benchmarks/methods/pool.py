@@ -81,7 +81,7 @@ class PoolMover:
 
 
 def own_sources(law: Law) -> TwoReferences:
-    """Give the law, which must know its sources.
+    """Return the law, which must know its sources.
 
     Raises:
         TypeError: it is not a pool.

@@ -21,7 +21,7 @@ class PoolMRPO(MRPO):
     config: PoolMRPOConfig
 
     def references(self, law: Law, grid: Grid, seed: int) -> tuple[Reference, Reference, dict[str, Any]]:
-        """Give the base reference and the other one."""
+        """Return the base reference and the other one."""
         pool = own_sources(law)
         if self.config.base not in (0, 1):
             raise ValueError(f"method.base must be 0 or 1: got {self.config.base}")

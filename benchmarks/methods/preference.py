@@ -67,7 +67,7 @@ class Preference:
         return chosen | self.model.found
 
     def compare(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give the log-odds (B,)."""
+        """Return the log-odds (B,)."""
         return self.model.score(y, other, context)
 
     def fit(self, train: EncodedPairs, bench: Bench) -> dict[str, Any]:

@@ -36,11 +36,11 @@ class RewardPolicy(Policy):
         self.model, self.beta, self.centres = model, beta, grid.centres
 
     def energy(self, cell: Tensor, context: Tensor | None) -> Tensor:
-        """Give r / beta (B,) at the cells' centres."""
+        """Return r / beta (B,) at the cells' centres."""
         return self.model.reward(self.centres[cell], context) / self.beta
 
     def energies(self, context: Tensor | None) -> Tensor:
-        """Give r / beta (G, K) at all centres."""
+        """Return r / beta (G, K) at all centres."""
         if context is None:
             return self.model.reward(self.centres).view(1, -1) / self.beta
         y = self.centres.repeat(len(context), 1)

@@ -29,7 +29,7 @@ __all__ = ["SPPO", "make", "vote", "win_rate_rows"]
 
 
 def win_rate_rows(policy: Policy, eta: float, pairs: EncodedPairs) -> Rows:
-    """Give the squared errors of the policy's energies from eta (P - 1/2), P being 1 of a winner and 0 of a loser."""
+    """Return the squared errors of the policy's energies from eta (P - 1/2), P being 1 of a winner and 0 of a loser."""
     energies = both_energies(policy, pairs)
     target = eta * (pairs.gather(torch.arange(len(pairs))).probability - 0.5)
 

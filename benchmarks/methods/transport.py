@@ -82,7 +82,7 @@ class FlowMover:
         return self._carried(self.flow, y, context, self.config.mode, self.config.rounds)
 
     def stages(self, y: Tensor, context: Tensor | None, generator: torch.Generator) -> dict[int, Tensor]:
-        """Give the outputs of every round; best of 2^k in one pass is round k."""
+        """Return the outputs of every round; best of 2^k in one pass is round k."""
         passes, mode = [self.flow] * self.config.rounds, self.config.mode
         if mode == "relabel":  # round by round what one call with all rounds does
             passes, mode = [self.flow, *self.flow.later], "gated" if self.flow.config.source == "rejected" else "single"
@@ -99,11 +99,11 @@ class FlowMover:
         )  # fmt: skip
 
     def trajectory(self, y: Tensor, context: Tensor | None, times: Tensor) -> Tensor:
-        """Give the states along the (first) pass."""
+        """Return the states along the (first) pass."""
         return self.flow.trajectory(y, context, times=times)
 
     def velocity(self, t: float, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the field of the (first) pass."""
+        """Return the field of the (first) pass."""
         return self.flow.velocity(t, y, context)
 
 

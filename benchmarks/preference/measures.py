@@ -77,11 +77,11 @@ class PredictionTable:
         return 0.5 + 0.5 * np.sign(self.logit) * np.sign(self.share - 0.5)
 
     def loss(self) -> Array:
-        """Give the cross-entropy (N,) of the prediction against the share, in nats."""
+        """Return the cross-entropy (N,) of the prediction against the share, in nats."""
         return np.logaddexp(0, -self.logit) + (1 - self.share) * self.logit
 
     def gap(self) -> tuple[Array, Array]:
-        """Give what is said for the predicted output above one half, and for the better one: (N,) each.
+        """Return what is said for the predicted output above one half, and for the better one: (N,) each.
 
         They are the gain of choosing by the prediction over choosing at random, and that of the oracle.
         """
@@ -89,7 +89,7 @@ class PredictionTable:
         return np.sign(self.logit) * lead, np.abs(lead)
 
     def entropy(self) -> Array:
-        """Give the entropy (N,) of the share itself, in nats: no prediction has a lower loss."""
+        """Return the entropy (N,) of the share itself, in nats: no prediction has a lower loss."""
         p = np.clip(self.share, 1e-12, 1 - 1e-12)
         return -(p * np.log(p) + (1 - p) * np.log(1 - p)) * ((self.share > 0) & (self.share < 1))
 
@@ -110,7 +110,7 @@ class PredictionTable:
         )  # fmt: skip
 
     def measure(self, bootstrap: Bootstrap) -> dict[str, Estimate | None]:
-        """Give every figure with its interval over prompts.
+        """Return every figure with its interval over prompts.
 
         ``accuracy``: of the comparisons that are no ties, the share predicted rightly; ``accuracy.X`` of part X.
         ``gap_closed``: share of the gap from a random output of the two to the better one that is closed.

@@ -27,7 +27,7 @@ BASELINES = {"bradley_terry": "Bradley–Terry", "bradley_terry_tuned": "tuned B
 
 @dataclass(frozen=True)
 class PredictionRun(Run):
-    """Is a finished run with its predictions."""
+    """A finished run with its predictions."""
 
     predictions: PredictionTable
 

@@ -30,7 +30,7 @@ BASELINES = {
 
 @dataclass(frozen=True)
 class ChoiceRun(Run):
-    """Is a finished run with its choices."""
+    """A finished run with its choices."""
 
     choices: ChoiceTable
 

@@ -62,13 +62,13 @@ class Chooser(Protocol):
         ...
 
     def choose(self, items: Sequence[Item], encoder: Encoder) -> NDArray[np.float64]:
-        """Give the probability (I, n) with which each candidate of each item is chosen."""
+        """Return the probability (I, n) with which each candidate of each item is chosen."""
         ...
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Is a loaded task: labelled pairs of some prompts, and items of others.
+    """A loaded task: labelled pairs of some prompts, and items of others.
 
     Attributes:
         train: labelled pairs; no prompt of ``items`` is among theirs.

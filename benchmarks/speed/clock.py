@@ -38,7 +38,7 @@ class Race:
     twin: str
 
     def ratio(self, of: str, to: str) -> Estimate:
-        """Give the seconds of one contestant over those of another: how many times as fast the other is.
+        """Return the seconds of one contestant over those of another: how many times as fast the other is.
 
         The value is the median of the readings; the interval runs from the lowest to the highest of them, which of
         eight readings holds the median of all with a chance of 99%.
@@ -46,12 +46,12 @@ class Race:
         return _spread(np.median(self.seconds[of] / self.seconds[to], axis=1))
 
     def units_a_second(self, of: str) -> Estimate:
-        """Give the units of work a second of the clock."""
+        """Return the units of work a second of the clock."""
         return _spread(np.median(1 / self.seconds[of], axis=1))
 
     @property
     def itself(self) -> Estimate:
-        """Give the ratio of the contestant that ran twice to itself."""
+        """Return the ratio of the contestant that ran twice to itself."""
         return self.ratio(self.twin + _AGAIN, self.twin)
 
     @property
@@ -103,7 +103,7 @@ def race(
 
 
 def device_clock(device: torch.device) -> Callable[[], float]:
-    """Give the clock for work on a device: processor time, or on CUDA, which works apart, the time until it is done."""
+    """Return the clock for work on a device: processor time, or on CUDA the time until the work is done."""
     if device.type != "cuda":
         return time.process_time
 

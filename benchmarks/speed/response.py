@@ -15,7 +15,7 @@ __all__ = ["Remembered", "refining"]
 
 
 class Remembered:
-    """Is an encoder that looks vectors up: its own cost is what is to be left aside."""
+    """An encoder that looks vectors up: its own cost is what is to be left aside."""
 
     def __init__(self, texts: Sequence[str], vectors: Tensor) -> None:
         self._rows = {text: row for row, text in enumerate(texts)}

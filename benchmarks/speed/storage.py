@@ -113,7 +113,7 @@ class _Watch:
                 return
 
     def stop(self) -> dict[str, float]:
-        """Give the peaks in GB, and the processor time since the start."""
+        """Return the peaks in GB, and the processor time since the start."""
         self._over.set()
         self._thread.join()
         return {

@@ -13,7 +13,7 @@ __all__ = ["TARGETS", "Target"]
 
 @dataclass(frozen=True)
 class Target:
-    """Is a bound on a figure: at least ``low``, or at most ``high``.
+    """A bound on a figure: at least ``low``, or at most ``high``.
 
     ``name`` is the figure's; ``what`` says in words what it is; ``race`` names the race that it comes from, if it comes
     from one. ``percent`` and ``unit`` tell how to write it.

@@ -114,13 +114,13 @@ def plain_loop(pairs: EncodedPairs, batch: int, hidden: int, layers: int, device
 
 
 def _layers(dimension: int, context: int, hidden: int, layers: int) -> list[tuple[int, int, bool]]:
-    """Give (inputs, outputs, whether the gradient of the inputs is needed) of every matrix of the network."""
+    """Return (inputs, outputs, whether the gradient of the inputs is needed) of every matrix of the network."""
     first = [(size, hidden, False) for size in (dimension, 1 + 2 * FOURIER_FEATURES, context) if size]
     return [*first, *[(hidden, hidden, True)] * (layers - 1), (hidden, dimension, True)]
 
 
 def products_of_a_row(dimension: int, context: int, hidden: int, layers: int) -> int:
-    """Give the multiply-adds that one row of a batch costs in the network, there and back."""
+    """Return the multiply-adds that one row of a batch costs in the network, there and back."""
     return sum(a * b * (3 if back else 2) for a, b, back in _layers(dimension, context, hidden, layers))
 
 

@@ -63,17 +63,17 @@ class Exact:
         return cls(flow, start, end.states[-1])
 
     def error(self, result: Tensor) -> float:
-        """Give the root mean square error of results (B, D), relative to that of the distance moved."""
+        """Return the root mean square error of results (B, D), relative to that of the distance moved."""
         apart = self.flow.normalizer(result).double() - self.end
         return float(_size(apart) / _size(self.end - self.start))
 
     def relative_error(self, result: Tensor) -> float:
-        """Give the root mean square error of results (B, D), relative to the results' own size."""
+        """Return the root mean square error of results (B, D), relative to the results' own size."""
         return float(_size(self.flow.normalizer(result).double() - self.end) / _size(self.end))
 
 
 def alone(flow: PreferenceFlow, y: Tensor, context: Tensor | None, rows: int = 32) -> float:
-    """Give the largest difference between a row's result in the batch y (B, D) and by itself."""
+    """Return the largest difference between a row's result in the batch y (B, D) and by itself."""
     together = flow.transport(y, context)
     apart = []
     for row in range(0, len(y), max(1, len(y) // rows)):

@@ -92,7 +92,7 @@ def _task(name: str, runs: dict[str, dict[int, Run]]) -> Task:
 
 
 def _gaps(runs: Sequence[Run]) -> tuple[Array, Array, NDArray[np.int64], Array]:
-    """Give what was gained, the oracle's gain, the seed (of comparisons the prompt) and the weight of each unit."""
+    """Return what was gained, the oracle's gain, the seed (of comparisons the prompt) and the weight of each unit."""
     if runs[0].kind == "selection":
         tables = [ChoiceTable.load(run.arrays) for run in runs]
         gained, gap = (np.concatenate(parts) for parts in zip(*(each.gap() for each in tables), strict=True))

@@ -25,7 +25,7 @@ __all__ = ["main", "measure"]
 
 
 def measure(seed: int) -> dict[str, NDArray[np.float64]]:
-    """Give GPT-4's score of what each rule chooses, one a test prompt."""
+    """Return GPT-4's score of what each rule chooses, one a test prompt."""
     task = load(AlpacaConfig("alpaca"), seed)
     encoder = encoder_from_name("minilm+surface", long_texts="truncate")
     makers: dict[tuple[str, str], str] = {}

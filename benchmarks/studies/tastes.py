@@ -182,7 +182,7 @@ def _groups_and_few_votes(train: Answers, test: Answers, rng: np.random.Generato
 
 
 def _agreement(mixture: TasteMixture, holds: NDArray[np.int64]) -> float:
-    """Give the share of raters in whose taste their criterion is the commonest, chance about 0.4."""
+    """Return the share of raters in whose taste their criterion is the commonest, chance about 0.4."""
     found = mixture.responsibilities.argmax(1).numpy()
     right = sum(np.bincount(holds[found == taste]).max(initial=0) for taste in range(len(mixture.models)))
     return float(right / len(holds))

@@ -27,7 +27,7 @@ DATA = {"alpaca": AlpacaConfig, "arguments": ArgumentsConfig, "captions": Captio
 
 @dataclass(frozen=True)
 class Acquisition:
-    """Is a loaded task: choices of other prompts judge what the labels asked for have taught."""
+    """A loaded task: choices of other prompts judge what the labels asked for have taught."""
 
     selection: Selection
     config: AcquisitionConfig

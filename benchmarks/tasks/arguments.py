@@ -57,7 +57,7 @@ def load(config: ArgumentsConfig, seed: int) -> Selection:
 
 
 def _vote_shares(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Give each argument's share of the votes on it."""
+    """Return each argument's share of the votes on it."""
     won: dict[str, float] = defaultdict(float)
     cast: dict[str, float] = defaultdict(float)
     for row in rows:

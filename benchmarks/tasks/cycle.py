@@ -28,7 +28,7 @@ __all__ = ["Cycle", "load"]
 
 @dataclass(frozen=True)
 class Cycle(Law):
-    """Is a mixture of three Gaussians with unequal ``shares``, and a cyclic preference.
+    """A mixture of three Gaussians with unequal ``shares``, and a cyclic preference.
 
     An output belongs to the mode with the nearest centre. Mode i beats mode i + 1 (and 2 beats 0) with probability
     ``beats``; inside a mode P(y > y') = sigmoid(``slope`` (|y| - |y'|)). On support is what lies within ``reach``
@@ -47,12 +47,12 @@ class Cycle(Law):
     reach: float = 4.0
 
     def centres(self) -> Tensor:
-        """Give the centres (3, 2): above, lower left, lower right."""
+        """Return the centres (3, 2): above, lower left, lower right."""
         angle = math.pi / 2 + 2 * math.pi * torch.arange(3) / 3
         return self.radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
     def mode(self, y: Tensor) -> Tensor:
-        """Give the number (B,) of each output's mode."""
+        """Return the number (B,) of each output's mode."""
         return (y[:, None] - self.centres().to(y)).square().sum(2).argmin(1)
 
     def reference(self, context: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
@@ -61,7 +61,7 @@ class Cycle(Law):
         return self.centres()[mode] + self.deviation * torch.randn(count, 2, generator=generator)
 
     def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the logarithm of the weighted sum of the modes' densities."""
+        """Return the logarithm of the weighted sum of the modes' densities."""
         squares = (y[:, None] - self.centres().to(y)).square().sum(2)
         return torch.logsumexp(torch.tensor(self.shares).to(y).log() - squares / (2 * self.deviation**2), dim=1)
 

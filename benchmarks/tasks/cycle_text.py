@@ -82,7 +82,7 @@ def kinds(features: NDArray[np.float64], criteria: Sequence[str], lead: float) -
 
 @cache
 def _measured(source: str, longest: int) -> tuple[list[str], list[str], NDArray[np.float64]]:
-    """Give the prompt of each text, the texts, and their surface features (N, F)."""
+    """Return the prompt of each text, the texts, and their surface features (N, F)."""
     found = [
         (prompt, text)
         for prompt, texts in sorted(_TEXTS[source]().items())

@@ -36,12 +36,12 @@ class Line(Law):
         return torch.rand(count, 1, generator=generator)
 
     def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give 0 between the ends, minus infinity beyond."""
+        """Return 0 between the ends, minus infinity beyond."""
         inside = (y >= 0) & (y <= 1)
         return torch.where(inside, 0.0, -torch.inf).to(y).squeeze(1)
 
     def preference(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give 1 where y is larger, 0 where it is smaller."""
+        """Return 1 where y is larger, 0 where it is smaller."""
         return (0.5 * (1 + torch.sign(y - other))).squeeze(1)
 
     def supported(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -49,23 +49,23 @@ class Line(Law):
         return ((y >= -self.margin) & (y <= 1 + self.margin)).squeeze(1)
 
     def reward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the number itself."""
+        """Return the number itself."""
         return y.squeeze(1)
 
     def distribution(self, y: Tensor, number: int) -> Tensor:
-        """Give u^(2^number)."""
+        """Return u^(2^number)."""
         return y.squeeze(1).clamp(0, 1) ** 2**number
 
     def rejected_map(self, u: Tensor) -> Tensor:
-        """Give the flow map f(u) = sqrt(1 - (1 - u)^2) of the losers' distribution to the winners': equal quantiles."""
+        """Return the flow map f(u) = sqrt(1 - (1 - u)^2) from the losers to the winners: equal quantiles."""
         return (1 - (1 - u.clamp(0, 1)).square()).sqrt()
 
     def rejected_velocity(self, t: float, y: Tensor) -> Tensor:
-        """Give the marginal velocity m / 2 of paths from losers to winners, m = min(y / t, (1 - y) / (1 - t))."""
+        """Return the marginal velocity m / 2 of paths from losers to winners, m = min(y / t, (1 - y) / (1 - t))."""
         return self._height(t, y) / 2
 
     def reference_velocity(self, t: float, y: Tensor) -> Tensor:
-        """Give the marginal velocity m^2 / (2 (m + y)) of paths from a pair's member, picked at random, to its winner.
+        """Return the marginal velocity m^2 / (2 (m + y)) of paths from a random member of a pair to its winner.
 
         Half of these paths stand still at the winner, with density 2 y; the others are those of losers, with density
         2 m and velocity m / 2.
@@ -79,7 +79,7 @@ class Line(Law):
         return torch.minimum(upwards, downwards)
 
     def reference_map(self, u: Tensor) -> Tensor:
-        """Give the flow map sqrt(u) of the reference to the winners' distribution."""
+        """Return the flow map sqrt(u) of the reference to the winners' distribution."""
         return u.clamp(0, 1).sqrt()
 
 

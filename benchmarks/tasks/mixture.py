@@ -17,7 +17,7 @@ __all__ = ["Mixture", "load"]
 
 @dataclass(frozen=True)
 class Mixture(Law):
-    """Is a mixture of ``modes`` equal Gaussians on a circle, with a Bradley–Terry preference.
+    """A mixture of ``modes`` equal Gaussians on a circle, with a Bradley–Terry preference.
 
     The reward is r(y) = ``scale`` cos(theta), theta the polar angle of y, and P(y > y') = sigmoid(r(y) - r(y')).
     On support is what lies within ``reach`` standard deviations of a centre: all but exp(-reach^2 / 2) = 0.03% of the
@@ -35,7 +35,7 @@ class Mixture(Law):
     reach: float = 4.0
 
     def centres(self) -> Tensor:
-        """Give the centres (modes, 2), the first of which is the best."""
+        """Return the centres (modes, 2), the first of which is the best."""
         angle = 2 * math.pi * torch.arange(self.modes) / self.modes
         return self.radius * torch.stack([angle.cos(), angle.sin()], dim=1)
 
@@ -45,12 +45,12 @@ class Mixture(Law):
         return self.centres()[mode] + self.deviation * torch.randn(count, 2, generator=generator)
 
     def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the logarithm of the sum of the modes' densities."""
+        """Return the logarithm of the sum of the modes' densities."""
         squares = (y[:, None] - self.centres().to(y)).square().sum(2)
         return torch.logsumexp(-squares / (2 * self.deviation**2), dim=1)
 
     def preference(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give sigmoid(r(y) - r(other))."""
+        """Return sigmoid(r(y) - r(other))."""
         return torch.sigmoid(self.reward(y, context) - self.reward(other, context))
 
     def supported(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -59,7 +59,7 @@ class Mixture(Law):
         return nearest <= self.reach * self.deviation
 
     def reward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give scale times the cosine of the polar angle."""
+        """Return scale times the cosine of the polar angle."""
         return self.scale * y[:, 0] / y.norm(dim=1).clamp_min(1e-9)
 
 

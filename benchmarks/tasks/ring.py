@@ -21,7 +21,7 @@ __all__ = ["Ring", "load"]
 
 @dataclass(frozen=True)
 class Ring(Law):
-    """Is a ring of blurred ``radius``, with a Bradley–Terry preference for the context's direction.
+    """A ring of blurred ``radius``, with a Bradley–Terry preference for the context's direction.
 
     A context is a unit vector (cos phi, sin phi) of uniformly random phi; the reward is r(y, x) = ``scale``
     cos(theta - phi), theta the polar angle of y. On support is what lies within ``reach`` standard deviations of the
@@ -42,7 +42,7 @@ class Ring(Law):
         return _directions(2 * math.pi * torch.rand(count, generator=generator))
 
     def shown(self) -> Tensor:
-        """Give right, upper left and lower left."""
+        """Return right, upper left and lower left."""
         return _directions(2 * math.pi * torch.arange(3) / 3)
 
     def reference(self, context: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
@@ -52,12 +52,12 @@ class Ring(Law):
         return radius[:, None] * _directions(angle)
 
     def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the normal density of the radius, spread over its circle."""
+        """Return the normal density of the radius, spread over its circle."""
         radius = y.norm(dim=1).clamp_min(1e-9)
         return -((radius - self.radius) / self.deviation).square() / 2 - radius.log()
 
     def preference(self, y: Tensor, other: Tensor, context: Tensor | None) -> Tensor:
-        """Give sigmoid(r(y, x) - r(other, x))."""
+        """Return sigmoid(r(y, x) - r(other, x))."""
         return torch.sigmoid(self.reward(y, context) - self.reward(other, context))
 
     def supported(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -73,7 +73,7 @@ class Ring(Law):
         return torch.stack([cosine * y[:, 0] + sine * y[:, 1], cosine * y[:, 1] - sine * y[:, 0]], dim=1)
 
     def reward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give scale times the cosine of the angle between output and context."""
+        """Return scale times the cosine of the angle between output and context."""
         return self.scale * (torch.nn.functional.normalize(y, dim=1) * _given(context)).sum(1)
 
 

@@ -341,7 +341,7 @@ def _at(precision: str, work: Contestant) -> Contestant:
 
 
 def _said(found: Race) -> dict[str, float]:
-    """Give the units a second of every contestant, for the reader: what is compared are ratios."""
+    """Return the units a second of every contestant, for the reader: what is compared are ratios."""
     return {name: round(found.units_a_second(name).value, 3) for name in found.seconds if " again" not in name}
 
 

@@ -21,7 +21,7 @@ __all__ = ["TwoReferences", "load"]
 
 @dataclass(frozen=True)
 class TwoReferences(Mixture):
-    """Is the pool of two mixtures over modes of one circle.
+    """The pool of two mixtures over modes of one circle.
 
     Draws of a pool carry tags. Votes depend on the output alone, so that a tag drawn from its exact posterior, P(k | y)
     proportional to share_k pi_k(y), makes outputs and tags as jointly distributed as those that a pool gives.
@@ -36,14 +36,14 @@ class TwoReferences(Mixture):
     shares: tuple[float, ...] = (0.5, 0.5)
 
     def source_weights(self) -> Tensor:
-        """Give the weight (K, modes) of each mode under each source."""
+        """Return the weight (K, modes) of each mode under each source."""
         weights = torch.zeros(len(self.sources), self.modes)
         for row, modes in zip(weights, self.sources, strict=True):
             row[list(modes)] = 1 / len(modes)
         return weights
 
     def weights(self) -> Tensor:
-        """Give the weight (modes,) of each mode under the pool."""
+        """Return the weight (modes,) of each mode under the pool."""
         return torch.tensor(self.shares) @ self.source_weights()
 
     def reference(self, context: Tensor | None, count: int, generator: torch.Generator) -> Tensor:
@@ -55,11 +55,11 @@ class TwoReferences(Mixture):
         return self._drawn(self.source_weights()[number], count, generator)
 
     def log_density(self, y: Tensor, context: Tensor | None) -> Tensor:
-        """Give the logarithm of the pool's density, up to a constant."""
+        """Return the logarithm of the pool's density, up to a constant."""
         return self._logs(y, self.weights())
 
     def source_log_density(self, y: Tensor, number: int) -> Tensor:
-        """Give the logarithm of a source's density (B,), up to the pool's constant."""
+        """Return the logarithm of a source's density (B,), up to the pool's constant."""
         return self._logs(y, self.source_weights()[number])
 
     def tag(self, y: Tensor, generator: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ END_SECONDS = 10.0  # between SIGTERM and SIGKILL
 
 
 class Child:
-    """Is a running child process, with all that it has written.
+    """A running child process, with all that it has written.
 
     Args:
         process: the process. log: file of its standard output and error.

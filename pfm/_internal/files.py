@@ -152,7 +152,7 @@ class WriterLock:
         return self
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Return the lock back."""
         if self._lock is not None:
             self._note("")
             self._lock.release()

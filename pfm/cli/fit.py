@@ -158,7 +158,7 @@ def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None,
 
 
 def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:
-    """Give the weighted share of pairs whose order by b agrees with the label, ties half."""
+    """Return the weighted share of pairs whose order by b agrees with the label, ties half."""
     import torch
 
     from pfm.statistics import Bootstrap

@@ -275,7 +275,7 @@ def _pairs(
 
 
 class _Labels(LineFile):
-    """Is the file of labels, one line a pair with a verdict; a line starts with the pair's row, places and digest."""
+    """The file of labels, one line a pair with a verdict; a line starts with the pair's row, places and digest."""
 
     RESULT = "label of pfm label"
     ORIGIN = "labels of other rows or by another judge"

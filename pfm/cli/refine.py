@@ -188,7 +188,7 @@ def refine(
 
 
 class _Results(LineFile):
-    """Is the file of results, one line a row; a line starts with the row's number and digest.
+    """The file of results, one line a row; a line starts with the row's number and digest.
 
     A row with an error is tried again in a second run.
     """
@@ -265,7 +265,7 @@ class _Results(LineFile):
         return sum(result["changed"] for result in self._results.values())
 
     def mean_b(self) -> tuple[float, float] | None:
-        """Give the mean win probability of originals and of results, or None if nothing was judged."""
+        """Return the mean win probability of originals and of results, or None if nothing was judged."""
         pairs = [result["b"] for result in self._results.values() if result["b"] is not None]
         if not pairs:
             return None
@@ -273,7 +273,7 @@ class _Results(LineFile):
         return before, after
 
     def mean_draws(self) -> float | None:
-        """Give the mean number of draws of ``-n auto``, or None."""
+        """Return the mean number of draws of ``-n auto``, or None."""
         draws = [result["draws"] for result in self._results.values() if result["draws"] is not None]
         return sum(draws) / len(draws) if draws else None
 
@@ -284,7 +284,7 @@ class _Results(LineFile):
 
 
 def _unusable(row: Row) -> dict[str, Any]:
-    """Give the result of a bad row, in the columns of any other."""
+    """Return the result of a bad row, in the columns of any other."""
     from pfm.refiner import Refinement
 
     prompt = row.columns.get("prompt")

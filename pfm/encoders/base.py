@@ -53,7 +53,7 @@ def check_texts(texts: Sequence[str], on_empty: Literal["error", "encode"]) -> l
 
 
 class CachedEncoder(Encoder):
-    """Is the base of encoders that are worth caching: looks up each distinct text, encodes only the missing.
+    """The base of encoders that are worth caching: looks up each distinct text, encodes only the missing.
 
     A subclass names itself by :meth:`fingerprint` and encodes blocks of texts in :meth:`blocks`.
 

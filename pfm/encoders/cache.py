@@ -257,7 +257,7 @@ class _Writer:
 
 
 class _Shard:
-    """Is one shard, as far as it is mapped."""
+    """One shard, as far as it is mapped."""
 
     def __init__(self, path: Path, number: int, dimension: int) -> None:
         self.path = path

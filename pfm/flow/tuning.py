@@ -114,12 +114,12 @@ class Tuning:
 
     @property
     def flow(self) -> Any:
-        """Give the chosen flow; of several the first where nothing is chosen."""
+        """Return the chosen flow; of several the first where nothing is chosen."""
         return self.flows[self.best.flow] if self.best is not None else next(iter(self.flows.values()))
 
     @property
     def frontier(self) -> list[TunedPoint]:
-        """Give the points that no other exceeds in both win probability and content, by falling content."""
+        """Return the points that no other exceeds in both win probability and content, by falling content."""
         ordered = sorted(self.points, key=lambda point: (-point.content.value, -point.win_probability.value))
         found: list[TunedPoint] = []
         for point in ordered:

@@ -117,7 +117,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Sample:
-    """Is one usable text and what it took.
+    """One usable text and what it took.
 
     Attributes:
         text: the output.

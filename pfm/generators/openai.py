@@ -334,7 +334,7 @@ class OpenAIGenerator(GeneratesTexts):
 
 
 class _Task:
-    """Is one prompt: its sampling, the arguments of its requests, its places in the cache."""
+    """One prompt: its sampling, the arguments of its requests, its places in the cache."""
 
     sampling: Sampling
 

@@ -353,7 +353,7 @@ class TransformersGenerator(GeneratesTexts):
 
 
 class _Roll:
-    """Is one prompt and what has been drawn for it."""
+    """One prompt and what has been drawn for it."""
 
     def __init__(self, prompt: Prompt, first: int, n: int, attempts: int) -> None:
         self.prompt = prompt
@@ -387,7 +387,7 @@ class _Roll:
 
 @dataclass
 class _Row:
-    """Is one sample to draw."""
+    """One sample to draw."""
 
     roll: _Roll
     place: int

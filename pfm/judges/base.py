@@ -76,7 +76,7 @@ class Judge(ABC):
 
     @abstractmethod
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Give a verdict on each comparison, in order. What fails is a verdict without probability, and its error."""
+        """Return a verdict on each comparison, in order. What fails is a verdict without probability, and its error."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Judge(ABC):
 
 
 class ScoringJudge(Judge):
-    """Is the base of judges that score an output by itself; they compare by the difference of two scores.
+    """The base of judges that score an output by itself; they compare by the difference of two scores.
 
     Args:
         temperature: scale T of the scores in P(first is better) = sigmoid((s₁ - s₂) / T), Bradley–Terry's model; None

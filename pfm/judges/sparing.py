@@ -61,7 +61,7 @@ class SparingTally:
 
     @property
     def error_rate(self) -> tuple[float, float, float] | None:
-        """Give the share of wrong verdicts on audited pairs, and its 95% interval (Wilson 1927); None without any."""
+        """Return the share of wrong verdicts on audited pairs, and its 95% interval (Wilson 1927); None without any."""
         if not self.audited:
             return None
         n, share, z = self.audited, self.wrong / self.audited, NORMAL
@@ -136,7 +136,7 @@ class SparingJudge(Judge):
         return self.judge_itself.describe() | ({} if self._one is None else {"both_orders": "where open"})
 
     def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        """Give a verdict on each comparison; those that the model gave alone are marked ``by_model``."""
+        """Return a verdict on each comparison; those that the model gave alone are marked ``by_model``."""
         return self._compare(comparisons, self._checked(comparisons))
 
     def pick(self, prompt: Prompt, responses: Sequence[str]) -> Pick:

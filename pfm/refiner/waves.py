@@ -20,7 +20,7 @@ KEPT = 2048  # vectors of the latest texts
 
 
 class RecentEncoder:
-    """Is an encoder that keeps the vectors of its latest texts: a wave's are judged again with the later ones."""
+    """An encoder that keeps the vectors of its latest texts: a wave's are judged again with the later ones."""
 
     def __init__(self, encoder: Any) -> None:
         self._encoder = encoder
@@ -58,7 +58,7 @@ class RecentEncoder:
 
 @dataclass
 class _Waiting:
-    """Is one prompt whose draws are under way."""
+    """One prompt whose draws are under way."""
 
     prompt: Prompt
     key: str

@@ -22,7 +22,7 @@ Header = tuple[bytes, bytes]
 
 @dataclass
 class Reply:
-    """Is one whole answer of the upstream.
+    """One whole answer of the upstream.
 
     Attributes:
         status: HTTP status.
@@ -41,7 +41,7 @@ class Reply:
 
 @dataclass
 class Choice:
-    """Is one usable candidate: its text, the choice that holds it, and the completion that holds that.
+    """One usable candidate: its text, the choice that holds it, and the completion that holds that.
 
     ``reasoning`` counts the characters of hidden reasoning beside the text, in a field or a part of its own.
     """

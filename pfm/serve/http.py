@@ -125,7 +125,7 @@ class LoopErrors:
 
 
 class Owning(Response):
-    """Is an answer together with what it stands on, which is given back however sending ends."""
+    """An answer together with what it stands on, which is given back however sending ends."""
 
     def __init__(self, response: Response, owned: AsyncExitStack) -> None:
         self.response = response

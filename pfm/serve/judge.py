@@ -38,7 +38,7 @@ CLOSE_SECONDS = 2.0
 
 
 class RememberingEncoder:
-    """Is an encoder that keeps the vectors of the latest prompts in memory, and adds up the time that it takes.
+    """An encoder that keeps the vectors of the latest prompts in memory, and adds up the time that it takes.
 
     Prompts are kept by a digest, so that long ones take no more memory than short ones. Candidates hardly ever
     repeat: their vectors are kept in ``ready`` only until their request is judged. Used by one thread.
@@ -140,7 +140,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class AgainstReference:
-    """Is the rule of texts that are not each other's opponents: it chooses nothing."""
+    """The rule of texts that are not each other's opponents: it chooses nothing."""
 
     def decoder(self) -> AgainstReference:
         """Return itself."""
@@ -153,7 +153,7 @@ class AgainstReference:
 
 @dataclass(eq=False)
 class _Job:
-    """Is one request.
+    """One request.
 
     Attributes:
         waiting: candidates that are to be encoded yet.

@@ -83,7 +83,7 @@ class Place:
         self._at_work = True
 
     def leave(self) -> None:
-        """Give back what is held; a second time does nothing."""
+        """Return back what is held; a second time does nothing."""
         if not self._left:
             self._left = True
             self._places._end(at_work=self._at_work)

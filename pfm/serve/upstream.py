@@ -364,7 +364,7 @@ class Upstream:
 
 @dataclass
 class _Ask:
-    """Is the chat request of one client, to be sent once or several times."""
+    """The chat request of one client, to be sent once or several times."""
 
     upstream: Upstream
     body: dict[str, Any]

@@ -23,7 +23,7 @@ __all__ = ["AdaptedTaste", "Votes"]
 
 @with_standard_defaults
 class AdaptedTaste:
-    """Is one rater's taste, made by :meth:`TasteMixture.adapt`.
+    """One rater's taste, made by :meth:`TasteMixture.adapt`.
 
     Attributes:
         responsibilities: (K,) of the rater's pairs for each taste.

@@ -59,7 +59,7 @@ class SegmentAscent:
         return notes
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every number of candidates and length."""
+        """Return one policy for every number of candidates and length."""
         return self._candidates
 
 

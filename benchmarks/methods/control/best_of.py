@@ -53,7 +53,7 @@ class SegmentBestOf:
         return notes
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every n."""
+        """Return one policy for every n."""
         return self._candidates
 
 

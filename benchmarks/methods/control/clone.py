@@ -65,12 +65,12 @@ class Clone:
         return fitted.notes()
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every strength."""
+        """Return one policy for every strength."""
         return self._candidates
 
 
 def _winners(data: ControlData) -> np.ndarray:
-    """Give the rows of the preferred members, of all members one state after the other."""
+    """Return the rows of the preferred members, of all members one state after the other."""
     train = data.train
     assert train.label is not None
     state, first, second = train.comparisons.T

@@ -78,7 +78,7 @@ class FlowRefinement:
         return notes | {name: flow.metadata[name] for name in _NOTED if name in flow.metadata}
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every number of candidates, rounds, strength and guidance."""
+        """Return one policy for every number of candidates, rounds, strength and guidance."""
         return self._candidates
 
 

@@ -67,7 +67,7 @@ class Likelihood:
         return loss
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every temperature."""
+        """Return one policy for every temperature."""
         return self._candidates
 
 

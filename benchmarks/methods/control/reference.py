@@ -40,7 +40,7 @@ class Reference:
         return {}
 
     def candidates(self) -> list[Candidate]:
-        """Give the one policy there is."""
+        """Return the one policy there is."""
         return [Candidate({"kind": self.config.kind}, self.policy)]
 
 

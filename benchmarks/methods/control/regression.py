@@ -46,7 +46,7 @@ class SegmentRegression:
         return notes
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every number of rounds."""
+        """Return one policy for every number of rounds."""
         return self._candidates
 
 

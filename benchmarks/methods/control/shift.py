@@ -56,7 +56,7 @@ class Shift:
         return notes
 
     def candidates(self) -> list[Candidate]:
-        """Give one policy for every strength."""
+        """Return one policy for every strength."""
         return self._candidates
 
 
