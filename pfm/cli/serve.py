@@ -7,24 +7,17 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from pfm.cli.generator import candidate_count, spend_of
-from pfm.cli.shell import (
-    EncoderOfFlow,
-    Reasoning,
-    Session,
-    Traceback,
-    TrustEncoder,
-    app,
-    examples,
-    guarded,
-    load_flow,
-    load_stopping,
-)
+from pfm.cli.session import Json, Session, Traceback, guarded
+from pfm.cli.shell import EncoderOfFlow, Reasoning, TrustEncoder, app, examples, load_flow, load_stopping
+
+if TYPE_CHECKING:
+    from pfm.serve import ServeConfig
 
 # Settings of pfm.wrap that a file of settings may hold too.
 CHOICE = ("n", "spend", "by", "margin", "strength", "seed", "reasoning")
@@ -163,6 +156,7 @@ def serve(
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Refine every answer of an OpenAI-compatible server, for clients that only change their base URL.
@@ -178,7 +172,7 @@ def serve(
 
     Keys are passed on and never kept. Ctrl-C ends what is under way first.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         from pfm.serve import ServeConfig, run
         from pfm.serve.config import is_loopback
 
@@ -256,7 +250,7 @@ def serve(
         # After its own handling of SIGTERM, uvicorn raises it again: by then all is done, and well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
-            run(refiner, served, on_start=lambda address: _show_start(session, served.upstream, address, quiet))
+            run(refiner, served, on_start=lambda address: _show_start(session, served, address, quiet))
         except KeyboardInterrupt:
             session.err.print(Text("stopped", "dim"))
 
@@ -274,9 +268,12 @@ def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _show_start(session: Session, upstream: str | None, address: str, quiet: bool) -> None:
-    # Plain, for programs that start this one and want the address.
-    typer.echo(f"scoring on {address}" if upstream is None else f"refining {upstream} on {address}")
+def _show_start(session: Session, config: ServeConfig, address: str, quiet: bool) -> None:
+    upstream = config.upstream
+    if session.as_json:
+        session.result({"address": address, "upstream": upstream, "score_model": config.score_model})
+    else:  # plain, for programs that start this one and want the address
+        typer.echo(f"scoring on {address}" if upstream is None else f"refining {upstream} on {address}")
     if not quiet:
         use = f'OpenAI(base_url="{address}")' if upstream is not None else f"POST {address}/score, /rerank, /classify"
         session.err.print(Text(f"a client uses it by {use}; Ctrl-C stops", "dim"), soft_wrap=True)
