@@ -29,6 +29,7 @@ CHOICE = ("n", "spend", "by", "margin", "strength", "seed", "reasoning")
         "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
         "pfm serve flow/ --upstream http://localhost:8000/v1 -n auto --max-n 16",
         "pfm serve flow/ --port 9000",
+        "pfm serve flow/ --upstream http://localhost:8000/v1 --feedback feedback.jsonl",
         "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
     )
 )
@@ -145,6 +146,18 @@ def serve(
     scored_texts: Annotated[
         int | None, typer.Option(help="Most texts of a request for scores; beyond it status 413.", show_default="4096")
     ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append what people think of answers (POST /v1/feedback, and the page /chat) to this file, as rows "
+            "for [cyan]pfm fit[/cyan].",
+            show_default="none is kept",
+        ),
+    ] = None,
+    feedback_bytes: Annotated[
+        int | None, typer.Option(help="Largest file of feedback; beyond it status 507.", show_default="64 MiB")
+    ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Host name of this proxy, beside loopback's; may be repeated."),
@@ -168,7 +181,8 @@ def serve(
     how it is.
 
     Scores of texts come from [cyan]/v1/score[/cyan], [cyan]/v1/rerank[/cyan] and [cyan]/v1/classify[/cyan], in the
-    shapes of vLLM, Cohere and Jina, also without an upstream.
+    shapes of vLLM, Cohere and Jina, also without an upstream. With [cyan]--feedback[/cyan] ratings, edits and choices
+    between answers are kept for the next fit.
 
     Keys are passed on and never kept. Ctrl-C ends what is under way first.
     """
@@ -206,6 +220,8 @@ def serve(
             "judged_characters": judged_characters,
             "scored_texts": scored_texts,
             "score_model": score_model,
+            "feedback": feedback,
+            "feedback_bytes": feedback_bytes,
             "allowed_hosts": allowed_host or None,
             "allowed_origins": allowed_origin or None,
             "encoder": encoder,
@@ -275,6 +291,9 @@ def _show_start(session: Session, config: ServeConfig, address: str, quiet: bool
     else:  # plain, for programs that start this one and want the address
         typer.echo(f"scoring on {address}" if upstream is None else f"refining {upstream} on {address}")
     if not quiet:
+        if config.feedback is not None and upstream is not None:
+            chat = f"{address.removesuffix('/v1')}/chat"
+            session.err.print(Text(f"a chat with feedback: {chat}", "dim"), soft_wrap=True)
         use = f'OpenAI(base_url="{address}")' if upstream is not None else f"POST {address}/score, /rerank, /classify"
         session.err.print(Text(f"a client uses it by {use}; Ctrl-C stops", "dim"), soft_wrap=True)
 

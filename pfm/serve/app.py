@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -27,10 +28,12 @@ from pfm.refiner.stopping import CHARACTERS_A_TOKEN
 from pfm.serve.access import LOOPBACK_ORIGIN, Access
 from pfm.serve.answer import envelope, events, to_json
 from pfm.serve.asked import EXTENSION, HEADER, Asked, read
+from pfm.serve.chat import chat_page
 from pfm.serve.config import ServeConfig
 from pfm.serve.connections import limited_protocol
 from pfm.serve.drawn import Drawn, Reply, summed
 from pfm.serve.errors import Disconnected, Refused
+from pfm.serve.feedback import FeedbackFile, read_feedback
 from pfm.serve.http import (
     Body,
     Guard,
@@ -71,7 +74,8 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
 
     Raises:
         ValueError: a variable that the settings name is not set, or the environment names a proxy for the upstream
-            that cannot be used.
+            that cannot be used, or the file of feedback holds something else.
+        OSError: the file of feedback cannot be written, or another server writes to it.
     """
     proxy = _Proxy(refiner, config)
 
@@ -89,6 +93,10 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
     app.add_api_route("/v1/chat/completions", proxy.chat, methods=["POST"], response_model=None)
     for path, kind in PATHS.items():
         app.add_api_route(path, functools.partial(proxy.scores, kind), methods=["POST"], response_model=None, name=kind)
+    if config.feedback is not None:
+        app.add_api_route("/v1/feedback", proxy.feedback, methods=["POST"], response_model=None)
+        if config.upstream is not None:
+            app.add_api_route("/chat", chat_page, methods=["GET"], response_model=None)
     app.add_api_route("/v1/{path:path}", proxy.other, methods=METHODS, response_model=None)
     app.add_exception_handler(Refused, answer_refusal)
     app.add_exception_handler(404, answer_not_found)
@@ -172,6 +180,10 @@ class _Proxy:
         if config.upstream is not None:
             proxy_of(config.upstream)  # one that cannot be used shows before the proxy listens
         self.access = Access(config, self._token, secrets.token_hex(8))
+        self._feedback = None
+        if config.feedback is not None:
+            path = Path(config.feedback).expanduser()
+            self._feedback = FeedbackFile(path, config.feedback_bytes, [self._token, self._key])
         self._usual_seconds = 1.0  # of a request, a running mean
 
     async def open(self) -> None:
@@ -188,6 +200,8 @@ class _Proxy:
 
     async def close(self) -> None:
         self.judge.close()
+        if self._feedback is not None:
+            self._feedback.close()
         if self._upstream is not None:
             await self._upstream.close()
 
@@ -343,6 +357,27 @@ class _Proxy:
             found.values,
             len(content),
         )
+
+    # -- feedback ------------------------------------------------------------------------------------------
+
+    async def feedback(self, request: Request) -> Response:
+        """Keep what somebody thought of an answer as a preference row."""
+        with self._counted("feedback", request) as note:
+            self.access.check(request)
+            return await self._with_body(request, note, self._kept)
+
+    async def _kept(
+        self, request: Request, content: bytes, place: Place, _: HeldBytes, note: _Note, owned: AsyncExitStack
+    ) -> Response:
+        assert self._feedback is not None, "the path is served with a file only"
+        row = await in_background(lambda content: read_feedback(content, self.config), content, len(content))
+        await place.start(self._deadline())
+        await asyncio.to_thread(self._feedback.add, row)  # a disk may be slow
+        kind = "pair" if "chosen" in row else "liked" if row["label"] else "disliked"
+        self.metrics.feedback.labels(kind).inc()
+        note.outcome, note.status = "kept", 201
+        place.leave()
+        return plain_response(to_json({"object": "feedback", "kind": kind}), 201, [_JSON])
 
     # -- passing through -----------------------------------------------------------------------------------
 
