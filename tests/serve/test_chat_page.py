@@ -101,7 +101,7 @@ def test_thumbs_edits_and_choices_become_rows(tmp_path):
                 wait(lambda: browser.run("document.querySelectorAll('.assistant .tools').length == 1"))
                 said = browser.run("document.querySelector('.assistant .said').textContent")
                 assert browser.run("document.querySelector('.user .said').textContent") == asked
-                browser.run(button.format("👍") + ".click()")
+                browser.run(button.format("Good") + ".click()")
                 wait(lambda: len(rows()) == 1)
                 browser.run(button.format("Compare") + ".click()")
                 browser.picture(tmp_path / "pair.png")
