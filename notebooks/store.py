@@ -25,6 +25,7 @@ FOLDER = Path(__file__).resolve().parent
 FIGURE_BYTES = 100 * 1000
 NOTEBOOK_BYTES = 400 * 1000
 CELL_SECONDS = 600
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar: nothing when the run is over
 LARGE_BYTES, COLOURS = 40 * 1000, 128  # a larger figure is stored with a palette, which may lose rare colours
 # What differs from machine to machine: folders of users and of temporary files, addresses, and objects in memory.
 MACHINE = re.compile(
@@ -48,6 +49,8 @@ def problems(notebook: Any) -> list[str]:
             text = "".join(output.get("text", "")) + "".join(
                 "".join(value) for kind, value in data.items() if kind.startswith("text/")
             )
+            if WIDGET in data:
+                found.append(f"cell {cell['id']} shows a widget, which lives in its kernel alone")
             if output["output_type"] == "error":
                 found.append(f"cell {cell['id']} failed: {output['ename']}")
             if output.get("name") == "stderr":
@@ -78,7 +81,7 @@ def execute(path: Path) -> Any:
         client.execute(cwd=folder)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = _joined(cell.outputs)
+            cell.outputs = _joined([output for output in cell.outputs if WIDGET not in output.get("data", {})])
             for output in cell.outputs:
                 _reduce(output)
     notebook.metadata = {

@@ -68,6 +68,7 @@ def test_what_must_not_be_stored_is_found():
         "failed: KeyError"
         in problems({"cells": [{"id": "a", "outputs": [{"output_type": "error", "ename": "KeyError"}]}]})[0]
     )
+    assert "a widget" in problems(notebook(data={"application/vnd.jupyter.widget-view+json": {}}))[0]
     assert "a figure of" in problems(notebook(data={"image/png": "A" * 140_000}))[0]
     assert "the notebook has" in problems(notebook(name="stdout", text="x" * 400_001))[0]
 
