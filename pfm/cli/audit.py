@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pfm.cli.session import Json, Traceback, guarded
-from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, app, examples, make_folder
+from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, app, examples
 
 
 @app.command(
@@ -82,7 +82,7 @@ def audit(
 
         for path in (html, json_file):
             if path is not None:
-                make_folder(path.parent)
+                session.make_folder(path.parent)
         try:
             found = run(
                 rows,

@@ -11,7 +11,7 @@ import sys
 import traceback as tracebacks
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -55,6 +55,7 @@ class Session:
         kept: says what an interrupt or an error leaves behind.
         as_json: whether the result is for a program.
         notes: warnings so far; they are part of the JSON result.
+        made: folders that this command made.
     """
 
     out: Console = field(default_factory=lambda: Console(highlight=False))
@@ -62,7 +63,24 @@ class Session:
     kept: Callable[[], str] = lambda: ""
     as_json: bool = False
     notes: list[str] = field(default_factory=list)
+    made: list[Path] = field(default_factory=list[Path])
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
+
+    def make_folder(self, folder: Path) -> Path:
+        """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"{folder} must be a folder, and is a file") from None
+        self.made += new
+        return folder
+
+    def remove_empty_folders(self) -> None:
+        """Remove the folders that this command made and put nothing into."""
+        for folder in self.made:
+            with suppress(OSError):
+                folder.rmdir()
 
     def result(self, values: Mapping[str, Any]) -> None:
         """Print the result with ``--json``, as one line on standard output; called once a command.
@@ -118,6 +136,7 @@ def guarded(traceback: bool, as_json: bool = False) -> Iterator[Session]:
         warnings.showwarning = lambda message, *_, **__: session.note(str(message))
         logger.addHandler(handler)
         stack.callback(logger.removeHandler, handler)
+        stack.callback(session.remove_empty_folders)
         try:
             yield session
         except KeyboardInterrupt:

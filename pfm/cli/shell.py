@@ -35,7 +35,6 @@ __all__ = [
     "fingerprint",
     "load_flow",
     "load_stopping",
-    "make_folder",
     "setting",
 ]
 
@@ -193,15 +192,6 @@ def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
         except ValueError:
             continue
     return key, value
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"{folder} must be a folder, and is a file") from None
-    return folder
 
 
 def load_flow(
