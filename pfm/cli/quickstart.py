@@ -1,4 +1,4 @@
-"""``pfm quickstart``: the whole road on data that ships with the package."""
+"""``pfm quickstart``: the main job on data that ships with the package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def quickstart(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Run the whole road on data that ships with the package: fit, refine, evaluate.
+    """Fit, refine and evaluate on data that ships with the package.
 
     It needs no network, no key and no data, and takes about two minutes on two cores.
     """

@@ -212,7 +212,8 @@ def _plain(value: Any) -> Any:
         return _plain(asdict(value))
     if value is None or isinstance(value, str | int):
         return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)  # NumPy's numbers; paths
+    item = getattr(value, "item", None)  # of NumPy's and torch's numbers
+    return _plain(item()) if callable(item) else str(value)
 
 
 def _in_words(error: BaseException) -> str:

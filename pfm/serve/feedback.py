@@ -189,7 +189,7 @@ def _prompt(body: Mapping[str, Any], config: ServeConfig) -> Any:
 
 def _text(body: Mapping[str, Any], name: str, config: ServeConfig) -> str:
     text = body.get(name)
-    if not is_usable_text(text):
+    if not isinstance(text, str) or not is_usable_text(text):
         raise _bad(name, f"must be a text that is not empty, got {shown(text)}")
     _check_length(name, len(text), config)
     return text
