@@ -181,7 +181,7 @@ class Session:
 
     def note(self, text: str) -> None:
         """Print a warning in one line."""
-        self.err.print(Text(f"Note: {_one_line(text)}", "yellow"), soft_wrap=True)
+        self.err.print(Text(f"Note: {_with_options(text)}", "yellow"), soft_wrap=True)
 
 
 @contextmanager
@@ -224,7 +224,24 @@ def _in_words(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    text = text.replace('on_bad_rows="drop"', "--on-bad-rows drop").replace("max_pairs_per_prompt=", "--max-pairs")
+    return _with_options(text)
+
+
+# Arguments of the library, and the options that stand for them.
+_OPTIONS = {
+    'on_bad_rows="drop"': "--on-bad-rows drop",
+    "max_pairs_per_prompt=": "--max-pairs",
+    "pass api_key,": "name its variable by --api-key-env,",
+    "pass it as api_key": "name its variable by --api-key-env",
+    "pass api_key": "--api-key-env",
+}
+
+
+def _with_options(text: str) -> str:
+    """Write a message in one line, with options in place of the arguments that the library names."""
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    text = re.sub(r"\bbase_url\b", "--base-url", text)
     return _one_line(re.sub(r"\b(prompt|chosen|rejected|weight|group)_key=(None\b|'[^']*'|)", _key_option, text))
 
 
