@@ -136,3 +136,8 @@ class Results:
     traits: list[TraitChange]
     directions: list[Direction]
     settings: dict[str, Any]
+
+    def spoken(self) -> list[str]:
+        """Return the confirmed traits in words, strongest first, those that only come with the length last."""
+        found = [trait for trait in self.traits if trait.confirmed] if self.confirmed else []
+        return [trait.words for trait in sorted(found, key=lambda trait: trait.with_length)]

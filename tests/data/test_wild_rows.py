@@ -215,8 +215,8 @@ WILD = {
     "spaces.csv": Wild(TREES, weight=WEIGHTS),
     "no_mark.csv": Wild(error="as UTF-16 without a byte order mark does; save the text as UTF-8", elsewhere=False),
     "unnamed.csv": Wild(
-        error="row 1 (line 2): cell 4 holds 'but why', and its column has no name; name it in the header, or put quotes around "
-        "commas in texts",
+        error="row 1 (line 2): cell 4 holds 'but why', and its column has no name; name it in the header, or put "
+        "quotes around commas in texts",
         elsewhere=False,
     ),
     "decimal_comma.csv": Wild(
