@@ -88,6 +88,8 @@ def fit(
         from pfm.encoders import encoder_from_name
         from pfm.flow.preference_flow import PreferenceFlow
 
+        with_name = encoder_from_name(encoder)
+        _check_share(held_out)
         loaded = PreferencePairs.from_file(
             pairs,
             prompt_key=prompt_key or None,
@@ -103,7 +105,6 @@ def fit(
         for doubt in doubts(loaded):
             session.note(doubt)
         train, measured = _split(loaded, held_out, seed)
-        with_name = encoder_from_name(encoder)
         origin = Origin.of(loaded, [config.to_dict(), encoder, held_out, seed, reasoning.value])
         note = replacement_note(out, origin)
         if note is not None:
@@ -136,12 +137,15 @@ def _config(settings: Sequence[str], seed: int) -> FlowConfig:
     return FlowConfig.from_dict({"seed": seed} | dict(setting(text, switches) for text in settings))
 
 
+def _check_share(held_out: float) -> None:
+    if not 0 <= held_out < 1:
+        percent = f", as {held_out / 100:g} for {held_out:g}%" if 1 <= held_out < 100 else ""
+        raise ValueError(f"--held-out must be a share of the prompts, from 0 to below 1{percent}: got {held_out:g}")
+
+
 def _split(pairs: PreferencePairs, held_out: float, seed: int) -> tuple[PreferencePairs, PreferencePairs | None]:
     if held_out == 0:
         return pairs, None
-    if not 0 < held_out < 1:
-        percent = f", as {held_out / 100:g} for {held_out:g}%" if 1 <= held_out < 100 else ""
-        raise ValueError(f"--held-out must be a share of the prompts, from 0 to below 1{percent}: got {held_out:g}")
     try:
         return pairs.split(held_out, seed)
     except ValueError as error:

@@ -58,7 +58,7 @@ def replacement_note(out: Path, origin: Origin) -> str | None:
     try:
         described = json.loads(config.read_text(encoding="utf-8"))
         metadata, when = described["metadata"], datetime.fromtimestamp(config.stat().st_mtime)
-        known = metadata.get("fitted_from") or {}
+        known = dict(metadata.get("fitted_from") or {})
         pairs = metadata.get("pairs")
     except FileNotFoundError:
         return None

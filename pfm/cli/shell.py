@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import warnings
@@ -224,7 +226,24 @@ def _in_words(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
+        if isinstance(error, FileNotFoundError) and isinstance(error.filename, str):
+            text += _where(Path(error.filename))
     return _with_options(text)
+
+
+def _where(path: Path) -> str:
+    """Say where a file was looked for, and which files there have a similar name."""
+    from pfm._internal.hub import near_folder
+
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"; there is no folder {folder}{near_folder(str(path.parent))}"
+    try:
+        names = [entry.name for entry in os.scandir(folder) if Path(entry.name).suffix == path.suffix]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, 2, cutoff=0.7)
+    return f" in {folder}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
 
 
 # Arguments of the library, and the options that stand for them.
@@ -282,10 +301,11 @@ def make_folder(folder: Path) -> Path:
 
 
 def load_flow(
-    folder: Path, encoder: str | None, trust_encoder: bool = False
+    folder: Path, encoder: str | None, trust_encoder: bool = False, *, option: str = "--flow "
 ) -> tuple[PreferenceFlow | Composition, Encoder]:
-    """Load a flow, or a composition of several, and its encoder."""
+    """Load a flow, or a composition of several, and its encoder; ``option`` is what stands before the folder."""
     from pfm._internal.archive import finish_save
+    from pfm._internal.hub import near_folder
     from pfm.encoders import encoder_from_description, encoder_from_name
     from pfm.flow.composition import DESCRIPTION, Composition
     from pfm.flow.preference_flow import PreferenceFlow
@@ -297,8 +317,11 @@ def load_flow(
     elif (folder / "config.json").is_file():
         flow = PreferenceFlow.from_pretrained(folder)
     else:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{option}{folder} is a file: expected the folder of a flow, made by pfm fit PAIRS --out")
         found = "holds no flow" if folder.is_dir() else "is no folder"
-        raise ValueError(f"--flow {folder} {found}: make one with pfm fit PAIRS --out {folder}")
+        looked = "" if folder.is_dir() else f"; looked in {folder.absolute().parent}{near_folder(str(folder))}"
+        raise ValueError(f"{option}{folder} {found}: make one with pfm fit PAIRS --out {folder}{looked}")
     if encoder is not None:
         return flow, encoder_from_name(encoder)
     try:

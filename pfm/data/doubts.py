@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pfm.data.identity import prompt_identity
 from pfm.reasoning import training_text
@@ -39,9 +40,7 @@ def _one_sided(pairs: PreferencePairs) -> str | None:
     """Say that one side is nearly always the longer one."""
     if len(pairs) < FEW_PAIRS:
         return None
-    texts = dict.fromkeys((*pairs.chosen, *pairs.rejected))
-    words = {text: len(training_text(text).split()) for text in texts}
-    gap = np.array([words[one] - words[other] for one, other in zip(pairs.chosen, pairs.rejected, strict=True)])
+    gap = _words(pairs.chosen) - _words(pairs.rejected)
     for word, share in (("longer", float((gap > 0).mean())), ("shorter", float((gap < 0).mean()))):
         if share >= ONE_SIDED:
             return (
@@ -70,9 +69,9 @@ def _contradicted(pairs: PreferencePairs) -> str | None:
 def _exchanged(pairs: PreferencePairs) -> str | None:
     """Say that one response column reads as the prompts should.
 
-    It must ask questions where the two others do not, and have less in common with the other response than the prompt
-    has. Of the example and three public data sets it warns of none, and of all but one (whose prompts are instructions)
-    once the prompt has changed places with a response.
+    It must ask questions where the two others do not, be shorter than the prompt, and have less in common with the
+    other response than the prompt has. Of the example and three public data sets this holds for none, and for all but
+    one, whose prompts are instructions, once the prompt has changed places with either response.
     """
     prompts, sides = pairs.prompts[:LOOKED_AT], {"chosen": pairs.chosen, "rejected": pairs.rejected}
     if len(prompts) < 2 * FEW_PAIRS or not pairs.has_prompts:
@@ -81,6 +80,8 @@ def _exchanged(pairs: PreferencePairs) -> str | None:
     for name, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if asks[name] < 0.25 or max(asks["prompt"], asks[other]) > 0.1:
             continue
+        if np.median(_words(sides[name][:LOOKED_AT])) >= np.median(_words(prompts)):
+            continue  # a clarifying question, which answers the prompt
         nearer = [
             _overlap(prompt, answer) > _overlap(suspect, answer)
             for prompt, suspect, answer in zip(prompts, sides[name], sides[other], strict=False)
@@ -91,6 +92,11 @@ def _exchanged(pairs: PreferencePairs) -> str | None:
                 f"{asks[other]:.0%} of {other!r}: did the columns of prompt and {name} change places?"
             )
     return None
+
+
+def _words(texts: Sequence[str]) -> NDArray[np.int64]:
+    words = {text: len(training_text(text).split()) for text in dict.fromkeys(texts)}
+    return np.array([words[text] for text in texts], dtype=np.int64)
 
 
 def _asking(texts: Sequence[str]) -> float:
