@@ -60,7 +60,7 @@ def replacement_note(out: Path, origin: Origin) -> str | None:
         metadata, when = described["metadata"], datetime.fromtimestamp(config.stat().st_mtime)
         known = dict(metadata.get("fitted_from") or {})
         pairs = metadata.get("pairs")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"--out {out} holds a config.json that is none of a flow; this run replaces it at its end"
