@@ -12,17 +12,15 @@ import typer
 
 from pfm.cli.fitted import Origin, preference_line, replacement_note, show_fit
 from pfm.cli.rows import PromptKey
+from pfm.cli.session import Json, Traceback, guarded
 from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
     OnBadRows,
     Reasoning,
     ReasoningOption,
-    Traceback,
     app,
     examples,
-    guarded,
-    make_folder,
     setting,
 )
 
@@ -75,13 +73,14 @@ def fit(
         Path | None, typer.Option(help="Append the losses of the fit to this file, as JSON lines.", show_default=False)
     ] = None,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Fit a flow on preference pairs, and measure it on prompts that it has not seen.
 
     Ctrl-C keeps what is done: run the same command again and it goes on from there.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         config = _config(settings or [], seed)
         from pfm.data.doubts import doubts
         from pfm.data.pairs import PreferencePairs
@@ -101,7 +100,8 @@ def fit(
             seed=seed,
             on_bad_rows=on_bad_rows.value,
         )
-        session.out.print(loaded.summary())
+        summary = loaded.summary()
+        session.out.print(summary)
         for doubt in doubts(loaded):
             session.note(doubt)
         train, measured = _split(loaded, held_out, seed)
@@ -109,7 +109,7 @@ def fit(
         note = replacement_note(out, origin)
         if note is not None:
             session.note(note)
-        checkpoint = make_folder(out) / ".checkpoint"
+        checkpoint = session.make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
             if any(checkpoint.glob("*.safetensors"))
@@ -125,9 +125,19 @@ def fit(
         prefers, warnings = "", []
         if reasoning is Reasoning.aside:  # as pfm explain reads outputs
             prefers, warnings = preference_line(flow, loaded, with_name, seed)
-        show_fit(session, flow, held, prefers, out, pairs)
+        right = show_fit(session, flow, held, prefers, out, pairs)
         for warning in warnings:
             session.note(warning)
+        session.result(
+            {
+                "flow": out,
+                "pairs": summary,
+                "fit": flow.metadata,
+                "guard_margin": flow.guard_margin,
+                "prefers": prefers or None,
+                "held_out": held and {"accuracy": right, "pairs": len(held), "prompts": len(held.group.unique())},
+            }
+        )
 
 
 def _config(settings: Sequence[str], seed: int) -> FlowConfig:

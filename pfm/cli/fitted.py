@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.panel import Panel
 from rich.text import Text
 
-from pfm.cli.shell import Session
+from pfm.cli.session import Session
 
 if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
@@ -101,8 +101,8 @@ def show_fit(
     prefers: str,
     out: Path,
     pairs: Path,
-) -> None:
-    """Print what was found: in plain sentences first, the details after them."""
+) -> Estimate | None:
+    """Print what was found, in plain sentences first; return the accuracy on prompts held out, if there are any."""
     from pfm.flow.card import findings
     from pfm.statistics import warn_of_few
 
@@ -133,6 +133,7 @@ def show_fit(
     session.out.print(Text(f"      pfm refine OUTPUTS --flow {folder} --out refined.jsonl", "bold"), soft_wrap=True)
     session.out.print(Text(f"Details: {flow.summary()}", "dim"), soft_wrap=True)
     session.out.print(Text(f"saved to {out}", "dim"), soft_wrap=True)
+    return right
 
 
 def _counted(number: int, noun: str) -> str:
