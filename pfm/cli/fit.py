@@ -88,7 +88,6 @@ def fit(
         from pfm.flow.preference_flow import PreferenceFlow
 
         with_name = encoder_from_name(encoder)
-        _check_share(held_out)
         loaded = PreferencePairs.from_file(
             pairs,
             prompt_key=prompt_key or None,
@@ -104,6 +103,7 @@ def fit(
         session.out.print(summary)
         for doubt in doubts(loaded):
             session.note(doubt)
+        _check_share(held_out)
         train, measured = _split(loaded, held_out, seed)
         origin = Origin.of(loaded, [config.to_dict(), encoder, held_out, seed, reasoning.value])
         note = replacement_note(out, origin)

@@ -273,7 +273,7 @@ def test_the_command_line_reads_it_or_names_the_cause(name, tmp_path):
     assert done.exit_code != 0
     assert not (tmp_path / "flow").exists()
     if wild.error is None:
-        assert "held_out must lie between 0 and 1" in shown
+        assert "--held-out must be a share of the prompts" in shown
         assert re.search(rf"rows\W+{len(wild.pairs)}\b", shown)
         assert wild.layout in shown
     else:
