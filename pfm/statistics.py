@@ -19,6 +19,8 @@ Array = NDArray[np.float64]
 
 _CACHED_COUNTS = 8_000_000  # entries (64 MB) of resampling counts kept in memory; beyond, they are drawn again
 _CHUNK_COUNTS = 2_000_000  # entries drawn at once
+_ONE_SIDED = 0.025  # what either side of a 95% interval leaves out
+FEW_PROMPTS = 30  # below which intervals are rough
 _RIDGE = 0.01  # penalty of the length-control fit on a and b: a prior of standard deviation 10 logits
 
 
@@ -137,6 +139,25 @@ class Bootstrap:
         """Estimate sum(numerator) / sum(denominator) over prompts: (n,) each."""
         return self.ratios(numerator, denominator, bounds)[0]
 
+    def share(self, numerator: ArrayLike, denominator: ArrayLike) -> Estimate | None:
+        """Estimate a share of outcomes in [0, 1], sum(numerator) / sum(denominator) over prompts: (n,) each.
+
+        The interval stays in [0, 1]. Where all n prompts agree, resamples have no spread, and say nothing of how many
+        prompts are otherwise: at most 1 - 0.025^(1/n) of them, at 97.5% confidence, since all n of the sample would
+        miss a larger part with a chance below 2.5%. For n successes of n that limit is the exact binomial one (Clopper
+        and Pearson 1934).
+
+        >>> Bootstrap(6).share([1] * 6, [1] * 6).text(percent=True)
+        '100.0% [54.1, 100.0]'
+        """
+        estimate = self.ratio(numerator, denominator, (0.0, 1.0))
+        units = int(self.units(np.asarray(denominator, dtype=np.float64) != 0)[0])
+        if estimate is None or (estimate.low < estimate.high) or (units > 1 and 0.0 < estimate.value < 1.0):
+            return estimate
+        otherwise = 1 - _ONE_SIDED ** (1 / units)
+        value = estimate.value
+        return Estimate(value, value - otherwise * value, value + otherwise * (1 - value))
+
     def mean(self, values: ArrayLike, bounds: tuple[float, float] | None = None) -> Estimate:
         """Estimate the mean over prompts of finite values (n,)."""
         estimate = self.ratio(values, np.ones(self.n), bounds)
@@ -176,6 +197,20 @@ def interval(
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
     return Estimate(float(value), float(low), float(high))
+
+
+def warn_of_few(prompts: int, kind: str = "prompt") -> str | None:
+    """Return the warning that figures over fewer than 30 prompts need; None from there on.
+
+    >>> warn_of_few(1)[:14]
+    'Only 1 prompt:'
+    """
+    if prompts >= FEW_PROMPTS:
+        return None
+    return (
+        f"Only {prompts} {kind}{'s' * (prompts != 1)}: the intervals are rough, and nothing but a large effect can "
+        f"show. Use {FEW_PROMPTS} or more, better several hundred."
+    )
 
 
 def small_sample_factor(units: int) -> float:

@@ -30,6 +30,46 @@ def sigmoid(z):
 # ---- bootstrap
 
 
+@pytest.mark.parametrize("prompts", [1, 2, 5, 6, 40])
+def test_a_share_on_which_all_prompts_agree_has_the_exact_binomial_limit(prompts):
+    bootstrap, one = Bootstrap(prompts, 50), np.ones(prompts)
+    limit = 0.025 ** (1 / prompts)  # Clopper and Pearson, for all of n
+    top, bottom = bootstrap.share(one, one), bootstrap.share(0 * one, one)
+    assert top is not None
+    assert bottom is not None
+    assert (top.value, top.low, top.high) == pytest.approx((1.0, limit, 1.0))
+    assert (bottom.value, bottom.low, bottom.high) == pytest.approx((0.0, 0.0, 1 - limit))
+    assert bootstrap.share(3 * one, 3 * one) == top  # several pairs of a prompt are no further prompts
+    unused = np.r_[one, 0.0]
+    assert Bootstrap(prompts + 1, 50).share(unused, unused) == top
+    assert bootstrap.share(0 * one, 0 * one) is None
+
+
+def test_one_prompt_says_nothing_of_others_and_ties_of_many_are_no_outcomes():
+    alone = Bootstrap(1, 50).share([1], [2])
+    assert alone is not None
+    assert (alone.value, alone.low, alone.high) == pytest.approx((0.5, 0.0125, 0.9875))
+    assert Bootstrap(9, 50).share([0.5] * 9, [1] * 9) == Estimate(0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("prompts", [5, 10, 30])
+def test_intervals_of_a_share_near_one_hold_it(prompts):
+    bootstrap, true = Bootstrap(prompts, 400), 0.95
+    coverage = {"share": 0.0, "ratio": 0.0}
+    for won in range(prompts + 1):
+        outcomes = np.arange(prompts) < won
+        chance = math.comb(prompts, won) * true**won * (1 - true) ** (prompts - won)
+        for name, found in (
+            ("share", bootstrap.share(outcomes, np.ones(prompts))),
+            ("ratio", bootstrap.ratio(outcomes, np.ones(prompts), (0, 1))),
+        ):
+            assert found is not None
+            assert 0 <= found.low <= found.value <= found.high <= 1
+            coverage[name] += chance * (found.low <= true <= found.high)
+    assert coverage["share"] >= 0.95  # nominal
+    assert coverage["ratio"] < 0.8  # what the limit is for
+
+
 def test_interval_of_a_mean_is_the_normal_one():
     values = np.random.default_rng(0).normal(3.0, 2.0, size=900)
     estimate = Bootstrap(900, 4000).mean(values)

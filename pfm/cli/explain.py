@@ -64,7 +64,9 @@ def explain(
         for path in out or []:
             if path.suffix.lower() not in FORMS:
                 raise ValueError(f"--out {path} must end in {' or '.join(FORMS)}: got {path.suffix or 'no suffix'!r}")
-        fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
+        if flow.is_file() and pairs.is_dir():
+            raise ValueError(f"the flow comes first: pfm explain {pairs} {flow}")
+        fitted, with_encoder = load_flow(flow, encoder, trust_encoder, option="")
         from pfm.data.pairs import PreferencePairs
         from pfm.explain.explanation import explain as explain_flow
         from pfm.flow.composition import Composition

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.panel import Panel
-from rich.text import Text
 
+from pfm.cli.fitted import Origin, preference_line, replacement_note, show_fit
 from pfm.cli.rows import PromptKey
-from pfm.cli.session import Json, Session, Traceback, guarded
+from pfm.cli.session import Json, Traceback, guarded
 from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
@@ -26,11 +25,8 @@ from pfm.cli.shell import (
 )
 
 if TYPE_CHECKING:
-    from pfm.data.encoded import EncodedPairs
     from pfm.data.pairs import PreferencePairs
     from pfm.flow.config import FlowConfig
-    from pfm.flow.preference_flow import PreferenceFlow
-    from pfm.statistics import Estimate
 
 
 @app.command(
@@ -51,7 +47,7 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to save the flow to.", show_default=False)],
     encoder: Annotated[
         str,
-        typer.Option(help="minilm, surface, a sentence-transformers name or folder, or several joined by +."),
+        typer.Option(help="minilm, static, surface, a sentence-transformers name or folder, or several joined by +."),
     ] = "minilm+surface",
     settings: Annotated[
         list[str] | None,
@@ -86,10 +82,12 @@ def fit(
     """
     with guarded(traceback, as_json) as session:
         config = _config(settings or [], seed)
+        from pfm.data.doubts import doubts
         from pfm.data.pairs import PreferencePairs
         from pfm.encoders import encoder_from_name
         from pfm.flow.preference_flow import PreferenceFlow
 
+        with_name = encoder_from_name(encoder)
         loaded = PreferencePairs.from_file(
             pairs,
             prompt_key=prompt_key or None,
@@ -103,8 +101,14 @@ def fit(
         )
         summary = loaded.summary()
         session.out.print(summary)
+        for doubt in doubts(loaded):
+            session.note(doubt)
+        _check_share(held_out)
         train, measured = _split(loaded, held_out, seed)
-        with_name = encoder_from_name(encoder)
+        origin = Origin.of(loaded, [config.to_dict(), encoder, held_out, seed, reasoning.value])
+        note = replacement_note(out, origin)
+        if note is not None:
+            session.note(note)
         checkpoint = session.make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
@@ -115,15 +119,22 @@ def fit(
         encoded = train.encode(with_name, **how)
         held = None if measured is None else measured.encode(with_name, **how)
         flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track)
+        flow.metadata["fitted_from"] = origin.to_dict()
         flow.save_pretrained(out)
         shutil.rmtree(checkpoint, ignore_errors=True)
-        right = _show_fit(session, flow, held, out)
+        prefers, warnings = "", []
+        if reasoning is Reasoning.aside:  # as pfm explain reads outputs
+            prefers, warnings = preference_line(flow, loaded, with_name, seed)
+        right = show_fit(session, flow, held, prefers, out, pairs)
+        for warning in warnings:
+            session.note(warning)
         session.result(
             {
                 "flow": out,
                 "pairs": summary,
                 "fit": flow.metadata,
                 "guard_margin": flow.guard_margin,
+                "prefers": prefers or None,
                 "held_out": held and {"accuracy": right, "pairs": len(held), "prompts": len(held.group.unique())},
             }
         )
@@ -136,6 +147,12 @@ def _config(settings: Sequence[str], seed: int) -> FlowConfig:
     return FlowConfig.from_dict({"seed": seed} | dict(setting(text, switches) for text in settings))
 
 
+def _check_share(held_out: float) -> None:
+    if not 0 <= held_out < 1:
+        percent = f", as {held_out / 100:g} for {held_out:g}%" if 1 <= held_out < 100 else ""
+        raise ValueError(f"--held-out must be a share of the prompts, from 0 to below 1{percent}: got {held_out:g}")
+
+
 def _split(pairs: PreferencePairs, held_out: float, seed: int) -> tuple[PreferencePairs, PreferencePairs | None]:
     if held_out == 0:
         return pairs, None
@@ -143,42 +160,3 @@ def _split(pairs: PreferencePairs, held_out: float, seed: int) -> tuple[Preferen
         return pairs.split(held_out, seed)
     except ValueError as error:
         raise ValueError(f"{error}; --held-out 0 fits on all rows and measures nothing") from None
-
-
-def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None, out: Path) -> Estimate | None:
-    first, *rest = flow.summary().splitlines()
-    session.out.print(Panel(Text("\n".join(line.strip() for line in rest)), title=Text(first), title_align="left"))
-    right = None
-    if held is not None:
-        right = _held_out_accuracy(flow, held)
-        session.out.print(
-            Text.assemble(
-                "Prompts held out: ",
-                (right.text(percent=True), "bold"),
-                f" of {len(held):,} pairs ordered rightly, 95% interval over {len(held.group.unique()):,} prompts "
-                "(chance: 50%).",
-            )
-        )
-        if right.low <= 0.5:
-            session.note("on held-out prompts this flow does not differ from chance: more pairs, or cleaner ones, help")
-    if flow.guard_margin == float("inf"):
-        session.note("no gain in win probability was confirmed, so refining with this flow keeps every original")
-    session.out.print(Text(f"saved to {out}", "dim"), soft_wrap=True)
-    return right
-
-
-def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:
-    """Return the weighted share of pairs whose order by b agrees with the label, ties half."""
-    import torch
-
-    from pfm.statistics import Bootstrap
-
-    rows = held.gather(torch.arange(len(held)))
-    gap = flow.win_probability(held.chosen, rows.context) - flow.win_probability(held.rejected, rows.context)
-    right = 0.5 + 0.5 * (2 * rows.probability - 1) * gap.sign()
-    names, member = held.group.unique(return_inverse=True)
-    totals = [torch.zeros(len(names)).index_add_(0, member, part) for part in (right * rows.weight, rows.weight)]
-    estimate = Bootstrap(len(names)).ratio(totals[0], totals[1])
-    if estimate is None:
-        raise ValueError("the held-out pairs have weight 0 in all: choose another --seed or --held-out")
-    return estimate

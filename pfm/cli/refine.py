@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -159,6 +160,7 @@ def refine(
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
+        _refuse_hopeless(asked, drawn)
         session.make_folder(out.parent)
         with _Results(out, asked) as results:
             session.kept = results.progress
@@ -182,6 +184,19 @@ def refine(
         _show_refined(session, results, len(asked) - len(waiting))
         if results.errors:
             raise typer.Exit(SOME_FAILED)
+
+
+def _refuse_hopeless(asked: Sequence[Row], drawn: bool) -> None:
+    """Stop before anything is written where no row can be refined."""
+    if any(row.error is None for row in asked):
+        return
+    lacking = not drawn and all("candidates" not in row.columns and "output" not in row.columns for row in asked)
+    way_out = (
+        "; give --model NAME to draw candidates, or rows with a column 'candidates' or 'output'" if lacking else ""
+    )
+    count = f"none of the {len(asked):,} rows" if len(asked) > 1 else "the only row"
+    verb = "can" if len(asked) > 1 else "cannot"
+    raise ValueError(f"{count} {verb} be refined, and nothing was written. {asked[0].error}{way_out}")
 
 
 class _Results(LineFile):
@@ -213,7 +228,7 @@ class _Results(LineFile):
     def _note(self, number: int, record: Mapping[str, Any]) -> None:
         before, after = (record["probabilities"] or [None])[0], record["win_probability"]
         self._results[number] = {
-            "error": record["error"] is not None,
+            "error": record["error"],
             "changed": record["changed"],
             "draws": (record.get("spent") or {}).get("draws"),
             "b": None if before is None or after is None else (before, after),
@@ -224,7 +239,7 @@ class _Results(LineFile):
         return [
             row
             for row in self.rows
-            if row.number not in self._results or (row.error is None and self._results[row.number]["error"])
+            if row.number not in self._results or (row.error is None and self._results[row.number]["error"] is not None)
         ]
 
     def add_up_to(self, row: Row, result: Refinement) -> None:
@@ -254,7 +269,15 @@ class _Results(LineFile):
     @property
     def errors(self) -> int:
         """Count the rows with an error."""
-        return sum(result["error"] for result in self._results.values())
+        return sum(result["error"] is not None for result in self._results.values())
+
+    @property
+    def most_frequent_error(self) -> str:
+        """Return the error that most rows have, and how many others there are."""
+        count = Counter(result["error"] for result in self._results.values() if result["error"] is not None)
+        (error, often), *rest = count.most_common()
+        others = f" ({often:,} rows; {sum(count.values()) - often:,} have other errors)" if rest else ""
+        return f"{error}{others}"
 
     @property
     def changed(self) -> int:
@@ -320,7 +343,8 @@ def _show_refined(session: Session, results: _Results, earlier: int) -> None:
     session.wrote(results.path)
     if results.errors:
         session.note(
-            f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again"
+            f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again. "
+            f"The most frequent: {results.most_frequent_error}"
         )
     session.result(
         {

@@ -114,7 +114,7 @@ def read_rows(path: Path, origin: Sequence[Any], *, drawn: bool, prompted: bool)
 
     class Recorded(BadRows):
         def meet(self, error: PreferenceDataError, row: str, count: int = 1) -> None:
-            add(int(row.split()[-1]), None, error, row)
+            add(int(row.split()[1]), None, error, row)
 
     for number, value in numbered_rows(path, Recorded(str(path), "drop")):
         add(number, value, None, f"{unit} {number}")

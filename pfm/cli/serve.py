@@ -237,7 +237,7 @@ def serve(
                     f"-n auto needs a stopping rule: make one with pfm calibrate SCORED --flow {flow}, or give -n 8"
                 )
             choice["max_n"] = min(rule.max_n, settings.get("max_n", ServeConfig.max_n))
-        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder)
+        fitted, with_encoder = load_flow(flow, settings.pop("encoder", None), trust_encoder, option="")
         name = flow.resolve().name
         settings.setdefault("score_model", name if name.strip() and name.isprintable() else "pfm")
         served = ServeConfig(**settings)

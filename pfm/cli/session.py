@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
-import shlex
 import sys
 import traceback as tracebacks
 import warnings
@@ -20,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from pfm.cli.wording import in_words, one_line, with_options
 from pfm.errors import PfmError
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class Session:
 
     def note(self, text: str) -> None:
         """Print a warning in one line."""
-        self.notes.append(_one_line(text))
+        self.notes.append(with_options(text))
         self.err.print(Text(f"Note: {self.notes[-1]}", "yellow"), soft_wrap=True)
 
     def fail(self, kind: str, message: str, *, style: str = "bold red") -> None:
@@ -151,9 +150,9 @@ def guarded(traceback: bool, as_json: bool = False) -> Iterator[Session]:
             # it may pass, unlike a wrong argument
             kept = session.kept() if isinstance(error, PfmError | OSError) else ""
             if as_json:
-                session.fail(type(error).__name__, f"{_in_words(error)} {kept}".rstrip())
+                session.fail(type(error).__name__, f"{in_words(error)} {kept}".rstrip())
             else:
-                session.fail(type(error).__name__, f"Error: {_in_words(error)}")
+                session.fail(type(error).__name__, f"Error: {in_words(error)}")
                 if kept:
                     session.err.print(Text(kept, "yellow"), soft_wrap=True)
             raise typer.Exit(MISTAKE) from None
@@ -161,7 +160,7 @@ def guarded(traceback: bool, as_json: bool = False) -> Iterator[Session]:
             if not as_json or isinstance(error, typer.Exit):
                 raise
             tracebacks.print_exc()
-            session.fail(type(error).__name__, _one_line(str(error)))
+            session.fail(type(error).__name__, one_line(str(error)))
             raise typer.Exit(DEFECT) from None
 
 
@@ -181,7 +180,7 @@ def refuse_usage(arguments: Sequence[str]) -> Iterator[None]:
         if not as_json:
             raise
         told = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore
-        write_error("UsageError", _one_line(told))
+        write_error("UsageError", one_line(told))
         raise typer.Exit(MISTAKE) from None
 
 
@@ -214,22 +213,3 @@ def _plain(value: Any) -> Any:
         return value
     item = getattr(value, "item", None)  # of NumPy's and torch's numbers
     return _plain(item()) if callable(item) else str(value)
-
-
-def _in_words(error: BaseException) -> str:
-    """Write an error in one line, with options in place of the arguments that the library names."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    text = text.replace('on_bad_rows="drop"', "--on-bad-rows drop").replace("max_pairs_per_prompt=", "--max-pairs")
-    return _one_line(re.sub(r"\b(prompt|chosen|rejected|weight|group)_key=(None\b|'[^']*'|)", _key_option, text))
-
-
-def _key_option(found: re.Match[str]) -> str:
-    """Write ``prompt_key='question'`` as ``--prompt-key question``, and None as an empty name."""
-    value = {"None": "''", "": ""}.get(found[2], shlex.quote(found[2][1:-1]))
-    return f"--{found[1]}-key {value}".rstrip()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -195,10 +195,11 @@ def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
 
 
 def load_flow(
-    folder: Path, encoder: str | None, trust_encoder: bool = False
+    folder: Path, encoder: str | None, trust_encoder: bool = False, *, option: str = "--flow "
 ) -> tuple[PreferenceFlow | Composition, Encoder]:
-    """Load a flow, or a composition of several, and its encoder."""
+    """Load a flow, or a composition of several, and its encoder; ``option`` is what stands before the folder."""
     from pfm._internal.archive import finish_save
+    from pfm._internal.hub import near_folder
     from pfm.encoders import encoder_from_description, encoder_from_name
     from pfm.flow.composition import DESCRIPTION, Composition
     from pfm.flow.preference_flow import PreferenceFlow
@@ -210,8 +211,11 @@ def load_flow(
     elif (folder / "config.json").is_file():
         flow = PreferenceFlow.from_pretrained(folder)
     else:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{option}{folder} is a file: expected the folder of a flow, made by pfm fit PAIRS --out")
         found = "holds no flow" if folder.is_dir() else "is no folder"
-        raise ValueError(f"--flow {folder} {found}: make one with pfm fit PAIRS --out {folder}")
+        looked = "" if folder.is_dir() else f"; looked in {folder.absolute().parent}{near_folder(str(folder))}"
+        raise ValueError(f"{option}{folder} {found}: make one with pfm fit PAIRS --out {folder}{looked}")
     if encoder is not None:
         return flow, encoder_from_name(encoder)
     try:

@@ -26,21 +26,35 @@ __all__ = [
 
 #: Pairs that one prompt may give without a limit: beyond it the lists no longer fit in memory.
 MOST_PAIRS_PER_PROMPT = 2_000_000
+_CHARACTER = "; expected at least one character to read"
 
 
 def require(row: Mapping[str, Any], column: str, option: str | None = None) -> Any:
-    """Return the value of a column that must be there; a null is as good as absent."""
+    """Return the value of a column that must be there; a null, as of an empty cell of a table, is none."""
     value = row.get(column)
-    if value is None:
-        found = ", ".join(repr(name) for name in row) or "none"
-        rename = f"; if another column holds it, name that one with {option}=" if option else ""
-        state = "the value is null" if column in row else "the column is missing"
-        raise PreferenceDataError(f"{state}; columns found: {found}{rename}", reason="missing column", column=column)
-    return value
+    if value is not None:
+        return value
+    if column in row:
+        raise PreferenceDataError(
+            "the value is empty, a cell with nothing in it or null; expected a value",
+            reason="empty value",
+            column=column,
+        )
+    found = ", ".join(repr(name) for name in row) or "none"
+    rename = f"; if another column holds it, name that one with {option}=" if option else ""
+    near = next((name for name in row if str(name).strip().casefold() == column.casefold()), None)
+    if near is not None:
+        rename = f"; {near!r} differs in case only: rename it{f', or give {option}={near!r}' if option else ''}"
+    problem = f"the column is missing; columns found: {found}{rename}"
+    raise PreferenceDataError(problem, reason="missing column", column=column)
 
 
 def response(row: Mapping[str, Any], column: str, option: str | None = None) -> Text:
     """Return a response that must be there and hold more than white space."""
+    if column in row and row[column] is None:
+        raise PreferenceDataError(
+            f"the text is empty or only white space{_CHARACTER}", reason="empty text", column=column
+        )
     return checked_response(require(row, column, option), column)
 
 
@@ -49,7 +63,7 @@ def checked_response(value: Any, column: str | None) -> Text:
     text = as_text(value, column)
     if is_blank(text):
         raise PreferenceDataError(
-            f"the text is empty or only white space, {show(value)}; expected at least one character to read",
+            f"the text is empty or only white space, {show(value)}{_CHARACTER}",
             reason="empty text",
             column=column,
         )

@@ -103,7 +103,7 @@ def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
 def read_csv(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     """Yield (row number from 1 after the header, dict) of a table of text with a header (:mod:`pfm.data.spreadsheets`).
 
-    Empty cells are null.
+    Empty cells are null. In messages a number also names the line of the file at which the row begins.
     """
     yield from table_rows(_read_all(path, bad), bad)
 

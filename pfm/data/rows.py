@@ -185,6 +185,7 @@ class RowParser:
     def __post_init__(self):
         check_pair_limit(self.max_pairs_per_prompt)
         keys = [key for key in (self.prompt_key, self.chosen_key, self.rejected_key) if key is not None]
+        self._keys = tuple(dict.fromkeys(keys))
         self._texts = tuple(dict.fromkeys((*keys, *TEXT_COLUMNS)))
         self._emptied = {*self._texts, *SYSTEM_COLUMNS, "input", "history", "label", self.group_key}
         used = {*keys, self.group_key, self.weight_key or "weight", "probability", "conversations"}
@@ -202,7 +203,7 @@ class RowParser:
             bad.meet(error, place.format(n=number, i=number - 1))
 
         parsed = ParsedRows()
-        sound = parse_columns(self._standard(rows, parsed.layouts, refuse), self._texts, refuse)
+        sound = parse_columns(self._standard(rows, parsed, refuse), self._texts, refuse)
         self._has_groups = any(self.group_key in row for _, row in sound)
         prompts = [self._find_prompt(row) for _, row in sound]
         implicit = None
@@ -228,23 +229,39 @@ class RowParser:
         return parsed
 
     def _standard(
-        self, rows: NumberedRows, layouts: dict[int, str], refuse: Callable[[int, PreferenceDataError], None]
+        self, rows: NumberedRows, parsed: ParsedRows, refuse: Callable[[int, PreferenceDataError], None]
     ) -> list[tuple[int, Mapping[str, Any]]]:
         """Return the rows that are objects, with standard names where their layout is known, and nulls for NaN."""
         sound: list[tuple[int, Mapping[str, Any]]] = []
+        respelled: dict[str, str] = {}
         for number, row in rows:
             try:
                 if not isinstance(row, Mapping):
                     raise PreferenceDataError(f"got {show(row)}; expected an object with columns", reason="wrong type")
+                row = self._in_case(row, respelled)
                 if row.get(self.chosen_key) is None and row.get(self.rejected_key) is None:
                     row, layout = standard_row(row)
                     if layout is not None:
-                        layouts[number] = layout
+                        parsed.layouts[number] = layout
                 missing = [name for name in self._emptied if row.get(name) is not None and is_missing(row[name])]
                 sound.append((number, {**row, **dict.fromkeys(missing)} if missing else row))
             except PreferenceDataError as error:
                 refuse(number, error)
+        for column, name in respelled.items():
+            parsed.notes.append(f"the column {column!r} was read as {name!r}: the two differ in case only")
         return sound
+
+    def _in_case(self, row: Mapping[str, Any], respelled: dict[str, str]) -> Mapping[str, Any]:
+        """Return the row with "Prompt" as "prompt" where the column is found in other case only, and note it."""
+        missing = {name.casefold(): name for name in self._keys if name not in row}
+        if not missing:
+            return row
+        near = [name for name in row if isinstance(name, str) and name.strip().casefold() in missing]
+        found = {name: missing[name.strip().casefold()] for name in near}
+        if not found or len(set(found.values())) < len(found):  # two may be meant
+            return row
+        respelled |= found
+        return {found.get(name, name): value for name, value in row.items()}
 
     def _is_pair(self, row: Mapping[str, Any]) -> bool:
         return not self._is_scored(row) and not self._is_unpaired(row)

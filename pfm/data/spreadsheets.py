@@ -18,7 +18,7 @@ from typing import Any
 from pfm.data.conversations import is_unicode
 from pfm.data.errors import BadRows, PreferenceDataError, not_utf8
 
-__all__ = ["decode_text", "table_rows"]
+__all__ = ["TableRow", "decode_text", "table_rows"]
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SEPARATOR_LINE = re.compile(r'\s*"?sep=(.)"?[,;\t| ]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
@@ -30,8 +30,28 @@ _BYTE_ORDER_MARKS = (  # UTF-32's begins with UTF-16's
 )
 
 
+class TableRow(int):
+    """The number of a row, from 1 after the header, which also says at which line of the file the row begins.
+
+    >>> f"row {TableRow.at(6, 7)}"
+    'row 6 (line 7)'
+    """
+
+    line: int
+
+    @classmethod
+    def at(cls, number: int, line: int) -> TableRow:
+        """Make the number of a row that begins at this line, from 1."""
+        row = cls(number)
+        row.line = line
+        return row
+
+    def __str__(self) -> str:
+        return f"{int(self)} (line {self.line})"
+
+
 def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yield (row number from 1 after the header, cells by column) of the bytes of a CSV file.
+    """Yield (:class:`TableRow` from 1 after the header, cells by column) of the bytes of a CSV file.
 
     An empty cell is None. Rows whose cells are all empty are skipped and not counted.
 
@@ -40,6 +60,7 @@ def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | 
     """
     text = decode_text(raw, bad)
     declared = _SEPARATOR_LINE.match(text)
+    before = declared[0].count("\n") or declared[0].count("\r") if declared else 0
     text = text[declared.end() :] if declared else text
     separator = declared[1] if declared else _likeliest_separator(text)
     usual_limit = csv.field_size_limit(2**31 - 1)
@@ -47,7 +68,7 @@ def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | 
         spaced = all(name.startswith(" ") for name in _first_rows(text, separator)[0][1:]) if text.strip() else False
         # strict: otherwise a quote that is never closed swallows the rest of the file without a word
         options: dict[str, Any] = {"delimiter": separator, "skipinitialspace": spaced, "strict": True}
-        yield from _rows(csv.reader(io.StringIO(text, newline=""), **options), separator, bad)
+        yield from _rows(csv.reader(io.StringIO(text, newline=""), **options), separator, bad, before)
     finally:
         csv.field_size_limit(usual_limit)
 
@@ -120,11 +141,12 @@ def _likeliest_separator(text: str) -> str:
     return max(_SEPARATORS, key=fit)
 
 
-def _rows(reader: Any, separator: str, bad: BadRows) -> Iterator[tuple[int, dict[str, str | None]]]:
+def _rows(reader: Any, separator: str, bad: BadRows, before: int) -> Iterator[tuple[int, dict[str, str | None]]]:
     header = _header(reader, bad)
     width = max((place + 1 for place, name in enumerate(header) if name), default=0)
     number = 0
     while True:
+        line = before + reader.line_num + 1
         try:
             cells = next(reader, None)
             if cells is None:
@@ -148,13 +170,16 @@ def _rows(reader: Any, separator: str, bad: BadRows) -> Iterator[tuple[int, dict
                         f"or put quotes around {_SEPARATORS.get(separator, repr(separator))} in texts",
                         reason="column without a name",
                     )
-            yield number, {name: cell or None for name, cell in zip(header, cells, strict=False) if name}
+            yield (
+                TableRow.at(number, line),
+                {name: cell or None for name, cell in zip(header, cells, strict=False) if name},
+            )
         except csv.Error as error:
             number += 1
-            problem = f"not valid CSV ({error}), found at line {reader.line_num}"
-            bad.meet(PreferenceDataError(problem, reason="invalid CSV"), f"row {number}")
+            problem = f"not valid CSV ({error}), found at line {before + reader.line_num}"
+            bad.meet(PreferenceDataError(problem, reason="invalid CSV"), f"row {TableRow.at(number, line)}")
         except PreferenceDataError as error:
-            bad.meet(error, f"row {number}")
+            bad.meet(error, f"row {TableRow.at(number, line)}")
 
 
 def _header(reader: Any, bad: BadRows) -> list[str]:

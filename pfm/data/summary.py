@@ -49,7 +49,7 @@ class PairsSummary:
             "weight": self.weight and _spread(self.weight),
             "probability": self.probability and _spread(self.probability),
             "groups": self.groups and f"{self.groups:,}",
-            "candidates a prompt": self.candidates and _spread(self.candidates),
+            "candidates a prompt": self.candidates and _middle(self.candidates),
             "other columns": ", ".join(self.extra),
             "dropped": ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items()),
             "note": "; ".join(self.notes),
@@ -58,8 +58,8 @@ class PairsSummary:
             ("rows", f"{self.rows:,}"),
             ("prompts", f"{self.prompts:,}"),
             ("distinct responses", f"{self.responses:,}"),
-            ("words of chosen", _spread(self.chosen_words)),
-            ("words of rejected", _spread(self.rejected_words)),
+            ("words of chosen", _middle(self.chosen_words)),
+            ("words of rejected", _middle(self.rejected_words)),
             ("chosen is longer", f"{self.chosen_longer:.1%}"),
             *((label, str(value)) for label, value in optional.items() if value),
         ]
@@ -91,6 +91,12 @@ def extremes(values: list[float] | None) -> dict[str, float] | None:
     if not values:
         return None
     return {"min": min(values), "mean": math.fsum(values) / len(values), "max": max(values)}
+
+
+def _middle(values: dict[str, float]) -> str:
+    if not values:
+        return ""
+    return f"median {values['50%']:,.4g}; 90% between {values['5%']:,.4g} and {values['95%']:,.4g}"
 
 
 def _spread(values: dict[str, float]) -> str:

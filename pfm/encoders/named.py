@@ -25,6 +25,7 @@ __all__ = ["encoder_from_description", "encoder_from_name"]
 SURFACE_WEIGHT = 0.3
 DEEPEST = 4  # encoders side by side within others
 _HUB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?")
+_NAMES = ("minilm", "static", "static-mean", "surface")
 _SETTINGS = [name for name in inspect.signature(SentenceEncoder).parameters if name != "name_or_path"]
 
 
@@ -38,7 +39,7 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
         options: settings of :class:`SentenceEncoder` for its parts; ``on_empty`` reaches all parts.
 
     Raises:
-        ValueError: a part is empty, named twice, or there is no such folder.
+        ValueError: a part is empty, named twice, nearly one of ours, or there is no such folder.
         TypeError: SentenceEncoder has no such setting.
 
     >>> encoder_from_name("surface").dimension
@@ -66,7 +67,24 @@ def _part(name: str, options: Mapping[str, Any]) -> Encoder:
     if name in ("static", "static-mean"):
         pooling = {"pooling": "mean"} if name == "static-mean" else {}
         return StaticEncoder(**pooling, **{key: value for key, value in options.items() if key == "on_empty"})
+    _refuse_misspelt(name)
     return SentenceEncoder(name, **options)
+
+
+def _refuse_misspelt(name: str) -> None:
+    """Refuse a name that is nearly one of ours, before anything is looked for on the hub.
+
+    Raises:
+        ValueError: with the name that is meant, and all names.
+    """
+    if name in _NAMES or "/" in name or "\\" in name or Path(name).is_dir():
+        return
+    near = difflib.get_close_matches(name.lower(), _NAMES, 1, cutoff=0.8)
+    if near:
+        raise ValueError(
+            f"encoder {name!r} is not known: did you mean {near[0]!r}? Known are {', '.join(_NAMES)}; or give the "
+            "folder of a sentence-transformers model, or its name on the hub, such as BAAI/bge-small-en-v1.5"
+        )
 
 
 def encoder_from_description(description: Mapping[str, Any] | None, *, trust_encoder: bool = False) -> Encoder:

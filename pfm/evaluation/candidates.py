@@ -102,11 +102,11 @@ def measure(name: str, table: Candidates, method: str, bootstrap: Bootstrap) -> 
         label=LABELS.get(name, name),
         score=bootstrap.mean(score),
         difference=bootstrap.mean(tested - score),
-        win=bootstrap.mean(table.mean(weights, table.win), (0.0, 1.0)),
+        win=_win_rate(table, weights, bootstrap),
         win_controlled=length_controlled(
             table.win, table.gap, bootstrap, owner=table.owner, weight=weights, changed=table.changed
         ),
-        win_independent=bootstrap.ratio(against * table.mean(weights, table.win_independent), against, (0.0, 1.0)),
+        win_independent=bootstrap.share(against * table.mean(weights, table.win_independent), against),
         changed=bootstrap.mean(table.mean(weights, table.changed), (0.0, 1.0)),
         length_ratio=bootstrap.mean(table.mean(weights, table.length_ratio)),
         oracle_share=bootstrap.ratio(score - base, gain) if gain.any() else None,
@@ -114,12 +114,19 @@ def measure(name: str, table: Candidates, method: str, bootstrap: Bootstrap) -> 
     )
 
 
+def _win_rate(table: Candidates, weights: Array, bootstrap: Bootstrap) -> Estimate:
+    wins = table.mean(weights, table.win)
+    estimate = bootstrap.share(wins, np.ones_like(wins))
+    assert estimate is not None  # scores are finite
+    return estimate
+
+
 def _agreement(rows: Sequence[Scored], bootstrap: Bootstrap) -> Estimate | None:
     counts = [
         (0.0, 0) if row.probabilities is None else pairwise_agreement(row.probabilities, row.scores) for row in rows
     ]
     right, pairs = np.array(counts, dtype=np.float64).T
-    return bootstrap.ratio(right, pairs, (0.0, 1.0))
+    return bootstrap.share(right, pairs)
 
 
 def calibrate(rows: Sequence[Scored], bootstrap: Bootstrap) -> Calibration | None:
@@ -168,7 +175,7 @@ def by_group(rows: Sequence[Scored], method: str, resamples: int, seed: int) -> 
             GroupRow(
                 name=name,
                 prompts=len(part),
-                win=bootstrap.mean(table.mean(weights, table.win), (0.0, 1.0)),
+                win=_win_rate(table, weights, bootstrap),
                 gain=bootstrap.mean(gain),
                 accuracy=_agreement(part, bootstrap),
             )

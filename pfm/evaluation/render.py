@@ -284,6 +284,7 @@ def _number(value: float) -> str:
 
 NOTES = (
     "Prompts are resampled, not candidates, and all methods share the resamples: differences are paired.",
+    "Where all prompts agree, resamples have no spread, and a share’s limit is the exact binomial one.",
     "“Random” is the exact expectation over the candidates, not one draw.",
     "Gap closed: (score − random) / (oracle − random), summed over prompts: 0% is a random candidate, 100% the oracle.",
     "“Helps” and “hurts” need an interval that excludes 50% and a sign test below 0.05.",

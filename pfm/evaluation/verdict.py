@@ -9,22 +9,18 @@ import numpy as np
 from pfm.evaluation.candidates import Candidates
 from pfm.evaluation.overshoot import past_its_best
 from pfm.evaluation.results import Failure, MethodRow, Scored, Verdict
-from pfm.statistics import sign_test
+from pfm.statistics import sign_test, warn_of_few
 
 __all__ = ["find_warnings", "judge_method"]
-
-FEW_PROMPTS = 30
 
 
 def find_warnings(rows: Sequence[Scored], failures: Sequence[Failure]) -> list[str]:
     """Return one sentence for each reason to distrust the figures."""
     n = len(rows)
     warnings = []
-    if n < FEW_PROMPTS:
-        warnings.append(
-            f"Only {n} prompt{'s' * (n > 1)}: the intervals are rough, and nothing but a large effect can "
-            f"show. Use {FEW_PROMPTS} or more, better several hundred."
-        )
+    few = warn_of_few(n)
+    if few is not None:
+        warnings.append(few)
     lost = sum(not failure.evaluated for failure in failures)
     if lost:
         warnings.append(f"{lost} of {n + lost} prompts failed and are not in the figures.")
@@ -55,12 +51,13 @@ def judge_method(measured: Sequence[MethodRow], table: Candidates, method: str, 
     """Judge by the win rate against the original, then by the strongest baseline, then by length.
 
     "helps" and "hurts" need both a bootstrap interval that excludes one half and an exact sign test below
-    0.05: with few prompts the bootstrap alone is overconfident (of five wins of five it makes an interval of width 0).
+    0.05: with few prompts the bootstrap alone is overconfident. With fewer than six that differ no result could pass.
     """
     by_name = {row.name: row for row in measured}
     tested, gain = by_name[method], by_name["identity"].difference
     weights = table.weights(method)
     shares = table.mean(weights, table.win)
+    best = max((row for row in measured if row.name not in (method, "oracle")), key=lambda row: row.score.value)
     wins, losses, count = int((shares == 1).sum()), int((shares == 0).sum()), shares.size
     p_value = sign_test(wins, losses)
     ahead = p_value < 0.05 and tested.win.low > 0.5
@@ -81,10 +78,16 @@ def judge_method(measured: Sequence[MethodRow], table: Candidates, method: str, 
         outcome, headline = "hurts", f"{name} hurts"
     else:
         outcome, headline = "no evidence", f"no evidence that {name} helps"
-        if gain.low > 0 or gain.high < 0:
-            first += f", though it changes the mean judge score by {change}"
+        gained = gain.low > 0 or gain.high < 0
+        few = wins > losses and sign_test(wins + losses, 0) >= 0.05
+        if few:
+            headline = f"too few prompts to tell whether {name} helps"
+            first += f"; so few confirm nothing (sign test p = {p_value:.2g})"
+        if gained:
+            first += f"{'; ' if few else ', though '}it changes the mean judge score by {change}"
+        if gained and best.name not in ("identity", "random") and best.difference.low <= 0:
+            headline += f", and it is no better than {_phrase(best)}"
 
-    best = max((row for row in measured if row.name not in (method, "oracle")), key=lambda row: row.score.value)
     reservations = []
     if outcome == "helps" and _by_length(tested):
         reservations.append("only by length")
@@ -137,6 +140,7 @@ def _phrase(row: MethodRow) -> str:
         "identity": "leaving the original alone",
         "random": "a random candidate",
         "longest": "the longest candidate",
+        "mean_shift": "mean shift",
     }
     return phrases.get(row.name, row.label)
 

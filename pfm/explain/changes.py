@@ -59,9 +59,7 @@ def accuracy_of(
     weight = np.ones(len(first)) if encoded.weight is None else encoded.weight.double().numpy()
     agreement = weight * label * np.sign(b[first] - b[second])
     unit, count = outputs.unit[first], bootstrap.n
-    estimate = bootstrap.ratio(
-        np.bincount(unit, (weight + agreement) / 2, count), np.bincount(unit, weight, count)
-    )  # fmt: skip
+    estimate = bootstrap.share(np.bincount(unit, (weight + agreement) / 2, count), np.bincount(unit, weight, count))
     assert estimate is not None
     return estimate, standard_errors(torch.from_numpy(agreement), encoded.group)
 
@@ -211,4 +209,5 @@ def correlations(
         )
     if squared:
         value, samples = value**2, samples**2
-    return [interval(float(value[0, row]), samples[:, row], bootstrap.n) for row in range(columns.shape[1])]
+    bounds = (0.0, 1.0) if squared else (-1.0, 1.0)
+    return [interval(float(value[0, row]), samples[:, row], bootstrap.n, bounds) for row in range(columns.shape[1])]

@@ -32,7 +32,7 @@ from pfm.explain.directions import find_directions
 from pfm.explain.outputs import Outputs, distinct_outputs, some_prompts
 from pfm.explain.render import page, terminal
 from pfm.explain.results import Direction, Results, TraitChange
-from pfm.statistics import Bootstrap, Estimate
+from pfm.statistics import Bootstrap, Estimate, warn_of_few
 
 if TYPE_CHECKING:
     from pfm.data.encoded import EncodedPairs
@@ -212,11 +212,16 @@ def _told(
 def _prefers(spoken: list[TraitChange]) -> str:
     own = [trait for trait in spoken if not trait.with_length]
     along = [trait for trait in spoken if trait.with_length]
-    said = [f"{trait.words} ({trait.picked.parts(signed=True, decimals=2)[0]} sd)" for trait in own or along]
+    said = [f"{trait.words} ({_change(trait, trait.picked)} sd)" for trait in own or along]
     text = "Prefers " + ", ".join(said[:6]) + (f" and {len(said) - 6} more" if len(said) > 6 else "")
     if own and along:
         text += "; with the length come " + ", ".join(trait.words for trait in along[:4])
     return text + "."
+
+
+def _change(trait: TraitChange, change: Estimate) -> str:
+    """Write a change of a trait in the direction of its words."""
+    return (trait.towards(change) or change).parts(signed=True, decimals=2)[0]
 
 
 def _warnings(
@@ -247,8 +252,7 @@ def _warnings(
         ]  # fmt: skip
         if weak:
             said = ", ".join(
-                f"{trait.words} ({trait.picked.parts(signed=True, decimals=2)[0]} of "
-                f"{trait.labelled.parts(signed=True, decimals=2)[0]} sd)"
+                f"{trait.words} ({_change(trait, trait.picked)} of {_change(trait, trait.labelled)} sd)"
                 for trait in weak[:3]
             )
             found.append(
@@ -261,8 +265,8 @@ def _warnings(
         found.append(
             "All pairs belong to one prompt: intervals are over its outputs, and say nothing of other prompts."
         )
-    elif prompts < 20:
-        found.append(f"Only {prompts} prompts: intervals over so few are too narrow.")
+    elif few := warn_of_few(prompts):
+        found.append(few)
     if thinned:
         found.append(f"Looked at {len(outputs.texts)} outputs of {prompts} prompts, drawn at random from all given.")
     if encoded.encoder and flow.metadata.get("encoder") and encoded.encoder != flow.metadata["encoder"]:

@@ -34,9 +34,10 @@ def _spoken(name: str) -> str:
 
 
 def _figures(trait: TraitChange) -> list[tuple[str, str]]:
-    """Return (value, interval) under each of :data:`HEADS`."""
+    """Return (value, interval) under each of :data:`HEADS`, in the direction of the trait's words."""
     changes = (trait.picked, trait.moved, trait.labelled, trait.at_equal_length, trait.correlation)
-    return [("–", "") if change is None else change.parts(signed=True, decimals=2) for change in changes]
+    towards = map(trait.towards, changes)
+    return [("–", "") if change is None else change.parts(signed=True, decimals=2) for change in towards]
 
 
 def _about(direction: Direction) -> str:
@@ -82,7 +83,7 @@ def terminal(found: Results, width: int) -> Iterator[Any]:
             box=SIMPLE_HEAD,
             show_edge=False,
             pad_edge=False,
-            title="\nChanges in standard deviations between the answers to one prompt",
+            title="\nChanges towards each trait, in standard deviations between the answers to one prompt",
             title_justify="left",
         )
         table.add_column("Trait", min_width=16)
@@ -140,8 +141,13 @@ def _tiles(found: Results) -> list[tuple[str, str, str]]:
 def _trait_plots(traits: Sequence[TraitChange]) -> tuple[Markup, Markup]:
     """Draw what b picks, and what the flow moves, of each trait."""
     kinds = ["tested" if trait.confirmed else "" for trait in traits]
-    picked = [(trait.words, trait.picked, kind) for trait, kind in zip(traits, kinds, strict=True)]
-    moved = [(trait.words, trait.moved, kind) for trait, kind in zip(traits, kinds, strict=True)]
+    picked, moved = (
+        [
+            (trait.words, trait.towards(change) or change, kind)
+            for trait, change, kind in zip(traits, changes, kinds, strict=True)
+        ]
+        for changes in ([trait.picked for trait in traits], [trait.moved for trait in traits])
+    )
     return (
         forest(picked, "Change of each trait picked by b", 0.0, "no change"),
         forest(moved, "Change of each trait by the displacement", 0.0, "no change"),

@@ -19,7 +19,8 @@ class TraitChange:
 
     Attributes:
         name: of :data:`pfm.explain.traits.TRAITS`. words: how to say the direction of the change.
-        moved, picked, labelled: changes in standard deviations between the answers to one prompt, see the module.
+        moved, picked, labelled: changes in standard deviations between the answers to one prompt, see the module;
+            positive for more of the trait, whatever ``words`` says.
         at_equal_length: what is left of ``picked`` when b and the trait are both compared at equal log length; None
             for the length itself.
         correlation: of b and the trait within prompts.
@@ -37,6 +38,12 @@ class TraitChange:
     correlation: Estimate | None
     told: float
     confirmed: bool
+
+    def towards(self, change: Estimate | None) -> Estimate | None:
+        """Return a change of this trait counted in the direction of ``words``: of "shorter", positive for less."""
+        if change is None or self.picked.value >= 0:
+            return change
+        return Estimate(0.0 - change.value, 0.0 - change.high, 0.0 - change.low)
 
     @property
     def with_length(self) -> bool:
@@ -129,3 +136,8 @@ class Results:
     traits: list[TraitChange]
     directions: list[Direction]
     settings: dict[str, Any]
+
+    def spoken(self) -> list[str]:
+        """Return the confirmed traits in words, strongest first, those that only come with the length last."""
+        found = [trait for trait in self.traits if trait.confirmed] if self.confirmed else []
+        return [trait.words for trait in sorted(found, key=lambda trait: trait.with_length)]

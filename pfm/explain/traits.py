@@ -36,7 +36,7 @@ _SPOKEN = {
     "beyond_ascii": ("more letters beyond ASCII", "fewer letters beyond ASCII"),
     "questions": ("more questions", "fewer questions"),
     "exclamations": ("more exclamations", "fewer exclamations"),
-    "finished": ("more often finished", "more often cut off"),
+    "finished": ("more often ending as a sentence", "less often ending as a sentence"),
     "list_items": ("more lists", "fewer lists"),
     "headings": ("more headings", "fewer headings"),
     "code": ("more code", "less code"),

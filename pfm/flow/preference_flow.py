@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor
 
 from pfm._internal.archive import save_folder
 from pfm._internal.checks import check_same_sizes, check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import free_memory, resolve_device, with_standard_defaults
+from pfm.flow.card import is_own_card, model_card
 from pfm.flow.config import FlowConfig, refuse_options
 from pfm.flow.couplings import Joined, WithoutContext, make_coupling
 from pfm.flow.fitting import STATISTICS_ROWS, Steps, at_most, choose_steps, fit_field, on_unit_sphere
@@ -372,7 +373,8 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             config: ignored; the flow describes itself.
             repo_id: repository on the hub; None takes the folder's name.
             push_to_hub: also upload the flow.
-            model_card_kwargs: values of the model card's template.
+            model_card_kwargs: metadata of the model card, such as ``license`` or ``language``. A card that a person has
+                taken over is kept.
             push_to_hub_kwargs: as for ``push_to_hub``.
 
         Returns:
@@ -381,13 +383,17 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         folder = Path(save_directory).expanduser()
         with save_folder(folder) as staging:
             self._save_pretrained(staging)
-            if not (folder / "README.md").exists():  # the user may have written one
+            if is_own_card(folder / "README.md"):  # the user may have written one
                 self.generate_model_card(**(model_card_kwargs or {})).save(staging / "README.md")
         if not push_to_hub:
             return None
         return self.push_to_hub(
             repo_id=repo_id or folder.resolve().name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs
         )
+
+    def generate_model_card(self, *args: Any, **values: Any) -> ModelCard:
+        """Make the model card; ``values``, such as ``license``, go into its metadata for the hub."""
+        return model_card(self, **values)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_files(self, save_directory)
@@ -454,7 +460,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
                 f"PreferenceFlow on outputs {tuple(self.event_shape)}, context {self.context_dimension or 'none'}",
                 f"  data   {found.get('pairs')} pairs of {found.get('prompts')} prompts, {found.get('seconds')} s",
                 f"  field  {linear}; {residual}",
-                f"  path   {self.config.solver}, {self.steps} steps"
+                f"  path   {self.config.solver}, {self.steps} step{'s' * (self.steps != 1)}"
                 + ("" if error is None else f", {error:.1%} from the exact solution"),
                 f"  b      orders {win.get('accuracy', math.nan):.1%} of held-out pairs rightly, "
                 + ("all of them" if z is None else f"z-score {z:.1f} against chance")

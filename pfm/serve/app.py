@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import logging
 import math
@@ -119,6 +120,9 @@ def create_app(refiner: Refiner, config: ServeConfig, *, tracer_provider: Any = 
     return app
 
 
+_TAKEN = (errno.EADDRINUSE, errno.EACCES)  # in use, or not for users
+
+
 def run(refiner: Refiner, config: ServeConfig, *, on_start: Callable[[str], object] | None = None) -> None:
     """Serve until SIGINT or SIGTERM; requests under way have ``config.grace`` seconds to end.
 
@@ -165,7 +169,9 @@ def _listening(config: ServeConfig) -> socket.socket:
         listening.listen(2048)
     except OSError as error:
         listening.close()
-        raise OSError(f"cannot listen on {config.host} port {config.port}: {error.strerror or error}") from error
+        way_out = "; choose another by --port N, or a free one by --port 0" if error.errno in _TAKEN else ""
+        problem = f"cannot listen on {config.host} port {config.port}: {error.strerror or error}{way_out}"
+        raise OSError(problem) from error
     return listening
 
 

@@ -164,7 +164,7 @@ def test_evaluate_warns_of_prompts_that_were_trained_on(work, outputs, tmp_path)
 def test_on_shuffled_labels_the_flow_keeps_the_originals_and_says_so(outputs, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl", right=0.5)
     fitted = run("fit", pairs, "--out", tmp_path / "flow", *FAST, "--held-out", 0.25)
-    assert "does not differ from chance" in fitted.stderr
+    assert "cannot be told from chance" in fitted.stderr
     assert "keeps every original" in fitted.stderr
     refined = run("refine", outputs, "--flow", tmp_path / "flow", "--out", tmp_path / "refined.jsonl", "--no-progress")
     assert re.search(r"changed +0\s", refined.stdout)
@@ -212,7 +212,7 @@ def test_other_columns_and_bad_rows_can_be_asked_for(tmp_path):
         (["fit", "pairs.jsonl", "--out", "x", "--set", "sigma"], "--set takes KEY=VALUE"),
         (["fit", "pairs.jsonl", "--out", "x", "--set", "sigma=wide"], "sigma must be a number of at least 0"),
         (["fit", "pairs.jsonl", "--out", "x", "--set", "residual=no"], "residual must be true or false"),
-        (["fit", "pairs.jsonl", "--out", "x", "--held-out", "1.5"], "held_out must lie between 0 and 1"),
+        (["fit", "pairs.jsonl", "--out", "x", "--held-out", "1.5"], "--held-out must be a share of the prompts"),
         (["fit", "pairs.jsonl", "--out", "x", "--encoder", "./no-model"], "there is no folder './no-model'"),
         (["fit", "pairs.jsonl", "--out", "x", "--encoder", "surface+"], "joined by '+'"),
         (["fit", "pairs.jsonl", "--out", "pairs.jsonl", *FAST], "pairs.jsonl must be a folder, and is a file"),

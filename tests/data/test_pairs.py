@@ -344,8 +344,8 @@ def without(*names):
     [
         (without("rejected"), r"column 'rejected': .*missing; columns found: 'prompt', 'chosen'", "missing column"),
         (without("prompt"), r"column 'prompt': the column is missing", "missing column"),
-        ({**BASE, "chosen": None}, r"column 'chosen': the value is null", "missing column"),
-        ({**BASE, "prompt": None}, r"column 'prompt': the value is null", "missing column"),
+        ({**BASE, "chosen": None}, r"column 'chosen': the text is empty or only white space; expected", "empty text"),
+        ({**BASE, "prompt": None}, r"column 'prompt': the value is empty", "empty value"),
         ({**BASE, "chosen": 3}, r"column 'chosen': got int 3; expected a string", "wrong type"),
         ({**BASE, "chosen": ["x"]}, r"turn 1 is str 'x'; expected \{'role'", "wrong type"),
         (["a", "b"], r"got list \['a', 'b'\]; expected an object", "wrong type"),
@@ -470,13 +470,13 @@ def test_bad_csv_files(tmp_path):
     def load(content, **options):
         return PreferencePairs.from_csv(write(tmp_path / "rows.csv", content), **options)
 
-    with pytest.raises(PreferenceDataError, match=r"row 2: got 4 cells; expected 3 .*quotes around commas"):
+    with pytest.raises(PreferenceDataError, match=r"row 2 \(line 4\): got 4 cells; expected 3 .*quotes around commas"):
         load(head + "a,b,c\n\na,b,c,d\n")
-    with pytest.raises(PreferenceDataError, match=r"row 1: not valid CSV \(unexpected end of data\)"):
+    with pytest.raises(PreferenceDataError, match=r"row 1 \(line 2\): not valid CSV \(unexpected end of data\)"):
         load(head + 'a,"b,c\nd,e,f\n')
     with pytest.raises(PreferenceDataError, match="the header names 'chosen' twice"):
         load("prompt,chosen,chosen\na,b,c\n")
-    with pytest.raises(PreferenceDataError, match=r"row 1, column 'rejected': the column is missing"):
+    with pytest.raises(PreferenceDataError, match=r"row 1 \(line 2\), column 'rejected': the column is missing"):
         load("prompt,chosen\na,b\n")
     with pytest.raises(PreferenceDataError, match="no rows"):
         load(head)
@@ -490,6 +490,37 @@ def test_bad_csv_files(tmp_path):
     limit = csv.field_size_limit()
     assert load(head + f"a,{long},c\n").chosen == [long]
     assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ("prompt,chosen,rejected\na,b,c\na,b,\n", "row 2 (line 3)"),
+        ('prompt,chosen,rejected\na,"b\nb\nb",c\n\na,b, \n', "row 2 (line 6)"),  # cells of several lines
+        ("sep=;\r\nprompt;chosen;rejected\r\na;b;\r\n", "row 1 (line 3)"),
+        ("\n\nprompt,chosen,rejected\na,b,\n", "row 1 (line 4)"),
+    ],
+)
+def test_an_empty_cell_is_called_one_with_its_line_in_the_file(tmp_path, content, place):
+    path = write(tmp_path / "rows.csv", content)
+    with pytest.raises(PreferenceDataError) as caught:
+        PreferencePairs.from_csv(path)
+    assert f"{path}, {place}, column 'rejected': the text is empty or only white space" in str(caught.value)
+    assert "columns found" not in str(caught.value)
+    assert caught.value.reason == "empty text"
+
+
+def test_columns_that_differ_in_case_only_are_read_and_said(tmp_path, caplog):
+    pairs = PreferencePairs.from_csv(write(tmp_path / "rows.csv", "Prompt,CHOSEN,rejected,Note\na,b,c,d\n"))
+    assert texts(pairs) == [("a", "b", "c")]
+    assert "the column 'Prompt' was read as 'prompt': the two differ in case only" in pairs.notes
+    assert "column 'CHOSEN'" in caplog.text
+    assert pairs[0]["Note"] == "d"
+    two = [{"prompt": "a", "Chosen": "b", "CHOSEN": "x", "rejected": "c"}]  # which of them is not for us to say
+    with pytest.raises(PreferenceDataError, match=r"column 'chosen': .*missing.*'Chosen' differs in case only"):
+        PreferencePairs.from_rows(two)
+    exact = PreferencePairs.from_rows([{"prompt": "a", "chosen": "b", "rejected": "c", "Chosen": "x"}])
+    assert (exact.chosen, exact[0]["Chosen"]) == (["b"], "x")
 
 
 def test_bad_parquet_files(tmp_path):
@@ -669,7 +700,7 @@ def test_votes_follow_the_formulas():
     [
         ({"votes_a": -1}, r"row 1 .*column 'votes_a': got int -1"),
         ({"votes_a": float("nan")}, r"column 'votes_a': got float nan"),
-        ({"votes_b": None}, r"column 'votes_b': the value is null"),
+        ({"votes_b": None}, r"column 'votes_b': the value is empty"),
         ({"votes_a": 0, "votes_b": 0, "votes_tie": 0}, r"nobody voted"),
         ({"b": " "}, r"column 'b': the text is empty"),
         ({"b": "one"}, r"the same text, 'one'"),

@@ -183,7 +183,7 @@ WILD = {
         "conversations as lists of messages",
         elsewhere=False,
     ),
-    "cut_text.csv": Wild(error="row 2, column 'rejected': got str", elsewhere=False),
+    "cut_text.csv": Wild(error="row 2 (line 3), column 'rejected': got str", elsewhere=False),
     "json_answer.jsonl": Wild(
         [("Write the settings as JSON.", '{"name": "lamp", "on": true}', '{"name": "lamp", ')],
     ),
@@ -215,12 +215,12 @@ WILD = {
     "spaces.csv": Wild(TREES, weight=WEIGHTS),
     "no_mark.csv": Wild(error="as UTF-16 without a byte order mark does; save the text as UTF-8", elsewhere=False),
     "unnamed.csv": Wild(
-        error="row 1: cell 4 holds 'but why', and its column has no name; name it in the header, or put quotes around "
-        "commas in texts",
+        error="row 1 (line 2): cell 4 holds 'but why', and its column has no name; name it in the header, or put "
+        "quotes around commas in texts",
         elsewhere=False,
     ),
     "decimal_comma.csv": Wild(
-        error="row 1, column 'weight': got str '0,5'; expected a finite number ≥ 0 with a decimal point",
+        error="row 1 (line 2), column 'weight': got str '0,5'; expected a finite number ≥ 0 with a decimal point",
         elsewhere=False,
     ),
     "latin1.csv": Wild(
@@ -273,7 +273,7 @@ def test_the_command_line_reads_it_or_names_the_cause(name, tmp_path):
     assert done.exit_code != 0
     assert not (tmp_path / "flow").exists()
     if wild.error is None:
-        assert "held_out must lie between 0 and 1" in shown
+        assert "--held-out must be a share of the prompts" in shown
         assert re.search(rf"rows\W+{len(wild.pairs)}\b", shown)
         assert wild.layout in shown
     else:
@@ -358,7 +358,7 @@ def test_an_unknown_class_is_no_label():
     )
     rows = {"prompt": ["p"] * 3, "completion": ["Oak", "Ash", "Table"], "label": [1, -1, 0]}
     dataset = datasets.Dataset.from_dict(rows, features=features)
-    with pytest.raises(PreferenceDataError, match=r"row 2 .*column 'label': the value is null"):
+    with pytest.raises(PreferenceDataError, match=r"row 2 .*column 'label': the value is empty"):
         PreferencePairs.from_dataset(dataset)
 
 

@@ -207,9 +207,22 @@ def test_an_equal_baseline_is_said_to_do_as_well():
 def test_few_prompts_must_pass_the_exact_test(prompts, outcome):
     row = Scored("p", ["worse", "better"], [0, 1], {"pfm": 1})
     report = Report.from_scored([row] * prompts, resamples=50)
-    assert report.row("pfm").win == Estimate(1, 1, 1)  # what the bootstrap alone would say
+    win = report.row("pfm").win
+    assert (win.value, win.high) == (1, 1)
+    assert win.low == pytest.approx(0.025 ** (1 / prompts))  # the bootstrap alone would say 1
     assert report.verdict.outcome == outcome
     assert f"Only {prompts} prompts" in report.verdict.warnings[0]
+
+
+def test_no_evidence_with_every_prompt_won_says_why_in_the_headline():
+    row = Scored("p", ["much worse", "better"], [0, 3], {"mean_shift": 1, "pfm": 1})
+    verdict = Report.from_scored([row] * 4, resamples=50).verdict
+    assert verdict.outcome == "no evidence"
+    assert verdict.headline == "Too few prompts to tell whether the flow helps, and it is no better than mean shift"
+    assert verdict.sentences[0] == (
+        "It wins 100.0% [39.8, 100.0] against the original (4 prompts: 4 better, 0 worse, 0 equal); so few confirm "
+        "nothing (sign test p = 0.12); it changes the mean judge score by +3.0 [+3.0, +3.0]."
+    )
 
 
 def test_wins_that_cost_more_than_they_bring_are_mixed_evidence():

@@ -20,7 +20,9 @@ from pfm.encoders import SurfaceEncoder
 from pfm.explain import Explanation, explain
 from pfm.explain.changes import moved_traits
 from pfm.explain.directions import PRIOR_TOKENS, contrastive_terms
+from pfm.explain.results import TraitChange
 from pfm.explain.traits import TRAITS, measure_traits
+from pfm.statistics import Estimate
 
 ENCODER = SurfaceEncoder(provides_context=True)
 CONFIG = FlowConfig(residual=False)
@@ -71,6 +73,26 @@ def questions() -> Told:
 @pytest.fixture(scope="module")
 def shuffled() -> Told:
     return told(constructed(lambda text: len(text.split())).shuffle_labels(0))
+
+
+def test_changes_count_in_the_direction_of_the_traits_words() -> None:
+    less, more = Estimate(-0.7, -0.9, -0.5), Estimate(0.2, 0.1, 0.4)
+    shorter = TraitChange("words", "shorter", less, less, more, None, None, 0.9, True)
+    assert shorter.towards(shorter.picked) == Estimate(0.7, 0.5, 0.9)
+    assert shorter.towards(shorter.labelled) == Estimate(-0.2, -0.4, -0.1)  # labels against the words show it
+    assert shorter.towards(None) is None
+    longer = TraitChange("words", "longer", more, more, less, None, None, 0.9, True)
+    assert longer.towards(longer.labelled) == less
+
+
+def test_shares_and_correlations_stay_within_their_bounds(longer: Told) -> None:
+    found = longer.found
+    assert found.length_share is not None
+    for share in (found.length_share, found.accuracy):
+        assert 0 <= share.low <= share.value <= share.high <= 1
+    for trait in found.traits:
+        assert trait.correlation is not None
+        assert -1 <= trait.correlation.low <= trait.correlation.high <= 1
 
 
 def test_longer_wins_is_told_as_longer_and_warned_of(longer: Told) -> None:

@@ -848,6 +848,7 @@ def test_a_port_that_is_taken_is_named(folder):
         result = CliRunner().invoke(app, ["serve", str(folder), "--upstream", "http://localhost:1/v1", "--port", port])
     assert result.exit_code == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in result.stderr
+    assert "choose another by --port N, or a free one by --port 0" in " ".join(result.stderr.split())
 
 
 def test_an_upstream_that_looks_wrong_is_noted_at_the_start(refiner, upstream, caplog):

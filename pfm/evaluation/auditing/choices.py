@@ -89,7 +89,7 @@ class Choices:
         )
         top = np.bincount(self.prompt, np.add.reduceat(weights * share, self.start), minlength=self.prompts)
         counted = np.bincount(self.prompt, several.astype(np.float64), minlength=self.prompts)
-        return bootstrap.ratio(top / self._sets, counted / self._sets, (0.0, 1.0))
+        return bootstrap.share(top / self._sets, counted / self._sets)
 
     def win_at_equal_length(self, weights: Array, bootstrap: Bootstrap) -> Estimate | None:
         """Estimate :meth:`win` between candidates of equal length (:func:`pfm.statistics.length_controlled`)."""
