@@ -26,6 +26,7 @@ from pfm.cli.shell import (
     guarded,
     make_folder,
     setting,
+    several_processes,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         "pfm fit pairs.jsonl --out flow/",
         "pfm fit votes.csv --out flow/ --prompt-key question --on-bad-rows drop",
         "pfm fit pairs.parquet --out flow/ --encoder BAAI/bge-small-en-v1.5 --set sigma=0.1 --set epochs=50",
+        "torchrun --nproc-per-node 2 -m pfm fit pairs.jsonl --out flow/",
     )
 )
 def fit(
@@ -85,11 +87,12 @@ def fit(
     """Fit a flow on preference pairs, and measure it on prompts that it has not seen.
 
     Ctrl-C keeps what is done: run the same command again and it goes on from there.
+    Under [cyan]torchrun[/cyan] several processes share the encoding and the training, and the first one writes.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback) as session, several_processes(session) as processes:
         config = _config(settings or [], seed)
         from pfm.data.pairs import PreferencePairs
-        from pfm.encoders import encoder_from_name
+        from pfm.encoders import SplitEncoder, encoder_from_name
         from pfm.flow.preference_flow import PreferenceFlow
 
         loaded = PreferencePairs.from_file(
@@ -105,7 +108,7 @@ def fit(
         )
         session.out.print(loaded.summary())
         train, measured = _split(loaded, held_out, seed)
-        with_name = encoder_from_name(encoder)
+        with_name = SplitEncoder(encoder_from_name(encoder), processes)
         checkpoint = make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
@@ -115,10 +118,13 @@ def fit(
         how = {"reasoning": reasoning.value, "progress": not no_progress}
         encoded = train.encode(with_name, **how)
         held = None if measured is None else measured.encode(with_name, **how)
-        flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track)
-        flow.save_pretrained(out)
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        _show_fit(session, flow, held, out)
+        flow = PreferenceFlow.fit(
+            encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track, processes=processes
+        )
+        if processes.first:
+            flow.save_pretrained(out)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            _show_fit(session, flow, held, out)
 
 
 def _config(settings: Sequence[str], seed: int) -> FlowConfig:

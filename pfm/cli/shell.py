@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pfm.encoders import Encoder
     from pfm.evaluation.card import Card
     from pfm.flow.composition import Composition
+    from pfm.flow.distributed import Processes
     from pfm.flow.preference_flow import PreferenceFlow
     from pfm.refiner import Stopping
 
@@ -49,6 +50,7 @@ __all__ = [
     "load_stopping",
     "make_folder",
     "setting",
+    "several_processes",
 ]
 
 
@@ -167,6 +169,7 @@ class Session:
     out: Console = field(default_factory=lambda: Console(highlight=False))
     err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     kept: Callable[[], str] = lambda: ""
+    process: str = ""  # what its errors begin with; the notes of such a process are left to the first one
 
     def show(self, report: Card, *, html: Path | None, json_file: Path | None) -> None:
         """Print a report, and write it to the files that are asked for."""
@@ -181,6 +184,8 @@ class Session:
 
     def note(self, text: str) -> None:
         """Print a warning in one line."""
+        if self.process:
+            return
         self.err.print(Text(f"Note: {_one_line(text)}", "yellow"), soft_wrap=True)
 
 
@@ -200,12 +205,24 @@ def guarded(traceback: bool) -> Iterator[Session]:
         except MISTAKES as error:
             if traceback:
                 raise
-            session.err.print(Text(f"Error: {_in_words(error)}", "bold red"), soft_wrap=True)
+            session.err.print(Text(f"{session.process}Error: {_in_words(error)}", "bold red"), soft_wrap=True)
             if isinstance(error, PfmError | OSError) and session.kept():  # it may pass, unlike a wrong argument
                 session.err.print(Text(session.kept(), "yellow"), soft_wrap=True)
             raise typer.Exit(2) from None
         finally:
             logger.removeHandler(handler)
+
+
+@contextmanager
+def several_processes(session: Session) -> Iterator[Processes]:
+    """Join the processes that torchrun started; others than the first print their errors alone, with their number."""
+    from pfm.flow.distributed import processes
+
+    with processes() as joined:
+        if not joined.first:
+            session.out.quiet = True
+            session.process = f"process {joined.rank}: "
+        yield joined
 
 
 class _Notes(logging.Handler):

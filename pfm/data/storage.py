@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,20 @@ def read_arrays(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{folder} holds no {DESCRIPTION}: give a folder that EncodedPairs.save has finished writing"
         )
     described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    # Copy-on-write: torch wants writable memory, and nothing ever writes to it.
-    found = {
-        name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False))
-        for name in described["arrays"]
-    }
-    return described, found
+    return described, {name: _mapped(folder / f"{name}.npy") for name in described["arrays"]}
+
+
+def _mapped(path: Path) -> Tensor:
+    """Map a file into memory: columns copy-on-write, tables read-only.
+
+    Linux refuses a copy-on-write map that is larger than the memory.
+    """
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.ndim == 1:
+        return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing ever writes to it
+        return torch.from_numpy(array)
 
 
 def _write_table(path: Path, name: str, table: Tensor, dtype: torch.dtype | None) -> None:
