@@ -39,6 +39,7 @@ from . import (
 )
 from .data.encoded import EncodedPairs as EncodedPairs
 from .data.errors import PreferenceDataError as PreferenceDataError
+from .data.folders import encode_files as encode_files
 from .data.pairs import PreferencePairs as PreferencePairs
 from .errors import (
     EncodingError as EncodingError,
