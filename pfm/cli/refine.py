@@ -55,7 +55,6 @@ from pfm.cli.shell import (
     guarded,
     load_flow,
     load_stopping,
-    make_folder,
 )
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def refine(
                 continue
             if target.exists() and target.samefile(source_file):
                 raise ValueError(f"--out must be another file than the input {source_file}")
-            make_folder(target.parent)
+            session.make_folder(target.parent)
             try:
                 results = _Results(target, asked)
             except FileInUseError as error:

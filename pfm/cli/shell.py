@@ -9,7 +9,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -48,7 +48,6 @@ __all__ = [
     "guarded",
     "load_flow",
     "load_stopping",
-    "make_folder",
     "setting",
     "several_processes",
 ]
@@ -170,6 +169,23 @@ class Session:
     err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     kept: Callable[[], str] = lambda: ""
     process: str = ""  # what its errors begin with; the notes of such a process are left to the first one
+    made: list[Path] = field(default_factory=list[Path])
+
+    def make_folder(self, folder: Path) -> Path:
+        """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"{folder} must be a folder, and is a file") from None
+        self.made += new
+        return folder
+
+    def remove_empty_folders(self) -> None:
+        """Remove the folders that this command made and put nothing into."""
+        for folder in self.made:
+            with suppress(OSError):
+                folder.rmdir()
 
     def show(self, report: Card, *, html: Path | None, json_file: Path | None) -> None:
         """Print a report, and write it to the files that are asked for."""
@@ -211,6 +227,7 @@ def guarded(traceback: bool) -> Iterator[Session]:
             raise typer.Exit(2) from None
         finally:
             logger.removeHandler(handler)
+            session.remove_empty_folders()
 
 
 @contextmanager
@@ -270,15 +287,6 @@ def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
         except ValueError:
             continue
     return key, value
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"{folder} must be a folder, and is a file") from None
-    return folder
 
 
 def load_flow(
