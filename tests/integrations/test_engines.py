@@ -94,7 +94,7 @@ def test_ray_data_restarts_a_killed_worker_and_loses_no_row(flow, answers, tmp_p
         runtime_env={"env_vars": {"PYTHONPATH": paths}},
     )  # fmt: skip
     try:
-        rows = ray.data.read_parquet(str(answers))
+        rows = ray.data.read_parquet(str(answers)).repartition(8)  # small files come as one block, for one worker
         killed = tmp_path / "killed"
         refined = rows.map_batches(
             Refine, fn_constructor_args=(str(flow), str(killed)), batch_size=10,
