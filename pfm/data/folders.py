@@ -102,7 +102,7 @@ def encode_files(
             rows = PreferencePairs.from_file(path, **options)
             pairs = rows.encode(encoder, context=context, reasoning=reasoning, progress=False)
             arrays.add(pairs, group_names(rows))
-    return EncodedPairs.load(folder)
+    return EncodedPairs.load(Path(folder))
 
 
 def group_names(rows: PreferencePairs) -> Tensor:

@@ -151,8 +151,8 @@ class Share:
             return batch, noise
         rows = batch.repeats * self.blocks
         context = None if batch.context is None else self._part(batch.context, self.blocks)
-        shared = Coupled(*(self._part(each, rows) for each in (batch.source, batch.target)), context,
-                         self._part(batch.weight, rows), batch.repeats)  # fmt: skip
+        source, target, weight = (self._part(each, rows) for each in (batch.source, batch.target, batch.weight))
+        shared = Coupled(source, target, context, weight, batch.repeats)
         return shared, None if noise is None else self._part(noise, rows)
 
     def _part(self, rows: Tensor, blocks: int) -> Tensor:

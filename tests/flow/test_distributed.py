@@ -50,9 +50,13 @@ def test_the_shares_of_a_batch_are_its_rows_at_their_times(count, items, strata,
         t = own.repeat_interleave(len(mine.source) // (len(own) * repeats)).repeat(repeats)
         row = mine.source[:, 0].long()
         assert torch.equal(t, times_of[row])
-        assert torch.equal(mine.row_context()[:, 0], batch.row_context()[row, 0])
+        contexts, wanted = mine.row_context(), batch.row_context()
+        assert contexts is not None
+        assert wanted is not None
+        assert torch.equal(contexts, wanted[row])
         assert torch.equal(mine.target, -mine.source)
         assert torch.equal(mine.weight, mine.source[:, 0])
+        assert noise is not None
         assert torch.equal(noise, mine.source)
         assert share.of_all == pytest.approx(len(row) / rows)
         seen.append(row)

@@ -112,7 +112,7 @@ def test_spark_maps_data_frames(flow, answers, tmp_path, monkeypatch):
     pytest.importorskip("pyspark", reason="needs pip install pyspark")
     if shutil.which("java") is None:
         pytest.skip("Spark needs java")
-    from pyspark.sql import SparkSession
+    from pyspark.sql import SparkSession  # pyright: ignore[reportMissingImports]
 
     monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
