@@ -62,7 +62,7 @@ def milliseconds(name: str, count: int = 4096, repeats: int = 5) -> dict[str, tu
     flow.field.gain.fill_(1.0)
     y, given = pairs.rejected, pairs.context
     judge = pfm.PreferenceFlow.fit(
-        pairs, config.replace(linear=True, residual=False), progress=False, preference=pfm.preferences.BradleyTerry()
+        pairs, config.replace(residual=False), progress=False, preference=pfm.preferences.MeanShift()
     )
     found = {
         "judge (b)": cost(lambda: judge.win_probability(y, given), count, repeats),
@@ -78,7 +78,7 @@ def milliseconds(name: str, count: int = 4096, repeats: int = 5) -> dict[str, tu
 def fit_seconds(processes: Processes, batch: int, epochs: int) -> tuple[float, int]:
     """Return the processor seconds of this process in a training, beyond those of a fit without it, and updates."""
     pairs = pairs_of(8192, 384, 384)
-    config = pfm.FlowConfig(batch_size=batch, patience=1000, steps=2, device="cpu")
+    config = pfm.FlowConfig(linear=False, batch_size=batch, patience=1000, steps=2, device="cpu")
     seconds, updates = [], 0
     for changes in ({"residual": False}, {"epochs": epochs}):
         began = time.process_time()
