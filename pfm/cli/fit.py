@@ -13,19 +13,16 @@ from rich.panel import Panel
 from rich.text import Text
 
 from pfm.cli.rows import PromptKey
+from pfm.cli.session import Json, Session, Traceback, guarded, several_processes
 from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
     OnBadRows,
     Reasoning,
     ReasoningOption,
-    Session,
-    Traceback,
     app,
     examples,
-    guarded,
     setting,
-    several_processes,
 )
 
 if TYPE_CHECKING:
@@ -81,6 +78,7 @@ def fit(
         Path | None, typer.Option(help="Append the losses of the fit to this file, as JSON lines.", show_default=False)
     ] = None,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Fit a flow on preference pairs, and measure it on prompts that it has not seen.
@@ -88,7 +86,7 @@ def fit(
     Ctrl-C keeps what is done: run the same command again and it goes on from there.
     Under [cyan]torchrun[/cyan] several processes share the encoding and the training, and the first one writes.
     """
-    with guarded(traceback) as session, several_processes(session) as processes:
+    with guarded(traceback, as_json) as session, several_processes(session) as processes:
         config = _config(settings or [], seed)
         from pfm.data.pairs import PreferencePairs
         from pfm.encoders import SplitEncoder, encoder_from_name
@@ -105,7 +103,8 @@ def fit(
             seed=seed,
             on_bad_rows=on_bad_rows.value,
         )
-        session.out.print(loaded.summary())
+        summary = loaded.summary()
+        session.out.print(summary)
         train, measured = _split(loaded, held_out, seed)
         with_name = SplitEncoder(encoder_from_name(encoder), processes)
         checkpoint = session.make_folder(out) / ".checkpoint"
@@ -120,10 +119,20 @@ def fit(
         flow = PreferenceFlow.fit(
             encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track, processes=processes
         )
-        if processes.first:
-            flow.save_pretrained(out)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            _show_fit(session, flow, held, out)
+        if not processes.first:
+            return
+        flow.save_pretrained(out)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        right = _show_fit(session, flow, held, out)
+        session.result(
+            {
+                "flow": out,
+                "pairs": summary,
+                "fit": flow.metadata,
+                "guard_margin": flow.guard_margin,
+                "held_out": held and {"accuracy": right, "pairs": len(held), "prompts": len(held.group.unique())},
+            }
+        )
 
 
 def _config(settings: Sequence[str], seed: int) -> FlowConfig:
@@ -142,9 +151,10 @@ def _split(pairs: PreferencePairs, held_out: float, seed: int) -> tuple[Preferen
         raise ValueError(f"{error}; --held-out 0 fits on all rows and measures nothing") from None
 
 
-def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None, out: Path) -> None:
+def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None, out: Path) -> Estimate | None:
     first, *rest = flow.summary().splitlines()
     session.out.print(Panel(Text("\n".join(line.strip() for line in rest)), title=Text(first), title_align="left"))
+    right = None
     if held is not None:
         right = _held_out_accuracy(flow, held)
         session.out.print(
@@ -160,6 +170,7 @@ def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None,
     if flow.guard_margin == float("inf"):
         session.note("no gain in win probability was confirmed, so refining with this flow keeps every original")
     session.out.print(Text(f"saved to {out}", "dim"), soft_wrap=True)
+    return right
 
 
 def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:

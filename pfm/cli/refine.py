@@ -39,20 +39,17 @@ from pfm.cli.generator import (
 )
 from pfm.cli.lines import LineFile
 from pfm.cli.rows import Row, read_rows
+from pfm.cli.session import SOME_FAILED, Json, Session, Traceback, guarded
 from pfm.cli.shell import (
-    SOME_FAILED,
     EncoderOfFlow,
     FlowFolder,
     NoProgress,
     Reasoning,
     ReasoningOption,
-    Session,
-    Traceback,
     TrustEncoder,
     app,
     examples,
     fingerprint,
-    guarded,
     load_flow,
     load_stopping,
 )
@@ -110,6 +107,7 @@ def refine(
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Pick the best candidate of every row, or keep the original.
@@ -121,7 +119,7 @@ def refine(
     Of a folder each file has a file of results; start the command several times to refine several files at once.
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         count = candidate_count(n)
         price = spend_of(spend)
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
@@ -166,7 +164,7 @@ def refine(
         ]
         prompted = bool(fitted.metadata.get("context_dimension"))
         shown = not no_progress
-        failed = False
+        found, failed = [], False
         for source_file, target in _files(rows, out):
             try:
                 asked = read_rows(source_file, origin, drawn=drawn, prompted=prompted)
@@ -190,9 +188,9 @@ def refine(
                 session.kept = results.progress
                 waiting = results.waiting()
                 _refine_rows(refiner, results, asked, waiting, drawn=drawn, progress=shown)
-            _show_refined(session, results, len(asked) - len(waiting))
-            failed = failed or bool(results.errors)
-        if failed:
+            found.append(_show_refined(session, results, len(asked) - len(waiting)))
+        session.result({"files": found} if rows.is_dir() else found[0])
+        if failed or any(each["errors"] for each in found):
             raise typer.Exit(SOME_FAILED)
 
 
@@ -362,7 +360,8 @@ def _rounded(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show_refined(session: Session, results: _Results, earlier: int) -> None:
+def _show_refined(session: Session, results: _Results, earlier: int) -> dict[str, Any]:
+    """Print what became of the rows of a file, and return it as JSON values."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     kept = len(results.rows) - results.changed - results.errors
     lines = [("changed", f"{results.changed:,}"), ("kept", f"{kept:,}"), ("errors", f"{results.errors:,}")]
@@ -377,8 +376,18 @@ def _show_refined(session: Session, results: _Results, earlier: int) -> None:
     for name, value in lines:
         table.add_row(name, Text(value, "bold"))
     session.out.print(table)
-    session.out.print(Text(f"wrote {results.path}", "dim"), soft_wrap=True)
+    session.wrote(results.path)
     if results.errors:
         session.note(
             f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again"
         )
+    return {
+        "file": results.path,
+        "rows": len(results.rows),
+        "changed": results.changed,
+        "kept": kept,
+        "errors": results.errors,
+        "win_probability": None if b is None else {"before": b[0], "after": b[1]},
+        "draws_per_prompt": draws,
+        "from_an_earlier_run": earlier,
+    }

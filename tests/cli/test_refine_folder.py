@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,14 @@ def test_each_file_has_a_file_of_results(flow, answers, tmp_path):
     after = {path: path.read_bytes() for path in out.glob("*.jsonl")}
     assert set(after) == set(before)
     assert all(after[path] == before[path] for path in before if path.stem != "part.2")
+
+
+def test_the_result_for_programs_is_one_line(flow, answers, tmp_path):
+    said = run("refine", answers, "--flow", flow, "--out", tmp_path / "refined", "--no-progress", "--json")
+    (line,) = said.stdout.splitlines()
+    assert [(Path(each["file"]).name, each["rows"]) for each in json.loads(line)["files"]] == [
+        (f"part.{part}.jsonl", 4) for part in range(3)
+    ]
 
 
 def test_a_file_that_another_command_writes_is_left_to_it(flow, answers, tmp_path):
