@@ -1,6 +1,6 @@
 """What many answers cost beyond their encoding, and what several processes save a fit.
 
-``python -m benchmarks.studies.scale`` measures a judgement, a transport, and vectors on disk, in processor time on one
+``python -m benchmarks.studies.scale`` measures a transport, and vectors on disk, in processor time on one
 thread. ``--fit`` trains one network, alone or under ``torchrun --nproc-per-node 2 -m benchmarks.studies.scale --fit``,
 and prints what each process computed. ``--ray 2`` refines answers of 60 words by two workers of Ray Data, with the
 static encoder. What encoders cost: ``python -m benchmarks.studies.encoders --speed``.
@@ -29,7 +29,7 @@ from pfm.flow.distributed import Processes
 __all__ = ["fit_seconds", "main", "milliseconds", "ray_rates"]
 
 SIZES = {"minilm+surface": (412, 384), "static+surface": (796, 768)}  # of an output, of a context
-BATCHES = ((512, 3), (4096, 8))  # rows of an update, epochs
+BATCHES = ((512, 4), (4096, 8))  # rows of an update, epochs
 
 
 def pairs_of(count: int, dimension: int, context: int) -> pfm.EncodedPairs:
@@ -54,20 +54,14 @@ def cost(work: Callable[[], object], count: int, repeats: int) -> tuple[float, f
 
 
 def milliseconds(name: str, count: int = 4096, repeats: int = 5) -> dict[str, tuple[float, float, float]]:
-    """Measure one judgement, one transport with a network of the default size, and one output to disk and back."""
+    """Measure one transport with a network of the default size, and one output to disk and back."""
     dimension, context = SIZES[name]
     pairs = pairs_of(count, dimension, context)
-    config = pfm.FlowConfig(linear=False, epochs=1, steps=2, device="cpu")
+    config = pfm.FlowConfig(linear=False, steps=2, device="cpu")
     flow = pfm.PreferenceFlow(pairs.event_shape, context, config).eval()
     flow.field.gain.fill_(1.0)
     y, given = pairs.rejected, pairs.context
-    judge = pfm.PreferenceFlow.fit(
-        pairs, config.replace(residual=False), progress=False, preference=pfm.preferences.MeanShift()
-    )
-    found = {
-        "judge (b)": cost(lambda: judge.win_probability(y, given), count, repeats),
-        "transport, 2 steps": cost(lambda: flow.transport(y, given), count, repeats),
-    }
+    found = {"transport, 2 steps": cost(lambda: flow.transport(y, given), count, repeats)}
     with tempfile.TemporaryDirectory() as folder:
         found["write as float16"] = cost(lambda: pairs.save(folder), 2 * count, repeats)
         mapped, order = pfm.EncodedPairs.load(folder), torch.randperm(count)
@@ -76,19 +70,24 @@ def milliseconds(name: str, count: int = 4096, repeats: int = 5) -> dict[str, tu
 
 
 def fit_seconds(processes: Processes, batch: int, epochs: int) -> tuple[float, int]:
-    """Return the processor seconds of this process in a training, beyond those of a fit without it, and updates."""
-    pairs = pairs_of(8192, 384, 384)
+    """Return the processor seconds that this process takes for further updates, and how many they are.
+
+    They are those of a fit of twice the epochs beyond those of a fit: both have the same parts besides.
+    """
+    one, other = torch.randn(2, 8192, 384, generator=torch.Generator().manual_seed(0))
+    first = one[:, :1] > other[:, :1]
+    pairs = pfm.EncodedPairs(torch.where(first, one, other), torch.where(first, other, one))
     config = pfm.FlowConfig(linear=False, batch_size=batch, patience=1000, steps=2, device="cpu")
-    seconds, updates = [], 0
-    for changes in ({"residual": False}, {"epochs": epochs}):
+    seconds, updates = [], []
+    for many in (epochs, 2 * epochs):
         began = time.process_time()
         flow = pfm.PreferenceFlow.fit(
-            pairs, config.replace(**changes), progress=False, processes=processes,
+            pairs, config.replace(epochs=many), progress=False, processes=processes,
             preference=pfm.preferences.MeanShift(),
         )  # fmt: skip
         seconds.append(time.process_time() - began)
-        updates = flow.metadata["training"]["updates"]
-    return seconds[1] - seconds[0], updates
+        updates.append(flow.metadata["training"]["updates"])
+    return seconds[1] - seconds[0], updates[1] - updates[0]
 
 
 class Refine:
