@@ -114,8 +114,8 @@ def ray_rates(workers: int, answers: int, folder: Path) -> list[tuple[int, float
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import ray
-    import ray.data
+    import ray  # pyright: ignore[reportMissingImports]
+    import ray.data  # pyright: ignore[reportMissingImports]
 
     rows = [{"prompt": f"Ask {n}", "chosen": f"The answer is {n}.", "rejected": f"nobody knows {n}"} for n in range(80)]
     pairs = pfm.PreferencePairs.from_rows(rows).encode(encoder_from_name("static"), progress=False)
