@@ -39,6 +39,7 @@ from . import (
 )
 from .data.encoded import EncodedPairs as EncodedPairs
 from .data.errors import PreferenceDataError as PreferenceDataError
+from .data.folders import encode_files as encode_files
 from .data.pairs import PreferencePairs as PreferencePairs
 from .errors import (
     EncodingError as EncodingError,
@@ -55,6 +56,9 @@ from .errors import (
 from .errors import (
     PfmError as PfmError,
 )
+from .errors import (
+    ProcessLostError as ProcessLostError,
+)
 from .evaluation.evaluation import evaluate as evaluate
 from .evaluation.report import Report as Report
 from .evaluation.results import Scored as Scored
@@ -62,6 +66,7 @@ from .flow.composition import Composition as Composition
 from .flow.composition import compose as compose
 from .flow.config import FlowConfig as FlowConfig
 from .flow.couplings import register_coupling as register_coupling
+from .flow.distributed import processes as processes
 from .flow.integration import register_solver as register_solver
 from .flow.preference_flow import PreferenceFlow as PreferenceFlow
 from .flow.registered_field import register_field as register_field

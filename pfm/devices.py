@@ -19,6 +19,7 @@ __all__ = [
     "free_memory",
     "new_generator",
     "resolve_device",
+    "settle_after_fork",
     "standard_defaults",
     "with_standard_defaults",
 ]
@@ -116,6 +117,28 @@ def free_memory(device: torch.device) -> float:
         return math.inf
     information = getattr(torch.get_device_module(device.type), "mem_get_info", None)
     return math.inf if information is None else float(information(device)[0])
+
+
+def settle_after_fork() -> None:
+    """Compute on one thread from now on if this process is a fork of one that had imported torch.
+
+    A fork does not inherit the threads of its parent's products, and waits for them for ever (GNU OpenMP). Workers of
+    a pool share the cores anyway.
+    """
+    global _forked
+    if _forked:
+        torch.set_num_threads(1)
+        _forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_forked = False
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def new_generator(device: torch.device) -> torch.Generator:

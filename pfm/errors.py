@@ -19,6 +19,7 @@ __all__ = [
     "NotRegisteredError",
     "NotTextError",
     "PfmError",
+    "ProcessLostError",
     "RateLimitError",
     "RequestRefusedError",
     "ServerError",
@@ -108,6 +109,10 @@ class ToolCallError(BadAnswerError):
 
 class EncodingError(PfmError, RuntimeError):
     """Raised when texts could not be turned into vectors; what was already encoded is in the cache."""
+
+
+class ProcessLostError(PfmError, RuntimeError):
+    """Raised when another process of a fit by several has ended, or does not answer."""
 
 
 class NotRegisteredError(PfmError, ValueError):

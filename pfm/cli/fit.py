@@ -12,7 +12,7 @@ import typer
 
 from pfm.cli.fitted import Origin, preference_line, replacement_note, show_fit
 from pfm.cli.rows import PromptKey
-from pfm.cli.session import Json, Traceback, guarded
+from pfm.cli.session import Json, Traceback, guarded, several_processes
 from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         "pfm fit pairs.jsonl --out flow/",
         "pfm fit votes.csv --out flow/ --prompt-key question --on-bad-rows drop",
         "pfm fit pairs.parquet --out flow/ --encoder BAAI/bge-small-en-v1.5 --set sigma=0.1 --set epochs=50",
+        "torchrun --nproc-per-node 2 -m pfm fit pairs.jsonl --out flow/",
     )
 )
 def fit(
@@ -79,15 +80,16 @@ def fit(
     """Fit a flow on preference pairs, and measure it on prompts that it has not seen.
 
     Ctrl-C keeps what is done: run the same command again and it goes on from there.
+    Under [cyan]torchrun[/cyan] several processes share the encoding and the training, and the first one writes.
     """
-    with guarded(traceback, as_json) as session:
+    with guarded(traceback, as_json) as session, several_processes(session) as processes:
         config = _config(settings or [], seed)
         from pfm.data.doubts import doubts
         from pfm.data.pairs import PreferencePairs
-        from pfm.encoders import encoder_from_name
+        from pfm.encoders import SplitEncoder, encoder_from_name
         from pfm.flow.preference_flow import PreferenceFlow
 
-        with_name = encoder_from_name(encoder)
+        with_name = SplitEncoder(encoder_from_name(encoder), processes)
         loaded = PreferencePairs.from_file(
             pairs,
             prompt_key=prompt_key or None,
@@ -118,13 +120,17 @@ def fit(
         how = {"reasoning": reasoning.value, "progress": not no_progress}
         encoded = train.encode(with_name, **how)
         held = None if measured is None else measured.encode(with_name, **how)
-        flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track)
+        flow = PreferenceFlow.fit(
+            encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track, processes=processes
+        )
+        if not processes.first:
+            return
         flow.metadata["fitted_from"] = origin.to_dict()
         flow.save_pretrained(out)
         shutil.rmtree(checkpoint, ignore_errors=True)
         prefers, warnings = "", []
         if reasoning is Reasoning.aside:  # as pfm explain reads outputs
-            prefers, warnings = preference_line(flow, loaded, with_name, seed)
+            prefers, warnings = preference_line(flow, loaded, with_name.encoder, seed)
         right = show_fit(session, flow, held, prefers, out, pairs)
         for warning in warnings:
             session.note(warning)

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from pfm._internal.files import FileInUseError
 from pfm.cli.decoder import DecoderName, DecoderOption, DecoderSettings, ExemplarsOption, make_decoder
 from pfm.cli.generator import (
     Api,
@@ -55,12 +56,13 @@ from pfm.cli.shell import (
 )
 
 if TYPE_CHECKING:
-    from pfm.refiner import Refinement
+    from pfm.refiner import Refinement, Refiner
 
 
 @app.command(
     epilog=examples(
         "pfm refine outputs.jsonl --flow flow/ --out refined.jsonl",
+        "pfm refine answers/ --flow flow/ --out refined/",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 --base-url http://localhost:8000/v1",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --generator my_bot:reply -n 8",
         "pfm refine prompts.jsonl --flow flow/ --out refined.jsonl --model qwen3 -n auto --max-n 16",
@@ -71,12 +73,16 @@ def refine(
     rows: Annotated[
         Path,
         typer.Argument(
-            help="Rows with prompt and candidates (a list, the original first), or prompt and output.",
+            help="Rows with prompt and candidates (a list, the original first), or prompt and output; or a folder of "
+            "such files.",
             show_default=False,
         ),
     ],
     flow: FlowFolder,
-    out: Annotated[Path, typer.Option("--out", "-o", help="File of results (.jsonl), one line a row.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="File of results (.jsonl), one line a row; for a folder, a folder of them."),
+    ],
     generator: GeneratorOption = None,
     model: ModelOption = None,
     local_model: LocalModelOption = None,
@@ -111,13 +117,13 @@ def refine(
     [cyan]--decoder rewrite[/cyan] that generator also revises the best one.
     Results are written as they come, with all columns of their rows.
     Run the same command again to go on after Ctrl-C, or to retry rows with errors.
+    Of a folder each file has a file of results; start the command several times to refine several files at once.
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
     with guarded(traceback, as_json) as session:
         count = candidate_count(n)
         price = spend_of(spend)
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
-        from pfm.generators.base import first_samples
         from pfm.refiner import wrap
 
         source = make_generator(
@@ -157,32 +163,37 @@ def refine(
             *([describe_generator(source, generator), how] if drawn else []),
             *depends,
         ]
-        asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
-        if out.exists() and out.samefile(rows):
-            raise ValueError(f"--out must be another file than the input {rows}")
-        _refuse_hopeless(asked, drawn)
-        session.make_folder(out.parent)
-        with _Results(out, asked) as results:
-            session.kept = results.progress
-            waiting = results.waiting()
-            sound = [row for row in waiting if row.error is None]
-            prompts = [row.prompt for row in sound]
-
-            def keep(result: Refinement) -> None:
-                results.add_up_to(sound[results.refined], result)
-
-            if drawn:
-                # By its place among all rows, so that a prompt that comes twice gets the same draws in a second run.
-                whole = [row for row in asked if row.error is None]
-                numbers = first_samples([row.prompt for row in whole], refiner.n)
-                first = {row.number: number for row, number in zip(whole, numbers, strict=True)}
-                start = [first[row.number] for row in sound]
-                refiner.batch(prompts, progress=not no_progress, on_result=keep, start=start)
-            else:
-                refiner.refine([row.candidates for row in sound], prompts, progress=not no_progress, on_result=keep)
-            results.finish()
-        _show_refined(session, results, len(asked) - len(waiting))
-        if results.errors:
+        prompted = bool(fitted.metadata.get("context_dimension"))
+        shown = not no_progress
+        found, failed = [], False
+        for source_file, target in _files(rows, out):
+            try:
+                asked = read_rows(source_file, origin, drawn=drawn, prompted=prompted)
+            except ValueError as error:
+                if source_file == rows:
+                    raise
+                session.note(f"not refined: {error}")
+                failed = True
+                continue
+            if target.exists() and target.samefile(source_file):
+                raise ValueError(f"--out must be another file than the input {source_file}")
+            if source_file == rows:
+                _refuse_hopeless(asked, drawn)
+            session.make_folder(target.parent)
+            try:
+                results = _Results(target, asked)
+            except FileInUseError as error:
+                if source_file == rows:
+                    raise
+                session.note(f"{error.args[0].partition(':')[0]}: left to it")
+                continue
+            with results:
+                session.kept = results.progress
+                waiting = results.waiting()
+                _refine_rows(refiner, results, asked, waiting, drawn=drawn, progress=shown)
+            found.append(_show_refined(session, results, len(asked) - len(waiting)))
+        session.result({"files": found} if rows.is_dir() else found[0])
+        if failed or any(each["errors"] for each in found):
             raise typer.Exit(SOME_FAILED)
 
 
@@ -197,6 +208,54 @@ def _refuse_hopeless(asked: Sequence[Row], drawn: bool) -> None:
     count = f"none of the {len(asked):,} rows" if len(asked) > 1 else "the only row"
     verb = "can" if len(asked) > 1 else "cannot"
     raise ValueError(f"{count} {verb} be refined, and nothing was written. {asked[0].error}{way_out}")
+
+
+def _files(rows: Path, out: Path) -> list[tuple[Path, Path]]:
+    """Return the files to refine, each with its file of results.
+
+    Raises:
+        ValueError: a folder holds no file of rows, two of its files would have one file of results, or ``out`` is it.
+    """
+    if not rows.is_dir():
+        return [(rows, out)]
+    from pfm.data.folders import row_files
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} must be a folder, as {rows} is one")
+    if out.exists() and out.samefile(rows):
+        raise ValueError(f"--out must be another folder than the input {rows}")
+    found: dict[Path, Path] = {}
+    for path in row_files(rows):
+        inner = Path(path.stem) if path.suffix.lower() in (".gz", ".xz") else path
+        target = out / f"{inner.stem}.jsonl"
+        if target in found:
+            raise ValueError(f"{found[target].name} and {path.name} would both be refined to {target}: rename one")
+        found[target] = path
+    return [(path, target) for target, path in found.items()]
+
+
+def _refine_rows(
+    refiner: Refiner, results: _Results, asked: Sequence[Row], waiting: Sequence[Row], *, drawn: bool, progress: bool
+) -> None:
+    """Refine the rows that wait, writing each result as it comes."""
+    sound = [row for row in waiting if row.error is None]
+    prompts = [row.prompt for row in sound]
+
+    def keep(result: Refinement) -> None:
+        results.add_up_to(sound[results.refined], result)
+
+    if drawn:
+        from pfm.generators.base import first_samples
+
+        # By its place among all rows, so that a prompt that comes twice gets the same draws in a second run.
+        whole = [row for row in asked if row.error is None]
+        numbers = first_samples([row.prompt for row in whole], refiner.n)
+        first = {row.number: number for row, number in zip(whole, numbers, strict=True)}
+        start = [first[row.number] for row in sound]
+        refiner.batch(prompts, progress=progress, on_result=keep, start=start)
+    else:
+        refiner.refine([row.candidates for row in sound], prompts, progress=progress, on_result=keep)
+    results.finish()
 
 
 class _Results(LineFile):
@@ -325,7 +384,8 @@ def _rounded(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _show_refined(session: Session, results: _Results, earlier: int) -> None:
+def _show_refined(session: Session, results: _Results, earlier: int) -> dict[str, Any]:
+    """Print what became of the rows of a file, and return it as JSON values."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     kept = len(results.rows) - results.changed - results.errors
     lines = [("changed", f"{results.changed:,}"), ("kept", f"{kept:,}"), ("errors", f"{results.errors:,}")]
@@ -346,15 +406,13 @@ def _show_refined(session: Session, results: _Results, earlier: int) -> None:
             f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again. "
             f"The most frequent: {results.most_frequent_error}"
         )
-    session.result(
-        {
-            "file": results.path,
-            "rows": len(results.rows),
-            "changed": results.changed,
-            "kept": kept,
-            "errors": results.errors,
-            "win_probability": None if b is None else {"before": b[0], "after": b[1]},
-            "draws_per_prompt": draws,
-            "from_an_earlier_run": earlier,
-        }
-    )
+    return {
+        "file": results.path,
+        "rows": len(results.rows),
+        "changed": results.changed,
+        "kept": kept,
+        "errors": results.errors,
+        "win_probability": None if b is None else {"before": b[0], "after": b[1]},
+        "draws_per_prompt": draws,
+        "from_an_earlier_run": earlier,
+    }

@@ -23,8 +23,9 @@ from pfm.errors import PfmError
 
 if TYPE_CHECKING:
     from pfm.evaluation.card import Card
+    from pfm.flow.distributed import Processes
 
-__all__ = ["SOME_FAILED", "Json", "Session", "Traceback", "UsageError", "guarded", "refuse_usage"]
+__all__ = ["SOME_FAILED", "Json", "Session", "Traceback", "UsageError", "guarded", "refuse_usage", "several_processes"]
 
 MISTAKES = (ValueError, TypeError, OSError, ImportError, PfmError)
 DEFECT = 1
@@ -55,6 +56,7 @@ class Session:
         as_json: whether the result is for a program.
         notes: warnings so far; they are part of the JSON result.
         made: folders that this command made.
+        process: what the errors of another process than the first begin with; its notes are left to the first.
     """
 
     out: Console = field(default_factory=lambda: Console(highlight=False))
@@ -63,6 +65,7 @@ class Session:
     as_json: bool = False
     notes: list[str] = field(default_factory=list)
     made: list[Path] = field(default_factory=list[Path])
+    process: str = ""
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
 
     def make_folder(self, folder: Path) -> Path:
@@ -108,15 +111,17 @@ class Session:
 
     def note(self, text: str) -> None:
         """Print a warning in one line."""
+        if self.process:
+            return
         self.notes.append(with_options(text))
         self.err.print(Text(f"Note: {self.notes[-1]}", "yellow"), soft_wrap=True)
 
     def fail(self, kind: str, message: str, *, style: str = "bold red") -> None:
         """Print why the command ends without a result."""
         if self.as_json:
-            write_error(kind, message)
+            write_error(kind, self.process + message)
         else:
-            self.err.print(Text(message, style), soft_wrap=True)
+            self.err.print(Text(self.process + message, style), soft_wrap=True)
 
 
 @contextmanager
@@ -162,6 +167,18 @@ def guarded(traceback: bool, as_json: bool = False) -> Iterator[Session]:
             tracebacks.print_exc()
             session.fail(type(error).__name__, one_line(str(error)))
             raise typer.Exit(DEFECT) from None
+
+
+@contextmanager
+def several_processes(session: Session) -> Iterator[Processes]:
+    """Join the processes that torchrun started; others than the first print their errors alone, with their number."""
+    from pfm.flow.distributed import processes
+
+    with processes() as joined:
+        if not joined.first:
+            session.out.quiet = True
+            session.process = f"process {joined.rank}: "
+        yield joined
 
 
 def write_error(kind: str, message: str) -> None:

@@ -307,6 +307,12 @@ class EncodedPairs:
         (one, other), (chosen, rejected) = self._tables, self._indices
         return chosen, rejected if one is other else rejected + len(one)
 
+    def context_table(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return the contexts (G, C) as they are stored, and the row (N,) of each pair; None for none."""
+        if self._contexts is None or self._context_index is None:
+            return None, None
+        return self._contexts, self._context_index
+
     @property
     def context(self) -> Tensor | None:
         """Gather the contexts, (N, C), or None."""

@@ -7,6 +7,7 @@ from pfm.encoders.concat import ConcatEncoder
 from pfm.encoders.named import encoder_from_description, encoder_from_name
 from pfm.encoders.openai import OpenAIEncoder
 from pfm.encoders.sentence import SentenceEncoder, as_encoder
+from pfm.encoders.split import SplitEncoder
 from pfm.encoders.static import StaticEncoder
 from pfm.encoders.surface import SurfaceEncoder
 
@@ -18,6 +19,7 @@ __all__ = [
     "Encoder",
     "OpenAIEncoder",
     "SentenceEncoder",
+    "SplitEncoder",
     "StaticEncoder",
     "SurfaceEncoder",
     "as_encoder",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import Coupled, Coupling
+from pfm.flow.distributed import Processes
 from pfm.flow.fields import Field, Moments, Normalizer
 from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
 from pfm.flow.problem import FlowProblem
@@ -60,10 +61,12 @@ def fit_field(
     checkpoint: Path | None = None,
     progress: bool = True,
     tracker: Tracker | None = None,
+    processes: Processes | None = None,
 ) -> FieldFit:
     """Fit both parts of a field, in place; ``check`` joins samples of held-out prompts, on which parts are judged.
 
     ``one_step`` fits the displacement at t = 0 only, for a single Euler step. ``tracker`` keeps the validation loss.
+    ``processes`` share the training of the residual; all else is computed in each.
     """
     if isinstance(field.residual, RegisteredField):
         field.residual.check()
@@ -76,8 +79,9 @@ def fit_field(
                 None if tracker is None else lambda update, loss: tracker.log({"validation_loss": loss}, step=update)
             )
             log = train_residual(
-                problem, coupling, check, config, checkpoint=checkpoint, progress=progress, on_validation=watch
-            )
+                problem, coupling, check, config,
+                checkpoint=checkpoint, progress=progress, on_validation=watch, processes=processes,
+            )  # fmt: skip
     if log.gain == 0.0:
         field.drop_residual()
     return FieldFit(ridge, log)

@@ -24,6 +24,7 @@ from pfm.devices import free_memory, resolve_device, with_standard_defaults
 from pfm.flow.card import is_own_card, model_card
 from pfm.flow.config import FlowConfig, refuse_options
 from pfm.flow.couplings import Joined, WithoutContext, make_coupling
+from pfm.flow.distributed import Processes
 from pfm.flow.fitting import STATISTICS_ROWS, Steps, at_most, choose_steps, fit_field, on_unit_sphere
 from pfm.flow.holdout import held_out_first, training_sets
 from pfm.flow.model import FlowModel
@@ -88,6 +89,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         preference: PreferenceModel | None = None,
         checkpoint: str | Path | None = None,
         tracker: Any = None,
+        processes: Processes | None = None,
     ) -> PreferenceFlow:
         """Fit a flow on labelled pairs.
 
@@ -104,11 +106,14 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             checkpoint: folder for the training state; an interrupted fit resumes from it.
             tracker: keeps the validation loss of the network by updates, and the figures of b at the end: anything that
                 :func:`pfm.tracking.as_tracker` takes, such as a path, a run of Weights & Biases, a ``SummaryWriter``.
+            processes: those of :func:`pfm.processes`, each of which calls ``fit`` with the same arguments and computes
+                its share of every batch. The flow is that of one process up to rounding, in all of them.
 
         Raises:
             TypeError: ``encoded`` is not EncodedPairs, or ``tracker`` no tracker.
             ValueError: shapes of training and validation pairs disagree, or the configuration needs what the
                 pairs do not carry.
+            ProcessLostError: another of the ``processes`` has ended.
         """
         if not isinstance(encoded, EncodedPairs):
             raise TypeError(
@@ -120,7 +125,9 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         elif not isinstance(config, FlowConfig):
             config = FlowConfig.from_dict(dict(config))
         began = time.perf_counter()
-        track = as_tracker(tracker)
+        processes = processes or Processes()
+        track = as_tracker(tracker) if processes.first else None
+        progress = progress and processes.first
         encoded, validation = encoded.counted(), None if validation is None else validation.counted()
         train, held = training_sets(encoded, validation, config)
         if preference is not None:
@@ -148,8 +155,9 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         )  # fmt: skip
         folder = None if checkpoint is None else Path(checkpoint)
         found = fit_field(
-            flow.field, flow.normalizer, coupling, check, config, checkpoint=folder, progress=progress, tracker=track
-        )
+            flow.field, flow.normalizer, coupling, check, config,
+            checkpoint=folder, progress=progress, tracker=track, processes=processes,
+        )  # fmt: skip
         flow.metadata |= found.to_dict() | {
             "encoder": encoded.encoder,
             "dimension": flow.dimension,
@@ -162,6 +170,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
             flow.metadata["context_free"] = fit_field(
                 flow.context_free, flow.normalizer, WithoutContext(coupling), WithoutContext(check), config,
                 checkpoint=None if folder is None else folder / "context_free", progress=progress,
+                processes=processes,
             ).to_dict()  # fmt: skip
         if preference is None:
             head = WinHead(flow.dimension, flow.context_dimension).to(device)
@@ -175,7 +184,7 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
         if track is not None:
             figures = {f"win/{name}": each for name, each in judgement.items() if isinstance(each, int | float)}
             track.log(figures | {"seconds": flow.metadata["seconds"]}, step=found.log.updates)
-        if folder is not None:
+        if folder is not None and processes.first:
             remove_checkpoint(folder / "context_free")
             remove_checkpoint(folder)
         logger.info("fitted on %d pairs: %s", len(encoded), json.dumps(flow.metadata, default=str))

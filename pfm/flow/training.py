@@ -28,6 +28,7 @@ from pfm.devices import new_generator
 from pfm.flow.config import FlowConfig
 from pfm.flow.couplings import Coupled, Coupling
 from pfm.flow.cuda_graphs import Repeated
+from pfm.flow.distributed import Processes, Share
 from pfm.flow.fields import SMALL
 from pfm.flow.problem import STRATA, FlowProblem, flow_matching_loss
 from pfm.flow.streaming import streamed
@@ -85,12 +86,16 @@ def train_residual(
     checkpoint: Path | None = None,
     progress: bool = True,
     on_validation: Callable[[int, float], object] | None = None,
+    processes: Processes | None = None,
 ) -> TrainingLog:
     """Train the residual, keep the averaged weights that validated best, and set its gain.
 
     A run with a ``checkpoint`` folder saves its state at every validation and, started again with the same data
     and configuration, resumes there and gives the same result. The file remains: :func:`remove_checkpoint` removes it
     when what comes after the training is safe too.
+
+    With ``processes`` each computes its share of every batch; the first validates, reads and writes the checkpoint, and
+    calls ``on_validation``.
     """
     from tqdm.auto import tqdm
 
@@ -101,6 +106,8 @@ def train_residual(
     device = model.unit.device
     generator = torch.Generator().manual_seed(config.seed)
     updates, items = planned_updates(problem, coupling, config)
+    processes = processes or Processes()
+    share = Share(processes, items, problem.strata(items))
     held = _ValidationRows(problem, validation, config.seed)
     log = TrainingLog(planned_updates=updates)
     log.plain_loss = log.loss = held.loss(None)
@@ -115,9 +122,15 @@ def train_residual(
     )
     state = _State(network, averaged, optimizer, generator, log)
     state.keep_best()
-    store = None if checkpoint is None else _Checkpoint(checkpoint, _fingerprint(problem, coupling, config, updates))
+    store = None
+    if checkpoint is not None or processes.several:
+        fingerprint = _fingerprint(problem, coupling, config, updates)
+        processes.check_same("pairs and settings", fingerprint)
+        store = None if checkpoint is None or not processes.first else _Checkpoint(checkpoint, fingerprint)
     if store is not None:
         store.load(state)
+    if processes.several:
+        state.restore(*processes.from_first(lambda: (state.tensors(), log)))
     every = max(1, updates // VALIDATIONS)
     order = _Order(len(coupling), items, config.seed, coupling.device)
     stale = _stale(log)
@@ -127,7 +140,7 @@ def train_residual(
     kept = TIMES_KEPT if problem.stratified else 1
 
     def set_times() -> None:
-        problem.at(problem.times(items, _generator(config.seed, ~(log.updates // kept)), device))
+        problem.at(problem.times(items, _generator(config.seed, ~(log.updates // kept)), device)[share.times])
 
     # On a device the noise is drawn there, afresh from every validation on: a resumed run draws the same.
     noise = generator if on_cpu else new_generator(device)
@@ -142,7 +155,11 @@ def train_residual(
             predicted = called(rows.times, rows.y, rows.context, rows.repeats)
         loss = flow_matching_loss(predicted.float(), rows.target, weight)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if processes.several:
+            (loss * share.of_all).backward()
+            processes.add([each.grad for each in network.parameters() if each.grad is not None])
+        else:
+            loss.backward()
         optimizer.step()
         return ()
 
@@ -153,7 +170,7 @@ def train_residual(
             lambda number: coupling.draw(order.at(number), _generator(config.seed, number)),
             log.updates, updates, device,
         )  # fmt: skip
-    repeated = Repeated(update, device)
+    repeated = update if processes.several else Repeated(update, device)  # messages are not recorded
     bar = tqdm(total=updates, initial=log.updates, desc="fit", unit="update", disable=not progress, leave=False)
     with contextlib.closing(drawn), bar, torch.enable_grad():
         while log.updates < updates and stale < config.patience:
@@ -162,7 +179,8 @@ def train_residual(
                 set_times()
             batch = next(drawn)
             repeats = batch.repeats
-            repeated(batch.source, batch.target, batch.context, batch.weight, problem.noise(batch, noise))
+            batch, noises = share.of(batch, problem.noise(batch, noise))
+            repeated(batch.source, batch.target, batch.context, batch.weight, noises)
             if log.updates % EMA_EVERY == 0:
                 averaged.update(network)
             log.updates += 1
@@ -170,7 +188,7 @@ def train_residual(
             if log.updates % every == 0 or log.updates == updates:
                 if not on_cpu:
                     noise.manual_seed(config.seed + log.updates)
-                value, products = held.judge(averaged.network)
+                value, products = processes.from_first(lambda: held.judge(averaged.network))
                 log.validation.append((log.updates, value))
                 state.products.append(products)
                 if value < log.loss:
@@ -180,11 +198,11 @@ def train_residual(
                 bar.set_postfix(validation=f"{value:.4f}", linear=f"{log.plain_loss:.4f}")
                 if store is not None:
                     store.save(state)
-                if on_validation is not None:
+                if on_validation is not None and processes.first:
                     on_validation(log.updates, value)
-    network.load_state_dict(state.best)
+    network.load_state_dict(processes.from_first(lambda: state.best))
     network.eval()
-    log.gain, log.z = held.confirmed_gain(network, state.products)
+    log.gain, log.z = processes.from_first(lambda: held.confirmed_gain(network, state.products))
     if log.best_update == 0:  # never better than nothing: what is left is the start, which need not be zero
         log.gain = 0.0
     model.gain.fill_(log.gain)

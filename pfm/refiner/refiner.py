@@ -12,6 +12,7 @@ from typing import Any
 
 from pfm.data.conversations import conversation_text
 from pfm.decoders import Decoder
+from pfm.devices import settle_after_fork
 from pfm.encoders.sentence import as_encoder
 from pfm.errors import GenerationError
 from pfm.generators import Draw, Prompt, as_generator
@@ -364,6 +365,7 @@ class Refiner:
         on_result: Callable[[Refinement], object] | None,
         encoder: Any = None,
     ) -> Run:
+        settle_after_fork()
         keys = [conversation_text(prompt) for prompt in prompts]
         for row, key in enumerate(keys if self.flow.metadata.get("context_dimension") else []):
             if not is_usable_text(key):
