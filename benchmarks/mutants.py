@@ -176,7 +176,7 @@ def mutmut(home: Path, processes: int, names: list[str]) -> None:
     """Run mutmut in a workspace, on all mutants that are not judged or on those named."""
     command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(processes), *names]
     if shutil.which("nice"):
-        command = ["nice", "-n", "15", *command]
+        command = ["nice", "-n", "10", *command]
     found = subprocess.run(command, cwd=home, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
     if found.returncode:
         raise SystemExit(f"mutmut failed in {home}: its output above says why")
