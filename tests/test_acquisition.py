@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bench_settings import configured, needs
+from support.bench_settings import configured
+from support.places import data_path
 from torch import Tensor
 
 from benchmarks.acquisition.config import AcquisitionMethodConfig
@@ -256,7 +257,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 
 def test_the_benchmark_runs_and_pairs_its_gain_by_seed(tmp_path: Path) -> None:
-    needs("ukp_convarg")
+    data_path("ukp_convarg")
     for method in ("acquire_random", "acquire_information"):
         for seed in (0, 1):
             config = configured("task=acquisition", "task.labels=[10,20]", "task.pool=80", "task.options={draws: 2}",
