@@ -93,12 +93,14 @@ def test_one_prompt_in_five_judges_the_network_unless_validation_does(kind, modu
 
     def noted(one, other, tries, score, held_out, group, generator, **shape):
         judging.append((held_out, group, len(score)))
-        return fit(one, other, tries, score, held_out, group, generator, **shape)
+        brief = [(axes, batch, training | {"updates": 1}) for axes, batch, training in tries]
+        return fit(one, other, brief, score, held_out, group, generator, **shape)
 
     monkeypatch.setattr(module, "fit_correction", noted)
     generator = torch.Generator().manual_seed(0)
     one, other = torch.randn(2, 60, 2, generator=generator)
-    pairs = EncodedPairs(one[:40], other[:40], group=torch.arange(40) // 2)
+    weight = torch.rand(40, generator=generator) + 0.5
+    pairs = EncodedPairs(one[:40], other[:40], weight=weight, group=torch.arange(40) // 2)
     validation = EncodedPairs(one[40:], other[40:], group=torch.arange(20) // 2)
     kind(hidden=2).fit(pairs)
     kind(hidden=2).fit(pairs, validation)
