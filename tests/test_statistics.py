@@ -261,6 +261,30 @@ def test_unchanged_rows_count_by_their_weight_whatever_their_recorded_win():
     assert found.value == pytest.approx(0.25 * alone.value + 0.375, abs=5e-3)  # the ridge weighs more
 
 
+def test_ties_of_equal_length_count_as_unchanged_unless_the_caller_knows_better():
+    win, gap = drawn(60, 0.8, 1.0)
+    win[:20], gap[:20] = 0.5, 0.0
+    win[20], gap[21] = 0.5, 0.0  # a tie of another length, and a win at equal length, are changes
+    bootstrap = Bootstrap(60, 100)
+    by_default = length_controlled(win, gap, bootstrap)
+    assert by_default == length_controlled(win, gap, bootstrap, changed=np.arange(60) >= 20)
+    assert by_default != length_controlled(win, gap, bootstrap, changed=np.full(60, True))
+
+
+def test_the_interval_of_length_control_is_stretched_for_few_prompts(monkeypatch):
+    win, gap = drawn(12, 0.0, 0.5, seed=4)
+    stretched = length_controlled(win, gap, Bootstrap(12, 300))
+    monkeypatch.setattr(pfm.statistics, "small_sample_factor", lambda units: 1.0)
+    plain = length_controlled(win, gap, Bootstrap(12, 300))
+    assert stretched is not None
+    assert plain is not None
+    factor = small_sample_factor(12)
+    assert factor > 1.1
+    low, high = (stretched.value + factor * (end - plain.value) for end in (plain.low, plain.high))
+    assert (stretched.low, stretched.high) == (pytest.approx(max(low, 0.0)), pytest.approx(min(high, 1.0)))
+    assert stretched != plain
+
+
 # ---- intervals of few
 
 

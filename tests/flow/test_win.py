@@ -253,5 +253,22 @@ def test_of_many_pairs_a_random_sample_is_fitted(monkeypatch):
     assert float(head(torch.ones(1, 1), None) - head(-torch.ones(1, 1), None)) > 0.5
     torch.manual_seed(5)  # which rows they are depends on the seed of the fit alone
     again = WinHead(1, 0)
-    again.fit(EncodedPairs(torch.where(first, one, other), torch.where(first, other, one)), network=False)
+    found = again.fit(EncodedPairs(torch.where(first, one, other), torch.where(first, other, one)), network=False)
     assert torch.equal(again.weights, head.weights)
+    assert (found.network_kept, found.network_gain) == (False, 0.0)
+
+
+def test_one_prompt_in_five_judges_the_network(monkeypatch):
+    judging = []
+
+    def noted(head, batch, logit, label, held_out, group, generator):
+        judging.append((held_out, group))
+        head.drop_network()
+        return torch.zeros_like(logit), 0.0
+
+    monkeypatch.setattr(WinHead, "_fit_network", noted)
+    one, other = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0))
+    WinHead(2, 0).fit(EncodedPairs(one, other, group=torch.arange(40) // 2))
+    [(held_out, group)] = judging
+    assert float(held_out.float().mean()) == pytest.approx(0.2)
+    assert not set(group[held_out].tolist()) & set(group[~held_out].tolist())
