@@ -16,6 +16,7 @@ from pfm.preferences import (
     general,
     reconcile,
 )
+from pfm.preferences.correction import Correction
 from pfm.preferences.crossvalidation import Search, deal_folds
 from pfm.preferences.logistic import PairwiseLogistic
 from pfm.preferences.noise import NoiseReport, _fit_link, _Labels, _Link, _rater_rates
@@ -220,6 +221,33 @@ def test_the_features_in_which_labels_stand_out_lead_and_have_unit_variance():
     half[:30] = 0.0
     turned = SkewMoments(torch.where(liked, one, other), torch.where(liked, other, one), ones, half)
     assert turned.features(every, 1, reward=True).nonzero()[:, 0].tolist() == [0]
+
+
+def test_a_networks_planes_have_the_strengths_that_the_context_sets():
+    torch.manual_seed(0)
+    shape = {"hidden": 8, "blocks": 2, "reward": True}
+    gated = Correction(3, 2, 3, 2, gate=True, **shape)
+    inputs, context = torch.randn(5, 3), torch.randn(5, 2)
+    assert gated.gate is not None
+    found = gated.body(torch.cat([inputs, context], 1))
+    strength = 2 * torch.softmax(gated.gate(context), 1)
+    planes = found[:, 1:] * strength.sqrt().repeat_interleave(2, 1)
+    embedded = gated.of_axes(inputs, context)
+    torch.testing.assert_close(embedded.reward, found[:, 0])
+    torch.testing.assert_close(embedded.planes, planes)
+    gated.gain.fill_(0.25)
+    gated.input_axes.copy_(torch.randn(3, 3))
+    gated.context_mean.fill_(0.5)
+    gated.context_axes.copy_(torch.randn(2, 2))
+    y, x = torch.randn(2, 3), torch.randn(2, 2)
+    whole, parts = gated(y, x), gated.of_axes(y @ gated.input_axes, (x - 0.5) @ gated.context_axes)
+    torch.testing.assert_close(whole.reward, 0.25 * parts.reward)
+    torch.testing.assert_close(whole.planes, 0.5 * parts.planes)  # a score is a product of two planes
+    unit = Correction(3, 0, 3, 0, hidden=8, blocks=2, reward=False, unit=True, temperature=4.0)
+    assert unit.gate is None
+    found = unit.of_axes(inputs, None)
+    torch.testing.assert_close(found.planes.norm(dim=1), torch.full((5,), 0.5))
+    assert not bool(found.reward.any())
 
 
 # -- ties and raters ----------------------------------------------------------------------------------------------
