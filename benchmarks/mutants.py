@@ -83,7 +83,7 @@ def settings(area: str) -> str:
         f"also_copy = {json.dumps([name for name in COPIED if name not in ('pfm', 'tests')])}",
         f"do_not_mutate_patterns = {json.dumps(LEFT_ALONE)}",
         'process_isolation = "forkserver"',  # torch does not stand forks of a process that ran the tests
-        "timeout_constant = 20.0", "timeout_multiplier = 6.0", "use_git_change_detection = false",
+        "timeout_constant = 120.0", "timeout_multiplier = 6.0", "use_git_change_detection = false",
         'on_dependency_change = "ignore"', "",
     ])  # fmt: skip
 

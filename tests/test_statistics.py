@@ -113,6 +113,7 @@ def test_pairwise_agreement_counts_every_pair(scores, random):
     assert (right, pairs) == (pytest.approx(expected), len(different))
     assert pairwise_agreement(scores, scores) == (len(different), len(different))
     assert pairwise_agreement([-s for s in scores], scores) == (0, len(different))
+    assert pairwise_agreement([0.9, 0.1], [True, False]) == (1, 1)  # a judge may say yes and no
 
 
 def test_win_share_mirrors():
