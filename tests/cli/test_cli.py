@@ -618,3 +618,14 @@ def test_a_model_of_the_hub_is_rebuilt_at_its_commit():
 def test_a_description_of_no_encoder_of_the_package_is_refused(description):
     with pytest.raises(ValueError, match="by hand"):
         encoder_from_description(description)
+
+
+@pytest.mark.parametrize("command", ["fit", "train-decoder"])
+def test_a_refused_run_leaves_no_empty_folder(command, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"other": "text"}])
+    run(command, rows, "--out", tmp_path / "new" / "folder", "--encoder", "surface", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+    (tmp_path / "mine").mkdir()
+    write_rows(rows, [{"prompt": "p", "chosen": "a", "rejected": "a", "text": "a text"}])
+    run(command, rows, "--out", tmp_path / "mine" / "folder", "--encoder", "no-such-encoder", code=2)
+    assert list((tmp_path / "mine").iterdir()) == []  # what was there stays
