@@ -14,6 +14,7 @@ from pfm.statistics import (
     Estimate,
     _multiples,
     binned,
+    interval,
     length_controlled,
     pairwise_agreement,
     reliability,
