@@ -564,6 +564,13 @@ def test_the_further_draw_is_judged_and_no_method_can_pick_it():
     assert report.settings["independent_draws"] == 2
 
 
+@pytest.mark.parametrize(("reasoning", "won"), [("strip", 1.0), ("keep", 0.0)])
+def test_the_further_draw_is_judged_as_the_candidates_are(reasoning, won):
+    drafts = Drafts([record(["a", "b b"], 1, prompt="p")] * 2, [["<think>x y z</think>c"]] * 2)
+    report = evaluate(drafts, ["p", "p"], judge=count_words, reasoning=reasoning, resamples=20, progress=False)
+    assert known(report.row("pfm").win_independent).value == won
+
+
 def test_a_draw_that_equals_the_original_is_independent_where_another_does_not():
     two = [record(["a", "b"], prompt="p"), record(["a", "b"], prompt="q")]
     for draws, count in (([["a"], ["c"]], 2), ([["a"], ["a"]], 0), ([["a", "c"], []], 0), ([["c"], []], 1)):
