@@ -1,6 +1,8 @@
 """Couplings against closed forms: what they join, in which proportion, and what they refuse."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -334,7 +336,7 @@ class Own:
     device = torch.device("cpu")
     rows_per_item = 1
 
-    def __init__(self, count: int = 4, groups: int = 0, **parts: torch.Tensor | None) -> None:
+    def __init__(self, count: int = 4, groups: int = 0, **parts: Any) -> None:
         self.count, self.groups, self.parts = count, groups, parts
 
     def __len__(self) -> int:
@@ -345,8 +347,8 @@ class Own:
 
     def draw(self, index: torch.Tensor, generator: torch.Generator | None = None) -> Coupled:
         rows = len(index)
-        parts = {"source": torch.zeros(rows, 2), "target": torch.zeros(rows, 2), "context": torch.zeros(rows, 1)}
-        return Coupled(**({**parts, "weight": torch.ones(rows)} | self.parts))
+        drawn = Coupled(torch.zeros(rows, 2), torch.zeros(rows, 2), torch.zeros(rows, 1), torch.ones(rows))
+        return replace(drawn, **self.parts)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

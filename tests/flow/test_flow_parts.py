@@ -9,16 +9,16 @@ from pfm.flow.fields import SMALL, Field
 from pfm.flow.holdout import held_out_first
 
 CLOSED = FlowConfig(residual=False, device="cpu")
+SIDES = torch.tensor([[1.0], [-1.0]]).repeat(40, 1)  # contexts
 
 
-def turned_pairs(seed: int = 0, count: int = 80) -> EncodedPairs:
+def turned_pairs(seed: int = 0) -> EncodedPairs:
     """Draw pairs in the plane under contexts +1 and -1, which say in which direction the first number is preferred."""
     generator = torch.Generator().manual_seed(seed)
-    one, other = torch.randn(2, count, 2, generator=generator)
-    context = torch.tensor([[1.0], [-1.0]]).repeat(count // 2, 1)
-    first = (context * (one - other)[:, :1]) > 0
+    one, other = torch.randn(2, len(SIDES), 2, generator=generator)
+    first = (SIDES * (one - other)[:, :1]) > 0
     return EncodedPairs(
-        torch.where(first, one, other), torch.where(first, other, one), context, group=torch.arange(count)
+        torch.where(first, one, other), torch.where(first, other, one), SIDES, group=torch.arange(len(SIDES))
     )
 
 
@@ -44,7 +44,7 @@ def test_steps_are_those_chosen_else_those_configured_else_one():
 
 
 def test_a_trajectory_is_that_of_the_field_with_its_context(turned):
-    y, context = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)), turned_pairs().context[:6]
+    y, context = torch.randn(6, 2, generator=torch.Generator().manual_seed(1)), SIDES[:6]
     assert "context_free" in turned.metadata
     for time in (0.5, 1.0):
         states = turned.trajectory(y, context, times=[time])
@@ -68,7 +68,7 @@ def test_a_student_is_judged_under_its_contexts_and_knows_what_its_teacher_does(
     for name in ("encoder", "dimension", "context_dimension", "pairs", "prompts", "version", "win", "unit_norm"):
         assert name in turned.metadata
         assert student.metadata[name] == turned.metadata[name]
-    y, context = torch.cat([pairs.chosen, pairs.rejected]), pairs.context.repeat(2, 1)
+    y, context = torch.cat([pairs.chosen, pairs.rejected]), SIDES.repeat(2, 1)
     order, count = held_out_first(len(y), pairs.group.repeat(2), student.config)
     held = order[:count]
     taught = turned.transport(y, context)[held]

@@ -293,7 +293,7 @@ def test_a_raters_table_is_drawn_to_that_of_all():
 
 def test_the_same_responses_to_two_prompts_are_two_pairs_and_the_better_one_is_chosen():
     votes = [("p", "yes", "no", "a"), ("p", "no", "yes", "b"), ("p", "no", "yes", "c"), ("q", "yes", "no", "a")]
-    rows = [dict(zip(("prompt", "chosen", "rejected", "rater"), vote, strict=True)) for vote in votes]
+    rows = [{"prompt": p, "chosen": better, "rejected": worse, "rater": rater} for p, better, worse, rater in votes]
     joined = reconcile(PreferencePairs.from_rows(rows)).pairs
     assert joined.prompts == ["p", "q"]
     assert list(zip(joined.chosen, joined.rejected, strict=True)) == [("no", "yes"), ("yes", "no")]
