@@ -14,10 +14,12 @@ from pfm.statistics import (
     Estimate,
     _multiples,
     binned,
+    interval,
     length_controlled,
     pairwise_agreement,
     reliability,
     sign_test,
+    small_sample_factor,
     win_share,
     win_share_among,
 )
@@ -150,6 +152,7 @@ def test_pairwise_agreement_counts_every_pair(scores, random):
     assert (right, pairs) == (pytest.approx(expected), len(different))
     assert pairwise_agreement(scores, scores) == (len(different), len(different))
     assert pairwise_agreement([-s for s in scores], scores) == (0, len(different))
+    assert pairwise_agreement([0.9, 0.1], [True, False]) == (1, 1)  # a judge may say yes and no
 
 
 def test_win_share_mirrors():
@@ -163,6 +166,7 @@ def test_sign_test_is_exact():
     assert sign_test(0, 6) == pytest.approx(2 / 2**6)
     assert sign_test(7, 3) == pytest.approx(2 * sum(math.comb(10, k) for k in (7, 8, 9, 10)) / 2**10)
     assert sign_test(4, 4) == sign_test(0, 0) == 1
+    assert all(0.99999 < sign_test(half + 1, half) <= 1 for half in range(200))  # half of all outcomes, twice
     z = (52_000 - 0.5 - 50_000) / math.sqrt(25_000)
     assert sign_test(52_000, 48_000) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-2)
 
@@ -289,6 +293,30 @@ def test_unchanged_rows_count_by_their_weight_whatever_their_recorded_win():
     assert found.value == pytest.approx(0.25 * alone.value + 0.375, abs=5e-3)  # the ridge weighs more
 
 
+def test_ties_of_equal_length_count_as_unchanged_unless_the_caller_knows_better():
+    win, gap = drawn(60, 0.8, 1.0)
+    win[:20], gap[:20] = 0.5, 0.0
+    win[20], gap[21] = 0.5, 0.0  # a tie of another length, and a win at equal length, are changes
+    bootstrap = Bootstrap(60, 100)
+    by_default = length_controlled(win, gap, bootstrap)
+    assert by_default == length_controlled(win, gap, bootstrap, changed=np.arange(60) >= 20)
+    assert by_default != length_controlled(win, gap, bootstrap, changed=np.full(60, True))
+
+
+def test_the_interval_of_length_control_is_stretched_for_few_prompts(monkeypatch):
+    win, gap = drawn(12, 0.0, 0.5, seed=4)
+    stretched = length_controlled(win, gap, Bootstrap(12, 300))
+    monkeypatch.setattr(pfm.statistics, "small_sample_factor", lambda units: 1.0)
+    plain = length_controlled(win, gap, Bootstrap(12, 300))
+    assert stretched is not None
+    assert plain is not None
+    factor = small_sample_factor(12)
+    assert factor > 1.1
+    low, high = (stretched.value + factor * (end - plain.value) for end in (plain.low, plain.high))
+    assert (stretched.low, stretched.high) == (pytest.approx(max(low, 0.0)), pytest.approx(min(high, 1.0)))
+    assert stretched != plain
+
+
 # ---- intervals of few
 
 
@@ -325,6 +353,45 @@ def test_noise_floor_and_ceiling_are_those_of_a_normal_error():
     assert r.measured_ece == 0
     assert r.noise_floor == pytest.approx(s * math.sqrt(2 / math.pi), rel=0.05)
     assert r.noise_ceiling == pytest.approx(1.96 * s, rel=0.05)
+
+
+def test_the_noise_of_a_bin_goes_by_the_prompts_that_are_in_it():
+    """One bin of two prompts, one of ten: a bin of m prompts has taken 1 / m of its noise into its own gap."""
+    owner = np.r_[0, 1, np.arange(10)]
+    p = np.r_[0.1, 0.1, np.full(10, 0.9)]
+    y = np.r_[0.0, 1.0, np.tile([0.0, 1.0], 5)]
+    bootstrap = Bootstrap(10, 300)
+    found = reliability(p, y, owner, bootstrap, bins=2)
+    gaps, rows = np.zeros((2, 10, 2))
+    for place, prompt in enumerate(owner):
+        gaps[prompt, int(p[place] > 0.5)] += y[place] - p[place]
+        rows[prompt, int(p[place] > 0.5)] += 1
+    noise = bootstrap.sums(gaps) - bootstrap.sums(rows) * gaps.sum(0) / rows.sum(0)
+    noise /= bootstrap.sums(rows).sum(1, keepdims=True)
+    noise *= np.sqrt([2 / 1, 10 / 9])
+    noise *= small_sample_factor(10) * math.sqrt(9 / 10)
+    assert found.noise_floor == pytest.approx(np.abs(noise).sum(1).mean())
+    assert found.noise_ceiling == pytest.approx(np.quantile(np.abs(noise).sum(1), 0.95))
+
+
+def test_the_slope_is_that_of_least_squares_with_an_interval_of_few_prompts():
+    p = np.array([0.1, 0.3, 0.4, 0.6, 0.8, 0.9])
+    y = np.array([0.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+    bootstrap = Bootstrap(6, 200)
+    found = reliability(p, y, np.arange(6), bootstrap).slope
+    slopes = [
+        np.polyfit(p, y, 1, w=np.sqrt(count))[0]
+        for count in np.concatenate(list(bootstrap._draw()))
+        if (count > 0).sum() > 1
+    ]
+    expected = interval(float(np.polyfit(p, y, 1)[0]), np.array(slopes), 6)
+    assert found is not None
+    assert expected is not None
+    for name in ("value", "low", "high"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-6)
+    few = reliability(p, y, np.zeros(6, dtype=int), Bootstrap(1, 20)).slope  # one prompt: no spread is known
+    assert few is not None
+    assert (few.low, few.high) == pytest.approx((few.value, few.value))
 
 
 def test_multiples_of_the_calibration_gaps_have_closed_forms():

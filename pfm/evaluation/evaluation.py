@@ -16,7 +16,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from pfm._internal.checks import check_length
-from pfm.data.conversations import conversation_text
 from pfm.devices import standard_defaults
 from pfm.evaluation.candidates import COMPUTED, LABELS
 from pfm.evaluation.report import Report
@@ -266,8 +265,6 @@ def _vector_picks(
     names: Sequence[str], training: EncodedPairs, encoder: Any, rows: Sequence[Scored], progress: bool
 ) -> dict[str, list[int]]:
     """Pick by baselines that read the same embeddings as the flow."""
-    import torch
-
     from pfm.encoders.base import EMPTY_TEXT
     from pfm.encoders.sentence import as_encoder
     from pfm.preferences import BradleyTerry, MeanShift
@@ -280,20 +277,14 @@ def _vector_picks(
             f"encoder gives {outputs.shape[1]} values an output, but training pairs have "
             f"{training.dimension}: give the encoder that made them"
         )
-    context = None
-    if training.context_dimension:
-        encode_prompts = getattr(encoder, "encode_prompts", encoder.encode)
-        owner = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row.candidates) for row in rows]))
-        context = encode_prompts([conversation_text(row.prompt) for row in rows], progress=progress)[owner]
-
-    rewards = {
-        "mean_shift": lambda: MeanShift().fit(training).reward(outputs),
-        "bradley_terry": lambda: BradleyTerry().fit(training).reward(outputs, context),
-    }
+    # Both are linear in an output: within a prompt its context cancels, and is not encoded.
+    models = {"mean_shift": MeanShift, "bradley_terry": BradleyTerry}
     ends = np.cumsum([len(row.candidates) for row in rows])[:-1]
-    return {
-        name: [int(part.argmax()) for part in np.split(rewards[name]().detach().cpu().numpy(), ends)] for name in names
-    }
+    picks = {}
+    for name in names:
+        rewards = models[name]().fit(training).reward(outputs).detach().cpu().numpy()
+        picks[name] = [int(part.argmax()) for part in np.split(rewards, ends)]
+    return picks
 
 
 def _name_of(judge: Any) -> str:

@@ -445,4 +445,4 @@ def check_table(table: Any) -> Tensor:
 
 
 def _one_row(context: Tensor) -> bool:
-    return len(context) <= 1 or context.stride(0) == 0 or bool((context == context[0]).all())
+    return len(context) > 0 and (context.stride(0) == 0 or bool((context == context[0]).all()))

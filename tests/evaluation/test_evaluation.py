@@ -1,5 +1,6 @@
 """The report card tells the truth: closed forms, controls in which nothing or the contrary must show, a real road."""
 
+import os
 import time
 from typing import TypeVar
 
@@ -466,6 +467,141 @@ def test_methods_choose_the_baselines_that_are_shown():
     assert [row.name for row in report.rows] == ["identity", "random", "pfm"]
 
 
+def test_settings_of_a_report_are_handed_on():
+    records = [record(["a", "b b"], n % 2) for n in range(12)]
+    report = evaluate(records, judge=count_words, resamples=30, seed=5, progress=False)
+    rows = [Scored("p", r.candidates, count_words("p", r.candidates), {"pfm": r.index}, 0, [0.5, 0.5]) for r in records]
+    same = Report.from_scored(rows, resamples=30, seed=5)
+    assert report.rows == same.rows
+    assert (report.settings["resamples"], report.settings["seed"]) == (30, 5)
+    defaults = evaluate(records, judge=count_words, progress=False).settings
+    assert (defaults["resamples"], defaults["seed"]) == (2000, 0)
+
+
+def test_groups_are_those_of_the_prompts_that_remain():
+    records = [record([]), record(["a", "b b"], 1), record(["a", "b b"])]
+    report = evaluate(records, judge=count_words, groups=[0, 1, 2], resamples=20, progress=False)
+    assert [(group.name, group.win.value) for group in report.groups] == [("1", 1.0), ("2", 0.5)]
+    assert evaluate(records, judge=count_words, resamples=20, progress=False).groups == []
+
+
+def test_scores_belong_to_the_record_at_their_place():
+    records = [record([]), record(["a", "b"], 1), record(["a", "b"], 1)]
+    report = evaluate(records, scores=[[], [0.0, 1.0], [1.0, 0.0]], resamples=20, progress=False)
+    assert report.row("pfm").score.value == 0.5
+    assert report.row("oracle").score.value == 1
+    assert report.settings["judge"] == "scores given by the caller"
+
+
+@pytest.mark.parametrize(("reasoning", "judged"), [(None, 1.0), ("strip", 1.0), ("keep", 3.0)])
+def test_the_answer_after_hidden_reasoning_is_judged(reasoning, judged):
+    seen = []
+
+    def judge(prompt, responses):
+        seen.extend(responses)
+        return count_words(prompt, responses)
+
+    records = [record(["<think>is it?</think>Yes", "No"])] * 2
+    report = evaluate(records, judge=judge, reasoning=reasoning, resamples=20, progress=False)
+    assert report.row("identity").score.value == judged - (reasoning == "keep")  # "<think>is", "it?</think>Yes"
+    assert seen[0] == ("<think>is it?</think>Yes" if reasoning == "keep" else "Yes")
+
+
+def test_a_judge_that_leaves_pairs_to_a_model_is_warned_of():
+    class Judge:
+        name = "own"
+
+        def __init__(self, sure):
+            self.sure = sure
+
+        def __call__(self, prompt, responses):
+            return count_words(prompt, responses)
+
+    def warned(sure):
+        report = evaluate([record(["a", "b b"], 1)] * 3, judge=Judge(sure), resamples=20, progress=False)
+        assert report.settings["judge"] == "own"
+        return [w for w in report.verdict.warnings if w.startswith("The judge leaves pairs to a preference model")]
+
+    assert warned(1.0) == []
+    assert [warning.partition(":")[2] for warning in warned(0.9)] == [
+        " figures flatter any flow that shares it. Use sure=1."
+    ]
+
+
+def test_a_judge_is_named_by_its_name_else_its_function_else_its_class():
+    class Counting:
+        def __call__(self, prompt, responses):
+            return count_words(prompt, responses)
+
+    for judge, name in ((Counting(), "Counting"), (count_words, "count_words")):
+        assert evaluate([record(["a"])], judge=judge, resamples=20, progress=False).settings["judge"] == name
+
+
+@pytest.mark.skipif("TQDM_DISABLE" in os.environ, reason="progress bars are switched off")
+def test_progress_is_shown_unless_it_is_not_wanted(capsys):
+    evaluate([record(["a", "b"])] * 3, judge=count_words, resamples=20, progress=False)
+    assert capsys.readouterr().err == ""
+    evaluate([record(["a", "b"])] * 3, judge=count_words, resamples=20)
+    shown = capsys.readouterr().err
+    assert "Judging" in shown
+    assert "3/3" in shown
+    assert "prompt/s" in shown
+
+
+class Drafts:
+    """A refiner whose candidates and further draws are given."""
+
+    def __init__(self, records, draws):
+        self.records, self.draws, self.asked, self.shown = records, draws, [], []
+
+    def batch(self, prompts, *, progress):
+        self.shown.append(progress)
+        return self.records
+
+    def candidates(self, prompts, count):
+        self.asked.append((list(prompts), count))
+        return self.draws
+
+
+def test_the_further_draw_is_judged_and_no_method_can_pick_it():
+    drafts = Drafts(
+        [record(["a", "b b"], 1, prompt="p"), record([]), record(["a", "b b"], prompt="q")],
+        [["<think>of it</think>c c c"], [""]],
+    )
+    report = evaluate(drafts, ["p", "failed", "q"], judge=count_words, resamples=20, progress=False)
+    assert drafts.asked == [(["p", "q"], 1)]
+    assert drafts.shown == [False]
+    assert report.row("oracle").score.value == 2  # not 3
+    assert known(report.row("pfm").win_independent).value == 0.5  # "b b" loses to "c c c", "a" wins against ""
+    assert known(report.row("oracle").win_independent).value == 0.5
+    assert report.settings["independent_draws"] == 2
+
+
+@pytest.mark.parametrize(("reasoning", "won"), [("strip", 1.0), ("keep", 0.0)])
+def test_the_further_draw_is_judged_as_the_candidates_are(reasoning, won):
+    drafts = Drafts([record(["a", "b b"], 1, prompt="p")] * 2, [["<think>x y z</think>c"]] * 2)
+    report = evaluate(drafts, ["p", "p"], judge=count_words, reasoning=reasoning, resamples=20, progress=False)
+    assert known(report.row("pfm").win_independent).value == won
+
+
+def test_a_draw_that_equals_the_original_is_independent_where_another_does_not():
+    two = [record(["a", "b"], prompt="p"), record(["a", "b"], prompt="q")]
+    for draws, count in (([["a"], ["c"]], 2), ([["a"], ["a"]], 0), ([["a", "c"], []], 0), ([["c"], []], 1)):
+        report = evaluate(Drafts(two, draws), ["p", "q"], judge=count_words, resamples=20, progress=False)
+        assert report.settings["independent_draws"] == count
+        assert any("repeats its first draw" in reason for reason in report.settings["left_out"]) == (count == 0)
+    # A generator that knows one answer does repeat itself, and its draws are independent all the same.
+    one = [record(["a", "a"], prompt="p"), record(["a", "a"], prompt="q")]
+    report = evaluate(Drafts(one, [["a"], ["a"]]), ["p", "q"], judge=count_words, resamples=20, progress=False)
+    assert report.settings["independent_draws"] == 2
+
+
+def test_a_refiner_that_gives_too_few_draws_is_named():
+    drafts = Drafts([record(["a", "b"]), record(["a", "b"])], [["c"]])
+    with pytest.raises(ValueError, match=r"refiner\.candidates gave 1 lists for 2 prompts"):
+        evaluate(drafts, ["p", "q"], judge=count_words, progress=False)
+
+
 # ---- the whole road, with real parts
 
 
@@ -542,6 +678,25 @@ def test_vector_baselines_turn_round_with_their_labels(training):
     assert max(gains(training.swap())) < -0.3
     opposite = EncodedPairs(training.rejected, training.chosen, probability=torch.zeros(len(training)))
     assert gains(opposite)[0] == pytest.approx(gains(training)[0])
+
+
+def test_linear_baselines_need_no_prompt_and_no_other_baseline(training):
+    """Within a prompt a linear term in its context cancels: contexts change no pick, and no prompt is encoded."""
+
+    class Outputs(SurfaceEncoder):
+        def encode_prompts(self, texts, *, progress=False):
+            raise AssertionError("no prompt is to be encoded")
+
+    context = torch.randn(len(training), 3, generator=torch.Generator().manual_seed(0))
+    told = EncodedPairs(training.chosen, training.rejected, context)
+    generator = Replies()
+    records = [record(["Cut off <think>", *generator("", n=4)]), record(generator("", n=3)), record(["", "Yes!"])]
+    options = {"judge": calm, "encoder": Outputs(), "resamples": 20, "progress": False}
+    plain = evaluate(records, training=training, **options)
+    for names in (["mean_shift", "bradley_terry"], ["mean_shift"], ["bradley_terry"]):
+        report = evaluate(records, training=told, methods=names, **options)
+        assert [row.name for row in report.rows] == ["identity", *names, "pfm"]
+        assert all(report.row(name) == plain.row(name) for name in names)
 
 
 def test_an_encoder_of_another_dimension_is_refused(training):

@@ -1,12 +1,24 @@
 """Couplings against closed forms: what they join, in which proportion, and what they refuse."""
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from pfm import EncodedPairs
-from pfm.flow.couplings import COUPLINGS, BestOf, Coupled, Coupling, Joined, WithoutContext, make_coupling
+from pfm.flow.couplings import (
+    COUPLINGS,
+    BestOf,
+    Coupled,
+    Coupling,
+    Joined,
+    WithoutContext,
+    _check_samples,
+    make_coupling,
+)
+from pfm.flow.transported import _squares
 
 
 def all_rows(coupling: Coupling) -> Coupled:
@@ -313,3 +325,68 @@ def test_a_prompt_of_one_pair_keeps_its_own_target():
         for number, own in enumerate(targets):
             assert own == {10.0 + other for other in range(5) if group[other] == group[number]}
         assert len(targets[alone]) == 1
+
+
+# -- couplings of one's own -----------------------------------------------------------------------------------------
+
+
+class Own:
+    """Draws one row an item, of which a part may have another shape than it should."""
+
+    device = torch.device("cpu")
+    rows_per_item = 1
+
+    def __init__(self, count: int = 4, groups: int = 0, **parts: Any) -> None:
+        self.count, self.groups, self.parts = count, groups, parts
+
+    def __len__(self) -> int:
+        return self.count
+
+    def group_of(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(index) + self.groups)
+
+    def draw(self, index: torch.Tensor, generator: torch.Generator | None = None) -> Coupled:
+        rows = len(index)
+        drawn = Coupled(torch.zeros(rows, 2), torch.zeros(rows, 2), torch.zeros(rows, 1), torch.ones(rows))
+        return replace(drawn, **self.parts)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_coupling_of_ones_own_is_looked_at_in_at_most_two_items(count: int):
+    _check_samples("own", Own(count), contextual(8))
+
+
+@pytest.mark.parametrize(
+    ("coupling", "message"),
+    [
+        (Own(0), "coupling='own' joins no samples of these 8 pairs"),
+        (Own(source=torch.zeros(2, 3)), r"must draw source \(2, 2\) for 2 items, 1 rows each: got \(2, 3\)"),
+        (Own(target=torch.zeros(3, 2)), r"must draw target \(2, 2\) .*: got \(3, 2\)"),
+        (Own(weight=torch.zeros(2, 1)), r"must draw weight \(2,\) .*: got \(2, 1\)"),
+        (Own(context=None), r"must draw context \(2, 1\) .*: got None"),
+        (Own(groups=1), r"one prompt an item from group_of, \(2,\)"),
+    ],
+)
+def test_samples_of_other_shapes_are_refused(coupling: Own, message: str):
+    with pytest.raises(ValueError, match=message):
+        _check_samples("own", coupling, contextual(8))
+
+
+# -- transport ------------------------------------------------------------------------------------------------------
+
+
+def test_squared_distances_of_far_rows_are_exact():
+    """The usual expansion into products would lose them: a row is at 0 from itself, however far from the origin."""
+    rows = 1e4 + torch.arange(60.0)[:, None].repeat(1, 2)
+    apart = _squares(rows, rows)
+    assert not bool(apart.diagonal().any())
+    torch.testing.assert_close(apart[0], 2 * torch.arange(60.0).square())
+
+
+def test_a_context_of_one_pair_is_joined_within_itself_by_transport():
+    outputs = torch.tensor([[0.0], [1.0], [5.0]])
+    pairs = EncodedPairs(outputs + 0.1, outputs, torch.tensor([[0.0], [0.0], [1.0]]))
+    rows = all_rows(make_coupling(pairs, source="rejected", coupling="ot"))
+    assert sorted(zip(rows.source.flatten().tolist(), rows.target.flatten().tolist(), strict=True)) == [
+        (0.0, pytest.approx(0.1)), (1.0, pytest.approx(1.1)), (5.0, pytest.approx(5.1)),
+    ]  # fmt: skip

@@ -7,22 +7,35 @@ import torch
 from torch import Tensor
 
 from pfm import FlowConfig
+from pfm.flow import training
 from pfm.flow.couplings import Coupled
 from pfm.flow.fields import Field, Normalizer
 from pfm.flow.problem import STRATA, FlowProblem
-from pfm.flow.training import TrainingLog, _best_multiple, _Order, _schedule, _ValidationRows, train_residual
+from pfm.flow.training import (
+    TrainingLog,
+    _best_multiple,
+    _fingerprint,
+    _Order,
+    _schedule,
+    _ValidationRows,
+    planned_updates,
+    train_residual,
+)
 
 SHORT = FlowConfig(epochs=80, patience=1000, batch_size=64, device="cpu")
 
 
 class Weighted:
-    """Joins given samples (N, 1), with weights (N,) and prompts (N,)."""
+    """Joins given samples (N, 1), with weights (N,), prompts (N,) and contexts (N, C); notes who draws."""
 
     rows_per_item = 1
     device = torch.device("cpu")
 
-    def __init__(self, source: Tensor, target: Tensor, weight: Tensor, group: Tensor) -> None:
-        self.source, self.target, self.weight, self.group = source, target, weight, group
+    def __init__(
+        self, source: Tensor, target: Tensor, weight: Tensor, group: Tensor, context: Tensor | None = None
+    ) -> None:
+        self.source, self.target, self.weight, self.group, self.context = source, target, weight, group, context
+        self.generators: list[torch.Generator | None] = []
 
     def __len__(self) -> int:
         return len(self.source)
@@ -31,7 +44,9 @@ class Weighted:
         return self.group[index]
 
     def draw(self, index: Tensor, generator: torch.Generator | None = None) -> Coupled:
-        return Coupled(self.source[index], self.target[index], None, self.weight[index])
+        self.generators.append(generator)
+        context = None if self.context is None else self.context[index]
+        return Coupled(self.source[index], self.target[index], context, self.weight[index])
 
 
 def two_ways(up: float, prompts: int = 10) -> Weighted:
@@ -79,6 +94,50 @@ def test_the_averaged_network_is_judged_and_kept_and_not_the_last():
     assert problem.model.residual is not None
     kept = _ValidationRows(problem, two_ways(1.8), slow.seed).loss(problem.model.residual)
     assert kept == pytest.approx(log.loss, rel=1e-5)
+
+
+def test_a_context_is_trained_on_and_judged_with():
+    """The velocity is the context: without it the best one is 0."""
+    context = torch.tensor([[1.0], [-1.0]]).repeat(10, 1)
+    data = Weighted(torch.zeros(20, 1), context, torch.ones(20), torch.arange(20), context)
+    torch.manual_seed(0)
+    problem = FlowProblem(Field(1, 1, 16, 2), Normalizer(1, 1), 0.0, one_step=True)
+    log = train_residual(problem, data, data, SHORT, progress=False)
+    assert log.plain_loss == pytest.approx(1.0)
+    assert log.loss < 0.05
+    assert log.gain > 0.9
+    with torch.no_grad():
+        found = problem.model(torch.tensor(0.0), torch.zeros(2, 1), context[:2])
+    torch.testing.assert_close(found, context[:2], atol=0.2, rtol=0)
+
+
+def test_the_loss_of_predicting_nothing_is_the_weighted_mean_square():
+    held = Weighted(torch.zeros(2, 1), torch.tensor([[1.0], [2.0]]), torch.tensor([1.5, 0.5]), torch.arange(2))
+    assert _ValidationRows(one_step_problem(), held, 0).loss(None) == pytest.approx((1.5 * 1 + 0.5 * 4) / 2)
+
+
+def test_only_the_seed_of_the_configuration_matters():
+    """Times, noise and batches: whatever was drawn before, the run is the same; another seed makes another run."""
+
+    def run(before: int, seed: int) -> list[tuple[int, float]]:
+        torch.manual_seed(0)
+        problem = FlowProblem(Field(1, 0, 8, 1), Normalizer(1, 0), 0.3)
+        torch.manual_seed(before)
+        data = two_ways(1.8)
+        log = train_residual(problem, data, data, SHORT.replace(epochs=4, batch_size=8, seed=seed), progress=False)
+        assert len({id(generator) for generator in data.generators[1:]}) == 1  # after the draw of the validation rows
+        return log.validation
+
+    assert run(1, 0) == run(2, 0)
+    assert run(1, 0) != run(1, 1)
+
+
+def test_reduced_precision_is_used_where_it_is_asked_for():
+    plain, half = (
+        trained(two_ways(1.8), two_ways(1.8), SHORT.replace(dtype=kind))[1] for kind in ("float32", "bfloat16")
+    )
+    assert plain.validation != half.validation
+    assert half.loss == pytest.approx(plain.loss, abs=0.01)
 
 
 # -- what held-out prompts confirm ----------------------------------------------------------------------------------
@@ -132,6 +191,24 @@ def test_what_is_not_confirmed_is_dropped_though_a_multiple_improves():
     assert z < 1.645
 
 
+def test_one_update_may_be_what_is_kept():
+    _, log = trained(two_ways(1.8, 8), two_ways(1.8, 8), SHORT.replace(epochs=1))
+    assert [update for update, _ in log.validation] == [1]
+    assert (log.best_update, log.gain) == (1, 1.0)
+
+
+def test_rows_of_one_pair_are_one_witness_where_there_is_one_prompt():
+    """Four pairs of one prompt are looked at a thousand times each; they are four, and cannot confirm anything."""
+
+    def gain(pairs: int) -> float:
+        rows = torch.zeros(pairs, 1)
+        data = Weighted(rows, rows + 1, torch.ones(pairs), torch.zeros(pairs))
+        return trained(data, data, SHORT.replace(epochs=20))[1].gain
+
+    assert gain(4) == 0.0
+    assert gain(8) > 0.5
+
+
 @pytest.mark.parametrize(
     ("product", "square", "multiple"),
     [(1.0, 4.0, 0.25), (4.0, 4.0, 1.0), (5.0, 4.0, 1.0), (-1.0, 4.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, 0.0)],
@@ -156,6 +233,41 @@ def test_every_pair_is_seen_once_an_epoch_in_batches_of_one_size(count, items):
     if count == 10:
         assert first[0] != first[1]
         assert first[0] != _Order(count, items, 1, torch.device("cpu")).at(0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("affordable", "updates"), [(5, 4 * 5), (15, 2 * 20), (100, 100), (10_000, 400 * 20)]
+)  # fmt: skip
+def test_a_budget_is_spent_on_updates_within_bounds_of_passes_over_the_pairs(monkeypatch, affordable, updates):
+    problem = FlowProblem(Field(1, 0, 8, 1), Normalizer(1, 0), 0.3)
+    assert problem.model.residual is not None
+    monkeypatch.setattr(training, "BUDGET", (affordable + 0.5) * 3 * problem.model.residual.multiply_adds)
+    assert planned_updates(problem, two_ways(1.0), FlowConfig(batch_size=1, device="cpu")) == (updates, 1)
+    of_five = FlowConfig(batch_size=7, epochs=5, device="cpu")
+    assert planned_updates(problem, two_ways(1.0), of_five) == (5 * math.ceil(20 / 7), 7)
+    of_thirty = FlowConfig(batch_size=30, epochs=2, device="cpu")  # of which 24 fill the strata
+    assert planned_updates(one_step_problem(), two_ways(1.0, 50), of_thirty) == (2 * math.ceil(100 / 24), 24)
+
+
+@pytest.mark.parametrize(("dimension", "asked", "highest"), [(1, "auto", 4e-3), (200, "auto", 2e-3), (1, 0.05, 0.05)])
+def test_every_update_has_its_rate_and_validation_its_place(monkeypatch, dimension, asked, highest):
+    rates = []
+    set_rate = training.set_rate
+
+    def noted(optimizer: torch.optim.Optimizer, rate: float) -> None:
+        rates.append(rate)
+        set_rate(optimizer, rate)
+        assert [group["lr"] for group in optimizer.param_groups] == [rate]
+
+    monkeypatch.setattr(training, "set_rate", noted)
+    rows = torch.zeros(8, dimension)
+    data = Weighted(rows, rows + 1, torch.ones(8), torch.arange(8))
+    problem = FlowProblem(Field(dimension, 0, 4, 1), Normalizer(dimension, 0), 0.0, one_step=True)
+    for epochs, places in ((5, [1, 2, 3, 4, 5]), (83, [*range(2, 83, 2), 83])):
+        rates.clear()
+        log = train_residual(problem, data, data, SHORT.replace(epochs=epochs, learning_rate=asked), progress=False)
+        assert rates == [highest * _schedule(update, epochs) for update in range(epochs)]
+        assert [update for update, _ in log.validation] == places
 
 
 def test_the_rate_warms_up_and_falls_by_a_cosine():
@@ -212,19 +324,37 @@ def test_a_state_of_other_data_is_refused(tmp_path, train, config):
         train_residual(one_step_problem(), train, two_ways(1.8), config, checkpoint=tmp_path, progress=False)
 
 
+def test_a_state_knows_its_data_by_rows_from_all_over_them(monkeypatch):
+    monkeypatch.setattr(training, "FINGERPRINT_ROWS", 5)
+    problem = one_step_problem()
+
+    def known_as(changed: int | None) -> str:
+        data = two_ways(1.8)
+        if changed is not None:
+            data.target[changed] += 1
+        return _fingerprint(problem, data, SHORT, 80)
+
+    assert known_as(None) == known_as(None)
+    noticed = [row for row in range(20) if known_as(row) != known_as(None)]
+    assert noticed == [0, 4, 8, 12, 16]
+
+
 # -- times ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("items", [STRATA, 3 * STRATA // 2, 16 * STRATA, 16 * STRATA + STRATA // 2, 17 * STRATA])
-def test_times_are_stratified_and_divide_the_items(items):
-    problem = FlowProblem(Field(2, 0, 4, 1), Normalizer(2, 0), 0.1)
+@pytest.mark.parametrize("items", [3, 6, STRATA, 3 * STRATA // 2, 16 * STRATA, 16 * STRATA + STRATA // 2, 17 * STRATA])
+@pytest.mark.parametrize("dimension", [2, 80])  # a matrix a row, and few matrices of an update
+def test_times_are_stratified_and_divide_the_items(items, dimension):
+    problem = FlowProblem(Field(dimension, 0, 4, 1), Normalizer(dimension, 0), 0.1)
+    assert problem.stratified == (dimension == 80)
     times = problem.times(items, torch.Generator().manual_seed(0), torch.device("cpu"))
     count = len(times)
     assert count == problem.strata(items)
     assert items % count == 0
     assert torch.equal((times * count).long(), torch.arange(count))  # one in each of equal strata
     if problem.stratified:
-        assert count == (STRATA if items >= 16 * STRATA and items % STRATA == 0 else STRATA // 2)
+        largest = STRATA if items >= 16 * STRATA and items % STRATA == 0 else STRATA // 2
+        assert count == math.gcd(items, largest)
     else:
         assert count == items
 

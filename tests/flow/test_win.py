@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pfm import EncodedPairs
 from pfm._internal.columns import column_statistics
+from pfm.flow import win
 from pfm.flow.win import CONTEXT_RIDGES, WinHead, _accuracy, _agreement, confirmed_margin
 
 
@@ -227,6 +228,20 @@ def test_a_network_is_dropped_where_labels_say_nothing():
     assert float(head.margin) == math.inf
 
 
+def test_of_few_prompts_no_network_is_tried():
+    head = WinHead(1, 1)
+    found = head.fit(turned(12, 0), seed=1)  # two or three are held out
+    assert (found.network_kept, found.network_gain, head.network) == (False, 0.0, None)
+
+
+@pytest.mark.parametrize(("after", "kept"), [(0.895, True), (0.885, False)])
+def test_a_network_that_orders_worse_by_a_hundredth_is_dropped(monkeypatch, after, kept):
+    """Figures of the order before and after are given; whether the labels confirm the network is found as ever."""
+    orders = iter([0.9, after])
+    monkeypatch.setattr(win, "_accuracy", lambda *pairs: next(orders, None) or _accuracy(*pairs))
+    assert WinHead(1, 1).fit(turned(600, 0), seed=1).network_kept == kept
+
+
 def test_of_many_pairs_a_random_sample_is_fitted(monkeypatch):
     """The first fifth of the rows contradicts the rest: a sample of the first rows would learn the opposite."""
     monkeypatch.setattr("pfm.flow.win.FIT_PAIRS", 200)
@@ -236,3 +251,24 @@ def test_of_many_pairs_a_random_sample_is_fitted(monkeypatch):
     head = WinHead(1, 0)
     head.fit(EncodedPairs(torch.where(first, one, other), torch.where(first, other, one)), network=False)
     assert float(head(torch.ones(1, 1), None) - head(-torch.ones(1, 1), None)) > 0.5
+    torch.manual_seed(5)  # which rows they are depends on the seed of the fit alone
+    again = WinHead(1, 0)
+    found = again.fit(EncodedPairs(torch.where(first, one, other), torch.where(first, other, one)), network=False)
+    assert torch.equal(again.weights, head.weights)
+    assert (found.network_kept, found.network_gain) == (False, 0.0)
+
+
+def test_one_prompt_in_five_judges_the_network(monkeypatch):
+    judging = []
+
+    def noted(head, batch, logit, label, held_out, group, generator):
+        judging.append((held_out, group))
+        head.drop_network()
+        return torch.zeros_like(logit), 0.0
+
+    monkeypatch.setattr(WinHead, "_fit_network", noted)
+    one, other = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0))
+    WinHead(2, 0).fit(EncodedPairs(one, other, group=torch.arange(40) // 2))
+    [(held_out, group)] = judging
+    assert float(held_out.float().mean()) == pytest.approx(0.2)
+    assert not set(group[held_out].tolist()) & set(group[~held_out].tolist())

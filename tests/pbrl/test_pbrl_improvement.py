@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from scipy.special import stdtrit
 
 import pfm.pbrl.improvement
+from pfm._internal.significance import confirmed
 from pfm.pbrl import BatchedPointMass, FlowPolicy, Teacher, episode_returns, improve, load_improvement
 
 FLOW = {"hidden": 32, "layers": 1, "epochs": 4}
@@ -75,14 +78,24 @@ def test_answers_by_a_coin_lead_nowhere(kept: Path):
 
 def test_without_episodes_labels_alone_are_followed():
     settings = {**SETTINGS, "episodes": 0, "strengths": (1.0,), "rounds": 2}
-    found = improve(BatchedPointMass, Steering(), 600, **settings)
-    assert [(each.strength, each.kept, each.returns) for each in found.rounds] == [(1.0, None, {})] * 2
-    assert str(found).splitlines()[2].split() == ["2", "300", "1", "–", "–"]
-    chance = improve(BatchedPointMass, Steering(), 600, teacher=Teacher(mistake=0.5), **settings)
-    before = returns(Steering())
-    gain = (returns(found.policy) - before).mean()
-    assert gain > 1
-    assert abs((returns(chance.policy) - before).mean()) < 0.1 * gain
+    before = returns(Steering()).mean()
+
+    def gain(seed: int, teacher: Teacher) -> float:
+        found = improve(BatchedPointMass, Steering(), 200, seed=seed, teacher=teacher, **settings)
+        assert [(each.strength, each.kept, each.returns) for each in found.rounds] == [(1.0, None, {})] * 2
+        assert str(found).splitlines()[2].split() == ["2", "100", "1", "–", "–"]
+        return float(returns(found.policy).mean() - before)
+
+    # Five seeds are the fewest of which all signs together are evidence at 5%; the bounds are those of Student's t.
+    seeds = torch.arange(5)
+    learned, chance = (
+        torch.tensor([gain(seed, teacher) for seed in seeds.tolist()]) for teacher in (Teacher(), Teacher(mistake=0.5))
+    )
+    assert confirmed(learned, seeds)
+    assert confirmed(learned - chance, seeds)
+    assert not confirmed(chance, seeds)
+    margin = float(stdtrit(len(seeds) - 1, 0.975)) / len(seeds) ** 0.5
+    assert float(learned.mean() - margin * learned.std()) > float(chance.mean() + margin * chance.std())
 
 
 def test_a_policy_that_nothing_improves_is_kept():
