@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,12 @@ class Fitted:
     Args:
         train: the training prompts. encoder: of prompts and answers. seed: of the fit.
         labels: "given", or for the controls "shuffled" or "swapped".
+        keep: folder in which the flow is kept, and from which it is read if it is there.
     """
 
-    def __init__(self, train: Sequence[Scored], encoder: Encoder, seed: int, labels: str = "given") -> None:
+    def __init__(
+        self, train: Sequence[Scored], encoder: Encoder, seed: int, labels: str = "given", keep: Path | None = None
+    ) -> None:
         self.encoder = encoder
         self.pairs = pairs_of(train, PAIRS, seed)
         encoded = self.pairs.encode(encoder, progress=False)
@@ -50,7 +54,12 @@ class Fitted:
             encoded = encoded.swap()
         elif labels != "given":
             raise ValueError(f"labels must be 'given', 'shuffled' or 'swapped', got {labels!r}")
-        self.flow = pfm.PreferenceFlow.fit(encoded, pfm.FlowConfig(residual=False, seed=seed), progress=False)
+        if keep is not None and keep.is_dir():
+            self.flow = pfm.PreferenceFlow.from_pretrained(keep)
+        else:
+            self.flow = pfm.PreferenceFlow.fit(encoded, pfm.FlowConfig(residual=False, seed=seed), progress=False)
+            if keep is not None:
+                self.flow.save_pretrained(keep)
         self.bradley_terry = BradleyTerry().fit(encoded)
 
     def rate(self, prompt: str, texts: Sequence[str]) -> dict[str, Array]:

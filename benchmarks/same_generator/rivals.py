@@ -21,7 +21,7 @@ import pfm
 from benchmarks.core.data import MissingDataError
 from benchmarks.same_generator.models import Fitted, split
 from benchmarks.same_generator.sample import answered, generators, recipe
-from benchmarks.same_generator.samples import Sample, complete, recipe_of
+from benchmarks.same_generator.samples import Sample, complete, read_samples, recipe_of
 from benchmarks.same_generator.scored import PARTS, SENTIMENT, Scored, fold_of, load_scored
 from pfm._internal.special_tokens import SpecialTokens
 from pfm.decoders import ExemplarBank
@@ -54,7 +54,8 @@ class Rows:
 
     def __init__(self, folder: Path) -> None:
         self.of_part = {part: load_scored(folder, part) for part in PARTS}
-        self.rows = {row.name: row for part in PARTS for row in self.of_part[part]}
+        rows = {row.name: row for part in PARTS for row in self.of_part[part]}
+        self.rows = {one.name: rows[one.name] for one in read_samples(folder / "plain")}
 
     def train(self, name: str) -> list[Scored]:
         """Return the training prompts of the seed that tests a prompt."""
@@ -174,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("rival", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("runs/same_generator/samples"), help="folder of the samples")
     parser.add_argument("--batch", type=int, default=16, help="prompts at once")
+    parser.add_argument("--limit", type=int, help="the first so many prompts only")
     options = parser.parse_args(arguments)
     try:
         rows = Rows(options.out)
@@ -183,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     stage, settings = STAGES[options.rival]
     complete(
-        options.out / options.rival, recipe(models[False], **settings), list(rows.rows),
+        options.out / options.rival, recipe(models[False], **settings), list(rows.rows)[: options.limit],
         stage(rows, models), batch=options.batch,
     )  # fmt: skip
 

@@ -155,22 +155,17 @@ def kinds(rows: Sequence[Scored], found: dict[str, Found]) -> list[list[str]]:
 
 def _rates(train: Sequence[Scored], test: Sequence[Scored], drawn: dict[str, list[Scored]], encoder: str, seed: int,
            labels: str, folder: Path) -> Rates:  # fmt: skip
-    """Fit on the training prompts, and rate all texts of the tested ones; what is kept in ``folder`` is read."""
+    """Fit on the training prompts, and rate all texts of the tested ones; a fit that is kept in ``folder`` is read."""
     texts = {"": [(row.name, row.sample.prompt, row.texts) for row in test]}
     texts |= {rival: [(row.name, row.sample.prompt, row.texts) for row in rows] for rival, rows in drawn.items()}
     learned = [(row.name, row.sample.prompt, row.texts, row.labels.round(9).tolist()) for row in train]
-    described = json.dumps([texts, learned, encoder, seed, labels])
-    path = folder / f"{hashlib.sha256(described.encode()).hexdigest()[:16]}.json"
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    fitted = Fitted(train, encoder_from_name(encoder), seed, labels)
+    key = hashlib.sha256(json.dumps([learned, encoder, seed, labels]).encode()).hexdigest()[:16]
+    fitted = Fitted(train, encoder_from_name(encoder), seed, labels, keep=folder / "flows" / key)
     rates: Rates = defaultdict(dict)
     for rival, rows in texts.items():
         for name, prompt, answers in rows:
             for rule, worth in fitted.rate(prompt, answers).items():
                 rates[f"{rival}:{rule}" if rival else rule][name] = worth.tolist()
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_json(path, rates)
     return rates
 
 

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from benchmarks.core.data import MissingDataError
+from benchmarks.core.runner import run
 from benchmarks.same_generator import rivals, sample, study
 from benchmarks.same_generator.instructions import KINDS, instructions, score
 from benchmarks.same_generator.openings import continuation
 from benchmarks.same_generator.samples import Sample, complete, read_samples, recipe_of
 from benchmarks.same_generator.scored import FOLDS, Scored, fold_of, load_scored, pairs_of, scored
+from benchmarks.tasks import load_task
 
 GOOD_AND_BAD: list[tuple[str, dict[str, Any], str, float, str, float]] = [
     ("length", {"most": 4}, "Bread is good.", 1, "Bread is good with butter and salt.", 4 / 7),
@@ -66,7 +68,8 @@ def test_no_text_breaks_a_check(text):
 def test_prompts_are_distinct_and_most_kinds_ask_for_different_things():
     every = instructions(9)
     assert len({one.prompt for one in every}) == len({one.name for one in every}) == 9 * len(KINDS)
-    assert instructions(9) == every and instructions(9, seed=1) != every
+    assert instructions(9) == every
+    assert instructions(9, seed=1) != every
     asked = {kind: {json.dumps(one.params) for one in every if one.kind == kind} for kind in KINDS}
     assert all(len(params) > 1 for params in asked.values())
     with pytest.raises(ValueError, match="instances must be from 1"):
@@ -188,8 +191,12 @@ def test_the_table_holds_the_exact_expectations_at_equal_calls_and_tokens():
         row.texts[:8], worth[:8], worth[:8],
     )  # fmt: skip
     shown = Scored(Sample("a-0", "length", "Ask", ["x", "y"], 40, 40), ["x", "y"], np.array([0.2, 0.4]), np.zeros(2))
-    rates = {"bradley_terry": {"a-0": worth.tolist()}, "flow": {"a-0": [0.5] * 16}, "swapped": {"a-0": (-worth).tolist()},
-             "few_shot:flow": {"a-0": [1.0, 0.0]}}  # fmt: skip
+    rates = {
+        "bradley_terry": {"a-0": worth.tolist()},
+        "flow": {"a-0": [0.5] * 16},
+        "swapped": {"a-0": (-worth).tolist()},
+        "few_shot:flow": {"a-0": [1.0, 0.0]},
+    }
     found = study.figures(row, rates, {"ratings": {"a-0": rated}, "few_shot": {"a-0": shown}})
     best = 8 / 9 * 17 / 15 - 1 / 15  # the mean of the highest of 8 of the ranks 1 to 16, less one, over 15
     assert found["one draw"] == pytest.approx((0.5, 1, 30))
@@ -239,9 +246,6 @@ def made_set(tmp_path_factory) -> Path:
 
 
 def test_the_task_learns_what_shuffled_labels_do_not_show(made_set, tmp_path):
-    from benchmarks.core.runner import run
-    from bench_settings import configured
-
     reached = {}
     for method in ("random", "bradley_terry", "oracle"):
         config = configured(
@@ -268,9 +272,6 @@ def test_the_study_ranks_by_real_fits_and_its_controls_fail(made_set, tmp_path, 
 
 
 def test_too_few_samples_for_the_candidates_are_refused(made_set):
-    from benchmarks.tasks import load_task
-    from bench_settings import configured
-
     config = configured("task=same_generator", "method=random", f"task.samples={made_set}")
     with pytest.raises(ValueError, match=r"task\.candidates=8"):
         load_task(config.task, 0)
@@ -288,7 +289,8 @@ def test_the_bundled_model_is_sampled_and_rates_itself(smollm2, tmp_path, monkey
     assert found[2].prompt_tokens < 6 < found[0].prompt_tokens  # an opening is continued, not put as a user's turn
     odds, read = rivals.rate(smollm2, "length", "Is water wet?", ["Yes, water is wet.", "Bananas."])
     alone, _ = rivals.rate(smollm2, "length", "Is water wet?", ["Bananas."])
-    assert odds[1] == pytest.approx(alone[0], abs=0.1) and odds[0] != odds[1]
+    assert odds[1] == pytest.approx(alone[0], abs=0.1)
+    assert odds[0] != odds[1]
     assert read > 40
 
 
