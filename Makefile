@@ -56,18 +56,19 @@ test: $(VENV)/.installed
 	$(MAKE) --jobs 2 lint unit
 
 # On a machine with a GPU: the suites that run on devices, and the speed part. PFM_TEST_DEVICE=far imitates one.
-SUITES = devices preference_flow flow modes couplings encoded fields registered_field transport preferences \
-	general_preferences noise references tastes acquisition distances
+SUITES = test_devices test_acquisition test_distances data/test_encoded references/test_references tastes/test_tastes \
+	$(addprefix flow/test_,preference_flow flow modes couplings fields registered_field transport) \
+	$(addprefix preferences/test_,preferences general_preferences noise)
 
 gpu: $(VENV)/.installed
-	PFM_TEST_DEVICE=cuda $(BIN)/pytest $(SUITES:%=tests/test_%.py)
+	PFM_TEST_DEVICE=cuda $(BIN)/pytest $(SUITES:%=tests/%.py)
 	$(BIN)/python -m benchmarks experiment=speed 'task.parts=[cuda]' out=runs/speed-gpu
 	$(BIN)/python -m benchmarks.report runs/speed-gpu
 
 far: $(VENV)/.installed
-	PFM_TEST_DEVICE=far $(BIN)/pytest --numprocesses 2 --dist worksteal $(SUITES:%=tests/test_%.py)
+	PFM_TEST_DEVICE=far $(BIN)/pytest --numprocesses 2 --dist worksteal $(SUITES:%=tests/%.py)
 
-# Lines and branches of pfm that no test runs, as a table and as pages in htmlcov/; PYTEST=tests/test_x.py runs some tests only.
+# Lines and branches of pfm that no test runs, as a table and as pages in htmlcov/; PYTEST=tests/flow runs some tests only.
 coverage: $(VENV)/.installed
 	$(BIN)/pytest --numprocesses 2 --dist worksteal --cov --cov-report term --cov-report html $(PYTEST)
 

@@ -32,28 +32,29 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "mutants"
 COPIED = ("pfm", "tests", "benchmarks", "conf", "pyproject.toml", "README.md")
 
+STUDIES = "tests/benchmarks/test_simulation_studies.py"
+
 # Each area: the modules that are changed, and the tests that must notice.
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "fields": (("pfm/flow/fields.py",), ("tests/test_fields.py",)),
+    "fields": (("pfm/flow/fields.py",), ("tests/flow/test_fields.py",)),
     "couplings": (
         ("pfm/flow/coupled.py", "pfm/flow/couplings.py", "pfm/flow/transported.py"),
-        ("tests/test_couplings.py", "tests/test_fields.py"),
+        ("tests/flow/test_couplings.py", "tests/flow/test_fields.py"),
     ),
-    "transport": (("pfm/flow/integration.py",), ("tests/test_transport.py",)),
-    "fitting": (("pfm/flow/fitting.py",), ("tests/test_fitting.py",)),
-    "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py",)),
-    "confirmation": (("pfm/_internal/significance.py",), ("tests/test_confirmation.py",)),
-    "training": (("pfm/flow/problem.py", "pfm/flow/training.py"), ("tests/test_training.py", "tests/test_fields.py")),
-    "win": (("pfm/flow/win.py",), ("tests/test_win.py",)),
+    "transport": (("pfm/flow/integration.py",), ("tests/flow/test_transport.py",)),
+    "fitting": (("pfm/flow/fitting.py",), ("tests/flow/test_fitting.py",)),
+    "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py", STUDIES)),
+    "confirmation": (("pfm/_internal/significance.py",), ("tests/internal/test_confirmation.py", STUDIES)),
+    "training": (
+        ("pfm/flow/problem.py", "pfm/flow/training.py"), ("tests/flow/test_training.py", "tests/flow/test_fields.py"),
+    ),
+    "win": (("pfm/flow/win.py",), ("tests/flow/test_win.py",)),
     "flow": (
         ("pfm/flow/model.py", "pfm/flow/preference_flow.py"),
-        ("tests/test_flow.py", "tests/test_preference_flow.py", "tests/test_modes.py"),
+        tuple(f"tests/flow/test_{name}.py" for name in ("flow", "preference_flow", "modes")),
     ),
-    "evaluation": (("pfm/evaluation/evaluation.py",), ("tests/test_evaluation.py",)),
-    "preferences": (
-        ("pfm/preferences/*.py",),
-        tuple(f"tests/test_{name}.py" for name in ("preferences", "general_preferences", "noise", "votes")),
-    ),
+    "evaluation": (("pfm/evaluation/evaluation.py",), ("tests/evaluation/test_evaluation.py",)),
+    "preferences": (("pfm/preferences/*.py",), ("tests/preferences", "tests/data/test_votes.py")),
 }  # fmt: skip
 
 # Not changed: the words of errors and warnings, and what only speaks to a type checker.

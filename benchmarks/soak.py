@@ -1,7 +1,7 @@
 """Load ``pfm serve`` on loopback with everything that goes wrong at once: ``make soak``.
 
-The upstream (``tests/fault_server.py``) fails in a fifth of its calls. Clients ask, stream, pass requests through,
-leave in the middle, and read nothing of the answer; the proxy is killed twice (SIGKILL) and started again.
+The upstream (``tests/support/fault_server.py``) fails in a fifth of its calls. Clients ask, stream, pass requests
+through, leave in the middle, and read nothing of the answer; the proxy is killed twice (SIGKILL) and started again.
 Checked is that every request that its client waited for ends in an answer to its own question, that memory does not
 grow after a warm-up, and that at the end no place, no held body and no file descriptor is left over.
 """
@@ -30,7 +30,7 @@ import httpx2
 
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
-from fault_server import default_reply, mixed_faults  # noqa: E402  # pyright: ignore[reportMissingImports]
+from support.fault_server import default_reply, mixed_faults  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 KINDS = {"ask": 0.62, "stream": 0.12, "pass": 0.1, "leave": 0.1, "stall": 0.06}
 REQUEST_SECONDS = 120.0  # in which a client must have its answer, restarts of the proxy included

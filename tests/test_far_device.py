@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SUITES = ("devices", "couplings", "encoded", "fields", "transport", "preference_flow", "registered_field")
+SUITES = (
+    "test_devices", "data/test_encoded",
+    *(f"flow/test_{name}" for name in ("couplings", "fields", "transport", "preference_flow", "registered_field")),
+)  # fmt: skip
 
 
 @pytest.mark.skipif("PFM_TEST_DEVICE" in os.environ, reason="is itself what runs on a device")
@@ -21,7 +24,7 @@ SUITES = ("devices", "couplings", "encoded", "fields", "transport", "preference_
 def test_suite_passes_on_a_second_device(suite, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path}"]
     found = subprocess.run(
-        [*command, str(HERE / f"test_{suite}.py")], cwd=HERE.parent, env=os.environ | {"PFM_TEST_DEVICE": "far"},
+        [*command, str(HERE / f"{suite}.py")], cwd=HERE.parent, env=os.environ | {"PFM_TEST_DEVICE": "far"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]

@@ -9,10 +9,10 @@ import httpx2
 import openai
 import pytest
 import torch
-from chat_server import running
 from fastapi import FastAPI
-from test_cli import read_rows, run, write_rows
-from test_refiner import LetterEncoder, LinearFlow, refine_one
+from support.chat_server import running
+from support.command_line import read_rows, run, write_rows
+from support.letters import LetterEncoder, LinearFlow, refine_one
 
 import pfm
 from pfm import PreferencePairs

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, Traceback, app, examples, guarded, make_folder
+from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, Traceback, app, examples, guarded
 
 
 @app.command(
@@ -80,7 +80,7 @@ def audit(
 
         for path in (html, json_file):
             if path is not None:
-                make_folder(path.parent)
+                session.make_folder(path.parent)
         try:
             found = run(
                 rows,

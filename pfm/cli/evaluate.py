@@ -24,7 +24,6 @@ from pfm.cli.shell import (
     examples,
     guarded,
     load_flow,
-    make_folder,
 )
 
 __all__ = ["ScoredRow", "evaluate", "read_scored"]
@@ -82,7 +81,7 @@ def evaluate(
             training = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
         for path in (html, json_file):
             if path is not None:
-                make_folder(path.parent)
+                session.make_folder(path.parent)
         refiner = wrap(None, fitted, encoder=with_encoder, reasoning=reasoning.value)
         records = refiner.refine(
             [row.candidates for row in scored], [row.prompt for row in scored], progress=not no_progress

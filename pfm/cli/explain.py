@@ -20,7 +20,6 @@ from pfm.cli.shell import (
     examples,
     guarded,
     load_flow,
-    make_folder,
 )
 
 FORMS = (".html", ".json")
@@ -76,7 +75,7 @@ def explain(
 
         rows = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
         for path in out or []:
-            make_folder(path.parent)
+            session.make_folder(path.parent)
         found = explain_flow(
             fitted, rows, with_encoder,
             directions=directions, max_outputs=max_outputs, seed=seed, progress=not no_progress,

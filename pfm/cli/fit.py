@@ -24,7 +24,6 @@ from pfm.cli.shell import (
     app,
     examples,
     guarded,
-    make_folder,
     setting,
 )
 
@@ -106,7 +105,7 @@ def fit(
         session.out.print(loaded.summary())
         train, measured = _split(loaded, held_out, seed)
         with_name = encoder_from_name(encoder)
-        checkpoint = make_folder(out) / ".checkpoint"
+        checkpoint = session.make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
             if any(checkpoint.glob("*.safetensors"))

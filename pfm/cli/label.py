@@ -32,7 +32,6 @@ from pfm.cli.shell import (
     examples,
     guarded,
     load_flow,
-    make_folder,
 )
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ def label(
             raise ValueError(f"{rows}: no row has two different candidates")
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
-        make_folder(out.parent)
+        session.make_folder(out.parent)
         with _Labels(out, pairs) as labels:
             session.kept = labels.progress
             earlier = labels.written

@@ -54,7 +54,6 @@ from pfm.cli.shell import (
     guarded,
     load_flow,
     load_stopping,
-    make_folder,
 )
 
 if TYPE_CHECKING:
@@ -162,7 +161,7 @@ def refine(
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
-        make_folder(out.parent)
+        session.make_folder(out.parent)
         with _Results(out, asked) as results:
             session.kept = results.progress
             waiting = results.waiting()

@@ -9,7 +9,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -47,7 +47,6 @@ __all__ = [
     "guarded",
     "load_flow",
     "load_stopping",
-    "make_folder",
     "setting",
 ]
 
@@ -167,6 +166,23 @@ class Session:
     out: Console = field(default_factory=lambda: Console(highlight=False))
     err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
     kept: Callable[[], str] = lambda: ""
+    made: list[Path] = field(default_factory=list[Path])
+
+    def make_folder(self, folder: Path) -> Path:
+        """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
+        new = [place for place in (folder, *folder.parents) if not place.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"{folder} must be a folder, and is a file") from None
+        self.made += new
+        return folder
+
+    def remove_empty_folders(self) -> None:
+        """Remove the folders that this command made and put nothing into."""
+        for folder in self.made:
+            with suppress(OSError):
+                folder.rmdir()
 
     def show(self, report: Card, *, html: Path | None, json_file: Path | None) -> None:
         """Print a report, and write it to the files that are asked for."""
@@ -206,6 +222,7 @@ def guarded(traceback: bool) -> Iterator[Session]:
             raise typer.Exit(2) from None
         finally:
             logger.removeHandler(handler)
+            session.remove_empty_folders()
 
 
 class _Notes(logging.Handler):
@@ -253,15 +270,6 @@ def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
         except ValueError:
             continue
     return key, value
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"{folder} must be a folder, and is a file") from None
-    return folder
 
 
 def load_flow(

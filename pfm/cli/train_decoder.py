@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli.shell import NoProgress, Session, Traceback, app, examples, guarded, make_folder
+from pfm.cli.shell import NoProgress, Session, Traceback, app, examples, guarded
 
 if TYPE_CHECKING:
     from pfm.decoders.editing import Writer
@@ -80,7 +80,7 @@ def train_decoder(
         sentences = _read(texts, text_key)
         session.out.print(f"{len(sentences):,} texts in {texts}")
         encoded_by = encoder_from_name(encoder)
-        checkpoint = make_folder(out) / ".checkpoint"
+        checkpoint = session.make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
             if any(checkpoint.glob("*.safetensors"))
