@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ from numpy.typing import NDArray
 
 import pfm
 from benchmarks.same_generator.scored import FOLDS, Scored, fold_of, pairs_of
-from pfm.encoders import Encoder
+from pfm.encoders import Encoder, encoder_from_name
 from pfm.preferences import BradleyTerry
 
-__all__ = ["Fitted", "split"]
+__all__ = ["FLOWS", "Fitted", "kept_fit", "split"]
 
+FLOWS = Path("runs/same_generator/flows")  # the fits that study and rivals share
 PAIRS = 40  # a training prompt, of the 120 that sixteen answers make: a fit takes a third of the time
 
 Array = NDArray[np.float64]
@@ -71,3 +74,10 @@ class Fitted:
                 "flow": self.flow.win_probability(vectors, context.expand(len(texts), -1)),
             }
         return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def kept_fit(train: Sequence[Scored], encoder: str, seed: int, labels: str, folder: Path) -> Fitted:
+    """Fit on the training prompts, or read the flow that was fitted on the same answers with the same settings."""
+    learned = [(row.name, row.sample.prompt, row.texts, row.labels.round(9).tolist()) for row in train]
+    key = hashlib.sha256(json.dumps([learned, encoder, seed, labels]).encode()).hexdigest()[:16]
+    return Fitted(train, encoder_from_name(encoder), seed, labels, keep=folder / key)

@@ -19,7 +19,7 @@ import torch
 
 import pfm
 from benchmarks.core.data import MissingDataError
-from benchmarks.same_generator.models import Fitted, split
+from benchmarks.same_generator.models import FLOWS, kept_fit, split
 from benchmarks.same_generator.sample import answered, generators, recipe
 from benchmarks.same_generator.samples import Sample, complete, read_samples, recipe_of
 from benchmarks.same_generator.scored import PARTS, SENTIMENT, Scored, fold_of, load_scored
@@ -133,7 +133,7 @@ def _rewrites(rows: Rows, models: dict[bool, TransformersGenerator]) -> Makes:
 
     @cache
     def refiner(part: str, seed: int) -> pfm.Refiner:
-        fitted = Fitted(split(rows.of_part[part], seed)[0], encoder, seed)
+        fitted = kept_fit(split(rows.of_part[part], seed)[0], ENCODER, seed, "given", FLOWS)
         bank = ExemplarBank.from_pairs(fitted.pairs, encoder, progress=False)
         return pfm.wrap(
             models[False], fitted.flow, encoder=encoder, decoder="rewrite", n=DRAFTS, exemplars=bank, rounds=1,

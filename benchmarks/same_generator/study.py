@@ -6,13 +6,12 @@ was not drawn is left out. The expected score of the best of m of a prompt's sam
 that have not seen it, once for every three seeds. Intervals are over prompts, and differences are paired by prompt.
 
 Prints for each part and encoder one table of rules with calls, tokens, score and the share of the gap closed between
-one draw and the oracle's pick of 8, and one table of the kinds of instruction. Fits are kept below ``--out``.
+one draw and the oracle's pick of 8, and one table of the kinds of instruction. Fits are kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,11 +24,10 @@ from numpy.typing import NDArray
 
 from benchmarks.core.data import MissingDataError
 from benchmarks.core.tables import markdown_table
-from benchmarks.same_generator.models import Fitted, split
+from benchmarks.same_generator.models import FLOWS, kept_fit, split
 from benchmarks.same_generator.samples import read_samples
 from benchmarks.same_generator.scored import FOLDS, PARTS, SENTIMENT, Scored, load_scored
 from pfm._internal.files import replace_json
-from pfm.encoders import encoder_from_name
 from pfm.evaluation import best_of_curve
 from pfm.statistics import Bootstrap
 
@@ -158,9 +156,7 @@ def _rates(train: Sequence[Scored], test: Sequence[Scored], drawn: dict[str, lis
     """Fit on the training prompts, and rate all texts of the tested ones; a fit that is kept in ``folder`` is read."""
     texts = {"": [(row.name, row.sample.prompt, row.texts) for row in test]}
     texts |= {rival: [(row.name, row.sample.prompt, row.texts) for row in rows] for rival, rows in drawn.items()}
-    learned = [(row.name, row.sample.prompt, row.texts, row.labels.round(9).tolist()) for row in train]
-    key = hashlib.sha256(json.dumps([learned, encoder, seed, labels]).encode()).hexdigest()[:16]
-    fitted = Fitted(train, encoder_from_name(encoder), seed, labels, keep=folder / "flows" / key)
+    fitted = kept_fit(train, encoder, seed, labels, folder)
     rates: Rates = defaultdict(dict)
     for rival, rows in texts.items():
         for name, prompt, answers in rows:
@@ -169,7 +165,7 @@ def _rates(train: Sequence[Scored], test: Sequence[Scored], drawn: dict[str, lis
     return rates
 
 
-def measure(part: str, encoder: str, seeds: int, controls: bool, samples: Path, out: Path,
+def measure(part: str, encoder: str, seeds: int, controls: bool, samples: Path, flows: Path,
             advance: Callable[[], Any]) -> tuple[list[Scored], dict[str, Found]]:  # fmt: skip
     """Test every prompt of a part once for every three seeds; rivals by seeds 0 to 2, for which they were drawn."""
     rows = load_scored(samples, part)
@@ -182,10 +178,10 @@ def measure(part: str, encoder: str, seeds: int, controls: bool, samples: Path, 
             name: [rivals[name][row.name] for row in test if row.name in rivals[name]]
             for name in ("few_shot", "rewrites") if name in rivals
         }  # fmt: skip
-        rates = _rates(train, test, drawn, encoder, seed, "given", out)
+        rates = _rates(train, test, drawn, encoder, seed, "given", flows)
         advance()
         for labels in ("shuffled", "swapped") if controls and seed < FOLDS else ():
-            rates[labels] = _rates(train, test, {}, encoder, seed, labels, out)["flow"]
+            rates[labels] = _rates(train, test, {}, encoder, seed, labels, flows)["flow"]
             advance()
         for row in test:
             for label, reached in figures(row, rates, rivals).items():
@@ -209,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--samples", type=Path, default=Path("runs/same_generator/samples"))
-    parser.add_argument("--out", type=Path, default=Path("runs/same_generator/study"), help="folder of fits and tables")
+    parser.add_argument("--out", type=Path, default=Path("runs/same_generator/study"), help="folder of the tables")
+    parser.add_argument("--flows", type=Path, default=FLOWS, help="folder in which fits are kept")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--encoders", nargs="+", default=["minilm+surface", "static+surface"])
     parser.add_argument("--seeds", type=int, default=FOLDS, help="of splits and fits: three test every prompt once")
@@ -225,12 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for part in options.parts:
             for number, encoder in enumerate(options.encoders):
                 rows, found = measure(
-                    part, encoder, options.seeds, number == 0, options.samples, options.out, bar.update
+                    part, encoder, options.seeds, number == 0, options.samples, options.flows, bar.update
                 )
                 lines = {"table": table(found), "kinds": kinds(rows, found)}
                 bar.write(f"\n## {part}, {encoder}: {len(rows)} prompts, {options.seeds} seeds\n")
                 for each in lines.values():
                     bar.write("\n".join(markdown_table(each)) + "\n")
+                options.out.mkdir(parents=True, exist_ok=True)
                 replace_json(options.out / f"table-{part}-{encoder}.json", lines)
 
 

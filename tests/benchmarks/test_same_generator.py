@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.bench_settings import configured
+from support.bundled_model import smollm2  # noqa: F401 - a fixture
 
 from benchmarks.core.data import MissingDataError
 from benchmarks.core.runner import run
@@ -241,7 +243,7 @@ def made_set(tmp_path_factory) -> Path:
                 name, "case", f"Write about {name}. Write everything in CAPITAL LETTERS.", texts, 9, 64, {"upper": True}
             )
 
-    complete(folder / "plain", {}, [f"case-{n}" for n in range(30)], make, batch=30, progress=False)
+    complete(folder / "plain", {}, [f"case-{n}" for n in range(15)], make, batch=15, progress=False)
     return folder
 
 
@@ -259,16 +261,27 @@ def test_the_task_learns_what_shuffled_labels_do_not_show(made_set, tmp_path):
 
 
 def test_the_study_ranks_by_real_fits_and_its_controls_fail(made_set, tmp_path, capsys):
-    arguments = ["--samples", str(made_set), "--out", str(tmp_path), "--parts", "instructions", "--encoders", "surface"]
+    arguments = [
+        "--samples",
+        str(made_set),
+        "--out",
+        str(tmp_path / "tables"),
+        "--parts",
+        "instructions",
+        "--encoders",
+        "surface",
+    ]
+    arguments += ["--flows", str(tmp_path / "flows")]
     study.main(arguments)
-    saved = json.loads((tmp_path / "table-instructions-surface.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "tables" / "table-instructions-surface.json").read_text(encoding="utf-8"))
     assert "gap closed" in capsys.readouterr().err + "gap closed"
     score_of = {line[0]: float(line[3].partition("%")[0]) for line in saved["table"][1:]}
     assert score_of["best of 8 by the flow's b"] > score_of["one draw"] + 30
     assert score_of["best of 8 by b, labels swapped (control)"] < score_of["one draw"] - 30
-    kept = sorted(tmp_path.glob("*.json"))
+    kept = sorted((tmp_path / "flows").iterdir())
     study.main(arguments)  # reads the fits that are kept
-    assert sorted(tmp_path.glob("*.json")) == kept
+    assert sorted((tmp_path / "flows").iterdir()) == kept
+    assert len(kept) == 9
 
 
 def test_too_few_samples_for_the_candidates_are_refused(made_set):
@@ -277,7 +290,7 @@ def test_too_few_samples_for_the_candidates_are_refused(made_set):
         load_task(config.task, 0)
 
 
-def test_the_bundled_model_is_sampled_and_rates_itself(smollm2, tmp_path, monkeypatch):
+def test_the_bundled_model_is_sampled_and_rates_itself(smollm2, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(sample, "openings", lambda count, seed: ["This film is"][:count])
     arguments = ["--out", str(tmp_path), "--instances", "1", "--openings", "1", "--n", "2", "--max-tokens", "3"]
     monkeypatch.setattr(sample, "instructions", lambda instances, seed: instructions(1, seed)[:2])
@@ -305,4 +318,4 @@ def test_examples_are_turns_before_an_instruction_and_paragraphs_before_an_openi
 def test_samples_that_still_grow_can_be_read(made_set, tmp_path):
     whole = gzip.decompress((made_set / "plain.jsonl.gz").read_bytes())
     (tmp_path / "plain.jsonl").write_bytes(whole[: len(whole) // 2])
-    assert 3 < len(load_scored(tmp_path, "instructions")) < 30
+    assert 3 < len(load_scored(tmp_path, "instructions")) < 15
