@@ -12,7 +12,6 @@ one draw and the oracle's pick of 8, and one table of the kinds of instruction. 
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

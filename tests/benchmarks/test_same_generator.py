@@ -247,7 +247,7 @@ def made_set(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_task_learns_what_shuffled_labels_do_not_show(made_set, tmp_path):
+def test_the_task_is_learned_from_other_prompts_to_near_the_oracle(made_set, tmp_path):
     reached = {}
     for method in ("random", "bradley_terry", "oracle"):
         config = configured(
@@ -260,28 +260,44 @@ def test_the_task_learns_what_shuffled_labels_do_not_show(made_set, tmp_path):
     assert reached["bradley_terry"] == pytest.approx(reached["oracle"], abs=0.02)
 
 
-def test_the_study_ranks_by_real_fits_and_its_controls_fail(made_set, tmp_path, capsys):
-    arguments = [
-        "--samples",
-        str(made_set),
-        "--out",
-        str(tmp_path / "tables"),
-        "--parts",
-        "instructions",
-        "--encoders",
-        "surface",
-    ]
-    arguments += ["--flows", str(tmp_path / "flows")]
-    study.main(arguments)
-    saved = json.loads((tmp_path / "tables" / "table-instructions-surface.json").read_text(encoding="utf-8"))
-    assert "gap closed" in capsys.readouterr().err + "gap closed"
-    score_of = {line[0]: float(line[3].partition("%")[0]) for line in saved["table"][1:]}
+def test_the_study_ranks_by_real_fits_and_its_controls_fail(made_set, tmp_path):
+    fits = []
+
+    def measured():
+        return study.measure("instructions", "surface", 1, True, made_set, tmp_path / "flows", lambda: fits.append(1))
+
+    rows, found = measured()
+    assert len(fits) == len(list((tmp_path / "flows").iterdir())) == 3
+    assert len(rows) == 15
+    lines = {line[0]: line for line in study.table(found)}
+    score_of = {label: float(line[3].partition("%")[0]) for label, line in lines.items() if label != "rule"}
     assert score_of["best of 8 by the flow's b"] > score_of["one draw"] + 30
     assert score_of["best of 8 by b, labels swapped (control)"] < score_of["one draw"] - 30
-    kept = sorted((tmp_path / "flows").iterdir())
-    study.main(arguments)  # reads the fits that are kept
-    assert sorted((tmp_path / "flows").iterdir()) == kept
-    assert len(kept) == 9
+    assert abs(score_of["best of 8 by b, labels shuffled (control)"] - score_of["one draw"]) < 30
+    tested = [row for row in rows if row.name in found["one draw"].rows]
+    assert [line[0] for line in study.kinds(tested, found)] == ["kind", "case"]
+    again = measured()[1]  # by the flows that are kept
+    assert again["best of 8 by the flow's b"].rows == found["best of 8 by the flow's b"].rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--seeds", "2"], "--seeds must be at least 3"), (["--samples", "nowhere"], "no samples at nowhere")],
+)
+def test_the_study_refuses_what_it_cannot_measure(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        study.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--instances=0", "--instances=999", "--n=0", "--batch=0", "--max-tokens=-1"])
+def test_the_script_refuses_sizes_out_of_range(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([option, "--openings", "0", "--out", str(tmp_path / "new")])
+    assert stopped.value.code == 2
+    assert option.partition("=")[0].strip("-").replace("-", "") in capsys.readouterr().err.replace("-", "")
+    assert not (tmp_path / "new").exists()
 
 
 def test_too_few_samples_for_the_candidates_are_refused(made_set):
