@@ -21,8 +21,9 @@ import pfm
 from benchmarks.core.data import MissingDataError
 from benchmarks.same_generator.models import FLOWS, kept_fit, split
 from benchmarks.same_generator.sample import answered, generators, recipe
-from benchmarks.same_generator.samples import Sample, complete, read_samples, recipe_of
+from benchmarks.same_generator.samples import Sample, SamplesError, complete, read_samples, recipe_of
 from benchmarks.same_generator.scored import PARTS, SENTIMENT, Scored, fold_of, load_scored
+from pfm._internal.files import FileInUseError
 from pfm._internal.special_tokens import SpecialTokens
 from pfm.decoders import ExemplarBank
 from pfm.encoders import encoder_from_name
@@ -177,6 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16, help="prompts at once")
     parser.add_argument("--limit", type=int, help="the first so many prompts only")
     options = parser.parse_args(arguments)
+    for name in ("batch", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
     try:
         rows = Rows(options.out)
         plain = recipe_of(options.out / "plain")
@@ -184,10 +189,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ImportError, ValueError, MissingDataError) as error:
         parser.error(str(error))
     stage, settings = STAGES[options.rival]
-    complete(
-        options.out / options.rival, recipe(models[False], **settings), list(rows.rows)[: options.limit],
-        stage(rows, models), batch=options.batch,
-    )  # fmt: skip
+    names, made = list(rows.rows)[: options.limit], stage(rows, models)
+    try:
+        complete(options.out / options.rival, recipe(models[False], **settings), names, made, batch=options.batch)
+    except (SamplesError, FileInUseError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from typing import Any
 from benchmarks.core.data import MissingDataError
 from benchmarks.same_generator.instructions import instructions
 from benchmarks.same_generator.openings import openings
-from benchmarks.same_generator.samples import Sample, complete
+from benchmarks.same_generator.samples import Sample, SamplesError, complete
 from benchmarks.same_generator.scored import SENTIMENT
+from pfm._internal.files import FileInUseError
 from pfm.generators import Draw, TransformersGenerator, bundled
 
 __all__ = ["SETTINGS", "answered", "generators", "main", "recipe", "requests"]
@@ -109,7 +110,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if draw.error is None and len(draw.texts) == options.n:
                     yield answered(request, draw)
 
-    complete(options.out / "plain", recipe(models[False], n=options.n), list(asked), make, batch=options.batch)
+    made_by = recipe(models[False], n=options.n)
+    try:
+        complete(options.out / "plain", made_by, list(asked), make, batch=options.batch)
+    except (SamplesError, FileInUseError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import Any
 from benchmarks.core.data import MissingDataError
 from pfm._internal.files import WriterLock, replace_file
 
-__all__ = ["Sample", "complete", "read_samples", "recipe_of"]
+__all__ = ["Sample", "SamplesError", "complete", "read_samples", "recipe_of"]
 
 NOTED = ("date",)  # in a recipe, without effect on the samples
+
+
+class SamplesError(ValueError):
+    """Raised where a file is damaged, or was made in another way."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def read_samples(path: Path) -> list[Sample]:
 
     Raises:
         MissingDataError: there is no such file.
-        ValueError: a line is no sample; names it.
+        SamplesError: a line is no sample; names it.
     """
     found = []
     for number, line in enumerate(_lines(path)[1:], 2):
@@ -71,7 +76,7 @@ def read_samples(path: Path) -> list[Sample]:
             if not (isinstance(sample.prompt, str) and all(isinstance(text, str) for text in sample.texts)):
                 raise TypeError("a text is no string")
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}.jsonl, line {number}, is no sample ({error}): make the file again") from error
+            raise SamplesError(f"{path}.jsonl, line {number}, is no sample ({error}): make the file again") from error
         found.append(sample)
     return found
 
@@ -96,7 +101,7 @@ def complete(
         progress: show a progress bar.
 
     Raises:
-        ValueError: the file was made in another way.
+        SamplesError: the file is damaged, or was made in another way.
         FileInUseError: another process writes it.
     """
     from tqdm.auto import tqdm
@@ -138,7 +143,7 @@ def _check_recipe(path: Path, recipe: dict[str, Any]) -> None:
     theirs, ours = recipe_of(path), json.loads(json.dumps(recipe))
     for key in {**theirs, **ours}:
         if key not in NOTED and theirs.get(key) != ours.get(key):
-            raise ValueError(
+            raise SamplesError(
                 f"{path}.jsonl was made with {key}={theirs.get(key)!r}, and this run has {ours.get(key)!r}: use "
                 "another folder"
             )
@@ -149,7 +154,10 @@ def _lines(path: Path) -> list[str]:
     if growing.is_file():
         whole = growing.read_text(encoding="utf-8")
     elif packed.is_file():
-        whole = gzip.decompress(packed.read_bytes()).decode("utf-8")
+        try:
+            whole = gzip.decompress(packed.read_bytes()).decode("utf-8")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise SamplesError(f"{packed} cannot be read ({error}): make the file again") from error
     else:
         raise MissingDataError(f"no samples at {packed}: make them with python -m benchmarks.same_generator.sample")
     lines = whole.split("\n")[:-1]  # what follows the last line break was torn off
@@ -157,5 +165,5 @@ def _lines(path: Path) -> list[str]:
         if "recipe" not in json.loads(lines[0]):
             raise ValueError("no recipe")
     except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}.jsonl does not begin with its recipe: make the file again") from error
+        raise SamplesError(f"{path}.jsonl does not begin with its recipe: make the file again") from error
     return lines

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.core.data import MissingDataError
 from benchmarks.same_generator.instructions import score
 from benchmarks.same_generator.openings import continuation, liking
 from benchmarks.same_generator.samples import Sample, read_samples
 from pfm import PreferencePairs
 
-__all__ = ["FOLDS", "PARTS", "SENTIMENT", "Scored", "fold_of", "load_scored", "pairs_of", "scored"]
+__all__ = ["FOLDS", "PARTS", "SENTIMENT", "Scored", "fold_of", "load_scored", "pairs_of", "plain_samples", "scored"]
 
 PARTS = ("instructions", "sentiment")
 SENTIMENT = "sentiment"  # the kind of openings
@@ -70,6 +71,21 @@ def load_scored(folder: Path, part: str, name: str = "plain") -> list[Scored]:
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}: got {part!r}")
     return scored([one for one in read_samples(folder / name) if (one.kind == SENTIMENT) == (part == SENTIMENT)])
+
+
+def plain_samples(folder: Path, part: str) -> list[Scored]:
+    """Read the plain samples of a part, enough to be split.
+
+    Raises:
+        MissingDataError: there are fewer than one prompt a fold. ValueError: as for :func:`load_scored`.
+    """
+    rows = load_scored(folder, part)
+    if len(rows) < FOLDS:
+        raise MissingDataError(
+            f"{folder} has samples of {len(rows)} prompts of part {part!r}, and {FOLDS} folds need as many: draw more "
+            "with python -m benchmarks.same_generator.sample"
+        )
+    return rows
 
 
 def fold_of(name: str, seed: int) -> int:

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.core.data import MissingDataError
 from benchmarks.core.tables import markdown_table
 from benchmarks.same_generator.models import FLOWS, kept_fit, split
-from benchmarks.same_generator.samples import read_samples
-from benchmarks.same_generator.scored import FOLDS, PARTS, SENTIMENT, Scored, load_scored
+from benchmarks.same_generator.scored import FOLDS, PARTS, SENTIMENT, Scored, load_scored, plain_samples
 from pfm._internal.files import replace_json
 from pfm.evaluation import best_of_curve
 from pfm.statistics import Bootstrap
@@ -167,7 +166,7 @@ def _rates(train: Sequence[Scored], test: Sequence[Scored], drawn: dict[str, lis
 def measure(part: str, encoder: str, seeds: int, controls: bool, samples: Path, flows: Path,
             advance: Callable[[], Any]) -> tuple[list[Scored], dict[str, Found]]:  # fmt: skip
     """Test every prompt of a part once for every three seeds; rivals by seeds 0 to 2, for which they were drawn."""
-    rows = load_scored(samples, part)
+    rows = plain_samples(samples, part)
     of_rival = {name: {row.name: row for row in _read(samples, part, name)} for name in RIVALS}
     found: dict[str, Found] = defaultdict(Found)
     for seed in range(seeds):
@@ -213,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.seeds < FOLDS:
         parser.error(f"--seeds must be at least {FOLDS}, so that every prompt is tested: got {options.seeds}")
     try:
-        read_samples(options.samples / "plain")
+        for part in options.parts:
+            plain_samples(options.samples, part)
     except (MissingDataError, ValueError) as error:
         parser.error(str(error))
     fits = len(options.parts) * (len(options.encoders) * options.seeds + 2 * FOLDS)

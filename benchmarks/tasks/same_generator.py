@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.same_generator.config import SameGeneratorConfig
-from benchmarks.same_generator.scored import FOLDS, fold_of, load_scored, pairs_of
+from benchmarks.same_generator.scored import FOLDS, fold_of, pairs_of, plain_samples
 from benchmarks.selection.selection import Selection, draw_candidates, limited
 
 __all__ = ["load"]
@@ -17,7 +17,7 @@ def load(config: SameGeneratorConfig, seed: int) -> Selection:
     Raises:
         MissingDataError: the samples are absent. ValueError: a prompt has too few of them.
     """
-    rows = load_scored(Path(config.samples), config.part)
+    rows = plain_samples(Path(config.samples), config.part)
     kept = set(limited([row.name for row in rows], config.limit))
     rows = [row for row in rows if row.name in kept]
     few = [row for row in rows if len(row.texts) <= config.candidates]

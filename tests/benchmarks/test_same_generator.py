@@ -17,7 +17,7 @@ from benchmarks.core.runner import run
 from benchmarks.same_generator import rivals, sample, study
 from benchmarks.same_generator.instructions import KINDS, instructions, score
 from benchmarks.same_generator.openings import continuation
-from benchmarks.same_generator.samples import Sample, complete, read_samples, recipe_of
+from benchmarks.same_generator.samples import Sample, SamplesError, complete, read_samples, recipe_of
 from benchmarks.same_generator.scored import FOLDS, Scored, fold_of, load_scored, pairs_of, scored
 from benchmarks.tasks import load_task
 
@@ -156,6 +156,20 @@ def test_files_that_are_no_samples_are_named(tmp_path, content, message):
     (tmp_path / "plain.jsonl.gz").write_bytes(gzip.compress(content.encode()))
     with pytest.raises(ValueError, match=message):
         read_samples(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:40], lambda raw: b"PK" + raw, lambda raw: raw[:60] + b"??" + raw[62:]]
+)
+def test_a_damaged_file_is_named_and_left_as_it_is(tmp_path, damage):
+    path = tmp_path / "plain"
+    complete(path, {}, ["a-0"], lambda names: map(written, names), batch=1, progress=False)
+    packed = tmp_path / "plain.jsonl.gz"
+    packed.write_bytes(damage(packed.read_bytes()))
+    before = packed.read_bytes()
+    with pytest.raises(SamplesError, match="cannot be read"):
+        complete(path, {}, ["b-0"], lambda names: map(written, names), batch=1, progress=False)
+    assert packed.read_bytes() == before
 
 
 def test_absent_samples_say_how_to_make_them(tmp_path):
@@ -298,6 +312,12 @@ def test_the_script_refuses_sizes_out_of_range(option, tmp_path, capsys):
     assert stopped.value.code == 2
     assert option.partition("=")[0].strip("-").replace("-", "") in capsys.readouterr().err.replace("-", "")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_part_without_samples_says_how_to_draw_them(made_set):
+    config = configured("task=same_generator_sentiment", "method=random", f"task.samples={made_set}")
+    with pytest.raises(MissingDataError, match="0 prompts of part 'sentiment'"):
+        load_task(config.task, 0)
 
 
 def test_too_few_samples_for_the_candidates_are_refused(made_set):
