@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def _few_shot(rows: Rows, models: dict[bool, TransformersGenerator]) -> Makes:
             for name, examples, draw in zip(some, shown, model.draws(prompts, DRAWS), strict=True):
                 if draw.error is None and draw.texts:
                     found = answered(rows.rows[name].sample, draw)
-                    yield Sample(**vars(found) | {"extra": {"examples": [one.name for one in examples]}})
+                    yield replace(found, extra={"examples": [one.name for one in examples]})
 
     return make
 

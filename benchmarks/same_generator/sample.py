@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -72,9 +73,8 @@ def recipe(model: TransformersGenerator, **settings: Any) -> dict[str, Any]:
 
 def answered(request: Sample, draw: Draw) -> Sample:
     """Return a request with what was drawn for it."""
-    usage = draw.usage
-    return Sample(**vars(request) | {"texts": draw.texts, "prompt_tokens": usage["prompt_tokens"],
-                                     "completion_tokens": usage["completion_tokens"]})  # fmt: skip
+    read, wrote = draw.usage["prompt_tokens"], draw.usage["completion_tokens"]
+    return replace(request, texts=draw.texts, prompt_tokens=read, completion_tokens=wrote)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
