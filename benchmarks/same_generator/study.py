@@ -36,7 +36,7 @@ Rates = dict[str, dict[str, list[float]]]  # rule -> prompt, or prompt and rival
 
 CALLS = 8  # of the model for one answer
 RIVALS = ("few_shot", "ratings", "rewrites")
-BASE = "best of 8 by Bradley–Terry"
+BASE, FLOW = "best of 8 by Bradley–Terry", "best of 8 by the flow's b"
 LEARNED = {
     "bradley_terry": "Bradley–Terry",
     "flow": "the flow's b",
@@ -119,16 +119,16 @@ def _rewritten(row: Scored, rates: Rates, rewritten: Scored) -> dict[str, tuple[
 
 
 def table(found: dict[str, Found]) -> list[list[str]]:
-    """Write one line a rule: calls, tokens, score, gap closed, and the difference from Bradley–Terry's best of 8."""
-    lines = [["rule", "calls", "tokens", "score", "gap closed", "minus Bradley–Terry, points", "prompts"]]
+    """Write one line a rule: calls, tokens, score, gap closed, and what the flow's best of 8 has above it."""
+    lines = [["rule", "calls", "tokens", "score", "gap closed", "flow's b minus it, points", "prompts"]]
     oracle = found[f"best of {CALLS} by the scores (oracle)"]
     for label, rows in found.items():
         names = [name for name in rows.rows if rows.rows[name]]
         score, calls, tokens = rows.means(names).T
-        random, best, base = (other.means(names)[:, 0] for other in (found["one draw"], oracle, found[BASE]))
+        random, best, flow = (other.means(names)[:, 0] for other in (found["one draw"], oracle, found[FLOW]))
         bootstrap = Bootstrap(len(names))
         gap = bootstrap.ratio(score - random, best - random)
-        minus = "–" if label == BASE else bootstrap.mean(100 * (score - base)).text(signed=True, decimals=1)
+        minus = "–" if label == FLOW else bootstrap.mean(100 * (flow - score)).text(signed=True, decimals=1)
         lines.append([
             label, f"{calls.mean():.1f}", f"{tokens.mean():.0f}", bootstrap.mean(score).text(percent=True),
             "–" if gap is None else gap.text(percent=True),
@@ -140,7 +140,7 @@ def table(found: dict[str, Found]) -> list[list[str]]:
 def kinds(rows: Sequence[Scored], found: dict[str, Found]) -> list[list[str]]:
     """Write one line a kind of instruction: share of answers that pass, mean score, and what choosing adds."""
     lines = [["kind", "pass", "one draw", "Bradley–Terry", "flow's b", "oracle"]]
-    labels = ("one draw", BASE, "best of 8 by the flow's b", "best of 8 by the scores (oracle)")
+    labels = ("one draw", BASE, FLOW, "best of 8 by the scores (oracle)")
     for kind in dict.fromkeys(row.sample.kind for row in rows):
         names = [row.name for row in rows if row.sample.kind == kind]
         passed = np.mean([(row.scores > 1 - 1e-9).mean() for row in rows if row.sample.kind == kind])

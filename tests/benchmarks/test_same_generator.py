@@ -234,9 +234,10 @@ def test_differences_are_paired_by_prompt_and_gaps_are_shares():
         for label, reached in study.figures(row_of("a-0", scores.tolist()), rates, {}).items():
             found.setdefault(label, study.Found()).rows[f"a-{number}"].append(reached)
     lines = {line[0]: line[1:] for line in study.table(found)}
-    assert lines["best of 8 by the flow's b"][3:] == ["100.0% [100.0, 100.0]", "+0.0 [+0.0, +0.0]", "12"]
+    assert lines["best of 8 by the flow's b"][3:] == ["100.0% [100.0, 100.0]", "–", "12"]
+    assert lines["best of 8 by Bradley–Terry"][4] == "+0.0 [+0.0, +0.0]"
     assert lines["one draw"][3] == "0.0% [0.0, 0.0]"
-    assert lines["one draw"][4].startswith("−")
+    assert lines["one draw"][4].startswith("+")
 
 
 # -- from samples to choices, with the real parts ---------------------------------------------------------------
