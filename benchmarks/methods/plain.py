@@ -1,4 +1,4 @@
-"""Choices that need no training: the original, any, the longest, and the judge's own favourite."""
+"""Choices that need no training: the original, any, the longest, the shortest, and the judge's own favourite."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ __all__ = ["make"]
 
 
 class Plain:
-    """Chooses by a rule on one item: "identity", "random" (in exact expectation), "longest" or "oracle"."""
+    """Chooses by a rule on one item: "identity", "random" (in exact expectation), "longest", "shortest" or "oracle"."""
 
     reads_vectors = False
 
     def __init__(self, rule: str) -> None:
-        self.weigh = {"identity": _identity, "random": _random, "longest": _longest, "oracle": _oracle}[rule]
+        rules = {"identity": _identity, "random": _random, "longest": _longest, "shortest": _shortest,
+                 "oracle": _oracle}  # fmt: skip
+        self.weigh = rules[rule]
 
     def fit(self, train: EncodedPairs, bench: Bench) -> dict[str, Any]:
         """Learn nothing."""
@@ -50,6 +52,11 @@ def _random(item: Item) -> NDArray[np.float64]:
 def _longest(item: Item) -> NDArray[np.float64]:
     lengths = [len(text) for text in item.candidates]
     return one_hot([int(np.argmax(lengths))], len(lengths))[0]
+
+
+def _shortest(item: Item) -> NDArray[np.float64]:
+    lengths = [len(text) for text in item.candidates]
+    return one_hot([int(np.argmin(lengths))], len(lengths))[0]
 
 
 def _oracle(item: Item) -> NDArray[np.float64]:

@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from benchmarks.core.config import AlpacaConfig, ArgumentsConfig, CaptionsConfig
+from benchmarks.same_generator.config import SameGeneratorConfig
 from benchmarks.selection.selection import Selection
-from benchmarks.tasks import alpaca, arguments, captions
+from benchmarks.tasks import alpaca, arguments, captions, same_generator
 from pfm import EncodedPairs
 from pfm.encoders import Encoder, encoder_from_name
 from pfm.flow.preference_win import PreferenceWin
@@ -46,7 +47,15 @@ TASKS: dict[str, Any] = {
     "captions": lambda seed: captions.load(
         CaptionsConfig(name="captions", candidates=64, draws=80, test_share=0.5), seed
     ),
+    # Of sixteen samples, all are among a few draws of fifteen.
+    "same_generator": lambda seed: same_generator.load(
+        SameGeneratorConfig(name="same_generator", candidates=15, draws=8), seed
+    ),
+    "same_generator_sentiment": lambda seed: same_generator.load(
+        SameGeneratorConfig(name="same_generator-sentiment", candidates=15, draws=8, part="sentiment"), seed
+    ),
 }
+READY = ("arguments", "alpaca", "captions")  # whose data need not be drawn first
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ def _log_odds(win: PreferenceWin, vectors: Tensor, encoder: Encoder, prompt: str
 def study_options(description: str | None) -> argparse.Namespace:
     """Read the options of a study that replays draws: tasks, seeds, labels, and the folder of candidates."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(READY))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--labels", nargs="+", choices=("given", "shuffled"), default=["given", "shuffled"])
     parser.add_argument("--out", type=Path, default=Path("runs/draws"), help="folder of the candidates and their b")

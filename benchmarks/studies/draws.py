@@ -40,7 +40,7 @@ N, MOST = 8, 16
 FOLDS = 4
 REPLAYS = 200
 HALF_A_POINT = 0.005  # of a score between 0 and 1; for captions of their range from 1 to 3
-RANGE = {"arguments": 1.0, "alpaca": 1.0, "captions": 2.0}
+RANGE = {"arguments": 1.0, "alpaca": 1.0, "captions": 2.0, "same_generator": 1.0, "same_generator_sentiment": 1.0}
 WAVES: dict[str, int | list[int]] = {
     "1": 1,
     "2": 2,
