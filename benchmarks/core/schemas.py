@@ -16,6 +16,7 @@ from benchmarks.core import config
 from benchmarks.images import config as images_config
 from benchmarks.preference import config as preference_config
 from benchmarks.preference import pool_config
+from benchmarks.text_autoencoder import config as text_autoencoder_config
 from benchmarks.text_editing import config as text_editing_config
 
 __all__ = ["composed", "method_settings", "register"]
@@ -23,7 +24,7 @@ __all__ = ["composed", "method_settings", "register"]
 _CONF = Path(__file__).resolve().parents[2] / "conf"
 
 _WITH_TASKS = (config, acquisition_config, preference_config, control_config, text_editing_config,
-               images_config)  # fmt: skip
+               images_config, text_autoencoder_config)  # fmt: skip
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
 
 
