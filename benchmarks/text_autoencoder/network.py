@@ -2,9 +2,9 @@
 
 The encoder adds up its states, each multiplied by a code of its position; the decoder multiplies the sum by the same
 codes to read a position, as in holographic representations (Plate 1995; Gayler 2003). Started from orthogonal maps and
-codes of plus and minus one, the untrained network already reads 41% of the tokens from the sum; transformer layers,
-which start as the identity, learn the rest. A recurrent network of the same size is at 15% after the time in which
-this one reaches 74%.
+codes of plus and minus one, the untrained network already reads 39% of the tokens from the sum; transformer layers,
+which start as the identity, learn the rest. It reads 74% after 30 CPU-seconds, where a recurrent network of about the
+same size reads 16% after 61.
 """
 
 from __future__ import annotations
@@ -194,5 +194,6 @@ class Network(nn.Module):
 
 def _linear(weight: Tensor) -> nn.Linear:
     found = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    found.weight = nn.Parameter(weight.clone())
+    # In rows, as a saved optimizer's state is: its fused step pairs weights and moments by their places in memory.
+    found.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format))
     return found

@@ -29,6 +29,7 @@ from benchmarks.text_autoencoder.task import choose
 from benchmarks.text_autoencoder.training import Corpus, TrainingSettings, token_vectors, train
 from benchmarks.text_editing.moves import preference_pairs
 from pfm.decoders import Latent, TextAutoencoder
+from pfm.preferences import BradleyTerry
 
 SIZES = NetworkSettings(vocabulary=360, width=64, hidden=64, readers=1, writers=1, heads=2, window=10)
 SETTINGS = TrainingSettings(batch=64, warm_up=10, learning_rate=3e-3, shortest=7)
@@ -45,7 +46,7 @@ def corpus(count: int = 900) -> Corpus:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("autoencoder") / "model"
-    train(place, corpus(), SIZES, SETTINGS, updates=150, progress=False)
+    train(place, corpus(), SIZES, SETTINGS, updates=120, progress=False)
     return place
 
 
@@ -192,7 +193,7 @@ def test_a_strangers_folder_is_checked_before_anything_is_allocated(folder: Path
     ):
         with pytest.raises(ValueError, match=message):
             SentenceAutoencoder.from_pretrained(stranger(name, text))
-    with pytest.raises(FileNotFoundError, match="benchmarks.text_autoencoder"):
+    with pytest.raises(FileNotFoundError, match=r"benchmarks\.text_autoencoder"):
         SentenceAutoencoder.from_pretrained(stranger("model.safetensors", None))
 
 
@@ -207,16 +208,17 @@ def test_a_refiner_moves_texts_through_the_autoencoder(model: SentenceAutoencode
     space = TextAutoencoder(model)
     pairs = mood_pairs(600)
     encoded = pairs.encode(space, progress=False)
-    config = pfm.FlowConfig(residual=False)
     texts = [text for text in fresh(60, seed=7) if mood("", text) <= 0][:24]
 
-    def gain(flow: pfm.PreferenceFlow) -> float:
-        refiner = pfm.wrap(None, flow, encoder=space, decoder=Latent(strength=(8.0, 16.0)), n=1, margin=0.0)
+    def gain(pairs: pfm.EncodedPairs) -> float:
+        config = pfm.FlowConfig(residual=False)
+        flow = pfm.PreferenceFlow.fit(pairs, config, progress=False, preference=BradleyTerry())
+        refiner = pfm.wrap(None, flow, encoder=space, decoder=Latent(strength=(8.0, 16.0), margin=0.0), n=1)
         refined = refiner.refine([[text] for text in texts], [""] * len(texts))
         return sum(mood("", own.text) - mood("", text) for own, text in zip(refined, texts, strict=True)) / len(texts)
 
-    assert gain(pfm.PreferenceFlow.fit(encoded, config, progress=False)) > 0.4
-    assert gain(pfm.PreferenceFlow.fit(encoded.shuffle_labels(0), config, progress=False)) < 0.3
+    assert gain(encoded) > 0.4
+    assert gain(encoded.shuffle_labels(0)) < 0.3
 
 
 def test_the_subspace_holds_what_tells_winners_from_losers() -> None:
@@ -242,7 +244,7 @@ def test_moves_gain_by_the_score_and_controls_do_not() -> None:
     assert gained[encode_decode] == pytest.approx(0, abs=1e-6)
     for family in FAMILIES[:-1]:
         assert max(value for name, value in gained.items() if family_of(name) == family) > 0.15, family
-    assert abs(gained["shuffled labels: x2"]) < 0.1
+    assert abs(gained["shuffled labels: x2"]) < 0.5 * gained["flow best of 8: x2"]
     assert gained["swapped labels: x2"] == pytest.approx(-gained["flow best of 8: x2"], abs=0.1)
 
 
@@ -260,7 +262,7 @@ def test_a_setting_is_chosen_by_the_labelling_judge_among_those_that_keep_the_co
 
 def test_a_missing_autoencoder_is_named_with_the_way_to_one(tmp_path: Path) -> None:
     config = composed("task=imdb", "method=pfm", f"task.autoencoder={tmp_path}")
-    with pytest.raises(MissingDataError, match="python -m benchmarks.text_autoencoder --out"):
+    with pytest.raises(MissingDataError, match=r"python -m benchmarks\.text_autoencoder --out"):
         load_task(config.task, 0).run(make_method(config.method), Bench("minilm", "chunk", 0, False))
     with pytest.raises(TypeError, match="method=pfm"):
         load_task(config.task, 0).run(object(), Bench("minilm", "chunk", 0, False))
