@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # modules are compiled when first used, and kept: without that, every one of many processes compiles torch anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test lint unit coverage slow soak docs peers mutants gpu far demo clean
+.PHONY: quickstart test lint unit coverage slow soak docs notebooks peers mutants gpu far demo clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -81,6 +81,10 @@ soak: $(VENV)/.installed
 # The documentation as a site, in site/; warnings are errors.
 docs: $(VENV)/.installed
 	$(BIN)/mkdocs build --strict
+
+# The outputs that are stored in the notebooks; NOTEBOOKS="01 06" for some. Ten minutes on one core.
+notebooks: $(VENV)/.installed
+	$(BIN)/python notebooks/store.py $(NOTEBOOKS)
 
 # Changes the core one expression at a time and sees whether the tests notice: hours, taken up where it was stopped.
 # AREAS="fields win" runs some of it, SAMPLE=100 a random sample of each area; docs/mutants.md says what was found. Its environment lies over the first as peers'.

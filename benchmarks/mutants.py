@@ -32,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 WORK = ROOT / "runs" / "mutants"
 COPIED = ("pfm", "tests", "benchmarks", "conf", "pyproject.toml", "README.md")
 
+STUDIES = "tests/benchmarks/test_simulation_studies.py"
+
 # Each area: the modules that are changed, and the tests that must notice.
 AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "fields": (("pfm/flow/fields.py",), ("tests/flow/test_fields.py",)),
@@ -41,8 +43,8 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "transport": (("pfm/flow/integration.py",), ("tests/flow/test_transport.py",)),
     "fitting": (("pfm/flow/fitting.py",), ("tests/flow/test_fitting.py",)),
-    "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py",)),
-    "confirmation": (("pfm/_internal/significance.py",), ("tests/internal/test_confirmation.py",)),
+    "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py", STUDIES)),
+    "confirmation": (("pfm/_internal/significance.py",), ("tests/internal/test_confirmation.py", STUDIES)),
     "training": (
         ("pfm/flow/problem.py", "pfm/flow/training.py"), ("tests/flow/test_training.py", "tests/flow/test_fields.py"),
     ),

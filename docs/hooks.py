@@ -1,18 +1,22 @@
-"""What the site does to a page: links to files outside of the documentation become the files' names."""
+"""What the site does to links: those to notebooks lead to their pages, those to other files become names."""
 
 import re
-from posixpath import dirname, join, normpath
+from posixpath import dirname, join, normpath, relpath
 
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Replace links that lead out of the documentation, which the site does not hold, by their texts."""
+    """Point links to notebooks at their pages; replace links to other files outside of the site by their texts."""
 
     def outside(match):
         target = match[2]
         if "://" in target:
             return match[0]
-        return match[1] if normpath(join(dirname(page.file.src_uri), target)).startswith("..") else match[0]
+        place = normpath(join(dirname(page.file.src_uri), target))
+        if place.startswith("../notebooks/") and place.endswith(".ipynb"):
+            own = relpath(place.removeprefix("../").replace(".ipynb", ".md"), dirname(page.file.src_uri) or ".")
+            return f"[{match[1]}]({own})"
+        return match[1] if place.startswith("..") else match[0]
 
     return LINK.sub(outside, markdown)

@@ -56,7 +56,7 @@ class Images:
     config: ImagesConfig
     seed: int
 
-    def run(self, method: Any, bench: Bench) -> Outcome:
+    def run(self, method: object, bench: Bench) -> Outcome:
         """Let a method learn and move, and measure all of its settings.
 
         Raises:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol, cast
 
 from benchmarks.core.config import MethodConfig
 
 __all__ = ["make_method"]
 
 
-def make_method(config: MethodConfig) -> Any:
-    """Make the method that a config names; what it must be able to do, the task says."""
-    return import_module(f"benchmarks.methods.{config.family}").make(config)
+class _Family(Protocol):
+    """A module of this package."""
+
+    def make(self, config: Any, /) -> object: ...
+
+
+def make_method(config: MethodConfig) -> object:
+    """Make the method that a config names.
+
+    What it must be able to do, the protocols of the kinds of tasks say: ``Chooser`` (selection), ``Comparer``
+    (comparisons), ``Mover`` (laws; images), ``ControlMethod`` (control), and ``Acquirer`` (labels asked for).
+    """
+    return cast(_Family, import_module(f"benchmarks.methods.{config.family}")).make(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from benchmarks.core.bench import Bench, Outcome
 from benchmarks.core.config import TaskConfig
@@ -12,11 +12,17 @@ __all__ = ["Task", "load_task"]
 
 
 class Task(Protocol):
-    """Is data that a method can be run on."""
+    """Data that a method can be run on."""
 
-    def run(self, method: Any, bench: Bench) -> Outcome:
+    def run(self, method: object, bench: Bench) -> Outcome:
         """Fit and measure a method; TypeError if it is of a kind that the task has no use for."""
         ...
+
+
+class _Module(Protocol):
+    """A module of this package."""
+
+    def load(self, config: Any, seed: int, /) -> Task: ...
 
 
 def load_task(config: TaskConfig, seed: int) -> Task:
@@ -25,4 +31,5 @@ def load_task(config: TaskConfig, seed: int) -> Task:
     Raises:
         MissingDataError: its data are absent.
     """
-    return import_module(f"benchmarks.tasks.{config.name.partition('-')[0]}").load(config, seed)
+    module = import_module(f"benchmarks.tasks.{config.name.partition('-')[0]}")
+    return cast(_Module, module).load(config, seed)

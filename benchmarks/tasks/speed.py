@@ -66,7 +66,7 @@ class SpeedTask:
         """Name the parts there are."""
         return ("training", "transport", "feeding", "memory", "response", "cuda")
 
-    def run(self, method: Any, bench: Bench) -> Outcome:
+    def run(self, method: object, bench: Bench) -> Outcome:
         """Measure the flow that a method's configuration describes, at the sizes that the task's names.
 
         Raises:

@@ -44,7 +44,7 @@ class TextEditing:
     config: TextEditingConfig
     seed: int
 
-    def run(self, method: Any, bench: Bench) -> Outcome:
+    def run(self, method: object, bench: Bench) -> Outcome:
         """Measure all settings with the flow that a method's configuration describes.
 
         Raises:

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, Traceback, app, examples, guarded, make_folder
+from pfm.cli.session import Json, Traceback, guarded
+from pfm.cli.shell import BadRowsOption, NoProgress, OnBadRows, app, examples
 
 
 @app.command(
     epilog=examples(
         "pfm audit runs.jsonl --selector verifier --html audit.html",
         "pfm audit picks.csv --selector pick --selector reward --scores judge --group task_id --cost dollars",
-        "pfm audit candidates.parquet --selector b --encoder minilm+surface --json audit.json",
+        "pfm audit candidates.parquet --selector b --encoder minilm+surface --json-file audit.json",
     )
 )
 def audit(
@@ -64,10 +65,11 @@ def audit(
         ),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the audit as one HTML page.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the audit as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the audit as a file of JSON.")] = None,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap, the folds and the control.")] = 0,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Say what a selector's picks are worth beside simpler choices: random, first, longest, fastest, cheapest.
@@ -75,12 +77,12 @@ def audit(
     Shows the share of the gap from a random candidate to the oracle that each closes, with 95% intervals over prompts,
     and whether the selector can be told apart from the strongest simple rule.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         from pfm.evaluation.auditing.audit import audit as run
 
         for path in (html, json_file):
             if path is not None:
-                make_folder(path.parent)
+                session.make_folder(path.parent)
         try:
             found = run(
                 rows,

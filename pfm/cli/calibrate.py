@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pfm.cli.evaluate import read_scored
 from pfm.cli.rows import PromptKey
+from pfm.cli.session import Json, Session, Traceback, guarded
 from pfm.cli.shell import (
     BadRowsOption,
     EncoderOfFlow,
@@ -18,13 +19,10 @@ from pfm.cli.shell import (
     OnBadRows,
     Reasoning,
     ReasoningOption,
-    Session,
-    Traceback,
     TrustEncoder,
     app,
     examples,
     fingerprint,
-    guarded,
     load_flow,
 )
 
@@ -60,6 +58,7 @@ def calibrate(
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the replays.")] = 0,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Learn from scored candidates of held-out prompts when drawing may stop, and write it beside the flow.
@@ -67,7 +66,7 @@ def calibrate(
     Afterwards [cyan]pfm refine -n auto[/cyan] and [cyan]pfm serve -n auto[/cyan] draw in waves until the best candidate
     is good enough. Where held-out scores do not confirm that this is as good as the fixed number, that number is kept.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         try:
             sizes = [int(size) for size in waves.split(",")]
         except ValueError:
@@ -102,10 +101,11 @@ def _show(session: Session, rule: object, path: Path) -> None:
     for name, value in lines:
         table.add_row(name, Text(value, "bold"))
     session.out.print(table)
-    session.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
+    session.wrote(path)
     if evidence["prompts_with_too_few_candidates"]:
         session.note(
             f"{evidence['prompts_with_too_few_candidates']:,} prompts with fewer than {rule.n} candidates left out"
         )
     if rule.refusal is not None:
         session.note(f"-n auto takes {rule.n} draws: {rule.refusal}")
+    session.result({"rule": rule.to_dict(), "file": path})

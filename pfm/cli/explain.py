@@ -6,21 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from pfm.cli.rows import PromptKey
+from pfm.cli.session import Json, Traceback, guarded
 from pfm.cli.shell import (
     BadRowsOption,
     EncoderOfFlow,
     NoProgress,
     OnBadRows,
-    Traceback,
     TrustEncoder,
     app,
     examples,
-    guarded,
     load_flow,
-    make_folder,
 )
 
 FORMS = (".html", ".json")
@@ -55,6 +52,7 @@ def explain(
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of what is looked at.")] = 0,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Say what a flow prefers: the directions along which it moves outputs, with real texts at both ends.
@@ -62,7 +60,7 @@ def explain(
     Traits such as length, lists, hedging and questions are quantified, with intervals over prompts, so that a person
     sees what the flow would favour before trusting it. Where its held-out prompts confirm nothing, it says so.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         for path in out or []:
             if path.suffix.lower() not in FORMS:
                 raise ValueError(f"--out {path} must end in {' or '.join(FORMS)}: got {path.suffix or 'no suffix'!r}")
@@ -76,7 +74,7 @@ def explain(
 
         rows = PreferencePairs.from_file(pairs, prompt_key=prompt_key or None, on_bad_rows=on_bad_rows.value)
         for path in out or []:
-            make_folder(path.parent)
+            session.make_folder(path.parent)
         found = explain_flow(
             fitted, rows, with_encoder,
             directions=directions, max_outputs=max_outputs, seed=seed, progress=not no_progress,
@@ -84,4 +82,5 @@ def explain(
         session.out.print(found)
         for path in out or []:
             found.save_html(path) if path.suffix.lower() == ".html" else found.save_json(path)
-            session.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
+            session.wrote(path)
+        session.result({**found.to_dict(), "files": out or []})

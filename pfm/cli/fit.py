@@ -13,18 +13,15 @@ from rich.panel import Panel
 from rich.text import Text
 
 from pfm.cli.rows import PromptKey
+from pfm.cli.session import Json, Session, Traceback, guarded
 from pfm.cli.shell import (
     BadRowsOption,
     NoProgress,
     OnBadRows,
     Reasoning,
     ReasoningOption,
-    Session,
-    Traceback,
     app,
     examples,
-    guarded,
-    make_folder,
     setting,
 )
 
@@ -80,13 +77,14 @@ def fit(
         Path | None, typer.Option(help="Append the losses of the fit to this file, as JSON lines.", show_default=False)
     ] = None,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Fit a flow on preference pairs, and measure it on prompts that it has not seen.
 
     Ctrl-C keeps what is done: run the same command again and it goes on from there.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         config = _config(settings or [], seed)
         from pfm.data.pairs import PreferencePairs
         from pfm.encoders import encoder_from_name
@@ -103,10 +101,11 @@ def fit(
             seed=seed,
             on_bad_rows=on_bad_rows.value,
         )
-        session.out.print(loaded.summary())
+        summary = loaded.summary()
+        session.out.print(summary)
         train, measured = _split(loaded, held_out, seed)
         with_name = encoder_from_name(encoder)
-        checkpoint = make_folder(out) / ".checkpoint"
+        checkpoint = session.make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
             if any(checkpoint.glob("*.safetensors"))
@@ -118,7 +117,16 @@ def fit(
         flow = PreferenceFlow.fit(encoded, config, progress=not no_progress, checkpoint=checkpoint, tracker=track)
         flow.save_pretrained(out)
         shutil.rmtree(checkpoint, ignore_errors=True)
-        _show_fit(session, flow, held, out)
+        right = _show_fit(session, flow, held, out)
+        session.result(
+            {
+                "flow": out,
+                "pairs": summary,
+                "fit": flow.metadata,
+                "guard_margin": flow.guard_margin,
+                "held_out": held and {"accuracy": right, "pairs": len(held), "prompts": len(held.group.unique())},
+            }
+        )
 
 
 def _config(settings: Sequence[str], seed: int) -> FlowConfig:
@@ -137,9 +145,10 @@ def _split(pairs: PreferencePairs, held_out: float, seed: int) -> tuple[Preferen
         raise ValueError(f"{error}; --held-out 0 fits on all rows and measures nothing") from None
 
 
-def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None, out: Path) -> None:
+def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None, out: Path) -> Estimate | None:
     first, *rest = flow.summary().splitlines()
     session.out.print(Panel(Text("\n".join(line.strip() for line in rest)), title=Text(first), title_align="left"))
+    right = None
     if held is not None:
         right = _held_out_accuracy(flow, held)
         session.out.print(
@@ -155,6 +164,7 @@ def _show_fit(session: Session, flow: PreferenceFlow, held: EncodedPairs | None,
     if flow.guard_margin == float("inf"):
         session.note("no gain in win probability was confirmed, so refining with this flow keeps every original")
     session.out.print(Text(f"saved to {out}", "dim"), soft_wrap=True)
+    return right
 
 
 def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:

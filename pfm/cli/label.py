@@ -17,22 +17,18 @@ from rich.text import Text
 from pfm.cli.generator import imported, make_generator
 from pfm.cli.lines import LineFile
 from pfm.cli.rows import PromptKey, find_reader, numbered_rows
+from pfm.cli.session import SOME_FAILED, Json, Session, Traceback, guarded
 from pfm.cli.shell import (
-    SOME_FAILED,
     BadRowsOption,
     EncoderOfFlow,
     NoProgress,
     OnBadRows,
     Reasoning,
     ReasoningOption,
-    Session,
-    Traceback,
     TrustEncoder,
     app,
     examples,
-    guarded,
     load_flow,
-    make_folder,
 )
 
 if TYPE_CHECKING:
@@ -150,6 +146,7 @@ def label(
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Have a judge compare the candidates of each row, and write preference rows for [cyan]pfm fit[/cyan].
@@ -159,7 +156,7 @@ def label(
     pairs that got no verdict.
     Exit code 3: some pairs have no verdict; they are not in the file.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         asked = {"--generator": generator, "--model": model, "--local-model": local_model}
         named = [option for option, value in asked.items() if value is not None]
         if (judge is None) == (not named):
@@ -207,7 +204,7 @@ def label(
             raise ValueError(f"{rows}: no row has two different candidates")
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
-        make_folder(out.parent)
+        session.make_folder(out.parent)
         with _Labels(out, pairs) as labels:
             session.kept = labels.progress
             earlier = labels.written
@@ -361,6 +358,19 @@ def _show(session: Session, labels: _Labels, judge: Judge, earlier: int) -> None
     for name, value in lines:
         table.add_row(name, Text(value, "bold"))
     session.out.print(table)
-    session.out.print(Text(f"wrote {labels.path}", "dim"), soft_wrap=True)
+    session.wrote(labels.path)
+    session.result(
+        {
+            "file": labels.path,
+            "pairs": len(labels.pairs),
+            "labelled": labels.written,
+            "ties": labels.ties,
+            "without_verdict": labels.missing,
+            "from_an_earlier_run": earlier,
+            "left_to_the_flow": None if spared is None else labels.left,
+            "audit": spared,
+            "judge": None if tally is None or not tally.calls else tally.to_dict(),
+        }
+    )
     if labels.missing:
         session.note(f"{labels.missing:,} pairs got no verdict; a second run asks for them again")

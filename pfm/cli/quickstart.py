@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pfm.cli.shell import NoProgress, Traceback, app, examples, guarded
+from pfm.cli.session import Json, Traceback, guarded
+from pfm.cli.shell import NoProgress, app, examples
 
 
 @app.command(epilog=examples("pfm quickstart", "pfm quickstart --out try/ --seed 1"))
@@ -16,13 +17,14 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write report and flow to.")] = Path("quickstart"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Run the whole road on data that ships with the package: fit, refine, evaluate.
 
     It needs no network, no key and no data, and takes about two minutes on two cores.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         from huggingface_hub import constants
 
         # Set for libraries still to be imported, and in the one that is: the run must not depend on the network.
@@ -31,4 +33,5 @@ def quickstart(
         from pfm.quickstart import run
 
         session.kept = lambda: "What was encoded is in the embedding cache: a second run is faster."
-        run(out, seed, session.out, not no_progress)
+        report = run(out, seed, session.out, not no_progress)
+        session.result({**report.to_dict(), "files": [out / "report.html", out / "report.json"], "flow": out / "flow"})

@@ -38,23 +38,19 @@ from pfm.cli.generator import (
 )
 from pfm.cli.lines import LineFile
 from pfm.cli.rows import Row, read_rows
+from pfm.cli.session import SOME_FAILED, Json, Session, Traceback, guarded
 from pfm.cli.shell import (
-    SOME_FAILED,
     EncoderOfFlow,
     FlowFolder,
     NoProgress,
     Reasoning,
     ReasoningOption,
-    Session,
-    Traceback,
     TrustEncoder,
     app,
     examples,
     fingerprint,
-    guarded,
     load_flow,
     load_stopping,
-    make_folder,
 )
 
 if TYPE_CHECKING:
@@ -105,6 +101,7 @@ def refine(
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Pick the best candidate of every row, or keep the original.
@@ -115,7 +112,7 @@ def refine(
     Run the same command again to go on after Ctrl-C, or to retry rows with errors.
     Exit code 3: some rows have errors, see their column [cyan]error[/cyan].
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         count = candidate_count(n)
         price = spend_of(spend)
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
@@ -162,7 +159,7 @@ def refine(
         asked = read_rows(rows, origin, drawn=drawn, prompted=bool(fitted.metadata.get("context_dimension")))
         if out.exists() and out.samefile(rows):
             raise ValueError(f"--out must be another file than the input {rows}")
-        make_folder(out.parent)
+        session.make_folder(out.parent)
         with _Results(out, asked) as results:
             session.kept = results.progress
             waiting = results.waiting()
@@ -320,8 +317,20 @@ def _show_refined(session: Session, results: _Results, earlier: int) -> None:
     for name, value in lines:
         table.add_row(name, Text(value, "bold"))
     session.out.print(table)
-    session.out.print(Text(f"wrote {results.path}", "dim"), soft_wrap=True)
+    session.wrote(results.path)
     if results.errors:
         session.note(
             f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again"
         )
+    session.result(
+        {
+            "file": results.path,
+            "rows": len(results.rows),
+            "changed": results.changed,
+            "kept": kept,
+            "errors": results.errors,
+            "win_probability": None if b is None else {"before": b[0], "after": b[1]},
+            "draws_per_prompt": draws,
+            "from_an_earlier_run": earlier,
+        }
+    )

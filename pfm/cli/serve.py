@@ -7,24 +7,17 @@ import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from pfm.cli.generator import candidate_count, spend_of
-from pfm.cli.shell import (
-    EncoderOfFlow,
-    Reasoning,
-    Session,
-    Traceback,
-    TrustEncoder,
-    app,
-    examples,
-    guarded,
-    load_flow,
-    load_stopping,
-)
+from pfm.cli.session import Json, Session, Traceback, guarded
+from pfm.cli.shell import EncoderOfFlow, Reasoning, TrustEncoder, app, examples, load_flow, load_stopping
+
+if TYPE_CHECKING:
+    from pfm.serve import ServeConfig
 
 # Settings of pfm.wrap that a file of settings may hold too.
 CHOICE = ("n", "spend", "by", "margin", "strength", "seed", "reasoning")
@@ -36,6 +29,7 @@ CHOICE = ("n", "spend", "by", "margin", "strength", "seed", "reasoning")
         "pfm serve flow/ --upstream https://api.openai.com/v1 -n 4 --port 9000",
         "pfm serve flow/ --upstream http://localhost:8000/v1 -n auto --max-n 16",
         "pfm serve flow/ --port 9000",
+        "pfm serve flow/ --upstream http://localhost:8000/v1 --feedback feedback.jsonl",
         "pfm serve flow/ --config serve.toml --token-env PROXY_TOKEN --upstream-key-env OPENAI_API_KEY",
     )
 )
@@ -152,6 +146,18 @@ def serve(
     scored_texts: Annotated[
         int | None, typer.Option(help="Most texts of a request for scores; beyond it status 413.", show_default="4096")
     ] = None,
+    feedback: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Append what people think of answers (POST /v1/feedback, and the page /chat) to this file, as rows "
+            "for [cyan]pfm fit[/cyan].",
+            show_default="none is kept",
+        ),
+    ] = None,
+    feedback_bytes: Annotated[
+        int | None, typer.Option(help="Largest file of feedback; beyond it status 507.", show_default="64 MiB")
+    ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Host name of this proxy, beside loopback's; may be repeated."),
@@ -163,6 +169,7 @@ def serve(
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Refine every answer of an OpenAI-compatible server, for clients that only change their base URL.
@@ -174,11 +181,12 @@ def serve(
     how it is.
 
     Scores of texts come from [cyan]/v1/score[/cyan], [cyan]/v1/rerank[/cyan] and [cyan]/v1/classify[/cyan], in the
-    shapes of vLLM, Cohere and Jina, also without an upstream.
+    shapes of vLLM, Cohere and Jina, also without an upstream. With [cyan]--feedback[/cyan] ratings, edits and choices
+    between answers are kept for the next fit.
 
     Keys are passed on and never kept. Ctrl-C ends what is under way first.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         from pfm.serve import ServeConfig, run
         from pfm.serve.config import is_loopback
 
@@ -212,6 +220,8 @@ def serve(
             "judged_characters": judged_characters,
             "scored_texts": scored_texts,
             "score_model": score_model,
+            "feedback": feedback,
+            "feedback_bytes": feedback_bytes,
             "allowed_hosts": allowed_host or None,
             "allowed_origins": allowed_origin or None,
             "encoder": encoder,
@@ -255,10 +265,16 @@ def serve(
         _log_requests(session, quiet)
         # After its own handling of SIGTERM, uvicorn raises it again: by then all is done, and well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        from pfm.serve.tracing import export_traces
+
+        spans = export_traces()
         try:
-            run(refiner, served, on_start=lambda address: _show_start(session, served.upstream, address, quiet))
+            run(refiner, served, on_start=lambda address: _show_start(session, served, address, quiet))
         except KeyboardInterrupt:
             session.err.print(Text("stopped", "dim"))
+        finally:
+            if spans is not None:
+                spans.shutdown()  # sends what waits
 
 
 def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -274,10 +290,16 @@ def _settings(file: Path | None, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _show_start(session: Session, upstream: str | None, address: str, quiet: bool) -> None:
-    # Plain, for programs that start this one and want the address.
-    typer.echo(f"scoring on {address}" if upstream is None else f"refining {upstream} on {address}")
+def _show_start(session: Session, config: ServeConfig, address: str, quiet: bool) -> None:
+    upstream = config.upstream
+    if session.as_json:
+        session.result({"address": address, "upstream": upstream, "score_model": config.score_model})
+    else:  # plain, for programs that start this one and want the address
+        typer.echo(f"scoring on {address}" if upstream is None else f"refining {upstream} on {address}")
     if not quiet:
+        if config.feedback is not None and upstream is not None:
+            chat = f"{address.removesuffix('/v1')}/chat"
+            session.err.print(Text(f"a chat with feedback: {chat}", "dim"), soft_wrap=True)
         use = f'OpenAI(base_url="{address}")' if upstream is not None else f"POST {address}/score, /rerank, /classify"
         session.err.print(Text(f"a client uses it by {use}; Ctrl-C stops", "dim"), soft_wrap=True)
 

@@ -1,36 +1,27 @@
-"""The shell of every command: the app, common options, and what becomes of mistakes and of Ctrl-C."""
+"""The app and the options that commands share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import re
-import shlex
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from pfm.errors import PfmError, UntrustedEncoderError
+from pfm.cli.session import UsageError, refuse_usage
+from pfm.errors import UntrustedEncoderError
 
 if TYPE_CHECKING:
     from pfm.encoders import Encoder
-    from pfm.evaluation.card import Card
     from pfm.flow.composition import Composition
     from pfm.flow.preference_flow import PreferenceFlow
     from pfm.refiner import Stopping
 
 __all__ = [
-    "SOME_FAILED",
     "BadRowsOption",
     "EncoderOfFlow",
     "FlowFolder",
@@ -38,27 +29,57 @@ __all__ = [
     "OnBadRows",
     "Reasoning",
     "ReasoningOption",
-    "Session",
-    "Traceback",
     "TrustEncoder",
     "app",
     "examples",
     "fingerprint",
-    "guarded",
     "load_flow",
     "load_stopping",
-    "make_folder",
     "setting",
 ]
 
 
-MISTAKES = (ValueError, TypeError, OSError, ImportError, PfmError)
-SOME_FAILED = 3
-INTERRUPTED = 130
+class _Group(TyperGroup):
+    """Writes mistakes as JSON where ``--json`` asks for it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments before the command's own."""
+        with refuse_usage(args):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command."""
+        with refuse_usage(args):
+            return super().resolve_command(ctx, args)
 
 
 class _Command(TyperCommand):
-    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign."""
+    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign; writes mistakes as JSON if asked to."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; ``--json FILE``, as it was once, is taken for ``--json-file FILE``."""
+        args = self._renamed(ctx, args)
+        with refuse_usage(args):
+            return super().parse_args(ctx, args)
+
+    def _renamed(self, ctx: Any, args: list[str]) -> list[str]:
+        if all("--json-file" not in parameter.opts for parameter in self.params):
+            return args
+        old = next((place for place, word in enumerate(args) if word.startswith("--json=")), None)
+        if old is not None:
+            args = [*args[:old], "--json-file", args[old].partition("=")[2], *args[old + 1 :]]
+        elif "--json" in args[:-1] and not args[args.index("--json") + 1].startswith("-"):
+            try:
+                extra = self.make_parser(ctx).parse_args(args=list(args))[1]
+            except UsageError:
+                return args
+            if not extra:  # the word behind --json is an argument of the command
+                return args
+            old = args.index("--json")
+            args = [*args[:old], "--json-file", *args[old + 1 :]]
+        if old is not None:
+            typer.echo("Note: --json FILE is now --json-file FILE; --json alone prints the result", err=True)
+        return args
 
     def invoke(self, ctx: Any) -> Any:
         """Expand the paths, and run the command."""
@@ -80,7 +101,7 @@ app = _App(
     help="Refine the outputs of any frozen generator with a learned preference flow.",
     epilog="Start with [cyan]pfm quickstart[/cyan]: two minutes, no data needed.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=_Group,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # its frames would hide a defect's own traceback
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -137,10 +158,6 @@ ReasoningOption = Annotated[
     ),
 ]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Show no progress bars.")]
-Traceback = Annotated[
-    bool,
-    typer.Option("--traceback", envvar="PFM_TRACEBACK", help="Show the traceback of a mistake too."),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -160,84 +177,6 @@ def _root(
     """Refine the outputs of any frozen generator with a learned preference flow."""
 
 
-@dataclass
-class Session:
-    """Holds the consoles of one command, and says what an interrupt or an error leaves behind."""
-
-    out: Console = field(default_factory=lambda: Console(highlight=False))
-    err: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
-    kept: Callable[[], str] = lambda: ""
-
-    def show(self, report: Card, *, html: Path | None, json_file: Path | None) -> None:
-        """Print a report, and write it to the files that are asked for."""
-        self.out.print(report)
-        if html is not None:
-            report.save_html(html)
-        if json_file is not None:
-            report.save_json(json_file)
-        for path in (html, json_file):
-            if path is not None:
-                self.out.print(Text(f"wrote {path}", "dim"), soft_wrap=True)
-
-    def note(self, text: str) -> None:
-        """Print a warning in one line."""
-        self.err.print(Text(f"Note: {_one_line(text)}", "yellow"), soft_wrap=True)
-
-
-@contextmanager
-def guarded(traceback: bool) -> Iterator[Session]:
-    """Turn mistakes and Ctrl-C into a line and an exit code, warnings and log entries into lines."""
-    session = Session()
-    logger, handler = logging.getLogger("pfm"), _Notes(session)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: session.note(str(message))
-        logger.addHandler(handler)
-        try:
-            yield session
-        except KeyboardInterrupt:
-            session.err.print(Text(f"\nInterrupted. {session.kept()}".rstrip(), "bold yellow"), soft_wrap=True)
-            raise typer.Exit(INTERRUPTED) from None
-        except MISTAKES as error:
-            if traceback:
-                raise
-            session.err.print(Text(f"Error: {_in_words(error)}", "bold red"), soft_wrap=True)
-            if isinstance(error, PfmError | OSError) and session.kept():  # it may pass, unlike a wrong argument
-                session.err.print(Text(session.kept(), "yellow"), soft_wrap=True)
-            raise typer.Exit(2) from None
-        finally:
-            logger.removeHandler(handler)
-
-
-class _Notes(logging.Handler):
-    """Shows warnings of the library as lines."""
-
-    def __init__(self, session: Session) -> None:
-        super().__init__(logging.WARNING)
-        self.session = session
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.session.note(record.getMessage())
-
-
-def _in_words(error: BaseException) -> str:
-    """Write an error in one line, with options in place of the arguments that the library names."""
-    text = str(error) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    text = text.replace('on_bad_rows="drop"', "--on-bad-rows drop").replace("max_pairs_per_prompt=", "--max-pairs")
-    return _one_line(re.sub(r"\b(prompt|chosen|rejected|weight|group)_key=(None\b|'[^']*'|)", _key_option, text))
-
-
-def _key_option(found: re.Match[str]) -> str:
-    """Write ``prompt_key='question'`` as ``--prompt-key question``, and None as an empty name."""
-    value = {"None": "''", "": ""}.get(found[2], shlex.quote(found[2][1:-1]))
-    return f"--{found[1]}-key {value}".rstrip()
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
     """Read ``KEY=VALUE``, the value as what it looks like: a number, or text; of a switch, true or false."""
     key, equals, value = (part.strip() for part in text.partition("="))
@@ -253,15 +192,6 @@ def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
         except ValueError:
             continue
     return key, value
-
-
-def make_folder(folder: Path) -> Path:
-    """Make a folder before the work begins, so that a place that cannot be written to shows at once."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"{folder} must be a folder, and is a file") from None
-    return folder
 
 
 def load_flow(

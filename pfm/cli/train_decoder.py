@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from pfm.cli.shell import NoProgress, Session, Traceback, app, examples, guarded, make_folder
+from pfm.cli.session import Json, Session, Traceback, guarded
+from pfm.cli.shell import NoProgress, app, examples
 
 if TYPE_CHECKING:
     from pfm.decoders.editing import Writer
@@ -54,6 +55,7 @@ def train_decoder(
     device: Annotated[str, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     no_progress: NoProgress = False,
+    as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
     """Train a network to edit sentences towards points of an embedding space.
@@ -61,7 +63,7 @@ def train_decoder(
     It learns from sentences alone; preferences come in with a flow, whose transport says where to go. Ctrl-C keeps
     what is done: run the same command again and it goes on from there.
     """
-    with guarded(traceback) as session:
+    with guarded(traceback, as_json) as session:
         from pfm.decoders.editing import EditData, TrainingConfig, save_writer, train_writer
         from pfm.decoders.editing.drafts import as_encode
         from pfm.devices import best_device
@@ -80,7 +82,7 @@ def train_decoder(
         sentences = _read(texts, text_key)
         session.out.print(f"{len(sentences):,} texts in {texts}")
         encoded_by = encoder_from_name(encoder)
-        checkpoint = make_folder(out) / ".checkpoint"
+        checkpoint = session.make_folder(out) / ".checkpoint"
         session.kept = lambda: (
             f"The state of the training is in {checkpoint}; run the same command again to go on from there."
             if any(checkpoint.glob("*.safetensors"))
@@ -147,3 +149,4 @@ def _show(session: Session, writer: Writer, found: dict[str, Any], out: Path) ->
     )
     session.out.print(f"Held-out loss in nats a token, by kind of draft: {losses}")
     session.out.print(Text(f"saved to {out}", "dim"), soft_wrap=True)
+    session.result({"decoder": out, "training": found, "trained_parameters": count})

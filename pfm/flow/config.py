@@ -24,8 +24,9 @@ class FlowConfig:
         source: ``"reference"`` (default) trains from draws of the reference and carries it to the winners'
             distribution; ``"rejected"`` trains from the losers, as the paper does, for use with ``mode="gated"``.
         coupling: which source sample goes with which target, see :mod:`pfm.flow.couplings`; ``"paired"`` takes the
-            data's own pairs, ``"independent"`` any of one context, ``"ot"`` the nearest of one context, ``"c2ot"`` the
-            nearest with the contexts' distance in the cost; or a name of :func:`pfm.register_coupling`.
+            data's own pairs, ``"independent"`` any of one context, ``"ot"`` the assignment of least total squared
+            distance within one context (optimal transport), ``"c2ot"`` that with the contexts' distance in the cost; or
+            a name of :func:`pfm.register_coupling`.
         best_of: target of one pass, best of this many reference draws; above 2 it needs candidate sets.
         sigma: noise on the training path at its middle, in units of the displacement's root mean square a
             dimension; >= 0.

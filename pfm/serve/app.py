@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -27,10 +28,12 @@ from pfm.refiner.stopping import CHARACTERS_A_TOKEN
 from pfm.serve.access import LOOPBACK_ORIGIN, Access
 from pfm.serve.answer import envelope, events, to_json
 from pfm.serve.asked import EXTENSION, HEADER, Asked, read
+from pfm.serve.chat import chat_page
 from pfm.serve.config import ServeConfig
 from pfm.serve.connections import limited_protocol
 from pfm.serve.drawn import Drawn, Reply, summed
 from pfm.serve.errors import Disconnected, Refused
+from pfm.serve.feedback import FeedbackFile, read_feedback
 from pfm.serve.http import (
     Body,
     Guard,
@@ -51,6 +54,7 @@ from pfm.serve.judge import Judge, Judged
 from pfm.serve.metrics import Metrics
 from pfm.serve.places import HeldBytes, Memory, Place, Places
 from pfm.serve.scores import OWN_NAME, PATHS, ScoresAsked, model_list, read_scores, scored
+from pfm.serve.tracing import Trace, Tracing
 from pfm.serve.upstream import Upstream, in_background
 
 __all__ = ["create_app", "run"]
@@ -61,19 +65,21 @@ _JSON = (b"content-type", b"application/json")
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
 
 
-def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
+def create_app(refiner: Refiner, config: ServeConfig, *, tracer_provider: Any = None) -> FastAPI:
     """Make the proxy as an ASGI application.
 
     Args:
         refiner: from :func:`pfm.wrap`, without a generator. A request may ask for another n and, where the
             decoder is ``"select"``, for another rule.
         config: the settings.
+        tracer_provider: of OpenTelemetry; None: that of the process. Without its API nothing is recorded.
 
     Raises:
         ValueError: a variable that the settings name is not set, or the environment names a proxy for the upstream
-            that cannot be used.
+            that cannot be used, or the file of feedback holds something else.
+        OSError: the file of feedback cannot be written, or another server writes to it.
     """
-    proxy = _Proxy(refiner, config)
+    proxy = _Proxy(refiner, config, tracer_provider)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -89,6 +95,10 @@ def create_app(refiner: Refiner, config: ServeConfig) -> FastAPI:
     app.add_api_route("/v1/chat/completions", proxy.chat, methods=["POST"], response_model=None)
     for path, kind in PATHS.items():
         app.add_api_route(path, functools.partial(proxy.scores, kind), methods=["POST"], response_model=None, name=kind)
+    if config.feedback is not None:
+        app.add_api_route("/v1/feedback", proxy.feedback, methods=["POST"], response_model=None)
+        if config.upstream is not None:
+            app.add_api_route("/chat", chat_page, methods=["GET"], response_model=None)
     app.add_api_route("/v1/{path:path}", proxy.other, methods=METHODS, response_model=None)
     app.add_exception_handler(Refused, answer_refusal)
     app.add_exception_handler(404, answer_not_found)
@@ -162,8 +172,9 @@ def _listening(config: ServeConfig) -> socket.socket:
 class _Proxy:
     """Holds what lives as long as the proxy."""
 
-    def __init__(self, refiner: Refiner, config: ServeConfig) -> None:
+    def __init__(self, refiner: Refiner, config: ServeConfig, tracer_provider: Any = None) -> None:
         self.config = config
+        self.tracing = Tracing(config.upstream, tracer_provider)
         self.refiner = refiner
         self.metrics = Metrics()
         self.judge = Judge(refiner)
@@ -172,6 +183,10 @@ class _Proxy:
         if config.upstream is not None:
             proxy_of(config.upstream)  # one that cannot be used shows before the proxy listens
         self.access = Access(config, self._token, secrets.token_hex(8))
+        self._feedback = None
+        if config.feedback is not None:
+            path = Path(config.feedback).expanduser()
+            self._feedback = FeedbackFile(path, config.feedback_bytes, [self._token, self._key])
         self._usual_seconds = 1.0  # of a request, a running mean
 
     async def open(self) -> None:
@@ -188,6 +203,8 @@ class _Proxy:
 
     async def close(self) -> None:
         self.judge.close()
+        if self._feedback is not None:
+            self._feedback.close()
         if self._upstream is not None:
             await self._upstream.close()
 
@@ -238,7 +255,7 @@ class _Proxy:
                     return await self._relayed(request, path, content, deadline, note, owned)
 
                 response = await unless_gone(request, relayed(), body.ended)
-                return Owning(response, owned.pop_all())
+                return note.owning(response, owned)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat request by the best of its candidates, or pass it through."""
@@ -257,7 +274,7 @@ class _Proxy:
             owned.callback(held.close)
             content = await whole_body(request, self.config, held)
             response = await unless_gone(request, answer(request, content, place, held, note, owned))
-            return Owning(response, owned.pop_all())
+            return note.owning(response, owned)
 
     async def _chat(
         self, request: Request, content: bytes, place: Place, held: HeldBytes, note: _Note, owned: AsyncExitStack
@@ -329,6 +346,7 @@ class _Proxy:
         self.metrics.flow_seconds.observe(found.flow_seconds)
         self.metrics.scored_texts.labels(kind).inc(len(asked.texts))
         note.outcome, note.encoder = "scored", found.encoder_seconds
+        note.trace.judged(len(asked.texts), found.encoder_seconds, found.flow_seconds)
         seconds = {
             "queue": round(note.queue, 5),
             "encoder": round(found.encoder_seconds, 5),
@@ -344,6 +362,27 @@ class _Proxy:
             len(content),
         )
 
+    # -- feedback ------------------------------------------------------------------------------------------
+
+    async def feedback(self, request: Request) -> Response:
+        """Keep what somebody thought of an answer as a preference row."""
+        with self._counted("feedback", request) as note:
+            self.access.check(request)
+            return await self._with_body(request, note, self._kept)
+
+    async def _kept(
+        self, request: Request, content: bytes, place: Place, _: HeldBytes, note: _Note, owned: AsyncExitStack
+    ) -> Response:
+        assert self._feedback is not None, "the path is served with a file only"
+        row = await in_background(lambda content: read_feedback(content, self.config), content, len(content))
+        await place.start(self._deadline())
+        await asyncio.to_thread(self._feedback.add, row)  # a disk may be slow
+        kind = "pair" if "chosen" in row else "liked" if row["label"] else "disliked"
+        self.metrics.feedback.labels(kind).inc()
+        note.outcome, note.status = "kept", 201
+        place.leave()
+        return plain_response(to_json({"object": "feedback", "kind": kind}), 201, [_JSON])
+
     # -- passing through -----------------------------------------------------------------------------------
 
     async def _relayed(
@@ -357,16 +396,18 @@ class _Proxy:
         reason: str = "only chat completions are refined",
     ) -> Response:
         """Pass a request on, and the answer back as it comes; what ``owned`` holds is to be kept until it has ended."""
-        received = list(request.headers.raw)
+        call = note.trace.relay(path)
+        owned.callback(call.end)  # when its body has been passed on, or it has failed
         response = await self.upstream.relay(
             request.method,
             path,
             request.scope["query_string"],
-            received,
+            call.headers(request.headers.raw),
             content,
             deadline,
             owned.push_async_callback,
         )
+        call.set(http__response__status_code=response.status_code)
         note.outcome, note.status = "passed", response.status_code
         headers = self.upstream.returned(response, body=True)
 
@@ -392,12 +433,20 @@ class _Proxy:
         total, waves, more = 0, 0, asked.n if asked.plan is None else asked.plan.first
         while more:
             started, troubles = time.perf_counter(), drawn.errors.total()
-            await self.upstream.draw(asked.body or {}, headers, query, more, deadline, held, drawn, total)
+            call = note.trace.generate((asked.body or {}).get("model"), more)
+            try:
+                sent = call.headers(headers)
+                await self.upstream.draw(asked.body or {}, sent, query, more, deadline, held, drawn, total)
+            finally:
+                call.set(**_drawn_attributes(drawn))
+                call.end(None if drawn.replies else "upstream_failed")
             note.upstream += time.perf_counter() - started
             total, waves, more = total + more, waves + 1, 0
             if not drawn.replies:
                 break
             found, plain = await self._judged(drawn, asked, judged)
+            if found is not None:
+                note.trace.judged(len(drawn.choices), found.encoder_seconds, found.flow_seconds)
             judged = found or judged  # the best of earlier waves is not lost to a later one's trouble
             if spent is not None and found is None:
                 spent["ended"] = "failed"
@@ -569,14 +618,19 @@ class _Proxy:
         return asyncio.get_running_loop().time() + self.config.timeout
 
     def _counted(self, endpoint: str, request: Request) -> _Note:
-        return _Note(self.metrics, endpoint, request.method)
+        route = getattr(request.scope.get("route"), "path", endpoint)
+        return _Note(
+            self.metrics, endpoint, request.method, self.tracing.begin(request.method, route, request.headers.raw)
+        )
 
 
 class _Note:
     """Notes how a request goes; counts it and writes its line in the log when it is left."""
 
-    def __init__(self, metrics: Metrics, endpoint: str, method: str) -> None:
+    def __init__(self, metrics: Metrics, endpoint: str, method: str, trace: Trace) -> None:
         self.metrics = metrics
+        self.trace = trace
+        self._sending = False
         self.endpoint = endpoint
         self.method = method
         self.started = time.perf_counter()
@@ -588,6 +642,13 @@ class _Note:
     def elapsed(self) -> float:
         """Seconds since the request came."""
         return time.perf_counter() - self.started
+
+    def owning(self, response: Response, owned: AsyncExitStack) -> Response:
+        """Return an answer with what it stands on; the span of the request ends when it has been sent."""
+        stack = owned.pop_all()
+        stack.callback(self.trace.end)
+        self._sending = True
+        return Owning(response, stack)
 
     def __enter__(self) -> _Note:
         return self
@@ -605,6 +666,7 @@ class _Note:
             self.metrics.queue_seconds.observe(self.queue)
             if self.upstream:
                 self.metrics.upstream_seconds.observe(self.upstream)
+        self._close_trace()
         b = "" if self.b is None else f", b {self.b[0]:.2f} -> {self.b[1]:.2f}"
         parts = f"upstream {self.upstream * 1e3:.0f}, encoder {self.encoder * 1e3:.0f}"
         logger.info(
@@ -617,6 +679,28 @@ class _Note:
             self.elapsed() * 1e3,
             parts,
         )
+
+    def _close_trace(self) -> None:
+        b = self.b or (None, None)
+        self.trace.set(
+            http__response__status_code=self.status,
+            pfm__outcome=self.outcome,
+            pfm__queue_seconds=round(self.queue, 6),
+            pfm__win_probability__original=b[0],
+            pfm__win_probability__chosen=b[1],
+        )
+        if not self._sending:
+            self.trace.end(self.outcome if self.status >= 500 else None)
+
+
+def _drawn_attributes(drawn: Drawn) -> dict[str, Any]:
+    usage = drawn.usage() or {}
+    tokens = {
+        f"gen_ai__usage__{ours}_tokens": usage.get(f"{theirs}_tokens")
+        for ours, theirs in (("input", "prompt"), ("output", "completion"))
+        if isinstance(usage.get(f"{theirs}_tokens"), int)
+    }
+    return {"pfm__calls": drawn.calls, "pfm__candidates": len(drawn.choices), "pfm__dropped": drawn.dropped, **tokens}
 
 
 def _tokens_a_draw(drawn: Drawn) -> float | None:

@@ -29,6 +29,7 @@ _LEAST = {
     "text_characters": 1,
     "judged_characters": 1,
     "scored_texts": 1,
+    "feedback_bytes": 1,
 }
 
 
@@ -66,6 +67,9 @@ class ServeConfig:
             the answer.
         judged_characters: the same for all texts of one request together.
         scored_texts: the most texts of a request for scores; beyond it the status is 413.
+        feedback: file to which ``POST /v1/feedback`` appends preference rows, and with an upstream a chat page at
+            ``/chat`` that sends them; None: requests for that path are passed on as any other.
+        feedback_bytes: the most bytes of that file; beyond it the status is 507.
         allowed_hosts: names, beside those of this machine, under which a proxy that listens on loopback is asked
             (the ``Host`` header); ``"*"`` allows all. Given any, they hold wherever it listens.
         allowed_origins: web pages that may use the proxy from a browser, as ``https://chat.example``, beside those
@@ -98,6 +102,8 @@ class ServeConfig:
     text_characters: int = 32_768
     judged_characters: int = 131_072
     scored_texts: int = 4096
+    feedback: str | os.PathLike[str] | None = None
+    feedback_bytes: int = 64 * 2**20
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
 
@@ -109,6 +115,8 @@ class ServeConfig:
             raise ValueError(f"{name} has no effect without upstream: the base URL of the server to refine")
         if not isinstance(self.score_model, str) or not self.score_model.strip() or not self.score_model.isprintable():
             raise ValueError(f"score_model must be a name, got {self.score_model!r}")
+        if self.feedback is not None and (not isinstance(self.feedback, str | os.PathLike) or not str(self.feedback)):
+            raise TypeError(f"feedback must be the path of a file, got {self.feedback!r}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

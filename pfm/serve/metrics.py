@@ -40,6 +40,7 @@ class Metrics:
         self.tokens = counter("pfm_upstream_tokens", "Tokens that the upstream reports.", "kind")
         self.candidates = counter("pfm_candidates", "Candidates drawn, by whether they could be used.", "usable")
         self.scored_texts = counter("pfm_scored_texts", "Texts scored by request.", "endpoint")
+        self.feedback = counter("pfm_feedback", "Rows of feedback kept, by kind.", "kind")
         self.request_seconds = histogram("pfm_request_seconds", "Chat requests, from arrival to the answer.")
         self.queue_seconds = histogram("pfm_queue_seconds", "Time that requests wait for their turn.")
         self.upstream_seconds = histogram("pfm_upstream_seconds", "Time to draw the candidates of a request.")

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 from support.alike import assert_alike
 from support.command_line import FAST, WORDS, command, interrupt, read_rows, reply, run, write_pairs, write_rows
 from support.fault_server import FaultServer
 
 from pfm._internal.files import WriterLock
+from pfm.cli import app
 from pfm.encoders import (
     ConcatEncoder,
     OpenAIEncoder,
@@ -104,7 +106,7 @@ def test_evaluate_judges_by_the_scores_of_the_file_beside_the_baselines(work, ou
     page, card = tmp_path / "new" / "report.html", tmp_path / "report.json"
     result = run(
         "evaluate", outputs, "--flow", work / "flow", "--pairs", work / "pairs.jsonl",
-        "--html", page, "--json", card, "--no-progress",
+        "--html", page, "--json-file", card, "--no-progress",
     )  # fmt: skip
     report = json.loads(card.read_text())
     assert report["verdict"]["outcome"] == "helps"
@@ -138,8 +140,8 @@ def test_a_composition_of_flows_is_used_like_a_flow(work, outputs, tmp_path):
 def test_refined_rows_with_scores_can_be_evaluated(work, outputs, tmp_path):
     run("refine", outputs, "--flow", work / "flow", "--out", tmp_path / "refined.jsonl", "--no-progress")
     of_refined, of_outputs = tmp_path / "refined.json", tmp_path / "outputs.json"
-    run("evaluate", tmp_path / "refined.jsonl", "--flow", work / "flow", "--json", of_refined, "--no-progress")
-    run("evaluate", outputs, "--flow", work / "flow", "--json", of_outputs, "--no-progress")
+    run("evaluate", tmp_path / "refined.jsonl", "--flow", work / "flow", "--json-file", of_refined, "--no-progress")
+    run("evaluate", outputs, "--flow", work / "flow", "--json-file", of_outputs, "--no-progress")
     first, second = (json.loads(path.read_text()) for path in (of_refined, of_outputs))
     assert first["rows"] == second["rows"]
 
@@ -525,7 +527,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_flow(work, tmp_path):
 # ------------------------------------------------------------------------------------------------ help and the rest
 
 
-@pytest.mark.parametrize("name", ["fit", "refine", "evaluate", "audit", "train-decoder", "quickstart", "cache"])
+@pytest.mark.parametrize("name", sorted(typer.main.get_command(app).commands))  # pyright: ignore
 def test_every_command_has_a_description_and_examples(name):
     for width in ("80", "120"):
         told = run(name, "--help", COLUMNS=width).stdout
@@ -560,6 +562,38 @@ def test_the_cache_can_be_shown_and_cleared(tmp_path):
     assert str(tmp_path) in shown
     assert run("cache", "clear", PFM_CACHE=str(tmp_path)).stdout.startswith("deleted 2 embeddings")
     assert run("cache", "show", PFM_CACHE=str(tmp_path)).stdout.startswith("0 embeddings")
+
+
+def test_clearing_removes_models_and_leaves_what_is_not_ours(tmp_path):
+    from filelock import FileLock
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    from pfm._internal.smollm2 import GGUF_SHA256
+    from pfm.encoders.static import _folder_name, _write
+
+    _write(tmp_path / _folder_name("a model"), torch.ones(2, 3), Tokenizer(WordLevel({"a": 0}, "a")), {})
+    model = tmp_path / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    partial = tmp_path / f".{_folder_name('another')}.77.partial"
+    foreign = tmp_path / "static-pages"
+    for folder in (model, partial, foreign):
+        folder.mkdir()
+        (folder / "file").write_bytes(b"x" * 500_000)
+    link = tmp_path / _folder_name("a link")
+    link.symlink_to(foreign)
+    assert "\n3 models, 1.0 MB" in run("cache", PFM_CACHE=str(tmp_path)).stdout
+    assert run("cache", "clear", "--only", "responses", PFM_CACHE=str(tmp_path)).stdout.count("deleted") == 1
+    assert model.exists()
+    with FileLock(tmp_path / f".{model.name}.lock"):
+        busy = run("cache", "clear", PFM_CACHE=str(tmp_path))
+    assert "being made by another process" in busy.stderr
+    assert "deleted 2 models, 0.5 MB" in busy.stdout
+    assert model.exists()
+    assert not partial.exists()
+    assert run("cache", "clear", "--only", "models", PFM_CACHE=str(tmp_path)).stdout.startswith("deleted 1 models")
+    assert not model.exists()
+    assert (foreign / "file").exists()
+    assert link.is_symlink()
 
 
 # ------------------------------------------------------------------------------------------- encoders by their names
@@ -618,3 +652,14 @@ def test_a_model_of_the_hub_is_rebuilt_at_its_commit():
 def test_a_description_of_no_encoder_of_the_package_is_refused(description):
     with pytest.raises(ValueError, match="by hand"):
         encoder_from_description(description)
+
+
+@pytest.mark.parametrize("command", ["fit", "train-decoder"])
+def test_a_refused_run_leaves_no_empty_folder(command, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"other": "text"}])
+    run(command, rows, "--out", tmp_path / "new" / "folder", "--encoder", "surface", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+    (tmp_path / "mine").mkdir()
+    write_rows(rows, [{"prompt": "p", "chosen": "a", "rejected": "a", "text": "a text"}])
+    run(command, rows, "--out", tmp_path / "mine" / "folder", "--encoder", "no-such-encoder", code=2)
+    assert list((tmp_path / "mine").iterdir()) == []  # what was there stays

@@ -26,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 def by_name(result):
     findings = {}
-    for finding in json.loads(result.stdout):
+    for finding in json.loads(result.stdout)["findings"]:
         findings.setdefault(finding["name"], []).append(finding)
     return findings
 

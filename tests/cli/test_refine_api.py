@@ -25,6 +25,7 @@ from support.command_line import FAST, command, interrupt, read_rows, run, write
 from support.draws import KEY
 from support.fault_server import FAULTS, FaultServer, mixed_faults
 from support.places import ROOT
+from support.word_tokenizers import make_tokenizer
 
 from pfm.flow import PreferenceFlow
 from pfm.generators import OpenAIGenerator, ResponseCache
@@ -130,8 +131,6 @@ def test_options_of_a_server_need_a_model(flow, tmp_path):
 
 
 def test_a_local_model_is_a_generator_too(flow, tmp_path):
-    from test_transformers_generator import make_tokenizer
-
     torch = pytest.importorskip("torch")
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -345,7 +345,7 @@ def test_the_command_shows_the_verdict_writes_both_files_and_names_mistakes(tmp_
     rows.write_text("".join(json.dumps(row) + "\n" for row in drawn(skill=0.3)), encoding="utf-8")
     command = ["audit", str(rows), "--selector", "selector", "--no-progress"]
     done = CliRunner().invoke(
-        app, [*command, "--html", str(tmp_path / "a" / "audit.html"), "--json", str(tmp_path / "audit.json")]
+        app, [*command, "--html", str(tmp_path / "a" / "audit.html"), "--json-file", str(tmp_path / "audit.json")]
     )
     assert done.exit_code == 0, done.output
     assert "▼ Taking the fastest beats selector" in done.output

@@ -24,7 +24,7 @@ def contextual(count: int = 60, contexts: int = 6, seed: int = 0) -> EncodedPair
 
 
 @pytest.mark.parametrize("source", ["reference", "rejected"])
-@pytest.mark.parametrize("name", ["paired", "independent", "ot", "c2ot"])
+@pytest.mark.parametrize("name", COUPLINGS)
 def test_no_coupling_joins_across_contexts(name: str, source: str):
     rows = all_rows(make_coupling(contextual(), source=source, coupling=name))
     context = rows.row_context()

@@ -10,13 +10,10 @@ from safetensors.torch import load_file, save_file
 from support.rounding import assert_same
 
 import pfm
-from benchmarks.studies.context_level import KINDS, mean_of_b
-from benchmarks.tasks.cycle import Cycle
-from benchmarks.tasks.mixture import Mixture
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.decoders import Select
 from pfm.flow.preference_win import candidate_wins, rescored
-from pfm.flow.rounds import CyclingWarning, as_labeller, compare_rounds, labelled
+from pfm.flow.rounds import CyclingWarning, as_labeller, labelled
 from pfm.preferences import BradleyTerry, Embedded, GeneralPreference, MeanShift, PreferenceModel
 from pfm.preferences.context_mean import ContextMean
 
@@ -95,13 +92,6 @@ def test_contexts_choose_the_opponents():
     assert flow.win_probability(at, at).tolist() == pytest.approx([0.5] * 3, abs=0.12)
     assert float(flow.win_probability(at[:1] + 2, at[0])) > 0.8
     assert float(flow.win_probability(at[:1] - 2, at[0])) < 0.2
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_b_is_one_half_on_the_mean_of_every_context(kind):
-    means = mean_of_b(kind, BradleyTerry(1e-3), pairs=1500)
-    assert float((means - 0.5).square().mean().sqrt()) < 0.06
-    assert float((means - 0.5).abs().max()) < 0.2
 
 
 def test_context_means_shrink_to_the_line_and_rows_of_weight_zero_do_not_count():
@@ -283,25 +273,6 @@ def test_best_of_many_follows_the_preference_and_not_the_scores():
 
 
 # -- rounds -------------------------------------------------------------------------------------------------------
-
-
-def exact_rounds(law, number: int, seed: int) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [law.round(n, None, 2000, generator) for n in range(number + 1)]
-
-
-def test_exact_rounds_of_a_cycle_are_seen_to_go_round_and_those_of_a_reward_never():
-    seen, closed = {}, {}
-    for law in (Cycle(beats=1.0, slope=0.0), Mixture()):
-        ours, theirs = exact_rounds(law, 8, 0), exact_rounds(law, 8, 1)
-        checks = [compare_rounds(ours[: n + 1], theirs[: n + 1], law.preference) for n in range(1, 9)]
-        assert all(check.wins[-1] > 0.5 for check in checks)
-        seen[law.name] = [check.cycling for check in checks]
-        closed[law.name] = checks[-1].lost_to
-    assert seen["cycle"][:3] == [False] * 3  # a quarter turn is still ahead of where it came from
-    assert seen["cycle"][-1]
-    assert closed["cycle"] == [0]  # and at last it loses to the reference
-    assert not any(seen["mixture"])
 
 
 class Turning(PreferenceModel):

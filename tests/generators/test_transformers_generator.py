@@ -9,28 +9,19 @@ import numpy as np
 import pytest
 import torch
 from support.letters import LetterEncoder, LinearFlow
+from support.word_tokenizers import WORDS, make_tokenizer
 
 from pfm._internal.special_tokens import SpecialTokens
 from pfm.errors import EmptyAnswerError
 from pfm.generators import CachedGenerator, TransformersGenerator
 from pfm.refiner import wrap
 
-WORDS = ["<pad>", "<end>", "<unknown>", "<user>", "<assistant>", "hello", "there"]
 WORDS += ["good", "bad", "stone", "river", "lamp", "garden", "wind", "paper"]
 PROMPTS = ["good stone", "bad river lamp wind", "garden", "paper paper paper"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
-
-
-def make_tokenizer(**options: Any) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unknown>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unknown>", eos_token="<end>", **options)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,8 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_prompts
-from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm._internal.significance import CONFIRMED, choose_crosswise, confirmable, confirmed, halves, standard_errors
 from pfm.flow.rounds import _beyond
-from pfm.flow.win import WinHead
-from pfm.preferences.correction import fit_correction
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,18 +68,6 @@ def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     assert not confirmed(torch.zeros(0), torch.zeros(0))
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("groups", [2, 3, 5, 10, 50])
-def test_symmetric_values_of_mean_zero_are_confirmed_in_one_of_twenty(groups, sizes):
-    assert max(mean_rate(groups, sizes, law, repeats=250) for law in ("normal", "signs")) <= 0.08
-
-
-def test_a_real_gain_is_confirmed():
-    assert mean_rate(10, "equal", "normal", mean=1.0, repeats=100) > 0.8
-    assert mean_rate(50, "1 to G", "normal", mean=0.5, repeats=100) > 0.8
-    assert set(LAWS) == {"normal", "signs", "right-skewed", "left-skewed"}
-
-
 def test_the_best_of_many_candidates_is_judged_on_other_rows():
     generator = torch.Generator().manual_seed(0)
     half, groups, weight = halves(torch.arange(40)), torch.arange(40), torch.ones(40)
@@ -96,38 +80,6 @@ def test_the_best_of_many_candidates_is_judged_on_other_rows():
         naive += bool(confirmed(-loss[loss.sum(1).argmin()], groups))
     assert naive > 150
     assert crosswise <= 18
-
-
-@pytest.mark.parametrize("count", [3, 12])
-def test_few_held_out_pairs_confirm_no_residual(count):
-    pairs = pairs_of_prompts(count, count, 2, seed=1)
-    flow = PreferenceFlow.fit(pairs, FlowConfig(epochs=20), progress=False)
-    assert not flow.metadata["residual_kept"]
-    assert flow.metadata["training"]["z"] < CONFIRMED
-
-
-def test_coin_labels_keep_no_network_of_few_prompts_and_little_of_many():
-    kept = 0
-    for seed in range(6):
-        pairs = pairs_of_prompts(200, 40, 4, seed)
-        batch, generator = pairs.gather(torch.arange(200)), torch.Generator().manual_seed(seed)
-        for group in (pairs.group, pairs.group % 4):
-            fitted = fit_correction(
-                batch.chosen, batch.rejected, [(torch.eye(4), batch, {"updates": 150})], torch.zeros(200),
-                pairs.group % 5 == 0, group, generator, hidden=16, blocks=2, reward=True,
-            )  # fmt: skip
-            assert group is pairs.group or fitted.network is None
-            kept += fitted.network is not None
-    assert kept <= 1
-
-
-def test_the_guard_opens_on_an_order_and_not_on_few_prompts():
-    told = pairs_of_prompts(120, 40, 3, seed=0, signal=4.0)
-    few = EncodedPairs(told.chosen, told.rejected, group=told.group % 4)
-    heads = [WinHead(3, 0), WinHead(3, 0)]
-    fits = [head.fit(pairs, network=False) for head, pairs in zip(heads, (told, few), strict=True)]
-    assert fits[0].z > CONFIRMED
-    assert [bool(torch.isfinite(head.margin)) for head in heads] == [True, False]
 
 
 def test_rounds_are_compared_as_the_best_of_many_tests():

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from support.command_line import read_rows, run, write_rows
+from support.injections import INJECTIONS, skeleton
+from support.said import word_tokenizer
 from support.style_corpus import Writer, blocks, draft, flaws_of, preferences, quality, request
 
 import pfm
@@ -208,8 +210,6 @@ def test_rubric_and_template_are_the_users(tmp_path):
 
 
 def test_answers_that_instruct_the_judge_stay_data():
-    from test_rewrite import INJECTIONS, skeleton
-
     seen = []
 
     def ask(prompt):
@@ -230,7 +230,6 @@ def test_answers_that_instruct_the_judge_stay_data():
 
 
 def test_a_real_small_model_is_asked_and_its_noise_is_unread(tmp_path):
-    from test_latent import word_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
 
     tokenizer = word_tokenizer()

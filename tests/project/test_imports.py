@@ -1,10 +1,12 @@
 """What importing costs, and that every public name is there."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
 import pytest
+from support.places import ROOT
 
 import pfm
 from pfm._internal.moved import MOVED
@@ -58,3 +60,10 @@ def test_an_old_method_warns_in_its_callers_file_and_gives_the_same():
     with pytest.warns(DeprecationWarning, match=renamed) as seen:
         assert pairs.describe() == pairs.summary()
     assert seen[0].filename == __file__
+
+
+def test_the_tests_of_the_library_do_not_need_the_benchmarks():
+    tests = ROOT / "tests"
+    outside = [path for path in tests.rglob("test_*.py") if path.parent.name not in ("benchmarks", "project")]
+    assert len(outside) > 50
+    assert not [path for path in outside if re.search(r"^\s*(from|import) benchmarks\b", path.read_text("utf-8"), re.M)]

@@ -16,6 +16,8 @@ from support.example_model import example_reply
 from support.fault_server import FaultServer
 from support.places import ROOT
 
+from notebooks.store import code_digest, problems
+
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 VERDICT = "against the original ("  # of every verdict that compares at least one changed output
@@ -31,15 +33,43 @@ def test_there_are_notebooks():
 
 
 @each_notebook
-def test_stored_without_outputs(path):
+def test_stored_outputs_are_of_this_code_and_of_no_machine(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook)
     assert (notebook.nbformat, notebook.nbformat_minor) >= (4, 5)
     assert notebook.metadata.kernelspec.name == "python3"
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == [], cell.id
-            assert cell.execution_count is None, cell.id
+    assert notebook.metadata.pfm.code == code_digest(notebook), f"the code has changed: make notebooks ({path.name})"
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert problems(notebook) == []
+    assert "you will be able to" in " ".join(notebook.cells[0].source.split())
+
+
+@each_notebook
+def test_stored_outputs_keep_the_promises(path):
+    check(path, nbformat.read(path, as_version=nbformat.NO_CONVERT))
+
+
+def test_what_must_not_be_stored_is_found():
+    def notebook(**output):
+        return {"cells": [{"id": "a", "outputs": [{"output_type": "stream"} | output]}]}
+
+    assert problems(notebook(name="stdout", text="b = 0.5, see ~/.cache and docs/data/x, at https://example.org")) == []
+    for shown in (
+        "/home/me/x.json",
+        "http://127.0.0.1:4/v1",
+        "localhost:80",
+        "<pfm.Flow object at 0x7f01>",
+        "(/tmp/x)",
+    ):
+        assert len(problems(notebook(name="stdout", text=["fine\n", shown]))) == 1, shown
+    assert "standard error" in problems(notebook(name="stderr", text="UserWarning: no"))[0]
+    assert (
+        "failed: KeyError"
+        in problems({"cells": [{"id": "a", "outputs": [{"output_type": "error", "ename": "KeyError"}]}]})[0]
+    )
+    assert "a figure of" in problems(notebook(data={"image/png": "A" * 140_000}))[0]
+    assert "the notebook has" in problems(notebook(name="stdout", text="x" * 400_001))[0]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +84,11 @@ def test_runs_and_keeps_its_promises(path, tmp_path, monkeypatch):
         monkeypatch.setenv("PFM_BASE_URL", server.url)
         monkeypatch.delenv("PFM_MODEL", raising=False)
         client.execute(cwd=str(tmp_path))  # raises on the first cell that fails
+    check(path, notebook)
 
+
+def check(path: Path, notebook) -> None:
+    """Check what a notebook's cells show: figures where their names say so, and what its text promises."""
     shown = {cell.id: _shown(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"}
     for name, output in shown.items():
         assert output.images == name.startswith("plot-"), name

@@ -14,11 +14,12 @@ from support.places import ROOT
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```(?P<kind>\w+)\n(?P<code>.*?)^```", re.M | re.S)
 RUN_ELSEWHERE = {"extending.md"}  # tests/project/test_extending.py
+COMMANDS = {"command-line.md"}  # pages with commands alone
 PAGES = sorted(
     path
     for folder in ("", "tutorials", "how-to", "explanation")
     for path in (DOCS / folder).glob("*.md")
-    if "```python" in path.read_text(encoding="utf-8") and path.name not in RUN_ELSEWHERE
+    if ("```python" in path.read_text(encoding="utf-8") or path.name in COMMANDS) and path.name not in RUN_ELSEWHERE
 )
 
 
