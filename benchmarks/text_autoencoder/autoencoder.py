@@ -21,7 +21,7 @@ from pfm.encoders.base import check_texts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["CONFIG", "MODEL_TYPE", "SentenceAutoencoder", "padded", "train_tokenizer"]
+__all__ = ["CONFIG", "MODEL_TYPE", "SentenceAutoencoder", "padded", "read_tokenizer", "train_tokenizer"]
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MODEL_TYPE = "sentence-autoencoder"
@@ -144,7 +144,7 @@ class SentenceAutoencoder:
                 raise ValueError(f"{source / CONFIG} is damaged ({error}): train the autoencoder again") from error
             network = load_module(lambda: Network(settings), source / WEIGHTS, CONFIG)
             training = described.get("training")
-            return cls(network, _read_tokenizer(source / TOKENIZER), training if isinstance(training, dict) else None)
+            return cls(network, read_tokenizer(source / TOKENIZER), training if isinstance(training, dict) else None)
 
         return read_folder(source, (CONFIG, WEIGHTS, TOKENIZER), read)
 
@@ -177,7 +177,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _read_tokenizer(path: Path) -> Tokenizer:
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer's file.
+
+    Raises:
+        ValueError: it is damaged or too large.
+    """
     from tokenizers import Tokenizer
 
     if path.stat().st_size > MOST_TOKENIZER_BYTES:

@@ -59,6 +59,9 @@ class TextAutoencoding:
         settings = getattr(getattr(method, "config", None), "flow", None)
         if settings is None:
             raise TypeError(f"task=imdb moves by flows, and {type(method).__name__} is none: method=pfm")
+        leasts = self.config.least_cosines
+        if not leasts or not all(-1 <= least <= 1 for least in leasts):
+            raise ValueError(f"task.least_cosines must be numbers from -1 to 1, at least one: got {leasts}")
         took: dict[str, float] = {}
         clock = _Clock(took)
         space = load_space(self.config)

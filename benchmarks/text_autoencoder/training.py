@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, normalize
 
 from benchmarks.images.stored import STATE, Training
-from benchmarks.text_autoencoder.autoencoder import CONFIG, TOKENIZER, SentenceAutoencoder, padded, train_tokenizer
+from benchmarks.text_autoencoder.autoencoder import (
+    CONFIG,
+    TOKENIZER,
+    SentenceAutoencoder,
+    padded,
+    read_tokenizer,
+    train_tokenizer,
+)
 from benchmarks.text_autoencoder.card import model_card
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
 from pfm._internal.files import claim_folder, replace_file
@@ -246,13 +253,11 @@ def _rows(
 
 
 def _tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> Any:
-    from tokenizers import Tokenizer
-
     path = folder / TOKENIZER
     if not path.is_file():
         text = train_tokenizer(texts, vocabulary).to_str()
         replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
-    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    tokenizer = read_tokenizer(path)
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(
             f"the sentences give {tokenizer.get_vocab_size()} tokens, and vocabulary is {vocabulary}: set it to that"

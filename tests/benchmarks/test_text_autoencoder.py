@@ -267,6 +267,9 @@ def test_a_missing_autoencoder_is_named_with_the_way_to_one(tmp_path: Path) -> N
         load_task(config.task, 0).run(make_method(config.method), Bench("minilm", "chunk", 0, False))
     with pytest.raises(TypeError, match="method=pfm"):
         load_task(config.task, 0).run(object(), Bench("minilm", "chunk", 0, False))
+    empty = composed("task=imdb", "method=pfm", "task.least_cosines=[]")
+    with pytest.raises(ValueError, match=r"task\.least_cosines must be numbers from -1 to 1"):
+        load_task(empty.task, 0).run(make_method(empty.method), Bench("minilm", "chunk", 0, False))
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="damaged"):
         load_space(config.task)
@@ -297,6 +300,12 @@ def test_the_command_refuses_bad_settings(capsys: pytest.CaptureFixture[str], tm
     with pytest.raises(ValueError, match="no sentence has 8 to 24 tokens"):
         train(tmp_path / "short", Corpus(["a b"] * 9, [0] * 9, ["a"], [0]), NetworkSettings(vocabulary=258),
               progress=False)  # fmt: skip
+
+
+def test_a_damaged_tokenizer_stops_a_training_that_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("cut", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
+        train(tmp_path, Corpus(["a b"] * 9, [0] * 9, ["a"], [0]), SIZES, progress=False)
 
 
 def test_the_tables_join_seeds_and_show_sentences(tmp_path: Path) -> None:
