@@ -33,6 +33,7 @@ from benchmarks.preference import report as preference_report
 from benchmarks.selection import plots as selection_plots
 from benchmarks.selection import report as selection_report
 from benchmarks.speed import report as speed_report
+from benchmarks.text_autoencoder import report as text_autoencoder_report
 from benchmarks.text_editing import report as text_editing_report
 
 __all__ = ["KINDS", "main"]
@@ -89,6 +90,11 @@ def _text_editing(runs: Sequence[Run], folder: Path) -> Written:
     return text_editing_report.markdown(runs), [{"kind": "text_editing", **run.metrics} for run in runs]
 
 
+def _text_autoencoder(runs: Sequence[Run], folder: Path) -> Written:
+    text_autoencoder_report.save_plot(runs, folder / "imdb.png")
+    return text_autoencoder_report.markdown(runs), [{"kind": "text_autoencoder", **run.metrics} for run in runs]
+
+
 def _images(runs: Sequence[Run], folder: Path) -> Written:
     for task, some in image_report.of_task(runs).items():
         image_plots.save_frontier(some, folder / f"{task}.png")
@@ -105,6 +111,7 @@ KINDS: dict[str, Callable[[Sequence[Run], Path], Written]] = {
     "speed": _speed,
     "text_editing": _text_editing,
     "images": _images,
+    "text_autoencoder": _text_autoencoder,
 }
 
 

@@ -32,7 +32,8 @@ METRICS, ERROR = "metrics.json", "error.txt"
 # what a run of a kind keeps beside its metrics
 ARRAYS = {"selection": "picks.npz", "law": "draws.npz", "speed": "seconds.npz", "preference": "predictions.npz",
           "acquisition": "curves.npz", "text_editing": "edits.npz",
-          "control": "returns.npz", "images": "images.npz"}  # fmt: skip
+          "control": "returns.npz", "images": "images.npz",
+          "text_autoencoder": "outputs.npz"}  # fmt: skip
 
 
 def run(config: RunConfig, folder: Path) -> float:

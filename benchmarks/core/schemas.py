@@ -17,6 +17,7 @@ from benchmarks.images import config as images_config
 from benchmarks.preference import config as preference_config
 from benchmarks.preference import pool_config
 from benchmarks.same_generator import config as same_generator_config
+from benchmarks.text_autoencoder import config as text_autoencoder_config
 from benchmarks.text_editing import config as text_editing_config
 
 __all__ = ["composed", "method_settings", "register"]
@@ -24,7 +25,7 @@ __all__ = ["composed", "method_settings", "register"]
 _CONF = Path(__file__).resolve().parents[2] / "conf"
 
 _WITH_TASKS = (config, acquisition_config, preference_config, control_config, text_editing_config,
-               images_config, same_generator_config)  # fmt: skip
+               images_config, same_generator_config, text_autoencoder_config)  # fmt: skip
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
 
 

@@ -1,0 +1,193 @@
+"""The text autoencoder with its tokenizer: texts in, vectors out and back; folders in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
+from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.checks import check_finite, check_shape
+from pfm._internal.files import replace_file, replace_json, require_files
+from pfm.decoders.latent import weights_identity
+from pfm.encoders.base import check_texts
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["CONFIG", "MODEL_TYPE", "SentenceAutoencoder", "padded", "read_tokenizer", "train_tokenizer"]
+
+CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
+MODEL_TYPE = "sentence-autoencoder"
+MOST_TOKENIZER_BYTES = 50_000_000
+ROWS = 256  # encoded or decoded at once
+
+
+class SentenceAutoencoder:
+    """Encodes sentences to vectors (B, D) of length sqrt(D), and writes the sentence of a vector.
+
+    Args:
+        network: the trained network. tokenizer: of the ``tokenizers`` library, with END at id 0.
+        training: what the training found, JSON values.
+
+    >>> model = SentenceAutoencoder.from_pretrained("runs/autoencoder")  # doctest: +SKIP
+    >>> model.decode(model.encode(["a wonderful film, from the first scene to the last ."]))  # doctest: +SKIP
+    ['a wonderful film, from the first scene to the last.']
+    """
+
+    name = MODEL_TYPE
+
+    def __init__(self, network: Network, tokenizer: Tokenizer, training: dict[str, Any] | None = None) -> None:
+        if tokenizer.get_vocab_size() != network.settings.vocabulary:
+            raise ValueError(
+                f"tokenizer must have the network's {network.settings.vocabulary} tokens: got "
+                f"{tokenizer.get_vocab_size()}; load both from one folder"
+            )
+        self.network, self.tokenizer, self.training = network.eval().requires_grad_(False), tokenizer, training or {}
+
+    def __repr__(self) -> str:
+        return f"SentenceAutoencoder({self.network.settings})"
+
+    @property
+    def dimension(self) -> int:
+        """The length D of the vectors."""
+        return self.network.settings.width
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the autoencoder in JSON values."""
+        return {
+            "type": type(self).__name__,
+            "name": self.name,
+            "revision": weights_identity(self.network),
+            "dimension": self.dimension,
+        }
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, without END."""
+        return [row.ids for row in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
+        """Encode N texts as (N, D) float32.
+
+        Raises:
+            TypeError, ValueError: a text is no string, is empty, or has more tokens than the window.
+        """
+        rows = self.tokenize(check_texts(texts, "error"))
+        window = self.network.settings.window
+        for number, row in enumerate(rows):
+            if len(row) > window:
+                raise ValueError(
+                    f"texts[{number}] has {len(row)} tokens, and the autoencoder's window {window}: split it into "
+                    f"shorter sentences, which are encoded one by one: got {texts[number][:80]!r}"
+                )
+        parts = [self.network.encode(*padded(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.dimension)
+
+    def decode(self, vectors: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Write the texts of vectors (N, D), of any length; a draw at a temperature above 0, the likeliest at 0.
+
+        Raises:
+            ValueError: another shape, values that are not finite, or a temperature below 0.
+        """
+        table = torch.as_tensor(vectors).detach().float()
+        check_shape("vectors", table, ("N", self.dimension))
+        check_finite("vectors", table)
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        random = torch.Generator().manual_seed(seed)
+        texts: list[str] = []
+        for some in table.split(ROWS):
+            ids = self.network.generate(some, temperature, random).tolist()
+            rows = [row[: row.index(END)] if END in row else row for row in ids]
+            texts += [text.strip() for text in self.tokenizer.decode_batch(rows)]
+        return texts
+
+    def save_pretrained(self, folder: str | os.PathLike[str], card: str = "") -> None:
+        """Save config.json, model.safetensors, tokenizer.json and README.md; what is there is replaced as a whole."""
+        described = {"model_type": MODEL_TYPE, **asdict(self.network.settings), "training": self.training}
+        with save_folder(Path(folder).expanduser()) as target:
+            text = self.tokenizer.to_str()
+            replace_file(target / TOKENIZER, lambda path: path.write_text(text, encoding="utf-8"))
+            save_tensors(target / WEIGHTS, self.network.state_dict())
+            if card:
+                replace_file(target / CARD, lambda path: path.write_text(card, encoding="utf-8"))
+            replace_json(target / CONFIG, described)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> SentenceAutoencoder:
+        """Load a folder; no code from it runs, and sizes are checked before anything is allocated.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: a file is damaged, or the files do not belong together.
+        """
+        source = Path(folder).expanduser()
+
+        def read() -> SentenceAutoencoder:
+            require_files(source, (CONFIG, WEIGHTS, TOKENIZER), "python -m benchmarks.text_autoencoder")
+            described = read_description(source / CONFIG)
+            if described.get("model_type") != MODEL_TYPE:
+                raise ValueError(
+                    f"{source / CONFIG} must have the model_type {MODEL_TYPE!r}: got "
+                    f"{str(described.get('model_type'))[:80]!r}"
+                )
+            given = {field.name: described[field.name] for field in fields(NetworkSettings) if field.name in described}
+            try:
+                settings = NetworkSettings(**given)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{source / CONFIG} is damaged ({error}): train the autoencoder again") from error
+            network = load_module(lambda: Network(settings), source / WEIGHTS, CONFIG)
+            training = described.get("training")
+            return cls(network, read_tokenizer(source / TOKENIZER), training if isinstance(training, dict) else None)
+
+        return read_folder(source, (CONFIG, WEIGHTS, TOKENIZER), read)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Return rows of token ids with END appended as (B, T), and a mask (B, T) that is True up to there."""
+    width = max(len(row) for row in rows) + 1
+    ids = torch.full((len(rows), width), END)
+    lengths = torch.tensor([len(row) for row in rows])
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return ids, torch.arange(width) <= lengths[:, None]
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train byte-pair encoding of lower-cased text, with END at id 0."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer's file.
+
+    Raises:
+        ValueError: it is damaged or too large.
+    """
+    from tokenizers import Tokenizer
+
+    if path.stat().st_size > MOST_TOKENIZER_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, of at most {MOST_TOKENIZER_BYTES:,}")
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # what the library raises has no common class
+        raise ValueError(f"{path} is damaged ({str(error)[:200]}): train the autoencoder again") from error

@@ -1,0 +1,46 @@
+"""The model card of a trained autoencoder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.text_autoencoder.autoencoder import SentenceAutoencoder
+
+__all__ = ["model_card"]
+
+
+def model_card(model: SentenceAutoencoder) -> str:
+    """Return the text of README.md."""
+    found, sizes = model.training, model.network.settings
+    return f"""---
+library_name: pfm
+tags: [text-autoencoder, preference-flow]
+language: en
+---
+
+# Sentence autoencoder
+
+Encodes an English sentence of {found["settings"]["shortest"]} to {sizes.window} tokens as one vector of {sizes.width}
+values, and writes the sentence of a vector. A flow that is fitted on such vectors moves them; see
+`docs/studies/text_autoencoder.md`.
+
+```python
+from benchmarks.text_autoencoder import SentenceAutoencoder
+
+model = SentenceAutoencoder.from_pretrained("this folder")
+vectors = model.encode(["a wonderful film, from the first scene to the last."])
+print(model.decode(vectors))
+```
+
+- **Size.** {found["parameters"]:,} parameters, {sizes.vocabulary:,} lower-cased byte-pair tokens.
+- **Training.** {found["updates"]:,} updates of {found["settings"]["batch"]} sentences ({found["epochs"]:g} epochs of
+  {found["sentences"]:,}), {found["cpu_seconds"]:,} CPU-seconds on one core. Noise of {found["settings"]["noise"]:g} on
+  each value of the latent, {found["settings"]["replaced"]:.0%} of the tokens that are read replaced. A linear head
+  tells an attribute from the latent.
+- **On held-out sentences.** Token accuracy {found["token_accuracy"]:.3f} with the tokens before given,
+  {found["written_accuracy"]:.3f} when it writes by itself, {found["exact"]:.1%} of the sentences without a fault;
+  the attribute is told in {found["attribute_accuracy"]:.1%}.
+- **Limits.** Lower-cased text of one kind; longer texts are refused. It says what the sentences that it was trained on
+  say, good or bad.
+"""
