@@ -13,10 +13,10 @@ __all__ = ["make_method"]
 class _Family(Protocol):
     """A module of this package."""
 
-    def make(self, config: Any, /) -> object: ...
+    def make(self, config: Any, /) -> Any: ...
 
 
-def make_method(config: MethodConfig) -> object:
+def make_method(config: MethodConfig) -> Any:
     """Make the method that a config names.
 
     What it must be able to do, the protocols of the kinds of tasks say: ``Chooser`` (selection), ``Comparer``
