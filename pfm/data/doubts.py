@@ -30,8 +30,8 @@ def doubts(pairs: PreferencePairs) -> list[str]:
     >>> from pfm import PreferencePairs
     >>> row = {"prompt": "Why?", "chosen": "It rains.", "rejected": "No."}
     >>> turned = {"prompt": "Why?", "chosen": "No.", "rejected": "It rains."}
-    >>> doubts(PreferencePairs.from_rows([row, turned]))[0][:33]
-    '1 pair stands in both directions:'
+    >>> doubts(PreferencePairs.from_rows([row, turned]))[0][:32]
+    '1 pair stands in both directions'
     """
     return [sentence for sentence in (_one_sided(pairs), _contradicted(pairs), _exchanged(pairs)) if sentence]
 
