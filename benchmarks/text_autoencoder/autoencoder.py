@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
 from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
+from pfm._internal.byte_pairs import read_tokenizer
 from pfm._internal.checks import check_finite, check_shape
 from pfm._internal.files import replace_file, replace_json, require_files
 from pfm.decoders.latent import weights_identity
@@ -21,11 +22,11 @@ from pfm.encoders.base import check_texts
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["CONFIG", "MODEL_TYPE", "SentenceAutoencoder", "padded", "read_tokenizer", "train_tokenizer"]
+__all__ = ["AGAIN", "CONFIG", "MODEL_TYPE", "SentenceAutoencoder", "padded"]
 
 CONFIG, WEIGHTS, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.json", "README.md"
 MODEL_TYPE = "sentence-autoencoder"
-MOST_TOKENIZER_BYTES = 50_000_000
+AGAIN = "train the autoencoder again"
 ROWS = 256  # encoded or decoded at once
 
 
@@ -144,7 +145,8 @@ class SentenceAutoencoder:
                 raise ValueError(f"{source / CONFIG} is damaged ({error}): train the autoencoder again") from error
             network = load_module(lambda: Network(settings), source / WEIGHTS, CONFIG)
             training = described.get("training")
-            return cls(network, read_tokenizer(source / TOKENIZER), training if isinstance(training, dict) else None)
+            tokenizer = read_tokenizer(source / TOKENIZER, AGAIN)
+            return cls(network, tokenizer, training if isinstance(training, dict) else None)
 
         return read_folder(source, (CONFIG, WEIGHTS, TOKENIZER), read)
 
@@ -157,37 +159,3 @@ def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     for number, row in enumerate(rows):
         ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
     return ids, torch.arange(width) <= lengths[:, None]
-
-
-def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Train byte-pair encoding of lower-cased text, with END at id 0."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    tokenizer: Any = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Read a tokenizer's file.
-
-    Raises:
-        ValueError: it is damaged or too large.
-    """
-    from tokenizers import Tokenizer
-
-    if path.stat().st_size > MOST_TOKENIZER_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, of at most {MOST_TOKENIZER_BYTES:,}")
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # what the library raises has no common class
-        raise ValueError(f"{path} is damaged ({str(error)[:200]}): train the autoencoder again") from error

@@ -16,15 +16,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 
 from benchmarks.images.stored import STATE, Training
 from benchmarks.text_autoencoder.autoencoder import (
+    AGAIN,
     CONFIG,
     TOKENIZER,
     SentenceAutoencoder,
     padded,
-    read_tokenizer,
-    train_tokenizer,
 )
 from benchmarks.text_autoencoder.card import model_card
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
+from pfm._internal.byte_pairs import read_tokenizer, train_tokenizer
 from pfm._internal.files import claim_folder, replace_file
 from pfm._internal.smollm2 import has_bfloat16
 
@@ -255,9 +255,9 @@ def _rows(
 def _tokenizer(folder: Path, texts: Sequence[str], vocabulary: int) -> Any:
     path = folder / TOKENIZER
     if not path.is_file():
-        text = train_tokenizer(texts, vocabulary).to_str()
+        text = train_tokenizer(texts, vocabulary, fold=True).to_str()
         replace_file(path, lambda place: place.write_text(text, encoding="utf-8"))
-    tokenizer = read_tokenizer(path)
+    tokenizer = read_tokenizer(path, AGAIN)
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(
             f"the sentences give {tokenizer.get_vocab_size()} tokens, and vocabulary is {vocabulary}: set it to that"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors, tensor_shapes
+from pfm._internal.byte_pairs import read_tokenizer
 from pfm._internal.files import replace_file, replace_json, require_files
 from pfm.decoders.editing.language_model import BUNDLED, LanguageModelWriter, load_base
 from pfm.decoders.editing.pointer import PointerWriter
@@ -19,7 +20,6 @@ __all__ = ["DESCRIPTION", "load_writer", "save_writer"]
 
 DESCRIPTION, WEIGHTS, TOKENIZER = "editor.json", "editor.safetensors", "tokenizer.json"
 _FORMAT = 1
-_MOST_TOKENIZER_BYTES = 50_000_000
 
 
 def save_writer(
@@ -123,16 +123,8 @@ def _elements(settings: dict[str, Any], width: int) -> int:
 
 
 def _tokenizer(source: Path) -> Any:
-    from tokenizers import Tokenizer
-
     require_files(source, (TOKENIZER,), "save_writer or pfm train-decoder")
-    path = source / TOKENIZER
-    if path.stat().st_size > _MOST_TOKENIZER_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, of at most {_MOST_TOKENIZER_BYTES:,}")
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # what the library raises has no common class
-        raise ValueError(f"{path} is damaged ({str(error)[:200]}): train the decoder again") from error
+    return read_tokenizer(source / TOKENIZER, "train the decoder again")
 
 
 def _compare(source: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

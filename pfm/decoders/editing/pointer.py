@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from pfm._internal.byte_pairs import train_tokenizer
 from pfm._internal.checks import check_whole
 from pfm.decoders.editing.writer import Edits, TokenRow, Writer, condition
 
@@ -90,19 +91,7 @@ class PointerWriter(Writer):
     @staticmethod
     def train_tokenizer(texts: Iterable[str], vocabulary: int = 8000) -> Tokenizer:
         """Train byte-level byte-pair encoding on texts, with the end of text at id 0."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]
-        tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=["<end>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
+        return train_tokenizer(texts, vocabulary)
 
     def settings(self) -> dict[str, Any]:
         """Return the sizes; the tokenizer is saved beside them."""
