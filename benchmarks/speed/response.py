@@ -15,7 +15,7 @@ __all__ = ["Remembered", "refining"]
 
 
 class Remembered:
-    """An encoder that looks vectors up: its own cost is what is to be left aside."""
+    """An encoder that looks vectors up, so that its own cost does not count."""
 
     def __init__(self, texts: Sequence[str], vectors: Tensor) -> None:
         self._rows = {text: row for row, text in enumerate(texts)}

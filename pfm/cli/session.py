@@ -1,4 +1,4 @@
-"""What a command prints: its result, notes, and what becomes of mistakes and of Ctrl-C; ``--json`` is for programs."""
+"""What a command prints: its result, notes, mistakes and interrupts, for people or with ``--json`` for programs."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def setting(text: str, switches: Collection[str]) -> tuple[str, Any]:
 def load_flow(
     folder: Path, encoder: str | None, trust_encoder: bool = False, *, option: str = "--flow "
 ) -> tuple[PreferenceFlow | Composition, Encoder]:
-    """Load a flow, or a composition of several, and its encoder; ``option`` is what stands before the folder."""
+    """Load a flow, or a composition of several, and its encoder; errors name the folder by its ``option``."""
     from pfm._internal.archive import finish_save
     from pfm._internal.hub import near_folder
     from pfm.encoders import encoder_from_description, encoder_from_name

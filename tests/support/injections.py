@@ -34,7 +34,7 @@ INJECTIONS = [
 
 
 def skeleton(prompt: str) -> str:
-    """Take the data out of a prompt: what is left is what the template says."""
+    """Take the data out of a prompt, and leave the words of the template."""
     for label, text in blocks(prompt).items():
         prompt = prompt.replace(f"]\n{text}\n[END {label} ", f"]\n...\n[END {label} ")
     mark = prompt.split("[BEGIN request ")[1][:16]
