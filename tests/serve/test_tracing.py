@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.chat_server import ChatServer, running
-from support.proxy import KEY, ask, fitted, post
+from support.proxy import KEY, ask, eventually, fitted, post
 
 import pfm
 from pfm.serve import ServeConfig, create_app
@@ -42,10 +41,7 @@ def refiner() -> pfm.Refiner:
 
 def ended(exporter: Any, count: int) -> dict[str, Any]:
     """Wait until so many spans have ended: the last one ends when its answer has been sent."""
-    end = time.monotonic() + 30
-    while len(exporter.get_finished_spans()) < count:
-        assert time.monotonic() < end, [span.name for span in exporter.get_finished_spans()]
-        time.sleep(0.01)
+    eventually(lambda: len(exporter.get_finished_spans()) >= count)
     found = exporter.get_finished_spans()
     assert len(found) == count, [span.name for span in found]
     return {span.name: span for span in found}
