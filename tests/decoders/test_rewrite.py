@@ -212,7 +212,7 @@ def test_a_pool_tags_what_each_of_its_generators_wrote(flow, bank):
 
 
 def test_the_command_line_rewrites_with_the_pairs_as_exemplars(flow, tmp_path, monkeypatch):
-    (tmp_path / "my_writer.py").write_text("from style_corpus import Writer\n\nreply = Writer('able')\n")
+    (tmp_path / "my_writer.py").write_text("from support.style_corpus import Writer\n\nreply = Writer('able')\n")
     monkeypatch.chdir(tmp_path)
     flow.save_pretrained(tmp_path / "flow")
     preferences(200, 0).to_jsonl(tmp_path / "pairs.jsonl")
