@@ -231,7 +231,7 @@ def main() -> None:
     faults = mixed_faults(arguments.faults)
     options = [f"--fault={name}={probability}" for name, probability in faults.items()]
     server = subprocess.Popen(
-        [sys.executable, TESTS / "fault_server.py", "--port=0", "--n=ignore", "--delay=0.02", *options],
+        [sys.executable, TESTS / "support" / "fault_server.py", "--port=0", "--n=ignore", "--delay=0.02", *options],
         stdout=subprocess.PIPE,
         text=True,
     )
