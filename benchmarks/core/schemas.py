@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from benchmarks.acquisition import config as acquisition_config
@@ -43,10 +44,18 @@ def register() -> None:
 
 
 def composed(*overrides: str, **options: Any) -> Any:
-    """Compose the settings of a run as its command line does; ``options`` are those of Hydra's ``compose``."""
+    """Compose the settings of a run as its command line does; ``options`` are those of Hydra's ``compose``.
+
+    Also within a run, whose own Hydra is as before afterwards.
+    """
     register()
-    with initialize_config_dir(str(_CONF), version_base="1.3"):
-        return compose("config", list(overrides), **options)
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(_CONF), version_base="1.3"):
+            return compose("config", list(overrides), **options)
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 @cache
