@@ -33,7 +33,7 @@ METRICS, ERROR = "metrics.json", "error.txt"
 ARRAYS = {"selection": "picks.npz", "law": "draws.npz", "speed": "seconds.npz", "preference": "predictions.npz",
           "acquisition": "curves.npz", "text_editing": "edits.npz",
           "control": "returns.npz", "images": "images.npz",
-          "text_autoencoder": "outputs.npz"}  # fmt: skip
+          "text_autoencoder": "outputs.npz", "paper": "runs.npz"}  # fmt: skip
 
 
 def run(config: RunConfig, folder: Path) -> float:

@@ -15,6 +15,7 @@ from benchmarks.control import config as control_config
 from benchmarks.core import config
 from benchmarks.core.conf_tables import CONF, register_tables
 from benchmarks.images import config as images_config
+from benchmarks.paper import config as paper_config
 from benchmarks.preference import config as preference_config
 from benchmarks.preference import pool_config
 from benchmarks.same_generator import config as same_generator_config
@@ -24,7 +25,8 @@ from benchmarks.text_editing import config as text_editing_config
 __all__ = ["choices", "composed", "method_settings", "register"]
 
 _WITH_TASKS = (config, acquisition_config, preference_config, control_config, text_editing_config,
-               images_config, same_generator_config, text_autoencoder_config)  # fmt: skip
+               images_config, same_generator_config, text_autoencoder_config,
+               paper_config)  # fmt: skip
 _WITH_METHODS = (*_WITH_TASKS, pool_config)
 
 

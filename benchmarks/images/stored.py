@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from pfm._internal.archive import load_tensors, save_folder, save_tensors
 from pfm._internal.files import cache_folder, replace_json
+from pfm._internal.optimizers import optimizer_state, optimizer_tensors
 
 __all__ = ["Training", "batches", "progress_bar", "trained"]
 
@@ -44,9 +45,9 @@ class Training:
             tensors = load_tensors(path)
             for name, part in self.parts.items():
                 own = {key.removeprefix(f"{name}/"): v for key, v in tensors.items() if key.startswith(f"{name}/")}
-                part.load_state_dict(_unpacked(part, own) if isinstance(part, Optimizer) else own)
+                part.load_state_dict(optimizer_state(part, own) if isinstance(part, Optimizer) else own)
             self.done = int(tensors[DONE])
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (ValueError, LookupError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged or of another training ({error}): delete it to start anew") from error
 
     def save(self) -> None:
@@ -54,7 +55,7 @@ class Training:
         self.done += 1
         tensors: dict[str, Tensor] = {DONE: torch.tensor(self.done)}
         for name, part in self.parts.items():
-            own = _packed(part) if isinstance(part, Optimizer) else part.state_dict()
+            own = optimizer_tensors(part) if isinstance(part, Optimizer) else part.state_dict()
             tensors |= {f"{name}/{key}": value for key, value in own.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         save_tensors(self.folder / STATE, tensors)
@@ -105,16 +106,3 @@ def progress_bar(items: Any, label: str, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=label, disable=not progress, leave=False)
-
-
-def _packed(optimizer: Optimizer) -> dict[str, Tensor]:
-    states = optimizer.state_dict()["state"]
-    return {f"{number}.{key}": torch.as_tensor(v) for number, own in states.items() for key, v in own.items()}
-
-
-def _unpacked(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    states: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        number, _, key = name.partition(".")
-        states.setdefault(int(number), {})[key] = value
-    return {"state": states, "param_groups": optimizer.state_dict()["param_groups"]}

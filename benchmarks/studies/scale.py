@@ -69,8 +69,8 @@ def milliseconds(name: str, count: int = 4096, repeats: int = 5) -> dict[str, tu
     return found
 
 
-def fit_seconds(processes: Processes, batch: int, epochs: int) -> tuple[float, int]:
-    """Return the processor seconds that this process takes for further updates, and how many they are.
+def fit_seconds(processes: Processes, batch: int, epochs: int) -> tuple[float, float, int]:
+    """Return the processor seconds that this process takes for further updates, the seconds, and how many they are.
 
     They are those of a fit of twice the epochs beyond those of a fit: both have the same parts besides.
     """
@@ -78,16 +78,17 @@ def fit_seconds(processes: Processes, batch: int, epochs: int) -> tuple[float, i
     first = one[:, :1] > other[:, :1]
     pairs = pfm.EncodedPairs(torch.where(first, one, other), torch.where(first, other, one))
     config = pfm.FlowConfig(linear=False, batch_size=batch, patience=1000, steps=2, device="cpu")
-    seconds, updates = [], []
+    seconds, clock, updates = [], [], []
     for many in (1, epochs, 2 * epochs):  # the first warms up
-        began = time.process_time()
+        began, start = time.process_time(), time.perf_counter()
         flow = pfm.PreferenceFlow.fit(
             pairs, config.replace(epochs=many), progress=False, processes=processes,
             preference=pfm.preferences.MeanShift(),
         )  # fmt: skip
         seconds.append(time.process_time() - began)
+        clock.append(time.perf_counter() - start)
         updates.append(flow.metadata["training"]["updates"])
-    return seconds[2] - seconds[1], updates[2] - updates[1]
+    return seconds[2] - seconds[1], clock[2] - clock[1], updates[2] - updates[1]
 
 
 class Refine:
@@ -129,6 +130,7 @@ def ray_rates(workers: int, answers: int, folder: Path) -> list[tuple[int, float
     }
     pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), folder / "answers.parquet")
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # a worker is one core: its tokenizer would take all that there are
     ray.init(num_cpus=workers + 1, include_dashboard=False, log_to_driver=False)
     try:
         read = ray.data.read_parquet(str(folder / "answers.parquet")).repartition(10 * workers)
@@ -158,11 +160,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.fit:
         with pfm.processes() as group:
             for batch, epochs in BATCHES:
-                seconds, updates = fit_seconds(group, batch, epochs)
-                which = f"process {group.rank} of {group.count}"
-                print(
-                    f"{which}, batch {batch}: {1e3 * seconds / updates:.1f} ms an update, {updates} updates", flush=True
-                )
+                own, clock, updates = fit_seconds(group, batch, epochs)
+                which = f"process {group.rank} of {group.count}, batch {batch}, {updates} updates"
+                own, clock = (f"{1e3 * seconds / updates:.1f}" for seconds in (own, clock))
+                print(f"{which}: {own} ms of its processor an update, {clock} by the clock", flush=True)
         return
     if given.ray:
         with tempfile.TemporaryDirectory() as folder:

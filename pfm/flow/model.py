@@ -31,6 +31,7 @@ __all__ = ["FlowModel"]
 
 MODES = ("single", "gated", "reapply", "relabel")
 FAILURES = ("keep", "raise")
+WHOLE = 1e-9  # steps that differ less from a whole number are whole, as in the integration
 _CALLER = 4  # of a public method under no_grad, past the decorations: whom a warning is for
 
 
@@ -197,11 +198,66 @@ class FlowModel(nn.Module):
             ValueError: shapes disagree with the flow's, values are not finite, or an argument is out of range.
             FloatingPointError: the field left the finite numbers and ``on_failure="raise"``.
         """
+        settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)
+        return self._transport(y, context, ("strength", (strength,)), *settings)[0]
+
+    @torch.no_grad()
+    def transport_strengths(
+        self,
+        y: Any,
+        context: Any = None,
+        *,
+        strengths: Sequence[float],
+        mode: str = "single",
+        steps: int | None = None,
+        rounds: int | None = None,
+        guidance: float = 1.0,
+        win_gradient: float = 0.0,
+        on_failure: str = "keep",
+        seed: int = 0,
+    ) -> list[Tensor]:
+        """Carry outputs by each of several strengths, to the places of :meth:`transport`, with fewer integrations.
+
+        Strengths of 1 and above share one pass, and those below 1 that are reached by whole fixed steps share it too.
+        Modes of several rounds take as long as calls of :meth:`transport`.
+
+        Args:
+            strengths: one or several. The other arguments are those of :meth:`transport`.
+
+        Returns:
+            one tensor (B, \\*D) a strength.
+
+        Raises:
+            ValueError, FloatingPointError: as :meth:`transport`.
+
+        >>> places = flow.transport_strengths(y, strengths=[1.0, 2.0, 4.0])  # doctest: +SKIP
+        """
+        if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not strengths:
+            raise ValueError(f"strengths must be numbers, at least one, such as [1.0, 2.0]: got {strengths!r}")
+        settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)
+        return self._transport(y, context, ("strengths", tuple(strengths)), *settings)
+
+    def _transport(
+        self,
+        y: Any,
+        context: Any,
+        named_strengths: tuple[str, tuple[float, ...]],
+        mode: str,
+        steps: int | None,
+        rounds: int | None,
+        guidance: float,
+        win_gradient: float,
+        on_failure: str,
+        seed: int,
+    ) -> list[Tensor]:
+        """Carry outputs by each strength; they come with the name of the argument, for errors."""
         check_choice("mode", mode, MODES)
         check_choice("on_failure", on_failure, FAILURES)
         rounds = self._checked_rounds(rounds, mode)
         seed = check_whole("seed", seed)
-        check_number("strength", strength, least=0)
+        name, strengths = named_strengths
+        for strength in strengths:
+            check_number(name, strength, least=0)
         check_number("guidance", guidance, least=0)
         check_number("win_gradient", win_gradient)
         if guidance != 1 and self.context_free is None:
@@ -213,38 +269,59 @@ class FlowModel(nn.Module):
             warnings.warn(
                 "mode='gated' is exact for flows with source='rejected'; this one was fitted with "
                 f"source={self.config.source!r}, for which mode='single' is",
-                stacklevel=_CALLER,
+                stacklevel=_CALLER + 1,
             )
         y, context = self._checked(y, context)
         fixed = self._checked_steps(steps) if steps is not None else None
-        if strength == 0:
-            return y.clone()
+        moving = tuple(dict.fromkeys(strength for strength in strengths if strength))
+        if not moving:
+            return [y.clone() for _ in strengths]
 
-        def carry(state: Tensor, contexts: Tensor | None, hold: bool = False) -> tuple[Tensor, Tensor]:
-            finite = torch.ones(len(state), dtype=torch.bool, device=state.device)
+        def carry(
+            state: Tensor, contexts: Tensor | None, wanted: tuple[float, ...] = moving, hold: bool = False
+        ) -> tuple[Tensor, ...]:
+            """Return the state of each wanted strength, and then which of its rows stayed finite."""
+            if rounds > 1 and len(wanted) > 1:
+                each = [carry(state, contexts, (strength,), hold) for strength in wanted]
+                return (*(moved for moved, _ in each), *(well for _, well in each))
+            states = [state] * len(wanted)
+            finite = [torch.ones(len(state), dtype=torch.bool, device=state.device)] * len(wanted)
             for number in range(rounds):
                 flow = self._round(number) if mode == "relabel" else self
                 gated = mode == "gated" or (mode == "relabel" and flow.config.source == "rejected")
                 gate = (seed, number) if gated else None
-                state, well = flow._pass(
-                    state, contexts, fixed or flow.steps, strength, guidance, win_gradient, gate, hold
-                )
-                finite = finite & well
-            return state, finite
+                found = flow._pass(states[0], contexts, fixed or flow.steps, wanted, guidance, win_gradient, gate, hold)
+                states = [moved for moved, _ in found]
+                finite = [before & well for before, (_, well) in zip(finite, found, strict=True)]
+            return (*states, *finite)
 
-        settings = (self.config, self.steps, mode, rounds, fixed, strength, guidance, seed)
+        settings = (self.config, self.steps, mode, rounds, fixed, moving, guidance, seed)
         work = carry if win_gradient or mode == "relabel" else self._recorded(settings, carry)
         flat = y.flatten(1)
-        result, finite = map_rows(work, flat, context, self.device)
-        if not bool(finite.all()):
-            lost = ~finite
-            contexts = None if context is None else context[lost]
-            result[lost], finite[lost] = map_rows(partial(carry, hold=True), flat[lost], contexts, self.device)
-            warning = NonFiniteWarning(finite)
+        carried = map_rows(work, flat, context, self.device)
+        results, finite = carried[: len(moving)], carried[len(moving) :]
+        lost_somewhere = torch.stack(finite).logical_not().any(0)
+        if bool(lost_somewhere.any()):
+            for strength, result, well in zip(moving, results, finite, strict=True):
+                if bool(well.all()):
+                    continue
+                lost = ~well
+                contexts = None if context is None else context[lost]
+                again = partial(carry, wanted=(strength,), hold=True)
+                result[lost], well[lost] = map_rows(again, flat[lost], contexts, self.device)
+            warning = NonFiniteWarning(torch.stack(finite).all(0))
             if on_failure == "raise":
                 raise FloatingPointError(f"{warning}; on_failure='keep' gives their last finite state")
-            warnings.warn(warning, stacklevel=_CALLER)
-        return result.unflatten(1, self.event_shape)
+            warnings.warn(warning, stacklevel=_CALLER + 1)
+        places = {
+            strength: result.unflatten(1, self.event_shape) for strength, result in zip(moving, results, strict=True)
+        }
+        places[0.0] = y
+        # What is given twice, and y itself, must not share memory with another result.
+        return [
+            place.clone() if number != strengths.index(strength) or not strength else place
+            for number, (strength, place) in enumerate((each, places[each]) for each in strengths)
+        ]
 
     def _recorded(self, settings: Hashable, carry: Work) -> Work:
         """Return what replays a pass of few rows on a GPU, where launching its kernels one by one takes longer."""
@@ -294,27 +371,51 @@ class FlowModel(nn.Module):
         y: Tensor,
         context: Tensor | None,
         steps: int,
-        strength: float = 1.0,
+        strengths: Sequence[float] = (1.0,),
         guidance: float = 1.0,
         win_gradient: float = 0.0,
         gate: tuple[int, int] | None = None,
         hold: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        """Carry flat outputs (B, D) on the flow's device once; give them and which rows (B,) stayed finite."""
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Carry flat outputs (B, D) on the flow's device once, by each strength above 0.
+
+        Returns:
+            for each strength the states (B, D), and which rows (B,) stayed finite.
+        """
         device = self.device
         lower = self.config.dtype == "bfloat16" and device.type != "cpu"
         with matmul_precision(self.config.dtype, device), torch.autocast(device.type, torch.bfloat16, enabled=lower):
             velocity = self._guided(context, guidance, win_gradient)
-            states, well = self._integrate(velocity, y, (0.0, min(strength, 1.0)), steps, hold=hold)
-        result = states[-1]
-        if strength > 1:
-            result = y + strength * (result - y)
-        if self.metadata.get("unit_norm"):
-            result = nn.functional.normalize(result, dim=1)
+            reached = self._reached(velocity, y, [min(strength, 1.0) for strength in strengths], steps, hold)
+        kept = None
         if gate is not None:
             kept = torch.sigmoid(self.win(y, context)) > gate_uniforms(y, context, *gate)
-            result, well = torch.where(kept[:, None], y, result), kept | well
-        return result, well
+        found = []
+        for strength in strengths:
+            result, well = reached[min(strength, 1.0)]
+            if strength > 1:
+                result = y + strength * (result - y)
+            if self.metadata.get("unit_norm"):
+                result = nn.functional.normalize(result, dim=1)
+            if kept is not None:
+                result, well = torch.where(kept[:, None], y, result), kept | well
+            found.append((result, well))
+        return found
+
+    def _reached(
+        self, velocity: Velocity, y: Tensor, times: Sequence[float], steps: int, hold: bool
+    ) -> dict[float, tuple[Tensor, Tensor]]:
+        """Return the states (B, D) at each time in (0, 1], and which rows (B,) stayed finite up to it."""
+        marks = sorted(set(times))
+        # Steps to an earlier time are the first ones of the pass, where their number is whole.
+        whole = all(abs(steps * mark - round(steps * mark)) < WHOLE for mark in marks)
+        shared = whole and not hold and self.config.solver not in ADAPTIVE_SOLVERS and "distilled" not in self.metadata
+        found = {}
+        for path in [marks] if shared else [[mark] for mark in marks]:
+            states, finite = self._integrate(velocity, y, (0.0, *path), steps, hold=hold)
+            for mark, state in zip(path, states[1:], strict=True):
+                found[mark] = state, finite if mark == path[-1] else torch.isfinite(state).all(1)
+        return found
 
     def _guided(self, context: Tensor | None, guidance: float, win_gradient: float) -> Velocity:
         """Return the velocity in normalised coordinates, as :meth:`transport` describes it."""
@@ -488,7 +589,9 @@ class FlowModel(nn.Module):
         """
         y, context = self._checked(y, context)
         flat = y.flatten(1)
-        moved, _ = map_rows(lambda rows, contexts: self._pass(rows, contexts, self.steps), flat, context, self.device)
+        moved, _ = map_rows(
+            lambda rows, contexts: self._pass(rows, contexts, self.steps)[0], flat, context, self.device
+        )
         scale = self.normalizer.scale.to(y.device)
         direction = ((moved - flat) / scale).mean(0)
         return ((flat - flat.mean(0)) / scale) @ nn.functional.normalize(direction, dim=0)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.files import replace_file
+from pfm._internal.optimizers import optimizer_state, optimizer_tensors
 from pfm._internal.significance import confirmed, halves
 from pfm.devices import new_generator
 from pfm.flow.config import FlowConfig
@@ -379,8 +380,7 @@ class _State:
         found |= {f"averaged.{name}": value for name, value in self.averaged.network.state_dict().items()}
         found["averages"] = torch.tensor(self.averaged.count)
         found |= {f"best.{name}": value for name, value in self.best.items()}
-        for number, moments in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in moments.items()}
+        found |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
         found["generator"] = self.generator.get_state()
         if self.products:
             found["products"] = torch.stack(self.products)
@@ -394,13 +394,7 @@ class _State:
         self.averaged.network.load_state_dict(part("averaged."))
         self.averaged.count = int(tensors["averages"])
         self.best = part("best.")
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimizer.").items():
-            number, name = key.split(".")
-            moments.setdefault(int(number), {})[name] = value
-        whole = self.optimizer.state_dict()
-        whole["state"] = moments
-        self.optimizer.load_state_dict(whole)
+        self.optimizer.load_state_dict(optimizer_state(self.optimizer, part("optimizer.")))
         self.generator.set_state(tensors["generator"])
         self.products = list(tensors["products"]) if "products" in tensors else []
         self.log.__dict__.update(asdict(log))

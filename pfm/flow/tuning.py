@@ -12,8 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -297,16 +297,21 @@ def tune(
     if not callable(alike):
         raise ValueError(f"content must be 'cosine' or a function of outputs and transported outputs: got {content!r}")
 
-    b, kept = [_judged(judged_by(y, context), count, len(y))], [torch.ones(len(y), dtype=torch.float64)]
-    for setting in tqdm(tried, desc="settings", disable=not progress):
-        moved = flows[setting.flow].transport(y, context, **setting.arguments())
-        if decode is not None:
-            moved = _decoded(decode(moved, y), y)
-        b.append(_judged(judged_by(moved, context), count, len(y)))
-        kept.append(_checked("content", alike(y, moved), len(y)))
+    unmoved = _judged(judged_by(y, context), count, len(y)), torch.ones(len(y), dtype=torch.float64)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    with tqdm(total=len(tried), desc="settings", disable=not progress) as bar:
+        for place, moved in _carried(flows, tried, y, context):
+            if decode is not None:
+                moved = _decoded(decode(moved, y), y)
+            judged = _judged(judged_by(moved, context), count, len(y))
+            found[place] = judged, _checked("content", alike(y, moved), len(y))
+            bar.update()
+    b, kept = zip(unmoved, *(found[place] for place in range(len(tried))), strict=True)
     half = halves(torch.unique(group, return_inverse=True)[1]).repeat(2)
     part = judged_by.part.repeat(2) if isinstance(judged_by, HeldOutWin) else None
-    return _Table(torch.stack(b, 1), torch.stack(kept), owner, half, part, at_least, weight).chosen(flows, tried)
+    return _Table(torch.stack(list(b), 1), torch.stack(list(kept)), owner, half, part, at_least, weight).chosen(
+        flows, tried
+    )
 
 
 @dataclass(frozen=True)
@@ -467,6 +472,24 @@ def _outputs(pairs: EncodedPairs) -> tuple[Tensor, Tensor | None, Tensor]:
     y = torch.cat([pairs.chosen, pairs.rejected]).float().cpu()
     context = None if pairs.context is None else pairs.context.repeat(2, 1).float().cpu()
     return y, context, pairs.group.repeat(2)
+
+
+def _carried(
+    flows: Mapping[str, Any], tried: Sequence[Setting], y: Tensor, context: Tensor | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each setting's place in ``tried`` and what it moves y to; settings that differ in strength share passes."""
+    alike: dict[Setting, list[int]] = {}
+    for place, setting in enumerate(tried):
+        alike.setdefault(replace(setting, strength=1.0), []).append(place)
+    for setting, places in alike.items():
+        flow, arguments = flows[setting.flow], setting.arguments()
+        del arguments["strength"]
+        strengths = [tried[place].strength for place in places]
+        if len(places) > 1 and hasattr(flow, "transport_strengths"):
+            yield from zip(places, flow.transport_strengths(y, context, strengths=strengths, **arguments), strict=True)
+        else:
+            for place, strength in zip(places, strengths, strict=True):
+                yield place, flow.transport(y, context, strength=strength, **arguments)
 
 
 def _cosine(before: Tensor, after: Tensor) -> Tensor:

@@ -97,12 +97,9 @@ class BradleyTerry(PreferenceModel):
         generator = torch.Generator().manual_seed(self.seed)
         batch, group = pairs.gather(torch.arange(len(pairs))), pairs.group
         fold = deal_folds(group, generator)
-        score = torch.zeros(len(fold))
-        for number in fold.unique().tolist():
-            out = fold == number
-            if not bool(out.all()):
-                solver = PairwiseLogistic(difference[~out], batch.weight[~out], batch.probability[~out])
-                score[out] = difference[out] @ solver.fit(self.l2)
+        out = fold == fold.unique()[:, None]
+        weights = PairwiseLogistic(difference, batch.weight * ~out, batch.probability).fit(self.l2)
+        score = ((weights @ difference.T) * out).sum(0)
         held_out = fold == 0
         if validation is not None:
             held = validation.gather(torch.arange(len(validation)))

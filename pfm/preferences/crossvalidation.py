@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from pfm.preferences.logistic import PairwiseLogistic, pairwise_log_loss
+from pfm.preferences.logistic import PairwiseLogistic
 
 __all__ = ["AVERAGED", "Block", "Search", "Setting", "deal_folds"]
 
@@ -46,21 +47,25 @@ class Search:
 
     def over(self, grid: Sequence[Sequence[float]], penalties: Sequence[float] = PENALTIES) -> None:
         """Fit at every penalty, for every row of scales in the grid."""
+        folds = self.fold.unique().tolist()
+        weight, probability = self.weight[self._kept], self.probability[self._kept]
         for scales in grid:
-            for number in self.fold.unique().tolist():
-                out = self.fold == number
-                rows = self._rows(scales, number, self._kept)
-                part = (out & self._kept)[self._kept]
-                weight, probability = self.weight[self._kept], self.probability[self._kept]
-                solver = PairwiseLogistic(rows[~part], weight[~part], probability[~part])
+            for numbers in self._alike(scales, folds):
+                rows = self._rows(scales, numbers[0], self._kept)
+                out = torch.stack([self.fold[self._kept] == number for number in numbers])
+                solver = PairwiseLogistic(rows, weight * ~out, probability)
                 for penalty in penalties:
                     weights = solver.fit(penalty)
-                    setting, judging = (penalty, *scales), float(weight[part].sum())
-                    total = 0.0
-                    if judging > 0:
-                        total = judging * pairwise_log_loss(rows[part] @ weights, weight[part], probability[part])
-                    self._loss[setting] = self._loss.get(setting, 0.0) + total
-                    self._fits.setdefault(setting, {})[number] = weights
+                    setting, score = (penalty, *scales), (rows @ weights.T).T
+                    loss = (weight * out * (softplus(-score) + (1 - probability) * score)).sum()
+                    self._loss[setting] = self._loss.get(setting, 0.0) + float(loss)
+                    self._fits.setdefault(setting, {}).update(zip(numbers, weights, strict=True))
+
+    def _alike(self, scales: Sequence[float], folds: Sequence[int]) -> list[list[int]]:
+        """Return the folds in groups whose rows at some scales are the same, and are fitted together."""
+        used = [block for block, scale in zip(self.blocks, [1.0, *scales], strict=True) if scale]
+        made = any(not isinstance(block, Tensor) for block in used)
+        return [[number] for number in folds] if made else [list(folds)]
 
     def best(self, fits: Callable[[Setting], bool] = lambda setting: True) -> list[Setting]:
         """Return the settings to be averaged, the best first, among those that ``fits`` admits."""

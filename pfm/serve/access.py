@@ -76,11 +76,12 @@ class Access:
                     outcome="unauthorized",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-        elif origin is not None and not self._allows(origin):
+        elif origin is not None and not self._allows(origin, request.headers.get("host")):
             # Without a token a web page could spend the upstream's key through its visitor's browser.
             raise Refused(
                 403,
-                "pages of other sites may not use this proxy, but for allowed_origins",
+                "pages of other sites may not use this proxy without its token: allowed_origins names those that may, "
+                "and allowed_hosts the names of this proxy, whose own page then may",
                 outcome="forbidden",
             )
         passed = proxies(request)
@@ -89,8 +90,12 @@ class Access:
         if len(passed) >= MOST_PROXIES:
             raise Refused(508, f"the request came through {len(passed)} proxies already", outcome="loop")
 
-    def _allows(self, origin: str) -> bool:
-        return bool({"*", origin} & self._origins) or _LOOPBACK.fullmatch(origin.lower()) is not None
+    def _allows(self, origin: str, host: str | None) -> bool:
+        if {"*", origin} & self._origins or _LOOPBACK.fullmatch(origin.lower()):
+            return True
+        # This proxy's own page, by a name that the settings give: a name that merely resolves to it may be anyone's.
+        place = urlsplit(origin.lower())
+        return host is not None and place.netloc == host.lower() and place.hostname in self._hosts
 
 
 def proxies(request: Request) -> list[str]:

@@ -71,7 +71,8 @@ class ServeConfig:
             ``/chat`` that sends them; None: requests for that path are passed on as any other.
         feedback_bytes: the most bytes of that file; beyond it the status is 507.
         allowed_hosts: names, beside those of this machine, under which a proxy that listens on loopback is asked
-            (the ``Host`` header); ``"*"`` allows all. Given any, they hold wherever it listens.
+            (the ``Host`` header); ``"*"`` allows all. Given any, they hold wherever it listens, and its own page
+            ``/chat`` works under them without a token.
         allowed_origins: web pages that may use the proxy from a browser, as ``https://chat.example``, beside those
             of this machine; ``"*"`` allows all.
 

@@ -309,7 +309,10 @@ async def answer_refusal(_: Request, error: Exception) -> Response:
 
 async def answer_not_found(request: Request, _: Exception) -> Response:
     """Answer a request for a path that is not served."""
-    hint = "; the base URL for clients ends in /v1" if "completions" in request.url.path else ""
+    path = request.url.path
+    hint = "; the base URL for clients ends in /v1" if "completions" in path else ""
+    if path.rstrip("/") == "/chat":
+        hint = "; the page /chat is there once the server is started with --upstream URL and --feedback FILE"
     return _error_response(
         Refused(
             404, f"there is /v1/..., /score, /rerank, /classify, /healthz and /metrics here{hint}", outcome="not_found"

@@ -283,6 +283,32 @@ def test_a_training_that_was_cut_short_ends_as_one_that_was_not(tmp_path: Path, 
         fit("whole", 0)
 
 
+@pytest.mark.parametrize("way", ["fused", "foreach"])
+def test_moments_of_transposed_parameters_are_kept(tmp_path: Path, way: str):
+    """A file holds tensors in rows; a fused step pairs moments and parameters by their places in memory."""
+
+    def fit(folder: Path, stops: tuple[int, ...]) -> torch.nn.Linear:
+        for stop in (*stops, 6):
+            torch.manual_seed(0)
+            layer = torch.nn.Linear(3, 5)
+            layer.weight = torch.nn.Parameter(torch.randn(3, 5).T)
+            assert not layer.weight.is_contiguous()
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **{way: True})
+            training = Training(folder, {"layer": layer, "optimizer": optimizer})
+            for number in training.remaining(stop, "test", False):
+                x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+                loss = (layer(x) - x.sum(1, keepdim=True) * torch.arange(5.0)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                training.save()
+        return layer
+
+    whole, resumed = fit(tmp_path / "whole", ()), fit(tmp_path / "cut", (1, 4))
+    assert torch.equal(whole.weight, resumed.weight)
+    assert torch.equal(whole.bias, resumed.bias)
+
+
 # -- whole runs on scikit-learn's digits ----------------------------------------------------------------------------
 
 

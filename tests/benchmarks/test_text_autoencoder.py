@@ -14,12 +14,12 @@ from support.text_autoencoder import GOOD, fresh, mood, mood_pairs, sentence
 from torch.nn.functional import normalize
 
 import pfm
-from benchmarks import paper
 from benchmarks.core.bench import Bench
 from benchmarks.core.data import MissingDataError
 from benchmarks.core.runs import Run
 from benchmarks.core.schemas import composed
 from benchmarks.methods import make_method
+from benchmarks.paper import page as paper
 from benchmarks.tasks import load_task
 from benchmarks.text_autoencoder import SentenceAutoencoder, __main__, report, training
 from benchmarks.text_autoencoder.autoencoder import padded

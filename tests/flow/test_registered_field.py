@@ -37,7 +37,7 @@ class Bias(nn.Module):
 class Affine(nn.Module):
     """Is affine in t, y and context, on flattened outputs."""
 
-    def __init__(self, event_shape, context_dimension, *, bias=True, tied=False, norm=False):
+    def __init__(self, event_shape, context_dimension, *, bias=True, tied=False, norm=False, transposed=False):
         super().__init__()
         size = event_shape.numel()
         self.layer = nn.Linear(1 + size + context_dimension, size, bias=bias)
@@ -45,6 +45,8 @@ class Affine(nn.Module):
         if tied:
             self.again = nn.Linear(1 + size + context_dimension, size, bias=bias)
             self.again.weight = self.layer.weight
+        if transposed:
+            self.layer.weight = nn.Parameter(self.layer.weight.detach().T.contiguous().T)
 
     def forward(self, t, y, context):
         parts = [t[:, None], y.flatten(1), *([] if context is None else [context])]
@@ -211,11 +213,14 @@ def test_tied_weights_are_saved(tmp_path):
     torch.testing.assert_close(PreferenceFlow.from_pretrained(tmp_path).transport(y), flow.transport(y))
 
 
-def test_a_stopped_fit_goes_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_stopped_fit_goes_on(tmp_path, monkeypatch, transposed):
+    """Also with a parameter that does not lie in rows, as a file's tensors do."""
+
     class Stopped(Exception):
         pass
 
-    whole = fit(shifted_pairs(), settings())
+    whole = fit(shifted_pairs(), settings(field_options={"transposed": transposed}))
     from pfm.flow import training
 
     save = training._Checkpoint.save
@@ -227,9 +232,9 @@ def test_a_stopped_fit_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(training._Checkpoint, "save", stop_after)
     with pytest.raises(Stopped):
-        fit(shifted_pairs(), settings(), checkpoint=tmp_path)
+        fit(shifted_pairs(), settings(field_options={"transposed": transposed}), checkpoint=tmp_path)
     monkeypatch.undo()
-    resumed = fit(shifted_pairs(), settings(), checkpoint=tmp_path)
+    resumed = fit(shifted_pairs(), settings(field_options={"transposed": transposed}), checkpoint=tmp_path)
     y, _ = outputs()
     torch.testing.assert_close(resumed.transport(y), whole.transport(y), atol=1e-5, rtol=1e-5)
 

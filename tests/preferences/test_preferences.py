@@ -91,6 +91,47 @@ def test_the_solver_is_at_the_penalised_optimum_along_its_path():
         assert float(gradient.abs().max()) < 1e-4
 
 
+def test_fits_of_several_weightings_are_those_of_each_alone():
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.randn(60, 5, generator=generator) * torch.logspace(0, -2, 5)
+    label = torch.rand(60, generator=generator)
+    weight = torch.rand(4, 60, generator=generator)
+    weight[1, :40] = 0
+    weight[2] = 0
+    together = PairwiseLogistic(difference, weight, label)
+    alone = [PairwiseLogistic(difference, row, label) for row in weight]
+    for l2 in (1e-1, 1e-4):
+        found = together.fit(l2)
+        assert found.shape == (4, 5)
+        torch.testing.assert_close(found, torch.stack([each.fit(l2) for each in alone]), rtol=1e-3, atol=1e-4)
+        assert found[2].tolist() == [0.0] * 5
+        share = weight / weight.sum(1, keepdim=True).clamp_min(1e-30)
+        gradient = (share * (torch.sigmoid(found @ difference.T) - label)) @ difference + 2 * l2 * found
+        assert float(gradient.abs().max()) < 1e-6
+
+
+def test_the_solver_arrives_from_any_start():
+    """Where the curvature is almost gone, Newton's whole step goes astray: it is halved."""
+    label = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
+    difference = torch.tensor([[1.0], [1.0], [1.0], [1e-3], [1e-3], [1e-3]]).double()
+    exact = PairwiseLogistic(difference, None, label.double()).fit(1e-6, 200)
+    for start in (-30.0, 6.0, 30.0):
+        solver = PairwiseLogistic(difference, None, label.double())
+        solver._at.fill_(start)
+        torch.testing.assert_close(solver.fit(1e-6, 200), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_labels_without_a_fault_are_followed_as_far_as_the_penalty_allows():
+    generator = torch.Generator().manual_seed(0)
+    difference = torch.randn(40, 3, generator=generator).double()
+    difference = difference * torch.sign(difference[:, :1]) * torch.logspace(-3, 2, 40).double()[:, None]
+    for l2 in (1e-2, 1e-5):
+        at = PairwiseLogistic(difference).fit(l2, 200)
+        share = torch.full((40,), 1 / 40).double()
+        exact, _ = newton_logistic(difference, torch.ones(40), share, 2 * l2, iterations=500)
+        torch.testing.assert_close(at, exact, rtol=1e-3, atol=1e-3)
+
+
 def test_rows_of_weight_zero_do_not_decide_which_directions_count():
     """A huge difference that weighs nothing must not make the one that counts look like rounding."""
     difference = torch.tensor([[1.0, 0.0], [0.0, 1e6]])

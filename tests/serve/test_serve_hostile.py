@@ -649,6 +649,16 @@ def test_hosts_and_origins_that_the_settings_name_are_allowed(refiner, upstream)
             assert "access-control-allow-origin" not in refused.headers
 
 
+def test_the_own_page_works_without_a_token_under_a_name_that_the_settings_give(refiner, upstream):
+    """A name that merely resolves to this server may be anyone's: a rebinding page has the same host and origin."""
+    place = "proxy.example:8100"
+    for names, status in (["Proxy.example"], 200), (["*"], 403), ([], 403):
+        with proxy(refiner, upstream, host="0.0.0.0", allowed_hosts=names) as url:
+            assert post(url, plain(), host=place, origin=f"http://{place}").status_code == status
+            for other in ("http://proxy.example:8443", "http://proxy.example", "http://other.example:8100"):
+                assert post(url, plain(), host=place, origin=other).status_code == 403
+
+
 def test_a_preflight_is_answered_without_the_token(refiner, upstream, monkeypatch):
     monkeypatch.setenv("PROXY_TOKEN", "token-of-the-proxy")
     asked = {
