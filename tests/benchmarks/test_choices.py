@@ -33,7 +33,7 @@ def settings(task: str, method: str) -> RunConfig:
     return configured(f"task={task}", f"method={method}", "seed=3")
 
 
-@pytest.mark.parametrize(("task", "method"), zip(cycle(PINNED["task"]), PINNED["method"], strict=False))
+@pytest.mark.parametrize(("task", "method"), list(zip(cycle(PINNED["task"]), PINNED["method"], strict=False)))
 def test_a_choice_can_be_made_and_keeps_its_finished_runs(task: str, method: str):
     made = settings(task, method)
     assert made.method.name == method.rpartition("/")[2]
