@@ -141,15 +141,13 @@ def candidate_count(text: str | int) -> int | str:
     Raises:
         ValueError: it is neither.
     """
-    if text == "auto":
-        return "auto"
+    from pfm._internal.checks import check_whole
+
     try:
         number = int(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"-n must be a whole number, or auto; got {text!r}") from None
-    if number < 1:
-        raise ValueError(f"-n must be at least 1, or auto; got {number}")
-    return number
+    except ValueError:
+        number = text
+    return check_whole("-n", number, 1, also=("auto",))
 
 
 def spend_of(text: str | None) -> float | dict[str, float] | None:
