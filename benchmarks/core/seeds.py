@@ -30,7 +30,10 @@ def student_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def figure_interval(runs: Sequence[Run], name: str) -> tuple[float, float] | None:
-    """Return a figure's mean and half of its 95% interval over seeds, of one seed over its draws; None without a value."""
+    """Return a figure's mean and half of its 95% interval: over seeds, or of one seed over its draws.
+
+    None where it is undefined for all.
+    """
     values = figure_values(runs, name)
     if not values:
         return None
