@@ -46,7 +46,7 @@ def markdown(runs: Sequence[Run]) -> str:
             "",
             f"{len(runs)} {'seeds' if len(runs) > 1 else 'seed'} of {about['drafts']} drafts. ± is half of the 95% "
             "interval over seeds (Student's), with one seed over drafts. win: against an independent sentence by the "
-            f"judge on words, which tells {_about(runs, 'accuracy_independent'):.1%} of held-out sentences' sides. "
+            f"judge on words, with {_about(runs, 'accuracy_independent'):.1%} accuracy on held-out sentences. "
             "gain: in that judge's log-odds over encode and decode. labelled: log-odds by the judge of the preferences "
             f"({_about(runs, 'accuracy_labelling'):.1%}). cosine: of MiniLM, output and draft. same: outputs that "
             "equal those of encode and decode (there: the draft). perplexity: by SmolLM2 on the first "

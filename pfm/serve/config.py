@@ -1,4 +1,4 @@
-"""What a proxy is told when it starts."""
+"""Settings of the proxy."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address or name of a host is this machine's own."""
+    """Return whether an address or name of a host is this machine's own."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
