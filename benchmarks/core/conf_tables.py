@@ -38,7 +38,7 @@ class ConfTables(ConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         """Return an entry as a config: its section's dataclass, and what the entry sets."""
         name = config_path.removesuffix(".yaml")
-        package = {"package": name.partition("/")[0]}
+        package: dict[str, str | None] = {"package": name.partition("/")[0]}
         return ConfigResult(self.provider, self.full_path(), OmegaConf.create(_entries()[name]), package)
 
     def is_group(self, config_path: str) -> bool:
@@ -79,7 +79,7 @@ def _entries() -> dict[str, Any]:
             for section in cast(Any, OmegaConf.load(path)):
                 for choice, own in section[f"{group}s"].items():
                     named = {"name": choice.rpartition("/")[2]}
-                    settings = OmegaConf.merge(named, section.get("settings", {}), own)
+                    settings = cast(Any, OmegaConf.merge(named, section.get("settings", {}), own))
                     defaults = [f"/schema/{group}/{section.schema}@_here_", "_self_"]
                     entries[f"{group}/{choice}"] = {"defaults": defaults, **settings}
     return entries

@@ -21,6 +21,7 @@ FAMILIES = {
     "flow best-of-8 gradient": "#cc79a7",
     "ascent": "#d55e00",
     "mean shift": "#8c8c8c",
+    "few-shot": "#e69f00",
 }
 
 
@@ -42,7 +43,8 @@ def _section(editor: str, runs: Sequence[Run]) -> list[str]:
         f"## text_editing ({editor})",
         "",
         f"{len(runs)} seeds of {about['drafts']} drafts, {about['samples']} samples a draft, guidance "
-        f"{about['guidance']:g}. Each cell is the mean "
+        f"{about['guidance']:g}, rounds {about.get('rounds', 1)}; few-shot: the base model rewrites the draft, shown "
+        f"{about.get('few_shot', 0)} pairs. Each cell is the mean "
         "over seeds; with several seeds ± is half of the 95% interval over them by Student's t, with one it is that "
         "over drafts. win: against an independent sentence by the judge on words, which tells "
         f"{accuracy:.0%} of held-out "
@@ -62,9 +64,12 @@ def save_plot(runs: Sequence[Run], path: Path) -> None:
     for family, colour in FAMILIES.items():
         names = [name for name in _settings(runs[0]) if _family(name) == family]
         points = sorted((_mean(runs, f"{name}.cosine"), _mean(runs, f"{name}.win")) for name in names)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=family, markersize=4)
-    copy = (_mean(runs, "copy.cosine"), _mean(runs, "copy.win"))
-    axes.plot(*copy, "k*", markersize=10, label="copy")
+        if points:  # task.settings may leave a family out; ways to choose among rewrites are no curve
+            style = "s" if family == "few-shot" else "o-"
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=family, markersize=4)
+    if "copy" in _settings(runs[0]):
+        copy = (_mean(runs, "copy.cosine"), _mean(runs, "copy.win"))
+        axes.plot(*copy, "k*", markersize=10, label="copy")
     for n in (2, 8):
         axes.axhline(_mean(runs, f"best of {n}.win"), color="#b8b8b8", linestyle=":")
         axes.text(
@@ -80,8 +85,7 @@ def _settings(run: Run) -> list[str]:
 
 
 def _family(name: str) -> str:
-    parts = name.split(" ")
-    return " ".join(parts[:-1])
+    return "few-shot" if name.startswith("few-shot") else name.rpartition(" ")[0]
 
 
 def _mean(runs: Sequence[Run], name: str) -> float:

@@ -35,7 +35,7 @@ def start(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
 
 def command(*arguments: str, threads: int = 1) -> tuple[int, str, str]:
     process = start(*arguments, threads=threads)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return process.returncode, out, err
 
 
