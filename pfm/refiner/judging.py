@@ -156,8 +156,11 @@ class _Answered:
     def of(cls, result: Refinement, key: str, reasoning: str, accepts: Accepts) -> _Answered:
         """Set hidden reasoning aside, and note in the result how much."""
         beside = result.reasoning or [0] * len(result.candidates)
-        hidden = [aside + _hidden(whole, reasoning) for aside, whole in zip(beside, result.candidates, strict=True)]
         texts = [judged_text(text, reasoning) if isinstance(text, str) else text for text in result.candidates]
+        hidden = [
+            aside + (len(whole) - len(text) if isinstance(whole, str) else 0)
+            for aside, whole, text in zip(beside, result.candidates, texts, strict=True)
+        ]
         result.reasoning = hidden if any(hidden) else []
         places = [place for place, text in enumerate(texts) if accepts(text)]
         return cls(result, key, places, [texts[place] for place in places])
