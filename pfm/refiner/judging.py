@@ -126,14 +126,15 @@ def _probabilities(
         contexts = _encoded(encode, [answered.key for answered in judged], context_dimension)
         context_rows = contexts[of_prompt]
         usable &= context_rows.isfinite().all(dim=1)
-        context_rows = context_rows[usable]
     probabilities = np.full(len(texts), np.nan)
     if usable.any():
+        judgeable = slice(None) if bool(usable.all()) else usable  # the usual case copies nothing
+        rows = None if context_rows is None else context_rows[judgeable]
         if isinstance(decoder, Select) and isinstance(flow, CandidateFlow):
             tags = _tags(judged, usable)
-            found = flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable], tags=tags)
+            found = flow.candidate_probabilities(vectors[judgeable], rows, of_prompt[judgeable], tags=tags)
         else:  # texts that a decoder adds later are to be compared with these: against the reference alike
-            found = flow.win_probability(vectors[usable], context_rows)
+            found = flow.win_probability(vectors[judgeable], rows)
         probabilities[usable.numpy()] = found.detach().cpu().double().numpy()
     return vectors, contexts, probabilities
 
