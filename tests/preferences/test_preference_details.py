@@ -99,9 +99,7 @@ def test_folds_of_outputs_depend_on_the_seed_alone():
     first = worth[one] > worth[other]
     pairs = EncodedPairs.from_table(y, one.where(first, other), other.where(first, one), group=torch.zeros(66))
     labels, none = _Labels.of(pairs), torch.zeros(66)
-    found = [
-        _with_outputs(pairs, labels, none, 0.1, torch.Generator().manual_seed(seed), [1.0]) for seed in (1, 1, 2)
-    ]
+    found = [_with_outputs(pairs, labels, none, 0.1, torch.Generator().manual_seed(seed), [1.0]) for seed in (1, 1, 2)]
     assert found[0][1] == 1.0
     assert torch.equal(found[0][0], found[1][0])
     assert not torch.equal(found[0][0], found[2][0])
