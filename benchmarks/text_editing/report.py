@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.core.runs import Run
+from benchmarks.core.seeds import figure_values
 from benchmarks.core.tables import markdown_table
 
 __all__ = ["markdown", "save_plot"]
@@ -87,19 +88,14 @@ def _family(name: str) -> str:
     return "few-shot" if name.startswith("few-shot") else name.rpartition(" ")[0]
 
 
-def _values(runs: Sequence[Run], name: str) -> list[float]:
-    found = [run.metrics["figures"].get(name) for run in runs]
-    return [figure["value"] for figure in found if figure]
-
-
 def _mean(runs: Sequence[Run], name: str) -> float:
-    return float(np.mean(_values(runs, name)))
+    return float(np.mean(figure_values(runs, name)))
 
 
 def _cell(runs: Sequence[Run], name: str) -> str:
     from scipy.stats import t
 
-    values = _values(runs, name)
+    values = figure_values(runs, name)
     if not values:
         return "–"
     if len(values) == 1:

@@ -1,4 +1,4 @@
-"""What HTTP asks for whatever is served: bodies read in time, answers sent in pieces, clients that go."""
+"""HTTP that all endpoints share: bodies read in time, answers sent in pieces, clients that disconnect."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ async def _refined(
 
 
 def _unjudgeable(state: State, drawn: Drawn, asked: Asked) -> str | None:
-    """Say why the candidates cannot be judged, if they cannot."""
+    """Return why the candidates cannot be judged, or None."""
     if drawn.plain is not None:
         return drawn.plain
     if not drawn.choices:
@@ -105,7 +105,7 @@ def _unjudgeable(state: State, drawn: Drawn, asked: Asked) -> str | None:
 
 
 def _too_long(state: State, drawn: Drawn, asked: Asked) -> str | None:
-    """Say why the texts of a request are too long to encode, if they are."""
+    """Return why the texts of a request are too long to encode, or None."""
     sizes = [len(choice.text) for choice in drawn.choices]
     if max(sizes) > state.config.text_characters:
         return f"a candidate is longer than {state.config.text_characters} characters"

@@ -1,4 +1,4 @@
-"""What lives as long as the proxy: its parts, its places, and what every request begins with."""
+"""The state of a running proxy: its parts, its queue, and how every request begins."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = logging.getLogger("pfm.serve.app")
 
 
 class State:
-    """Holds what lives as long as the proxy."""
+    """Holds the parts of a running proxy."""
 
     def __init__(self, refiner: Refiner, config: ServeConfig, tracer_provider: Any = None) -> None:
         self.config = config

@@ -689,7 +689,7 @@ def test_a_preflight_is_answered_without_the_token(refiner, upstream, monkeypatc
         ({"allowed_origins": ["https://chat.example/"]}, "allowed_origins must hold origins"),
         ({"allowed_hosts": ["http://proxy.example"]}, "allowed_hosts must hold host names"),
         ({"allowed_hosts": ["proxy.example:80"]}, "allowed_hosts must hold host names"),
-        ({"request_bytes": 0}, "request_bytes must be at least 1, got 0"),
+        ({"request_bytes": 0}, "request_bytes must be a whole number of at least 1: got 0"),
         ({"held_bytes": 5}, "request_bytes must be at most held_bytes=5"),
         ({"send_timeout": 0}, "send_timeout must be a positive number"),
     ],
