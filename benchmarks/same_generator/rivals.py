@@ -33,7 +33,7 @@ from pfm.generators import TransformersGenerator
 __all__ = ["STAGES", "few_shot_prompt", "main", "rate"]
 
 SHOTS = 2
-DRAWS = 4  # with examples
+DRAWS = 8  # with examples
 RATED = 8  # of the plain samples
 DRAFTS, REWRITES = 3, 2
 ENCODER = "minilm+surface"

@@ -8,7 +8,6 @@ import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -45,7 +44,7 @@ REACH = 0.99  # quantile of a column over the vocabulary that a text's maximum i
 
 
 # Only these: others, such as the no-break space or a control character, are the tokenizer's to judge.
-_SPACES = re.compile(r"[ \t\n\r]+")
+_SPACES = " \t\n\r"
 
 
 class StaticEncoder(Encoder):
@@ -183,10 +182,13 @@ class _Table:
         if self.known is None:
             every = [each.ids for each in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         else:
-            split = [_SPACES.sub(" ", text).split(" ") for text in texts]
-            tokens = self._of_pieces({piece for pieces in split for piece in pieces})
-            every = [[number for piece in pieces for number in tokens[piece]] for pieces in split]
-        return [[number for number in each if number != self.unknown] or [self.unknown] for each in every]
+            split = [_pieces(text) for text in texts]
+            of_piece = self._of_pieces(set().union(*split)).__getitem__
+            every = [list(itertools.chain.from_iterable(map(of_piece, pieces))) for pieces in split]
+        unknown = self.unknown
+        if any(unknown in each for each in every):
+            every = [[number for number in each if number != unknown] for each in every]
+        return [each or [unknown] for each in every]
 
     def _of_pieces(self, pieces: set[str]) -> dict[str, tuple[int, ...]]:
         """Return the tokens of some pieces; the short ones are remembered, as most come again."""
@@ -203,12 +205,18 @@ class _Table:
         return found
 
 
+def _pieces(text: str) -> list[str]:
+    for space in _SPACES[1:]:
+        text = text.replace(space, _SPACES[0])
+    return text.split(_SPACES[0])
+
+
 def _splits_at_spaces(tokenizer: Any) -> bool:
     """Tell whether the tokens of a text are those of its pieces between spaces, as with BERT's tokenizer."""
     told = json.loads(tokenizer.to_str())
     kinds = [(told.get(name) or {}).get("type") for name in ("normalizer", "pre_tokenizer", "model")]
     return kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and not any(
-        token["lstrip"] or token["rstrip"] or token["single_word"] or _SPACES.search(token["content"])
+        token["lstrip"] or token["rstrip"] or token["single_word"] or not set(_SPACES).isdisjoint(token["content"])
         for token in told["added_tokens"]
     )
 

@@ -205,11 +205,19 @@ def _found(pattern: re.Pattern[str], text: str, *signs: str) -> list[str]:
 
 def _characters(text: str) -> list[int]:
     """Count letters, capitals, digits, letters outside of ASCII, white space, and all other characters."""
+    if text.isascii():
+        return (np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=128) @ _ascii_kinds()).tolist()
     counts = [0] * 6
     for character, number in Counter(text).items():
         for place in _kinds(character):
             counts[place] += number
     return counts
+
+
+@functools.cache
+def _ascii_kinds() -> np.ndarray:
+    """Return to which counts each of the 128 characters of ASCII belongs (128, 6), 0 or 1."""
+    return np.array([[place in _kinds(chr(code)) for place in range(6)] for code in range(128)], np.int64)
 
 
 @functools.lru_cache(maxsize=4096)
