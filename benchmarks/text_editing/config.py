@@ -34,7 +34,7 @@ class TextEditingConfig(TaskConfig):
     perplexity: bool = True
     rounds: int = 1
     few_shot: int = 4
-    settings: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list[str])
 
 
 TASKS = {"text_editing": TextEditingConfig}

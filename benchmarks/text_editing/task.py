@@ -218,7 +218,7 @@ class _Rounds:
         flat = [text or draft for draft, row in zip(texts, edits, strict=True) for text in row]
         found = self.encoder.encode(flat).view(len(texts), -1, z.shape[1])
         distances = (found - point[:, None]).norm(dim=2).double().numpy()
-        if name in ("copy", "permuted points") or "labels" in name:  # controls are read out without the guard
+        if name in ("copy", "permuted points") or "labels" in name:  # controls are decoded without the guard
             return _taken(texts, edits, distances.argmin(1))
         b = flow.win_probability(found.flatten(0, 1)).view(len(texts), -1).double().numpy()
         before = flow.win_probability(z).double().numpy()
@@ -227,7 +227,7 @@ class _Rounds:
 
 def _taken(texts: list[str], rewrites: list[list[str]], places: NDArray[np.int64]) -> list[str]:
     """Return the rewrite at each place, or the text itself at -1."""
-    return [text if at < 0 else row[at] for text, row, at in zip(texts, rewrites, places, strict=True)]
+    return [text if at < 0 else row[int(at)] for text, row, at in zip(texts, rewrites, places, strict=True)]
 
 
 def halves(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:
