@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,7 +225,7 @@ class _Rounds:
         return _taken(texts, edits, read_out(distances, b, before, flow.guard_margin))
 
 
-def _taken(texts: Sequence[str], rewrites: Sequence[Sequence[str]], places: NDArray[np.int64]) -> list[str]:
+def _taken(texts: list[str], rewrites: list[list[str]], places: NDArray[np.int64]) -> list[str]:
     """Return the rewrite at each place, or the text itself at -1."""
     return [text if at < 0 else row[int(at)] for text, row, at in zip(texts, rewrites, places, strict=True)]
 

@@ -35,6 +35,7 @@ def drawn(contexts: int = 0, metadata: dict[str, Any] | None = None, **options: 
         for weight in flow.parameters():
             weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
     for own in (flow, *flow.later):
+        assert isinstance(own, PreferenceFlow)
         own.normalize_by(one, two, context)
         for field in (own.field, own.context_free):
             if field is not None:
