@@ -155,6 +155,20 @@ def test_pairwise_agreement_counts_every_pair(scores, random):
     assert pairwise_agreement([0.9, 0.1], [True, False]) == (1, 1)  # a judge may say yes and no
 
 
+def test_values_in_half_precision_are_added_up_in_double():
+    values = np.full(5000, 0.1, np.float16)  # of which half precision itself adds up no more than a few hundred
+    found = Bootstrap(5000, 20).ratios(values, np.ones(5000))[0]
+    assert found is not None
+    assert found.value == pytest.approx(float(values[0]), rel=1e-9)
+    assert found.low == pytest.approx(found.high)
+
+
+def test_intervals_are_rough_below_a_number_of_prompts():
+    few = pfm.statistics.FEW_PROMPTS
+    assert pfm.statistics.warn_of_few(few) is None
+    assert str(pfm.statistics.warn_of_few(few - 1)).startswith(f"Only {few - 1} prompts:")
+
+
 def test_win_share_mirrors():
     a, b = np.random.default_rng(4).integers(0, 4, size=(2, 200))
     np.testing.assert_array_equal(win_share(a, b) + win_share(b, a), 1)

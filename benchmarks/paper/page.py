@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.acquisition.report import student_interval
 from benchmarks.control import plots as control_plots
 from benchmarks.control import report as control_report
 from benchmarks.core.runs import Run, code_notes, collect
+from benchmarks.core.seeds import student_interval
 from benchmarks.core.tables import markdown_table
 from benchmarks.images import plots as image_plots
 from benchmarks.images import report as image_report

@@ -1,4 +1,4 @@
-"""Every rival at equal calls and at equal tokens: python -m benchmarks.same_generator.study [--seeds 3].
+"""Every baseline at equal calls and at equal tokens: python -m benchmarks.same_generator.study [--seeds 3].
 
 Reads what :mod:`benchmarks.same_generator.sample` and :mod:`benchmarks.same_generator.rivals` have drawn; a rival that
 was not drawn is left out. The expected score of the best of m of a prompt's samples by a rule is exact
@@ -165,7 +165,7 @@ def _rates(train: Sequence[Scored], test: Sequence[Scored], drawn: dict[str, lis
 
 def measure(part: str, encoder: str, seeds: int, samples: Path, flows: Path,
             advance: Callable[[], Any]) -> tuple[list[Scored], dict[str, Found]]:  # fmt: skip
-    """Test every prompt of a part once for every three seeds; rivals by seeds 0 to 2, for which they were drawn."""
+    """Test every prompt of a part once for every three seeds; baselines by seeds 0 to 2, for which they were drawn."""
     rows = plain_samples(samples, part)
     of_rival = {name: {row.name: row for row in _read(samples, part, name)} for name in RIVALS}
     found: dict[str, Found] = defaultdict(Found)

@@ -108,7 +108,7 @@ class Moves:
 
 
 def preferred_subspace(pairs: EncodedPairs, size: int = SUBSPACE) -> Tensor:
-    """Return an orthonormal basis (D, size) of what tells winners from losers by their first two moments.
+    """Return an orthonormal basis (D, size) of how winners and losers differ in their first two moments.
 
     The first direction is E[y+ - y-]; the others are eigenvectors of cov(y+) - cov(y-), largest absolute eigenvalues
     first.

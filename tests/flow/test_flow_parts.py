@@ -1,5 +1,7 @@
 """Small parts of a flow: sizes, steps, summary, what a student takes over, what the hub is asked for."""
 
+import copy
+
 import pytest
 import torch
 
@@ -131,6 +133,48 @@ def test_the_hub_is_asked_with_the_options_that_were_given(monkeypatch, tmp_path
         with pytest.raises(FileNotFoundError, match="is not a folder"):
             PreferenceFlow.from_pretrained(name)
     assert not asked
+    with pytest.raises(ValueError, match=r"^map_location="):
+        PreferenceFlow.from_pretrained("owner/flow", map_location="gpu")
+
+
+def test_a_round_is_drawn_and_labelled_under_its_contexts(turned):
+    y, other = torch.randn(2, len(SIDES), 2, generator=torch.Generator().manual_seed(2))
+    seen = []
+
+    def first_by_side(one, two, context):
+        seen.append((one, two, context))
+        return (context * (one - two)[:, :1]).flatten() > 0
+
+    further = turned.relabel(first_by_side, y, other, SIDES, config=CLOSED, check=0, progress=False)
+    assert further.rounds == 2
+    for found, wanted in zip(seen[0], (turned.transport(y, SIDES), turned.transport(other, SIDES), SIDES), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_straightness_is_of_the_field_alone():
+    y, other = torch.randn(2, 80, 2, generator=torch.Generator().manual_seed(3))
+    first = (y > other)[:, :1]
+    flow = PreferenceFlow.fit(EncodedPairs(y.where(first, other), other.where(first, y)), CLOSED, progress=False)
+    assert float(flow.win_gradient(y).norm(dim=1).min()) > 0.01
+    twin = copy.deepcopy(flow)
+    twin.win = preference_flow.WinHead(2, 0)  # not fitted: b is one half everywhere
+    assert not bool(twin.win_gradient(y).any())
+    assert twin.straightness(y) == flow.straightness(y)
+
+
+def test_a_fit_that_is_stopped_keeps_the_state_of_both_fields(monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    config = FlowConfig(epochs=1, hidden=4, layers=1, context_free=True, device="cpu")
+    monkeypatch.setattr(preference_flow.WinHead, "fit", stop)
+    with pytest.raises(KeyboardInterrupt):
+        PreferenceFlow.fit(turned_pairs(), config, progress=False, checkpoint=tmp_path / "state")
+    monkeypatch.undo()
+    names = {path.name for path in (tmp_path / "state").iterdir()}
+    assert {path.name for path in (tmp_path / "state" / "context_free").iterdir()} == names - {"context_free"} != set()
+    PreferenceFlow.fit(turned_pairs(), config, progress=False, checkpoint=tmp_path / "state")
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_fit_without_progress_shows_nothing(capsys):

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pfm import EncodedPairs, FlowConfig, NonFiniteWarning, PreferenceFlow
-from pfm.flow import Setting, model, tune
+from pfm.flow import Setting, tune
+from pfm.flow import passes as field_passes
 
 STRENGTHS = (0.5, 0.0, 1.0, 8.0, 0.3, 2.0)
 STEPS = 4
@@ -58,13 +59,13 @@ def flows() -> dict[str, PreferenceFlow]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the times of each integration."""
     taken: list[Any] = []
-    true = model.integrate
+    true = field_passes.integrate
 
     def watched(velocity: Any, y: Tensor, times: Any, **options: Any) -> Any:
         taken.append(times)
         return true(velocity, y, times, **options)
 
-    monkeypatch.setattr(model, "integrate", watched)
+    monkeypatch.setattr(field_passes, "integrate", watched)
     return taken
 
 

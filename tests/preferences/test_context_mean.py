@@ -97,3 +97,21 @@ def test_of_many_contexts_some_are_kept_with_their_rows(monkeypatch: pytest.Monk
     known = torch.tensor([value in kept for value in place.tolist()])
     torch.testing.assert_close(there[known], level[known] * 40 / (40 + float(mean.shrinkage)), atol=0.05, rtol=0)
     assert float(there[~known].abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e4])
+def test_distances_by_a_product_are_those_of_differences(spread):
+    """Contexts far from zero and a millionth of that apart: a product in float32 loses their distances altogether."""
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(0)) * spread + 100 * spread
+    other = torch.cat([x[:10] + 1e-4 * spread, x[10:]])
+    exact = (x.double()[:, None] - other.double()).square().sum(2)
+    torch.testing.assert_close(context_mean.squared_distances(x, other).double(), exact, rtol=1e-5, atol=0)
+
+
+def test_rows_in_pieces_are_the_same_rows(monkeypatch: pytest.MonkeyPatch):
+    place = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)).repeat(6, 1)
+    mean, there = fitted(place, place[:, 0].sign())
+    assert not math.isinf(float(mean.shrinkage))
+    monkeypatch.setattr(context_mean, "ROWS", 7)
+    torch.testing.assert_close(mean(place), there, rtol=0, atol=1e-6)
+    assert mean(place[:0]).shape == (0,)
