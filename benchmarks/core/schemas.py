@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -46,7 +48,7 @@ def register() -> None:
 def choices(group: str) -> tuple[str, ...]:
     """List the choices of a group, "task", "method" or "experiment", as the command line takes them."""
     register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _of_its_own():
         loader = GlobalHydra.instance().config_loader()
         inner = [name for name in loader.list_groups(group) if "/" not in name]
         nested = [f"{part}/{name}" for part in inner for name in loader.get_group_options(f"{group}/{part}")]
@@ -56,8 +58,20 @@ def choices(group: str) -> tuple[str, ...]:
 def composed(*overrides: str, **options: Any) -> Any:
     """Compose the settings of a run as its command line does; ``options`` are those of Hydra's ``compose``."""
     register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _of_its_own():
         return compose("config", list(overrides), **options)
+
+
+@contextmanager
+def _of_its_own() -> Iterator[None]:
+    """Set Hydra up for ``conf/``, also within a run, whose own Hydra is as before afterwards."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 @cache

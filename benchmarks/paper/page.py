@@ -181,6 +181,8 @@ def _figures(experiment: Experiment, run: Run) -> dict[str, dict[str, float]]:
 def _told(values: Sequence[float]) -> str:
     if not values:
         return "–"
+    if len(values) > 1 and len(set(values)) == 1:  # a count, such as of calls
+        return f"{values[0]:g}"
     mean, half = student_interval(values)
     decimals = 3 if abs(mean) < 10 else 1
     interval = f" ± {half:.{decimals}f}" if len(values) > 1 else ", one seed"

@@ -15,7 +15,7 @@ __all__ = ["ascent", "fit_flows", "moves", "pair_rows", "preference_pairs", "shi
 CANDIDATES = 8  # sentences of a set, of which the best one is a target
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 ASCENT_STEP = 0.02  # of the unit sphere's radius
-ASCENT_STEPS = (10, 20, 30, 40, 60)
+ASCENT_STEPS = (10, 20, 30, 40, 50, 60)
 
 
 def preference_pairs(vectors: Tensor, scores: Tensor, seed: int, *, sets: bool) -> EncodedPairs:

@@ -198,7 +198,11 @@ def corrected(
 
 @dataclass(frozen=True)
 class _Labels:
-    """Holds labels and weights (N,), the weights with mean 1 over those that count."""
+    """Holds labels and weights (N,), the weights with mean 1 over those that count.
+
+    Ties count for nothing: turned round they are the same, and among decided labels they would hide the flips, since a
+    large share of them makes every prediction look less certain than it is.
+    """
 
     probability: Tensor
     weight: Tensor
@@ -206,8 +210,9 @@ class _Labels:
     @classmethod
     def of(cls, pairs: EncodedPairs) -> _Labels:
         ones = torch.ones(len(pairs))
-        weight = ones if pairs.weight is None else pairs.weight / pairs.weight.mean()
-        return cls(ones if pairs.probability is None else pairs.probability, weight)
+        probability = ones if pairs.probability is None else pairs.probability
+        weight = torch.where(probability == 0.5, 0.0, ones if pairs.weight is None else pairs.weight)
+        return cls(probability, weight / weight[weight > 0].mean())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_prompts
 from benchmarks.studies.context_level import KINDS, mean_of_b
 from benchmarks.studies.coverage import calibration, covered, length_control, over_prompts, over_seeds
+from benchmarks.studies.tuning import confirmed_gains, shift_of
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm._internal.significance import CONFIRMED
 from pfm.flow.win import WinHead
@@ -103,3 +104,13 @@ def test_b_is_one_half_on_the_mean_of_every_context(kind):
     means = mean_of_b(kind, BradleyTerry(1e-3), pairs=1500)
     assert float((means - 0.5).square().mean().sqrt()) < 0.06
     assert float((means - 0.5).abs().max()) < 0.2
+
+
+def test_a_true_gain_is_confirmed_and_a_move_that_no_label_is_about_is_not():
+    y, other = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+    for gain in (0.05, 0.2):
+        b = torch.sigmoid(2 * (y + shift_of(gain) - other))
+        assert float(b.mean()) - 0.5 == pytest.approx(gain, abs=0.005)
+    found = [confirmed_gains(120, seed, dimension=2, gains=(0.0, 0.2)) for seed in range(3)]
+    assert sum(each["0.0"] for each in found) <= 1  # one in twenty may be
+    assert all(each["0.2"] for each in found)

@@ -125,6 +125,24 @@ def test_the_share_of_wrong_labels_is_found_and_which_they_are(noisy, found):
     assert "of the labels are flipped" in str(report)
 
 
+def test_ties_hide_no_wrong_labels(noisy):
+    """Twice as many ties as decided labels, none of which says anything of flips, nor does a row of weight zero."""
+    pairs, count = noisy[0], len(noisy[0])
+    decided = EncodedPairs(pairs.chosen, pairs.rejected, group=pairs.group)
+    probability, weight = torch.full((4 * count,), 0.5), torch.ones(4 * count)
+    probability[:count], probability[3 * count :], weight[3 * count :] = 1, 0, 0
+    tied = EncodedPairs(
+        pairs.chosen.repeat(4, 1), pairs.rejected.repeat(4, 1), weight=weight, probability=probability,
+        group=pairs.group.repeat(4),
+    )  # fmt: skip
+    ours, theirs = (corrected(each).report for each in (decided, tied))
+    assert ours.flip_rate == pytest.approx(0.2, abs=0.05)
+    assert theirs.flip_rate == pytest.approx(ours.flip_rate, abs=1e-3)
+    assert theirs.z == pytest.approx(ours.z, rel=1e-2)
+    torch.testing.assert_close(theirs.correct[:count], ours.correct, atol=5e-3, rtol=0)
+    assert torch.equal(corrected(tied).pairs.probability[count : 3 * count], torch.full((2 * count,), 0.5))
+
+
 def test_correction_learns_what_clean_labels_teach(clean, noisy, found):
     plain, ideal = likeness(noisy[0]), likeness(clean)
     assert ideal - plain > 0.005
