@@ -104,6 +104,25 @@ def _gaps(runs: Sequence[Run]) -> tuple[Array, Array, NDArray[np.int64], Array]:
     return gained, gap, np.arange(len(gap)), count
 
 
+def over_seeds(runs: Sequence[Run]) -> list[str]:
+    """Write the share of the gap closed as its mean over seeds, with the interval of Student's t.
+
+    For shuffled labels: every seed draws its own, and a fit's luck with them is shared by all prompts.
+    """
+    from scipy.stats import t
+
+    shares: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in runs:
+        gained, gap, _, _ = _gaps([run])
+        shares[run.task, run.metrics["settings"]["encoder"]].append(float(gained.sum() / gap.sum()))
+    rows = [["task", "encoder", "gap closed, mean over seeds", "seeds"]]
+    for (task, encoder), found in sorted(shares.items()):
+        mean, spread = float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else np.inf
+        half = float(t.ppf(0.975, max(len(found) - 1, 1))) * spread / len(found) ** 0.5
+        rows.append([task, encoder, _written(Estimate(mean, mean - half, mean + half)), str(len(found))])
+    return markdown_table(rows)
+
+
 def table(tasks: Sequence[Task], encoders: Sequence[str]) -> list[str]:
     """Write the tables in Markdown: share of the gap closed, and points gained on the base."""
     closed = [["encoder", *(task.name for task in tasks)]]
@@ -209,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
     parser.add_argument("--speed", action="store_true", help="measure milliseconds an answer of 256 tokens")
+    parser.add_argument("--over-seeds", action="store_true", help="intervals over seeds, for shuffled labels")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args(arguments)
     names = [BASE, "static+surface", "static-mean+surface", "surface", "static+minilm+surface"]
@@ -225,6 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not given.runs:
         parser.error("give the folder of the runs, or --speed")
     report: Callable[[str], None] = print
+    if given.over_seeds:
+        report("\n".join(over_seeds(collect(given.runs))))
+        return
     report("\n".join(table(read(collect(given.runs)), names)))
 
 
