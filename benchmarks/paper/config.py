@@ -25,7 +25,7 @@ class PaperConfig(TaskConfig):
     sweep: bool = True
     overrides: dict[str, list[str]] = field(default_factory=dict)
     autoencoder: str = "runs/autoencoder"
-    updates: int = 2000
+    updates: int = 7000
     page: str = "runs/paper/paper.md"
 
 

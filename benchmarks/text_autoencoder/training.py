@@ -74,7 +74,7 @@ def train(
     sizes: NetworkSettings | None = None,
     settings: TrainingSettings | None = None,
     *,
-    updates: int = 2000,
+    updates: int = 7000,
     progress: bool = True,
 ) -> SentenceAutoencoder:
     """Train and save an autoencoder, or load the one that is there; an interrupted training is resumed.
