@@ -11,9 +11,9 @@ one in twenty may be chosen. Beside it stands the same with labels of log-odds t
 The last row judges by independent numbers in place of labels. Rates stand with their exact 95% interval (Clopper &
 Pearson 1934). What was run is kept in ``--folder`` and is not run again.
 
-``--power`` fits no flow: all outputs are moved by one distance, of which the gain in b is known (:func:`shift_of`), and
-the held-out pairs, with labels of log-odds twice the first coordinate's lead, confirm it or do not. The gain of 0 is a
-move along the second coordinate, which no label is about.
+``--power`` fits no flow: all outputs are moved by one standard deviation, in a direction of which the gain in b is
+known (:func:`shift_of`), and the held-out pairs, with labels of log-odds twice the first coordinate's lead, confirm it
+or do not. The smaller the gain, the more of the move is along the second coordinate, which no label is about.
 """
 
 from __future__ import annotations
@@ -83,15 +83,15 @@ def followed(row: Row, seed: int, *, dimension: int = 8) -> Setting | None:
 
 @dataclass(frozen=True)
 class Shift:
-    """Moves every output by one distance along a coordinate: a flow whose gain is known."""
+    """Moves every output by 1, so far along the first coordinate and the rest along the second: its gain is known."""
 
-    distance: float
-    coordinate: int
+    ahead: float
 
     def transport(self, y: Tensor, context: Tensor | None = None, **options: Any) -> Tensor:
         """Move outputs (N, D)."""
         moved = y.clone()
-        moved[:, self.coordinate] += self.distance
+        moved[:, 0] += self.ahead
+        moved[:, 1] += (1 - self.ahead**2) ** 0.5
         return moved
 
 
@@ -111,7 +111,7 @@ def shift_of(gain: float) -> float:
     def beyond(distance: float) -> float:
         return float(weights @ (1 / (1 + np.exp(-SIGNAL * (distance + np.sqrt(2) * nodes))))) - 0.5 - gain
 
-    return float(brentq(beyond, 0.0, 20.0))
+    return float(brentq(beyond, -1e-9, 20.0)) if gain else 0.0
 
 
 def confirmed_gains(pairs: int, seed: int, *, dimension: int = 8, gains: tuple[float, ...] = GAINS) -> dict[str, bool]:
@@ -120,7 +120,7 @@ def confirmed_gains(pairs: int, seed: int, *, dimension: int = 8, gains: tuple[f
     judge = HeldOutWin.fit(held_out, seed=seed, progress=False)
     found = {}
     for gain in gains:
-        flow = Shift(shift_of(gain), 0) if gain else Shift(0.5, 1)
+        flow = Shift(shift_of(gain))
         chosen = tune(flow, held_out, weight=0.0, judge=judge, settings=[Setting()], seed=seed, progress=False)
         found[str(gain)] = chosen.best is not None
     return found
