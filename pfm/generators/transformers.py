@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from pfm._internal.checks import check_whole
-from pfm._internal.hub import check_folder, loading_problem, location
+from pfm._internal.hub import location
 from pfm._internal.special_tokens import SpecialTokens
-from pfm.devices import best_device
 from pfm.errors import ContextTooLongError, EmptyAnswerError, GenerationError
 from pfm.generators.base import (
     Draw,
@@ -31,6 +30,7 @@ from pfm.generators.base import (
     first_samples,
     is_usable_text,
 )
+from pfm.generators.loading import cannot_load, load_model
 from pfm.reasoning import closes_reasoning, is_marker, opening_at_end
 
 __all__ = ["TransformersGenerator"]
@@ -117,7 +117,7 @@ class TransformersGenerator(GeneratesTexts):
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         _check_names(parameters, None)  # what is misspelt need not wait for the model
         if isinstance(model, str) or hasattr(model, "__fspath__"):
-            self.model = _loaded(str(model), device, dtype, device_map, options)
+            self.model = load_model(str(model), device, dtype, device_map, options)
             tokenizer = str(model) if tokenizer is None else tokenizer
         else:
             if not callable(getattr(model, "generate", None)) or isinstance(model, type):
@@ -133,7 +133,7 @@ class TransformersGenerator(GeneratesTexts):
             try:
                 tokenizer = AutoTokenizer.from_pretrained(location(name), **options)
             except (OSError, ValueError) as error:
-                raise _named(name, error, trust_remote_code) from error
+                raise cannot_load(name, error, trust_remote_code) from error
         self.tokenizer: Any = tokenizer
         own = getattr(tokenizer, "chat_template", None)
         self.chat_template = (own if chat_template is None else chat_template) or None
@@ -511,41 +511,6 @@ def _check_names(parameters: Mapping[str, Any], model: Any) -> None:
                 f": did you mean {near[0]}?" if near else "; generate takes what GenerationConfig of transformers has"
             )
             raise TypeError(f"{name}: no setting of TransformersGenerator or of generation{meant}")
-
-
-def _named(name: str, error: Exception, trusted: bool) -> Exception:
-    """Return the error of loading a model that says in one sentence what is wrong."""
-    kind = OSError if isinstance(error, OSError) else ValueError
-    return kind(f"cannot load {name!r}: {loading_problem(name, error, trusted=trusted)}")
-
-
-def _loaded(name: str, device: str | int | torch.device, dtype: Any, device_map: Any, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    where = None if device_map is not None else best_device(device)
-    try:
-        check_folder(name, "model")
-    except ValueError as error:
-        raise FileNotFoundError(str(error)) from None
-    given, name = name, location(name)
-    try:
-        config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise _named(given, error, options["trust_remote_code"]) from error
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    spread = {}
-    if device_map is not None:
-        try:
-            import accelerate  # noqa: F401  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ImportError("device_map needs accelerate: pip install accelerate") from error
-        spread = {"device_map": device_map}
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    try:
-        model = kind.from_pretrained(name, dtype=dtype, **spread, **options)
-    except (OSError, ValueError) as error:
-        raise _named(given, error, options["trust_remote_code"]) from error
-    return model if where is None else model.to(where)  # pyright: ignore[reportArgumentType]
 
 
 def _weights_digest(model: Any) -> str:
