@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import random
 import statistics
@@ -59,8 +60,17 @@ def upstream(delay: float, words: int, connection: Any) -> None:
     server.run(sockets=[listening])
 
 
-def one_by_one(direct: Any, proxied: Any, requests: int, n: int) -> dict[str, float]:
-    """Ask directly and through the proxy in turn, over 8 prompts that have been asked before."""
+def processor_seconds(pid: int) -> float:
+    """Return the processor time of all threads of a process so far; NaN where the system does not tell (not Linux)."""
+    try:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    except OSError:
+        return math.nan
+
+
+def one_by_one(direct: Any, proxied: Any, requests: int, n: int, pid: int) -> dict[str, float]:
+    """Ask directly and through the proxy, process ``pid``, in turn, over 8 prompts that have been asked before."""
     prompts = list(drafts())[:8]
 
     def timed(client: Any, number: int, **options: Any) -> tuple[float, Any]:
@@ -72,10 +82,12 @@ def one_by_one(direct: Any, proxied: Any, requests: int, n: int) -> dict[str, fl
     for number in range(8):
         timed(direct, number, n=n)
         timed(proxied, number)
-    added, own, encoder, flow = [], [], [], []
+    added, own, encoder, flow, processor = [], [], [], [], []
     for number in range(requests):
         alone, _ = timed(direct, number, n=n)
+        before = processor_seconds(pid)
         whole, answer = timed(proxied, number)
+        processor.append(processor_seconds(pid) - before)
         seconds = answer.pfm["seconds"]
         added.append(whole - alone)
         own.append(whole - alone - seconds["encoder"])
@@ -87,6 +99,7 @@ def one_by_one(direct: Any, proxied: Any, requests: int, n: int) -> dict[str, fl
         "added beyond the encoder": statistics.median(own),
         "  its 90th percentile": statistics.quantiles(own, n=10)[-1],
         "  flow and choice": statistics.median(flow),
+        "processor time of the proxy": statistics.median(processor),
     }
 
 
@@ -158,7 +171,7 @@ def main() -> None:
                 openai.OpenAI(base_url=address, api_key="none") as direct,
                 openai.OpenAI(base_url=url, api_key="none") as proxied,
             ):
-                found = one_by_one(direct, proxied, arguments.requests, arguments.n)
+                found = one_by_one(direct, proxied, arguments.requests, arguments.n, proxy.pid)
             print(f"one client, {arguments.requests} requests of {arguments.n} candidates, milliseconds, medians:")
             for name, seconds in found.items():
                 print(f"  {name:<28}{seconds * 1e3:8.1f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +12,9 @@ import numpy as np
 
 from benchmarks.core.runner import ARRAYS
 from benchmarks.core.runs import Run
+from benchmarks.core.seeds import student_interval
 
-__all__ = ["Curve", "compare", "markdown", "save_plot", "student_interval"]
-
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+__all__ = ["Curve", "compare", "markdown", "save_plot"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,6 @@ class Curve:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return {"kind": "acquisition", **asdict(self)}
-
-
-def student_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and half of Student's 95% interval; infinity for a single value."""
-    found = np.asarray(values, dtype=np.float64)
-    if len(found) < 2:
-        return float(found.mean()), math.inf
-    t = _T95[min(len(found) - 2, len(_T95) - 1)]
-    return float(found.mean()), t * float(found.std(ddof=1)) / math.sqrt(len(found))
 
 
 def compare(runs: Sequence[Run]) -> list[Curve]:

@@ -29,7 +29,7 @@ _LAST = 8  # how often the last frame is repeated
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit, play and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.control.animation", description=__doc__)
-    parser.add_argument("task", help="a task of conf/task/pbrl, such as reacher")
+    parser.add_argument("task", help="what follows pbrl/ in the name of a task, such as reacher")
     parser.add_argument("overrides", nargs="*", help="settings, such as method=control/dpo seed=1")
     parser.add_argument("--out", type=Path, help="where to write; default: <task>.gif in the folder of the task")
     parser.add_argument("--start", type=int, default=0, help="which start of the test")

@@ -43,7 +43,6 @@ from pfm.statistics import Estimate
 
 __all__ = ["ENVIRONMENTS", "Case", "measure"]
 
-TARGET = 0.8
 BATCH = 64  # as in the task
 EXAMPLES = """examples:
   python -m benchmarks.control.speed

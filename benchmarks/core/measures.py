@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pfm.statistics import Bootstrap, Estimate, length_controlled, win_share
 
-__all__ = ["ChoiceTable", "NestedBootstrap", "SeedBootstrap", "interquartile_mean"]
+__all__ = ["ChoiceTable", "SeedBootstrap", "interquartile_mean"]
 
 Array = NDArray[np.float64]
 
@@ -173,9 +173,6 @@ class SeedBootstrap(Bootstrap):
         """Count the seeds (of one seed the prompts) in use: (n,) or (n, K) booleans -> (K,)."""
         columns = np.asarray(used, dtype=bool).reshape(self.n, -1)
         return np.array([len(np.unique(self._seed_of[column])) for column in columns.T])
-
-
-NestedBootstrap = SeedBootstrap  # deprecated name
 
 
 def interquartile_mean(values: Array) -> Any:

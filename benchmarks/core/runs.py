@@ -72,7 +72,7 @@ def collect(paths: Iterable[Path], seeds: Sequence[int] | None = None) -> list[R
     """Read all finished runs below some folders, or those of some ``seeds``; of equal settings the latest run counts.
 
     Runs of one method on one task whose settings differ, seeds aside, are variants: those with the settings of the
-    method's file in ``conf/`` keep its name, the others say in what they differ. Of a method without a file the variant
+    method in ``conf/`` keep its name, the others say in what they differ. Of a method that is not there the variant
     of most runs keeps it, and of these the first that was run.
 
     Raises:
@@ -122,7 +122,7 @@ def _variants_named(runs: list[Run]) -> list[Run]:
 
 
 def _own(run: Run) -> dict[str, Any] | None:
-    """Return the settings that the file of the run's method says; None where there is no such file."""
+    """Return what ``conf/`` sets for the run's method; None where it has no such method."""
     method = run.metrics["settings"]["method"]
     own = method_settings(method["name"], method.get("family", ""))
     return None if own is None else _leaves(own)
@@ -199,7 +199,7 @@ def code_notes(runs: Sequence[Run]) -> list[str]:
         if seeds - found
     ]
     notes += [
-        f"{name} was run with {told}, unlike its file in conf/."
+        f"{name} was run with {told}, unlike its settings in conf/."
         for name, run in {run.method: run for run in runs if not run.variant}.items()
         if (own := _own(run)) and (told := _told(own, _leaves(run.metrics["settings"]["method"])))
     ]

@@ -30,9 +30,9 @@ NOISE_SCALE = 0.1  # largest standard deviation of a pixel in [0, 1]
 class GeneratorSettings:
     """Sets the size of the generator and its training.
 
-    widths: of the hidden layers. noise: values of noise. batch: images an update. every: updates between two looks.
-    looks: at most. steady: looks after which the learning rate falls to a fifth. quality: mean probability of the right
-    digit at which training stops. judged: draws a look.
+    widths: of the hidden layers. noise: values of noise. batch: images per update. every: updates between evaluations.
+    looks: maximum number of evaluations. steady: evaluations after which the learning rate falls to a fifth. quality:
+    mean probability of the right digit at which training stops. judged: draws per evaluation.
     """
 
     widths: tuple[int, ...] = (256, 512, 1024)
@@ -182,7 +182,7 @@ def _train(
 def _look(
     generator: Generator, critic: _Critic, ours: Any, theirs: Any, data: Part, settings: GeneratorSettings, look: int
 ) -> None:
-    """Train for one look's updates; all that is random comes from the look's number."""
+    """Train until the next evaluation; its number seeds all that is random."""
     generator.train()
     random = torch.Generator().manual_seed(7919 * settings.seed + look)
     for _ in range(settings.every):

@@ -38,7 +38,7 @@ class Classifier(nn.Module):
         return torch.cat([self(some).softmax(1) for some in images.split(ROWS)])
 
     def accuracy(self, part: Part) -> float:
-        """Return the share of real images that are told rightly."""
+        """Return the share of real images that are classified correctly."""
         return float((self.probabilities(part.images).argmax(1) == part.digits).float().mean())
 
 
@@ -147,7 +147,7 @@ class Gradients(Classifier):
 
 
 class Judges:
-    """Holds the judge that labels, the one that measures, and the network whose features tell realism."""
+    """Holds the judge that labels, the one that measures, and the network whose features measure realism."""
 
     def __init__(self, labelling: Classifier, independent: ResNet, features: Gradients, split: Split) -> None:
         self.labelling, self.independent, self.third = labelling, independent, features

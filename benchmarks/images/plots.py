@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.core.runs import Run
-from benchmarks.images.report import by_method, settings, values
+from benchmarks.core.seeds import figure_values
+from benchmarks.images.report import by_method, settings
 
 __all__ = ["save_frontier", "save_grid"]
 
@@ -40,14 +41,15 @@ def save_frontier(runs: Sequence[Run], path: Path) -> None:
         for part, some in enumerate(_by_threshold(names)):
             for axes, against in zip(panels, ("diversity", "moved"), strict=True):
                 x, y = (
-                    [float(np.mean(values(own, f"{name}.{figure}"))) for name in some] for figure in (against, "right")
+                    [float(np.mean(figure_values(own, f"{name}.{figure}"))) for name in some]
+                    for figure in (against, "right")
                 )
                 label = None if part else own[0].label
                 axes.plot(x, y, markersize=4, linewidth=1.2, label=label, **style)
     for own in by_method(runs).values():
         if own[0].metrics["settings"]["method"]["name"] == "reference":
-            panels[0].plot(1, float(np.mean(values(own, "right"))), "k*", markersize=11, label=own[0].label)
-            panels[1].plot(0, float(np.mean(values(own, "right"))), "k*", markersize=11)
+            panels[0].plot(1, float(np.mean(figure_values(own, "right"))), "k*", markersize=11, label=own[0].label)
+            panels[1].plot(0, float(np.mean(figure_values(own, "right"))), "k*", markersize=11)
     panels[0].set(
         xlabel="diversity within a digit, relative to the generator's", ylabel="right digit, independent judge"
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.acquisition.report import student_interval
 from benchmarks.core.runs import Run, code_notes
+from benchmarks.core.seeds import figure_interval
 from benchmarks.core.tables import markdown_table
 
-__all__ = ["by_method", "cell", "markdown", "of_task", "settings", "values"]
+__all__ = ["by_method", "cell", "markdown", "of_task", "settings"]
 
 COLUMNS = ("right", "labelled", "third", "diversity", "precision", "recall", "frechet", "moved", "calls")
 FRONTIER = ("right", "labelled", "diversity", "precision", "moved")
@@ -34,21 +33,12 @@ def settings(run: Run) -> list[str]:
     return [name.removesuffix(".right") for name in run.metrics["figures"] if name.endswith(".right")]
 
 
-def values(runs: Sequence[Run], figure: str) -> list[float]:
-    """Return a figure's values over runs, without those where it is undefined."""
-    found = [run.metrics["figures"].get(figure) for run in runs]
-    return [part["value"] for part in found if part is not None]
-
-
 def cell(runs: Sequence[Run], figure: str) -> str:
     """Write a figure's mean over seeds with Student's 95% interval; of one seed with its interval over draws."""
-    found = values(runs, figure)
-    if not found:
+    found = figure_interval(runs, figure)
+    if found is None:
         return "–"
-    mean, half = student_interval(found)
-    if not math.isfinite(half):
-        own = next(part for run in runs if (part := run.metrics["figures"].get(figure)) is not None)
-        half = (own["high"] - own["low"]) / 2
+    mean, half = found
     decimals = 1 if figure.endswith("frechet") else 3
     if figure.endswith("calls"):
         return f"{mean:.0f}"

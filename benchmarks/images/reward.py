@@ -1,4 +1,4 @@
-"""A Bradley–Terry reward of images or noise under a digit: what b, selection and ascent are made of."""
+"""A Bradley–Terry reward of images or noise under a digit: the model behind b, selection and ascent."""
 
 from __future__ import annotations
 

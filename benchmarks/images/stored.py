@@ -28,7 +28,7 @@ DONE = "done"  # the state's tensor that counts finished parts
 class Training:
     """Keeps the state of a training: modules and optimisers by name, and how many parts of it are done.
 
-    What is random in a part must come from the part's number, so that a training that was cut short goes on as if it
+    What is random in a part must come from the part's number, so that an interrupted training continues as if it
     had not been.
 
     Args:

@@ -80,7 +80,7 @@ class Preference:
         contexts = None
         if self.model.context_dimension and all(item.prompt is not None for item in items):
             contexts = encoder.encode_prompts([str(item.prompt) for item in items])
-        best = []
+        best: list[int] = []
         for number, candidates in enumerate(vectors):
             odds = self.model.table(candidates, None if contexts is None else contexts[number])
             b = (torch.sigmoid(odds).sum(1) - 0.5) / (len(odds) - 1)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.acquisition.report import student_interval
 from benchmarks.control import plots as control_plots
 from benchmarks.control import report as control_report
 from benchmarks.core.runs import Run, code_notes, collect
+from benchmarks.core.seeds import student_interval
 from benchmarks.core.tables import markdown_table
 from benchmarks.images import plots as image_plots
 from benchmarks.images import report as image_report
@@ -181,6 +181,8 @@ def _figures(experiment: Experiment, run: Run) -> dict[str, dict[str, float]]:
 def _told(values: Sequence[float]) -> str:
     if not values:
         return "–"
+    if len(values) > 1 and len(set(values)) == 1:  # a count, such as of calls
+        return f"{values[0]:g}"
     mean, half = student_interval(values)
     decimals = 3 if abs(mean) < 10 else 1
     interval = f" ± {half:.{decimals}f}" if len(values) > 1 else ", one seed"

@@ -70,7 +70,7 @@ def instructions(instances: int, seed: int = 0) -> list[Instruction]:
     """
     if not 1 <= instances <= len(TOPICS):
         raise ValueError(f"instances must be from 1 to {len(TOPICS)}, one a topic: got {instances}")
-    found = []
+    found: list[Instruction] = []
     for number, (name, kind) in enumerate(KINDS.items()):
         rng = np.random.default_rng([seed, number])
         for instance, topic in enumerate(rng.permutation(TOPICS)[:instances].tolist()):

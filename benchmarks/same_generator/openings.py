@@ -40,7 +40,7 @@ def openings(count: int, seed: int = 0) -> list[str]:
 
 
 def continuation(text: str) -> str:
-    """Return the first paragraph of a continuation: a model goes on to other things."""
+    """Return the first paragraph of a continuation: models continue with other topics."""
     return text.strip().split("\n\n")[0].strip()
 
 

@@ -1,4 +1,4 @@
-"""Rivals that call the model again: python -m benchmarks.same_generator.rivals few_shot|ratings|rewrites.
+"""Baselines that call the model again: python -m benchmarks.same_generator.rivals few_shot|ratings|rewrites.
 
 ``few_shot`` draws anew with preferred answers of the nearest training prompts before the request. ``ratings`` asks the
 model itself, by the logits of Yes and No, whether an answer does what was asked. ``rewrites`` has the model revise the
@@ -33,7 +33,7 @@ from pfm.generators import TransformersGenerator
 __all__ = ["STAGES", "few_shot_prompt", "main", "rate"]
 
 SHOTS = 2
-DRAWS = 4  # with examples
+DRAWS = 8  # with examples
 RATED = 8  # of the plain samples
 DRAFTS, REWRITES = 3, 2
 ENCODER = "minilm+surface"
@@ -48,7 +48,7 @@ Makes = Callable[[Sequence[str]], Iterator[Sample]]
 
 
 class Rows:
-    """Knows all plain samples, and which of them a prompt's rivals may learn from.
+    """Knows all plain samples, and which of them a prompt's baselines may learn from.
 
     Args:
         folder: of the samples.
@@ -169,7 +169,7 @@ STAGES: dict[str, tuple[Callable[..., Makes], dict[str, Any]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make what is missing of one rival."""
+    """Compute the missing rows of one baseline."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.same_generator.rivals", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

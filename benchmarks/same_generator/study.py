@@ -1,4 +1,4 @@
-"""Every rival at equal calls and at equal tokens: python -m benchmarks.same_generator.study [--seeds 3].
+"""Every baseline at equal calls and at equal tokens: python -m benchmarks.same_generator.study [--seeds 3].
 
 Reads what :mod:`benchmarks.same_generator.sample` and :mod:`benchmarks.same_generator.rivals` have drawn; a rival that
 was not drawn is left out. The expected score of the best of m of a prompt's samples by a rule is exact
@@ -163,9 +163,9 @@ def _rates(train: Sequence[Scored], test: Sequence[Scored], drawn: dict[str, lis
     return rates
 
 
-def measure(part: str, encoder: str, seeds: int, controls: bool, samples: Path, flows: Path,
+def measure(part: str, encoder: str, seeds: int, samples: Path, flows: Path,
             advance: Callable[[], Any]) -> tuple[list[Scored], dict[str, Found]]:  # fmt: skip
-    """Test every prompt of a part once for every three seeds; rivals by seeds 0 to 2, for which they were drawn."""
+    """Test every prompt of a part once for every three seeds; baselines by seeds 0 to 2, for which they were drawn."""
     rows = plain_samples(samples, part)
     of_rival = {name: {row.name: row for row in _read(samples, part, name)} for name in RIVALS}
     found: dict[str, Found] = defaultdict(Found)
@@ -178,7 +178,7 @@ def measure(part: str, encoder: str, seeds: int, controls: bool, samples: Path, 
         }  # fmt: skip
         rates = _rates(train, test, drawn, encoder, seed, "given", flows)
         advance()
-        for labels in ("shuffled", "swapped") if controls and seed < FOLDS else ():
+        for labels in ("shuffled", "swapped") if seed < FOLDS else ():
             rates[labels] = _rates(train, test, {}, encoder, seed, labels, flows)["flow"]
             advance()
         for row in test:
@@ -216,13 +216,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plain_samples(options.samples, part)
     except (MissingDataError, ValueError) as error:
         parser.error(str(error))
-    fits = len(options.parts) * (len(options.encoders) * options.seeds + 2 * FOLDS)
+    fits = len(options.parts) * len(options.encoders) * (options.seeds + 2 * FOLDS)
     with tqdm(total=fits, unit="fit") as bar:
         for part in options.parts:
-            for number, encoder in enumerate(options.encoders):
-                rows, found = measure(
-                    part, encoder, options.seeds, number == 0, options.samples, options.flows, bar.update
-                )
+            for encoder in options.encoders:
+                rows, found = measure(part, encoder, options.seeds, options.samples, options.flows, bar.update)
                 lines = {"table": table(found), "kinds": kinds(rows, found)}
                 bar.write(f"\n## {part}, {encoder}: {len(rows)} prompts, {options.seeds} seeds\n")
                 for each in lines.values():

@@ -194,7 +194,7 @@ def draw_candidates(
     if len(texts) <= candidates:
         return []
     judged = np.asarray(scores, dtype=np.float64)
-    items = []
+    items: list[Item] = []
     for draw in range(draws):
         order = np.random.default_rng([*seed, draw]).permutation(len(texts))[: candidates + 1]
         chosen: list[int] = order[:-1].tolist()

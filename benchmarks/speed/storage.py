@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ GIGABYTE = 1e9
 
 
 @contextmanager
-def stored_pairs(count: int, dimension: int, seed: int = 0) -> Iterator[Path]:
+def stored_pairs(count: int, dimension: int, seed: int = 0) -> Generator[Path, None, None]:
     """Write pairs to a temporary folder as memory-mapped float16, block by block: they are never all in memory."""
     with tempfile.TemporaryDirectory(prefix="pfm-speed-") as temporary:
         raw = {

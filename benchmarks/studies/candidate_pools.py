@@ -55,6 +55,7 @@ TASKS: dict[str, Any] = {
         SameGeneratorConfig(name="same_generator-sentiment", candidates=15, draws=8, part="sentiment"), seed
     ),
 }
+LABELS = ("given", "shuffled", "swapped")
 READY = ("arguments", "alpaca", "captions")  # whose data need not be drawn first
 
 
@@ -84,7 +85,7 @@ def load_pools(task: str, seed: int, labels: str, out: Path) -> list[Pool]:
 
     Args:
         task: a name in ``TASKS``. seed: of the split and the fit.
-        labels: "given", or "shuffled" as a control.
+        labels: "given", or for the controls "shuffled" or "swapped".
         out: folder.
     """
     path = out / f"{task}-{seed}-{labels}.npz"
@@ -113,6 +114,8 @@ def _made(task: Selection, seed: int, labels: str) -> list[Pool]:
     train = task.train.select(sorted(kept.tolist())).encode(encoder, progress=False)
     if labels == "shuffled":
         train = train.shuffle_labels(seed)
+    elif labels == "swapped":
+        train = train.swap()
     win = _fitted(train)
     outputs = list(dict.fromkeys(task.train.chosen))
     found = []
@@ -163,6 +166,6 @@ def study_options(description: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(READY))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--labels", nargs="+", choices=("given", "shuffled"), default=["given", "shuffled"])
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=["given", "shuffled"])
     parser.add_argument("--out", type=Path, default=Path("runs/draws"), help="folder of the candidates and their b")
     return parser.parse_args()

@@ -75,7 +75,7 @@ def main() -> None:
                 chosen = [_chosen(pools, kinds) for pools in every]
                 told = "; ".join(f"{c.n}, {'∞' if math.isinf(c.strength) else f'{c.strength:g}'}" for c in chosen)
                 gain = chosen[0].gain.text(signed=True, decimals=3)
-                label = name + (", labels shuffled" if labels == "shuffled" else "")
+                label = name + ("" if labels == "given" else f", labels {labels}")
                 lines.append([label, *(bootstrap.mean(column).text(decimals=3) for column in mean.T), told, gain])
         print(f"\n## {task}\n", *markdown_table(lines), sep="\n", flush=True)
         (options.out / f"overshoot-{task}.json").write_text(json.dumps(lines, ensure_ascii=False), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Train the text autoencoder that ``task=imdb`` moves sentences with. After Ctrl-C the same command goes on.
+"""Train the text autoencoder that ``task=imdb`` moves sentences with. After Ctrl-C the same command resumes.
 
 python -m benchmarks.text_autoencoder --out runs/autoencoder
 python -m benchmarks.text_autoencoder --out runs/autoencoder --updates 1000   # half as long; may change on the way

@@ -37,10 +37,10 @@ print(model.decode(vectors))
 - **Training.** {found["updates"]:,} updates of {found["settings"]["batch"]} sentences ({found["epochs"]:g} epochs of
   {found["sentences"]:,}), {found["cpu_seconds"]:,} CPU-seconds on one core. Noise of {found["settings"]["noise"]:g} on
   each value of the latent, {found["settings"]["replaced"]:.0%} of the tokens that are read replaced. A linear head
-  tells an attribute from the latent.
-- **On held-out sentences.** Token accuracy {found["token_accuracy"]:.3f} with the tokens before given,
+  predicts an attribute from the latent.
+- **On held-out sentences.** Token accuracy {found["token_accuracy"]:.3f} given the preceding tokens,
   {found["written_accuracy"]:.3f} when it writes by itself, {found["exact"]:.1%} of the sentences without a fault;
-  the attribute is told in {found["attribute_accuracy"]:.1%}.
+  the attribute is predicted with {found["attribute_accuracy"]:.1%} accuracy.
 - **Limits.** Lower-cased text of one kind; longer texts are refused. It says what the sentences that it was trained on
   say, good or bad.
 """

@@ -14,11 +14,11 @@ from pfm.preferences import BradleyTerry
 
 __all__ = ["CONTROLS", "FAMILIES", "Moves", "encode_decode", "family_of", "preferred_subspace"]
 
-STRENGTHS = (1.0, 2.0, 4.0)
-SUBSPACE_STRENGTHS = (2.0, 4.0, 8.0, 16.0)
-WIN_GRADIENTS = (32.0, 128.0, 512.0)
+STRENGTHS = (1.0, 2.0, 3.0, 4.0)
+SUBSPACE_STRENGTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0)
+WIN_GRADIENTS = (32.0, 64.0, 96.0, 128.0, 512.0)
 SUBSPACE = 8  # dimensions
-SHIFTS = (2.0, 4.0, 8.0, 16.0, 32.0)
+SHIFTS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 32.0)
 FAMILIES = (
     "flow best of 2",
     "flow best of 8",
@@ -108,7 +108,7 @@ class Moves:
 
 
 def preferred_subspace(pairs: EncodedPairs, size: int = SUBSPACE) -> Tensor:
-    """Return an orthonormal basis (D, size) of what tells winners from losers by their first two moments.
+    """Return an orthonormal basis (D, size) of how winners and losers differ in their first two moments.
 
     The first direction is E[y+ - y-]; the others are eigenvectors of cov(y+) - cov(y-), largest absolute eigenvalues
     first.

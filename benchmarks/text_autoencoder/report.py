@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.acquisition.report import student_interval
 from benchmarks.core.runs import Run, code_notes
+from benchmarks.core.seeds import figure_interval, figure_values
 from benchmarks.core.tables import markdown_table
 from benchmarks.text_autoencoder.moves import FAMILIES, encode_decode, family_of
 
@@ -47,7 +46,7 @@ def markdown(runs: Sequence[Run]) -> str:
             "",
             f"{len(runs)} {'seeds' if len(runs) > 1 else 'seed'} of {about['drafts']} drafts. ± is half of the 95% "
             "interval over seeds (Student's), with one seed over drafts. win: against an independent sentence by the "
-            f"judge on words, which tells {_about(runs, 'accuracy_independent'):.1%} of held-out sentences' sides. "
+            f"judge on words, with {_about(runs, 'accuracy_independent'):.1%} accuracy on held-out sentences. "
             "gain: in that judge's log-odds over encode and decode. labelled: log-odds by the judge of the preferences "
             f"({_about(runs, 'accuracy_labelling'):.1%}). cosine: of MiniLM, output and draft. same: outputs that "
             "equal those of encode and decode (there: the draft). perplexity: by SmolLM2 on the first "
@@ -114,13 +113,8 @@ def save_plot(runs: Sequence[Run], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _values(runs: Sequence[Run], name: str) -> list[float]:
-    found = [run.metrics["figures"].get(name) for run in runs]
-    return [figure["value"] for figure in found if figure]
-
-
 def _mean(runs: Sequence[Run], name: str) -> float:
-    return float(np.mean(_values(runs, name)))
+    return float(np.mean(figure_values(runs, name)))
 
 
 def _about(runs: Sequence[Run], name: str) -> float:
@@ -128,12 +122,9 @@ def _about(runs: Sequence[Run], name: str) -> float:
 
 
 def _cell(runs: Sequence[Run], name: str) -> str:
-    values = _values(runs, name)
-    if not values:
+    found = figure_interval(runs, name)
+    if found is None:
         return "–"
-    mean, half = student_interval(values)
-    if not math.isfinite(half):
-        own = next(figure for run in runs if (figure := run.metrics["figures"].get(name)) is not None)
-        half = (own["high"] - own["low"]) / 2
+    mean, half = found
     decimals = 0 if name.endswith("perplexity") else 3
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")

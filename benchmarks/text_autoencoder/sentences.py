@@ -58,7 +58,7 @@ def parts_of(config: TextAutoencoderConfig, fits: Callable[[Sequence[str]], list
     """Choose the sentences of a seed; what is labelled, the reference and the draws are those of every seed.
 
     Args:
-        config: the numbers of sentences. fits: tells which texts the autoencoder takes. seed: of the run.
+        config: the numbers of sentences. fits: returns which texts the autoencoder takes. seed: of the run.
 
     Raises:
         ValueError: there are too few sentences for these numbers.

@@ -47,13 +47,13 @@ class Space:
         return self.model.decode(noisy)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text; of words where the model tells no tokens."""
+        """Return the number of tokens of each text; of words where the model does not count tokens."""
         if isinstance(self.model, SentenceAutoencoder):
             return [len(row) for row in self.model.tokenize(texts)]
         return [len(text.split()) for text in texts]
 
     def fits(self, texts: Sequence[str]) -> list[bool]:
-        """Tell which texts are of the lengths that are moved."""
+        """Return which texts have a length that is moved."""
         longest = self.model.network.settings.window if isinstance(self.model, SentenceAutoencoder) else 24
         return [SHORTEST <= length <= longest for length in self.lengths(texts)]
 

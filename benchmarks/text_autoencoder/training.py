@@ -77,7 +77,7 @@ def train(
     updates: int = 2000,
     progress: bool = True,
 ) -> SentenceAutoencoder:
-    """Train and save an autoencoder, or load the one that is there; a training that was cut short goes on.
+    """Train and save an autoencoder, or load the one that is there; an interrupted training is resumed.
 
     Args:
         folder: gets the state every 25 updates, and in the end the model in place of it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from benchmarks.core.config import TaskConfig
 
@@ -18,6 +18,9 @@ class TextEditingConfig(TaskConfig):
     drafts: of each corpus, other ones for every seed. draws: sentences that an edit is compared with.
     labelled: sentences that the labelling judge is fitted on. reference: sentences that preferences are drawn from.
     samples: edits of a draft. guidance: of the editor. perplexity: by the base SmolLM2, where it is installed.
+    rounds: of edits, each of what the round before it wrote, moved again.
+    few_shot: pairs that the base model is shown to rewrite a draft, the rival of as many samples; 0 for none.
+    settings: measure only those whose names begin with one of these, such as ["copy", "flow best-of-8"]; empty for all.
     """
 
     decoder: str = "runs/decoder"
@@ -29,6 +32,9 @@ class TextEditingConfig(TaskConfig):
     samples: int = 4
     guidance: float = 1.0
     perplexity: bool = True
+    rounds: int = 1
+    few_shot: int = 4
+    settings: list[str] = field(default_factory=list[str])
 
 
 TASKS = {"text_editing": TextEditingConfig}

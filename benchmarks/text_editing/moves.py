@@ -10,12 +10,12 @@ from torch.nn.functional import logsigmoid, normalize
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 
-__all__ = ["ascent", "fit_flows", "moves", "preference_pairs", "shift"]
+__all__ = ["ascent", "fit_flows", "moves", "pair_rows", "preference_pairs", "shift"]
 
 CANDIDATES = 8  # sentences of a set, of which the best one is a target
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 ASCENT_STEP = 0.02  # of the unit sphere's radius
-ASCENT_STEPS = (10, 20, 30, 40, 60)
+ASCENT_STEPS = (10, 20, 30, 40, 50, 60)
 
 
 def preference_pairs(vectors: Tensor, scores: Tensor, seed: int, *, sets: bool) -> EncodedPairs:
@@ -26,15 +26,23 @@ def preference_pairs(vectors: Tensor, scores: Tensor, seed: int, *, sets: bool) 
         seed: of the draw.
         sets: also give the sets of eight that targets beyond best of two are drawn from.
     """
-    order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))
+    groups, chosen, rejected = pair_rows(scores, seed)
+    number = torch.arange(len(groups)).repeat_interleave(CANDIDATES // 2)
+    candidates = [(place, rows, scores[rows]) for place, rows in enumerate(groups)] if sets else None
+    return EncodedPairs.from_table(vectors, chosen, rejected, group=number, candidates=candidates)
+
+
+def pair_rows(scores: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw sets of eight rows and pairs within them; return the sets (S, 8), and the pairs' chosen and rejected rows.
+
+    Args:
+        scores: (N,), the higher one of a pair is chosen. seed: of the draw.
+    """
+    order = torch.randperm(len(scores), generator=torch.Generator().manual_seed(seed))
     groups = order[: len(order) // CANDIDATES * CANDIDATES].view(-1, CANDIDATES)
     first, second = groups[:, ::2].flatten(), groups[:, 1::2].flatten()
     wins = scores[first] > scores[second]
-    number = torch.arange(len(groups)).repeat_interleave(CANDIDATES // 2)
-    candidates = [(place, rows, scores[rows]) for place, rows in enumerate(groups)] if sets else None
-    return EncodedPairs.from_table(
-        vectors, torch.where(wins, first, second), torch.where(wins, second, first), group=number, candidates=candidates
-    )
+    return groups, torch.where(wins, first, second), torch.where(wins, second, first)
 
 
 def fit_flows(vectors: Tensor, scores: Tensor, base: FlowConfig, seed: int) -> dict[str, PreferenceFlow]:

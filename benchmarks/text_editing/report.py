@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.core.runs import Run
+from benchmarks.core.seeds import figure_values
 from benchmarks.core.tables import markdown_table
 
 __all__ = ["markdown", "save_plot"]
@@ -20,6 +21,7 @@ FAMILIES = {
     "flow best-of-8 gradient": "#cc79a7",
     "ascent": "#d55e00",
     "mean shift": "#8c8c8c",
+    "few-shot": "#e69f00",
 }
 
 
@@ -41,7 +43,8 @@ def _section(editor: str, runs: Sequence[Run]) -> list[str]:
         f"## text_editing ({editor})",
         "",
         f"{len(runs)} seeds of {about['drafts']} drafts, {about['samples']} samples a draft, guidance "
-        f"{about['guidance']:g}. Each cell is the mean "
+        f"{about['guidance']:g}, rounds {about.get('rounds', 1)}; few-shot: the base model rewrites the draft, shown "
+        f"{about.get('few_shot', 0)} pairs. Each cell is the mean "
         "over seeds; with several seeds ± is half of the 95% interval over them by Student's t, with one it is that "
         "over drafts. win: against an independent sentence by the judge on words, which tells "
         f"{accuracy:.0%} of held-out "
@@ -61,9 +64,12 @@ def save_plot(runs: Sequence[Run], path: Path) -> None:
     for family, colour in FAMILIES.items():
         names = [name for name in _settings(runs[0]) if _family(name) == family]
         points = sorted((_mean(runs, f"{name}.cosine"), _mean(runs, f"{name}.win")) for name in names)
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=family, markersize=4)
-    copy = (_mean(runs, "copy.cosine"), _mean(runs, "copy.win"))
-    axes.plot(*copy, "k*", markersize=10, label="copy")
+        if points:  # task.settings may leave a family out; ways to choose among rewrites are no curve
+            style = "s" if family == "few-shot" else "o-"
+            axes.plot(*zip(*points, strict=True), style, color=colour, label=family, markersize=4)
+    if "copy" in _settings(runs[0]):
+        copy = (_mean(runs, "copy.cosine"), _mean(runs, "copy.win"))
+        axes.plot(*copy, "k*", markersize=10, label="copy")
     for n in (2, 8):
         axes.axhline(_mean(runs, f"best of {n}.win"), color="#b8b8b8", linestyle=":")
         axes.text(
@@ -79,23 +85,17 @@ def _settings(run: Run) -> list[str]:
 
 
 def _family(name: str) -> str:
-    parts = name.split(" ")
-    return " ".join(parts[:-1])
-
-
-def _values(runs: Sequence[Run], name: str) -> list[float]:
-    found = [run.metrics["figures"].get(name) for run in runs]
-    return [figure["value"] for figure in found if figure]
+    return "few-shot" if name.startswith("few-shot") else name.rpartition(" ")[0]
 
 
 def _mean(runs: Sequence[Run], name: str) -> float:
-    return float(np.mean(_values(runs, name)))
+    return float(np.mean(figure_values(runs, name)))
 
 
 def _cell(runs: Sequence[Run], name: str) -> str:
     from scipy.stats import t
 
-    values = _values(runs, name)
+    values = figure_values(runs, name)
     if not values:
         return "–"
     if len(values) == 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
 from benchmarks.core.data import MissingDataError
 from benchmarks.text_editing.config import TextEditingConfig
 from benchmarks.text_editing.judges import LabellingJudge, WordJudge
 from benchmarks.text_editing.measures import Perplexity, best_of, estimates, read_out, wins
-from benchmarks.text_editing.moves import fit_flows, moves, preference_pairs
+from benchmarks.text_editing.moves import fit_flows, moves, pair_rows, preference_pairs
+from benchmarks.text_editing.prompting import FewShot, chosen_by_b
 from benchmarks.text_editing.sentences import Sentence, held_out, of_films
-from pfm import FlowConfig
+from pfm import FlowConfig, PreferenceFlow
 from pfm.decoders import Editor
 from pfm.encoders import SentenceEncoder
 from pfm.statistics import Bootstrap, Estimate
@@ -77,7 +80,7 @@ class TextEditing:
 
         scores = labels(vectors)
         flows = fit_flows(vectors, scores, FlowConfig.from_dict(dict(settings)), self.seed)
-        points = moves(flows, preference_pairs(vectors, scores, self.seed, sets=False), z, self.seed)
+        points = self._asked(moves(flows, preference_pairs(vectors, scores, self.seed, sets=False), z, self.seed))
         took["fit"], began = _since(began)
 
         texts = [s.text for s in drafts]
@@ -85,34 +88,38 @@ class TextEditing:
         against = judge([s.text for s in draws])
         fluency = Perplexity() if self.config.perplexity and _has_base() else None
         figures: dict[str, Estimate | None] = {}
-        margin = flows["flow"].guard_margin
-        b_before = flows["flow"].win_probability(z).double().numpy()
         written: dict[str, list[str]] = {}
         arrays: dict[str, NDArray[Any]] = {}
-        tokens = 0
-        for name, point in points.items():
-            edits, count = bound.edit(texts, z, point)
-            tokens += count
-            flat = [text or draft for draft, row in zip(texts, edits, strict=True) for text in row]
-            found = encoder.encode(flat).view(len(texts), -1, z.shape[1])
-            distances = (found - point[:, None]).norm(dim=2).double().numpy()
-            b = flows["flow"].win_probability(found.flatten(0, 1)).view(len(texts), -1).double().numpy()
-            if name in ("copy", "permuted points") or "labels" in name:  # controls are read out without the guard
-                place = distances.argmin(1)
-            else:
-                place = read_out(distances, b, b_before, margin)
-            rows = [draft if at < 0 else row[at] for draft, row, at in zip(texts, edits, place, strict=True)]
+        pairs = preference_pairs(vectors, scores, self.seed, sets=False)
+
+        def measure(name: str, rows: list[str]) -> None:
             cosine = torch.cosine_similarity(encoder.encode([row or "." for row in rows]), z).double().numpy()
             after = judge(rows)
             same = np.array([row == draft for row, draft in zip(rows, texts, strict=True)])
             loss, count_of = fluency(rows) if fluency is not None else (None, None)
             measured = estimates(after, before, against, cosine, same, loss, count_of)
-            figures |= {f"{name}.{key}": value for key, value in measured.items()}
-            figures[f"{name}.aimed"] = Bootstrap(len(texts)).mean(torch.cosine_similarity(point, z).double().numpy())
+            figures.update({f"{name}.{key}": value for key, value in measured.items()})
             written[name] = rows
             arrays[f"score.{name}"], arrays[f"cosine.{name}"] = after, cosine
             logger.info("%s: %s", name, ", ".join(f"{key} {v.text()}" for key, v in measured.items() if v))
+
+        rounds = _Rounds(bound, encoder, flows, lambda rows: moves(flows, pairs, rows, self.seed), self.config.rounds)
+        for name, point in points.items():
+            measure(name, rounds(name, texts, z, point))
+            aimed = torch.cosine_similarity(point, z).double().numpy()
+            figures[f"{name}.aimed"] = Bootstrap(len(texts)).mean(aimed)
+        tokens = rounds.tokens
         took["edit"], began = _since(began)
+
+        if self.config.few_shot and _has_base():
+            _, better, worse = pair_rows(scores, self.seed)
+            shown = [(reference[i].text, reference[j].text) for i, j in zip(worse, better, strict=True)]
+            rival = FewShot(self.config.few_shot, self.config.samples, self.seed)
+            rewrites = rival(texts, z, shown, vectors[better], vectors[worse])
+            found = encoder.encode([text for row in rewrites for text in row]).view(len(texts), -1, z.shape[1])
+            for name, place in chosen_by_b(flows["flow"], z, found, flows["flow"].guard_margin).items():
+                measure(name, _taken(texts, rewrites, place))
+            took["few_shot"], began = _since(began)
 
         pool = [s.text for s in draws]
         b_pool = labels(encoder.encode(pool)).double().numpy()
@@ -120,7 +127,7 @@ class TextEditing:
             chosen = best_of(b_pool, against, n, 2000, self.seed)
             figures[f"best of {n}.win"] = Bootstrap(len(chosen)).mean(wins(chosen, against), (0.0, 1.0))
         took["best_of"], _ = _since(began)
-        headline = figures["flow best-of-8 x2.win"]
+        headline = figures.get("flow best-of-8 x2.win")
         return Outcome(
             kind="text_editing",
             score=headline.value if headline else 0.0,
@@ -131,6 +138,8 @@ class TextEditing:
                 "draws": len(draws),
                 "samples": self.config.samples,
                 "guidance": self.config.guidance,
+                "rounds": self.config.rounds,
+                "few_shot": self.config.few_shot,
                 "editor": type(editor.writer).__name__,
                 "independent_accuracy": judge.accuracy([s.text for s in draws], [s.liked for s in draws]),
                 "tokens_written": tokens,
@@ -143,6 +152,14 @@ class TextEditing:
             },
             save=lambda path: _save(path, arrays),
         )
+
+    def _asked(self, points: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep the settings that are to be measured."""
+        wanted = tuple(self.config.settings)
+        found = {name: point for name, point in points.items() if not wanted or name.startswith(wanted)}
+        if not found:
+            raise ValueError(f"task.settings must begin names of {', '.join(points)}: got {list(wanted)}")
+        return found
 
     def _editor(self) -> Editor:
         folder = Path(self.config.decoder)
@@ -172,6 +189,45 @@ class TextEditing:
             draws += [found[place] for place in order[:half]]
             drafts += [found[place] for place in rest[start : start + self.config.drafts]]
         return drafts, draws
+
+
+@dataclass
+class _Rounds:
+    """Edits towards a point, reads out, moves what was written by the same setting, and so on; counts tokens."""
+
+    editor: Editor
+    encoder: SentenceEncoder
+    flows: dict[str, PreferenceFlow]
+    move: Callable[[Tensor], dict[str, Tensor]]
+    rounds: int
+    tokens: int = 0
+
+    def __call__(self, name: str, texts: list[str], z: Tensor, point: Tensor) -> list[str]:
+        """Return what stands in place of each text after the rounds of one setting."""
+        for number in range(self.rounds):
+            if number:
+                z = self.encoder.encode([text or "." for text in texts])
+                point = self.move(z)[name]
+            texts = self._once(name, texts, z, point)
+        return texts
+
+    def _once(self, name: str, texts: list[str], z: Tensor, point: Tensor) -> list[str]:
+        flow = self.flows["flow"]
+        edits, count = self.editor.edit(texts, z, point)
+        self.tokens += count
+        flat = [text or draft for draft, row in zip(texts, edits, strict=True) for text in row]
+        found = self.encoder.encode(flat).view(len(texts), -1, z.shape[1])
+        distances = (found - point[:, None]).norm(dim=2).double().numpy()
+        if name in ("copy", "permuted points") or "labels" in name:  # controls are decoded without the guard
+            return _taken(texts, edits, distances.argmin(1))
+        b = flow.win_probability(found.flatten(0, 1)).view(len(texts), -1).double().numpy()
+        before = flow.win_probability(z).double().numpy()
+        return _taken(texts, edits, read_out(distances, b, before, flow.guard_margin))
+
+
+def _taken(texts: list[str], rewrites: list[list[str]], places: NDArray[np.int64]) -> list[str]:
+    """Return the rewrite at each place, or the text itself at -1."""
+    return [text if at < 0 else row[int(at)] for text, row, at in zip(texts, rewrites, places, strict=True)]
 
 
 def halves(sentences: list[Sentence]) -> tuple[list[Sentence], list[Sentence]]:

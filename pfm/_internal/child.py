@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["Child", "running_child"]
@@ -60,7 +60,7 @@ class Child:
 @contextlib.contextmanager
 def running_child(
     entry: str, arguments: Sequence[str], *, log: Path, what: str, environment: Mapping[str, str]
-) -> Iterator[Child]:
+) -> Generator[Child, None, None]:
     """Run ``entry`` (MODULE:FUNCTION) in a child process, and end it on leaving, by force if need be.
 
     Args:

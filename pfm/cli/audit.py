@@ -32,7 +32,7 @@ def audit(
         typer.Option(
             "--selector",
             "-s",
-            help="Column of a selector's picks (a place from 0, the text, true and false) or of its scores, higher is "
+            help="Column of a selector's picks (an index from 0, the text, true and false) or of its scores, higher is "
             "better; may be repeated.",
         ),
     ] = None,
@@ -46,7 +46,7 @@ def audit(
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option(help="Column that tells prompts apart.", show_default="group, else the prompt"),
+        typer.Option(help="Column that identifies the prompt.", show_default="group, else the prompt"),
     ] = None,
     prompt_key: Annotated[str, typer.Option(help="Column of the prompt.")] = "prompt",
     cost: Annotated[
@@ -72,7 +72,7 @@ def audit(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Say what a selector's picks are worth beside simpler choices: random, first, longest, fastest, cheapest.
+    """Compare a selector's picks with simpler choices: random, first, longest, fastest, cheapest.
 
     Shows the share of the gap from a random candidate to the oracle that each closes, with 95% intervals over prompts,
     and whether the selector can be told apart from the strongest simple rule.

@@ -47,7 +47,7 @@ def cache(
     needed; responses are asked, and paid, for again.
     """
     with guarded(traceback, as_json) as session:
-        found = []
+        found: list[dict[str, Any]] = []
         for name in dict.fromkeys(only or Kept):
             stored, folders = _stored(name)
             entries, size = len(stored), stored.size_bytes

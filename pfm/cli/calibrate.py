@@ -38,16 +38,16 @@ def calibrate(
     rows: Annotated[
         Path,
         typer.Argument(
-            help="Rows with prompt, candidates (independent draws, about 16 or more) and scores, one a candidate, "
+            help="Rows with prompt, candidates (independent draws, about 16 or more) and scores, one per candidate, "
             "higher is better; of prompts that the flow was not fitted on.",
             show_default=False,
         ),
     ],
     flow: FlowFolder,
-    n: Annotated[int, typer.Option("-n", min=1, help="Fixed number of draws to replace.")] = 8,
-    max_n: Annotated[int, typer.Option(min=1, help="The most draws.")] = 16,
+    n: Annotated[int, typer.Option("-n", min=1, help="Fixed number of draws that the rule replaces.")] = 8,
+    max_n: Annotated[int, typer.Option(min=1, help="Maximum number of draws.")] = 16,
     waves: Annotated[
-        str, typer.Option(help="Draws a wave: one number, or the first waves, as 1,1,2,4, of which the last repeats.")
+        str, typer.Option(help="Draws per wave: one number, or the first waves, as 1,1,2,4, of which the last repeats.")
     ] = "2",
     loss: Annotated[
         float, typer.Option(min=0, max=0.99, help="Share of the fixed number's gain to give up for fewer draws.")

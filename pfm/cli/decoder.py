@@ -15,7 +15,7 @@ from pfm.cli.shell import setting
 
 __all__ = ["DecoderName", "DecoderOption", "DecoderSettings", "ExemplarsOption", "make_decoder"]
 
-_PANEL = "How the output is made"
+_PANEL = "Decoder"
 
 
 class DecoderName(StrEnum):

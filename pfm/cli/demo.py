@@ -15,8 +15,8 @@ from pfm.cli.shell import NoProgress, app, examples
 @app.command(epilog=examples("pfm demo", 'pfm demo "Write a haiku about tea." -n 8', "pfm demo --flow my-flow"))
 def demo(
     prompts: Annotated[list[str] | None, typer.Argument(help="Questions to ask.", show_default="four of ours")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", min=1, max=32, help="Candidates a prompt.")] = 4,
-    max_tokens: Annotated[int, typer.Option(min=1, max=2048, help="Tokens a candidate.")] = 48,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, max=32, help="Candidates per prompt.")] = 4,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2048, help="Maximum number of tokens per candidate.")] = 48,
     flow: Annotated[
         Path | None,
         typer.Option(help="Folder of a flow made by [cyan]pfm fit[/cyan].", show_default="one fitted on examples"),

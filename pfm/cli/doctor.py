@@ -59,7 +59,7 @@ def doctor(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Say what this machine has: versions, devices, caches, encoders, network; one line each, with the way out.
+    """Check this machine: versions, devices, caches, encoders, network; one line each, with the way out.
 
     Keys are never shown. Exit code 2: something that is needed failed.
     """

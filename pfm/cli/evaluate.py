@@ -46,7 +46,7 @@ def evaluate(
     rows: Annotated[
         Path,
         typer.Argument(
-            help="Rows with prompt, candidates (the original first) and scores, one a candidate, higher is better; "
+            help="Rows with prompt, candidates (the original first) and scores, one per candidate, higher is better; "
             "optional: group, and independent_score, that of a further draw. Results of [cyan]pfm refine[/cyan] "
             "carry such columns along.",
             show_default=False,
@@ -69,7 +69,7 @@ def evaluate(
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:
-    """Say how much better the flow's picks are, by scores that it has not seen, and against what."""
+    """Evaluate the flow's picks by scores that it has not seen, against baselines."""
     with guarded(traceback, as_json) as session:
         fitted, with_encoder = load_flow(flow, encoder, trust_encoder)
         from pfm.data.pairs import PreferencePairs

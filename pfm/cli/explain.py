@@ -45,12 +45,12 @@ def explain(
     directions: Annotated[
         int, typer.Option(min=0, help="Principal directions beside the mean displacement and the win probability.")
     ] = 2,
-    max_outputs: Annotated[int, typer.Option(min=4, help="Look at so many outputs at most.")] = 10_000,
+    max_outputs: Annotated[int, typer.Option(min=4, help="Maximum number of outputs.")] = 10_000,
     prompt_key: PromptKey = "prompt",
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of what is looked at.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap and of the sample of outputs.")] = 0,
     no_progress: NoProgress = False,
     as_json: Json = False,
     traceback: Traceback = False,

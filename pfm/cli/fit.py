@@ -55,17 +55,17 @@ def fit(
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of pfm.FlowConfig; may be repeated."),
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share of the prompts to measure the flow on, not to fit it; 0 for none.")
+        float, typer.Option(help="Share of the prompts that are held out to evaluate the flow; 0 for none.")
     ] = 0.1,
     prompt_key: PromptKey = "prompt",
-    chosen_key: Annotated[str, typer.Option(help="Column of the better response.")] = "chosen",
-    rejected_key: Annotated[str, typer.Option(help="Column of the other response.")] = "rejected",
+    chosen_key: Annotated[str, typer.Option(help="Column of the chosen response.")] = "chosen",
+    rejected_key: Annotated[str, typer.Option(help="Column of the rejected response.")] = "rejected",
     weight_key: Annotated[
         str | None, typer.Option(help="Column of the pair's weight.", show_default="weight, if there is one")
     ] = None,
-    group_key: Annotated[str, typer.Option(help="Column of what belongs together beyond the prompt.")] = "group",
+    group_key: Annotated[str, typer.Option(help="Column of the group; a group is never split.")] = "group",
     max_pairs: Annotated[
-        int | None, typer.Option(help="Draw at most so many pairs of the labelled completions of one prompt.")
+        int | None, typer.Option(help="Maximum number of pairs from the labelled completions of one prompt.")
     ] = None,
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,

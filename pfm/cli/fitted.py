@@ -125,7 +125,9 @@ def show_fit(
         if few is not None:
             session.note(few)
         if right.low <= 0.5:
-            session.note("on held-out prompts this flow cannot be told from chance: more pairs, or cleaner ones, help")
+            session.note(
+                "on held-out prompts this flow is not distinguishable from chance: more pairs, or cleaner ones, help"
+            )
     if flow.guard_margin == float("inf"):
         session.note("no gain in win probability was confirmed, so refining with this flow keeps every original")
     folder = shlex.quote(str(out))

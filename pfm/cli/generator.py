@@ -16,7 +16,7 @@ import typer
 
 __all__ = ["candidate_count", "describe_generator", "make_generator", "spend_of"]
 
-_PANEL = "Where candidates come from"
+_PANEL = "Generator of the candidates"
 _API_PANEL = "With --model"
 
 
@@ -54,14 +54,14 @@ CandidateCount = Annotated[
     typer.Option(
         "-n",
         metavar="N|auto",
-        help="Candidates a prompt to draw; auto: until the best is good enough (see [cyan]pfm calibrate[/cyan]).",
+        help="Number of candidates per prompt; auto: until the best is good enough (see [cyan]pfm calibrate[/cyan]).",
         rich_help_panel=_PANEL,
     ),
 ]
 MostCandidates = Annotated[
     int | None,
     typer.Option(
-        "--max-n", min=1, help="The most of -n auto.", show_default="the calibration's", rich_help_panel=_PANEL
+        "--max-n", min=1, help="Maximum of -n auto.", show_default="the calibration's", rich_help_panel=_PANEL
     ),
 ]
 SpendOption = Annotated[
@@ -93,7 +93,7 @@ CacheOption = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Draw anew, and store no responses.", rich_help_panel=_PANEL)]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Resample, and store no responses.", rich_help_panel=_PANEL)]
 BaseUrl = Annotated[
     str | None,
     typer.Option(
@@ -112,26 +112,26 @@ ApiKeyEnv = Annotated[
         rich_help_panel=_API_PANEL,
     ),
 ]
-ApiOption = Annotated[Api, typer.Option(help="How the server is asked.", rich_help_panel=_API_PANEL)]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.", rich_help_panel=_API_PANEL)]
+ApiOption = Annotated[Api, typer.Option(help="API of the server.", rich_help_panel=_API_PANEL)]
+Concurrency = Annotated[int, typer.Option(min=1, help="Concurrent requests.", rich_help_panel=_API_PANEL)]
 PerCall = Annotated[
     int | None,
     typer.Option(
-        "--n-per-call", min=1, help="Most candidates of one request.", show_default="-n", rich_help_panel=_API_PANEL
+        "--n-per-call", min=1, help="Maximum candidates per request.", show_default="-n", rich_help_panel=_API_PANEL
     ),
 ]
-MaxCalls = Annotated[int | None, typer.Option(min=1, help="Stop after so many requests.", rich_help_panel=_API_PANEL)]
+MaxCalls = Annotated[int | None, typer.Option(min=1, help="Stop after this many requests.", rich_help_panel=_API_PANEL)]
 MaxTokens = Annotated[
     int | None,
-    typer.Option("--max-tokens-total", min=1, help="Stop after so many tokens.", rich_help_panel=_API_PANEL),
+    typer.Option("--max-tokens-total", min=1, help="Stop after this many tokens.", rich_help_panel=_API_PANEL),
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(min=0.001, help="Seconds for one try of a request.", show_default="600", rich_help_panel=_API_PANEL),
+    typer.Option(min=0.001, help="Timeout of one attempt, in seconds.", show_default="600", rich_help_panel=_API_PANEL),
 ]
 Retries = Annotated[
     int | None,
-    typer.Option(min=0, help="Tries of a request after the first.", show_default="2", rich_help_panel=_API_PANEL),
+    typer.Option(min=0, help="Retries of a failed request.", show_default="2", rich_help_panel=_API_PANEL),
 ]
 
 
@@ -141,15 +141,13 @@ def candidate_count(text: str | int) -> int | str:
     Raises:
         ValueError: it is neither.
     """
-    if text == "auto":
-        return "auto"
+    from pfm._internal.checks import check_whole
+
     try:
         number = int(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"-n must be a whole number, or auto; got {text!r}") from None
-    if number < 1:
-        raise ValueError(f"-n must be at least 1, or auto; got {number}")
-    return number
+    except ValueError:
+        number = text
+    return check_whole("-n", number, 1, also=("auto",))
 
 
 def spend_of(text: str | None) -> float | dict[str, float] | None:

@@ -34,7 +34,7 @@ from pfm.cli.shell import (
 if TYPE_CHECKING:
     from pfm.judges import Comparison, Judge, Verdict
 
-_PANEL = "A language model as the judge"
+_PANEL = "LLM judge"
 PORTION = 64  # comparisons that an interrupt can cost
 
 
@@ -52,7 +52,7 @@ def label(
         Path,
         typer.Argument(help="Rows with prompt and candidates, a list of two texts or more.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File of preference rows (.jsonl), one line a pair.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of preference rows (.jsonl), one line per pair.")],
     judge: Annotated[
         str | None,
         typer.Option(
@@ -64,25 +64,25 @@ def label(
     ] = None,
     prompt_key: PromptKey = "prompt",
     max_pairs: Annotated[
-        int | None, typer.Option(min=1, help="Draw at most so many pairs of the candidates of one row.")
+        int | None, typer.Option(min=1, help="Maximum number of pairs per row, drawn at random.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing these pairs.")] = 0,
     model: Annotated[
-        str | None, typer.Option(help="Ask this model of an OpenAI-compatible server.", rich_help_panel=_PANEL)
+        str | None, typer.Option(help="Judge with this model of an OpenAI-compatible server.", rich_help_panel=_PANEL)
     ] = None,
     local_model: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Ask this Transformers model on this machine.", rich_help_panel=_PANEL),
+        typer.Option(metavar="NAME", help="Judge with this local Transformers model.", rich_help_panel=_PANEL),
     ] = None,
     generator: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:NAME", help="Ask this function of a prompt.", rich_help_panel=_PANEL),
+        typer.Option(metavar="MODULE:NAME", help="Judge with this function of a prompt.", rich_help_panel=_PANEL),
     ] = None,
     template: Annotated[
         str, typer.Option(help="File of the prompt, with {prompt}, {first} and {second}.", rich_help_panel=_PANEL)
     ] = "judge",
     rubric: Annotated[
-        str, typer.Option(help="File that says what makes an answer better.", rich_help_panel=_PANEL)
+        str, typer.Option(help="File with the criteria by which an answer is better.", rich_help_panel=_PANEL)
     ] = "rubric",
     flow: Annotated[
         Path | None,
@@ -96,19 +96,21 @@ def label(
         typer.Option(
             min=0.5,
             max=1,
-            help="Probability by --flow from which a pair is left out, as 0.95.",
+            help="Win probability under --flow from which a pair is not judged, such as 0.95.",
             show_default="ask for all",
         ),
     ] = None,
     audit: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of such pairs to ask for all the same, to count the flow's errors."),
+        typer.Option(min=0, max=1, help="Share of these pairs to judge anyway, to measure the flow's errors."),
     ] = 0.1,
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     one_order: Annotated[
         bool,
-        typer.Option("--one-order", help="Ask once a pair: half the price, but biased.", rich_help_panel=_PANEL),
+        typer.Option(
+            "--one-order", help="Use one order only: half the calls, but position bias.", rich_help_panel=_PANEL
+        ),
     ] = False,
     parameter: Annotated[
         list[str] | None,
@@ -139,9 +141,9 @@ def label(
             rich_help_panel=_PANEL,
         ),
     ] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests under way at once.", rich_help_panel=_PANEL)] = 8,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.", rich_help_panel=_PANEL)] = 8,
     max_calls: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many requests.", rich_help_panel=_PANEL)
+        int | None, typer.Option(min=1, help="Stop after this many requests.", rich_help_panel=_PANEL)
     ] = None,
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
@@ -272,7 +274,7 @@ def _pairs(
 
 
 class _Labels(LineFile):
-    """The file of labels, one line a pair with a verdict; a line starts with the pair's row, places and digest."""
+    """The file of labels, one line per pair with a verdict; a line starts with the pair's row, places and digest."""
 
     RESULT = "label of pfm label"
     ORIGIN = "labels of other rows or by another judge"

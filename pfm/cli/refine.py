@@ -81,7 +81,7 @@ def refine(
     flow: FlowFolder,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="File of results (.jsonl), one line a row; for a folder, a folder of them."),
+        typer.Option("--out", "-o", help="File of results (.jsonl), one line per row; for a folder, a folder of them."),
     ],
     generator: GeneratorOption = None,
     model: ModelOption = None,
@@ -259,7 +259,7 @@ def _refine_rows(
 
 
 class _Results(LineFile):
-    """The file of results, one line a row; a line starts with the row's number and digest.
+    """The file of results, one line per row; a line starts with the row's number and digest.
 
     A row with an error is tried again in a second run.
     """
@@ -403,7 +403,7 @@ def _show_refined(session: Session, results: _Results, earlier: int) -> dict[str
     session.wrote(results.path)
     if results.errors:
         session.note(
-            f"{results.errors:,} rows have errors, told in their column 'error'; a second run tries them again. "
+            f"{results.errors:,} rows have errors, given in their column 'error'; a second run tries them again. "
             f"The most frequent: {results.most_frequent_error}"
         )
     return {

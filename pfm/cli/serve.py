@@ -60,7 +60,7 @@ def serve(
             "-n",
             "--n",
             metavar="N|auto",
-            help="Candidates of a request; auto: until the best is good enough (see [cyan]pfm calibrate[/cyan]).",
+            help="Candidates per request; auto: until the best is good enough (see [cyan]pfm calibrate[/cyan]).",
             show_default="8",
         ),
     ] = None,
@@ -72,14 +72,14 @@ def serve(
             show_default="at which quality is that of the fixed number",
         ),
     ] = None,
-    max_n: Annotated[int | None, typer.Option(help="The most that a request may ask for.", show_default="32")] = None,
+    max_n: Annotated[int | None, typer.Option(help="Maximum candidates of a request.", show_default="32")] = None,
     by: Annotated[
         str | None,
         typer.Option(help="win_probability, alignment, combined or sample.", show_default="win_probability"),
     ] = None,
     margin: Annotated[
         float | None,
-        typer.Option(help="Least gain in win probability to change an answer.", show_default="the flow's own"),
+        typer.Option(help="Minimum gain in win probability to change an answer.", show_default="the flow's own"),
     ] = None,
     strength: Annotated[float | None, typer.Option(help="Exponent of --by sample.", show_default="1.0")] = None,
     token_env: Annotated[
@@ -94,13 +94,15 @@ def serve(
             show_default="clients' keys are passed on, unless there is a token",
         ),
     ] = None,
-    concurrency: Annotated[int | None, typer.Option(help="Requests worked on at once.", show_default="32")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Concurrent requests.", show_default="32")] = None,
     queue: Annotated[
-        int | None, typer.Option(help="Requests that may wait; further ones get status 429.", show_default="128")
+        int | None, typer.Option(help="Length of the queue; further requests get status 429.", show_default="128")
     ] = None,
-    connections: Annotated[int | None, typer.Option(help="Calls of the upstream at once.", show_default="64")] = None,
+    connections: Annotated[
+        int | None, typer.Option(help="Concurrent calls of the upstream.", show_default="64")
+    ] = None,
     timeout: Annotated[
-        float | None, typer.Option(help="Seconds for a request to wait and be drawn.", show_default="120")
+        float | None, typer.Option(help="Timeout for queueing and sampling, in seconds.", show_default="120")
     ] = None,
     reasoning: Annotated[
         Reasoning | None,
@@ -112,51 +114,52 @@ def serve(
     ] = None,
     judge_timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds for a request to be judged; then the original is the answer.", show_default="60"),
+        typer.Option(help="Timeout for judging, in seconds; then the original is returned.", show_default="60"),
     ] = None,
     grace: Annotated[
-        float | None, typer.Option(help="Seconds that a shutdown waits for requests under way.", show_default="30")
+        float | None, typer.Option(help="Seconds that a shutdown waits for active requests.", show_default="30")
     ] = None,
     read_timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds for a request's headers, and for its body, to arrive.", show_default="30"),
+        typer.Option(help="Timeout for a request's headers, and for its body, in seconds.", show_default="30"),
     ] = None,
     send_timeout: Annotated[
         float | None,
-        typer.Option(help="Seconds for a client to take the next 64 KiB of its answer.", show_default="30"),
+        typer.Option(help="Timeout for sending 64 KiB to a client, in seconds.", show_default="30"),
     ] = None,
     clients: Annotated[
-        int | None, typer.Option(help="Connections of clients; further ones are closed.", show_default="1024")
+        int | None, typer.Option(help="Maximum number of client connections.", show_default="1024")
     ] = None,
     request_bytes: Annotated[
-        int | None, typer.Option(help="Largest chat request; beyond it status 413.", show_default="8 MiB")
+        int | None, typer.Option(help="Maximum size of a chat request; beyond it status 413.", show_default="8 MiB")
     ] = None,
     reply_bytes: Annotated[
-        int | None, typer.Option(help="Largest answer of the upstream to choose among.", show_default="16 MiB")
+        int | None, typer.Option(help="Maximum size of an answer of the upstream.", show_default="16 MiB")
     ] = None,
     held_bytes: Annotated[
-        int | None, typer.Option(help="Bodies in memory, of all requests; beyond it 503.", show_default="256 MiB")
+        int | None, typer.Option(help="Maximum bytes of bodies in memory; beyond it 503.", show_default="256 MiB")
     ] = None,
     text_characters: Annotated[
-        int | None, typer.Option(help="Longest text to encode; beyond it no judgement.", show_default="32768")
+        int | None, typer.Option(help="Maximum length of a text to be judged, in characters.", show_default="32768")
     ] = None,
     judged_characters: Annotated[
-        int | None, typer.Option(help="The same for all texts of one request.", show_default="131072")
+        int | None, typer.Option(help="The same for all texts of a request together.", show_default="131072")
     ] = None,
     scored_texts: Annotated[
-        int | None, typer.Option(help="Most texts of a request for scores; beyond it status 413.", show_default="4096")
+        int | None,
+        typer.Option(help="Maximum texts of a request for scores; beyond it status 413.", show_default="4096"),
     ] = None,
     feedback: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Append what people think of answers (POST /v1/feedback, and the page /chat) to this file, as rows "
+            help="Append feedback on answers (POST /v1/feedback, and the page /chat) to this file, as rows "
             "for [cyan]pfm fit[/cyan].",
             show_default="none is kept",
         ),
     ] = None,
     feedback_bytes: Annotated[
-        int | None, typer.Option(help="Largest file of feedback; beyond it status 507.", show_default="64 MiB")
+        int | None, typer.Option(help="Maximum size of the feedback file; beyond it status 507.", show_default="64 MiB")
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
@@ -168,7 +171,7 @@ def serve(
     ] = None,
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Write the address, and no line for each request.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the address, but no line for each request.")] = False,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:

@@ -135,7 +135,7 @@ EncoderOfFlow = Annotated[
     str | None,
     typer.Option(
         "--encoder",
-        help="Name of the encoder that the flow was fitted with, where the flow cannot tell.",
+        help="Name of the encoder that the flow was fitted with, if the flow does not record it.",
         show_default="the one that the flow names",
     ),
 ]

@@ -35,7 +35,7 @@ def train_decoder(
     texts: Annotated[
         Path,
         typer.Argument(
-            help="Sentences: .jsonl, .json, .csv, .tsv or .parquet with a column of texts, or .txt with one a line.",
+            help="Sentences: .jsonl, .json, .csv, .tsv or .parquet with a column of texts, or .txt with one per line.",
             show_default=False,
         ),
     ],
@@ -47,11 +47,13 @@ def train_decoder(
         str, typer.Option(help="minilm, or a sentence-transformers name or folder: the encoder of your flow.")
     ] = "minilm",
     text_key: Annotated[str, typer.Option(help="Column of the text.")] = "text",
-    minutes: Annotated[float | None, typer.Option(help="How long to train, encoding apart.", show_default="20")] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates, in place of --minutes.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Edits an update.")] = 128,
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes to train, without encoding.", show_default="20")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of updates, in place of --minutes.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of edits per update.")] = 128,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
-    window: Annotated[int, typer.Option(help="Most tokens of a text; longer sentences are left out.")] = 64,
+    window: Annotated[int, typer.Option(help="Maximum number of tokens of a sentence; longer ones are left out.")] = 64,
     device: Annotated[str, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1, ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
     no_progress: NoProgress = False,

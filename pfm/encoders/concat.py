@@ -57,7 +57,7 @@ class ConcatEncoder(Encoder):
         texts = texts if isinstance(texts, str) else list(texts)
         weighted = list(zip(self.encoders, self.weights, strict=True))
         providing = [pair for pair in weighted if getattr(pair[0], "provides_context", True)] or weighted
-        parts = []
+        parts: list[Tensor] = []
         for encoder, weight in providing:
             # An encoder of the user's own may know responses only.
             encode = getattr(encoder, "encode_prompts", encoder.encode)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,11 +18,13 @@ from pfm.encoders.base import Encoder, check_texts
 __all__ = ["SurfaceEncoder"]
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-# The look-behind and the possessive ++ keep a long run of dots linear.
-_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++(?=[\s\"'”’»)\]*_]|$)|[。！？]++")
+# Marks, and what follows them if it is none of what may follow the end of a sentence.
+_MARKS = re.compile(r"[.!?…]++([^\s\"'”’»)\]*_])?")
+_FULL_WIDTH_MARKS = re.compile(r"[。！？]++")
 _LIST_ITEM = re.compile(r"[ \t]*(?:[-*+•‣]|\(?\d{1,3}[.)]|\(?[a-zA-Z][.)])[ \t]+\S")
 _HEADING = re.compile(r"[ \t]*(?:#{1,6}[ \t]+\S|\*\*[^*]+\*\*:?[ \t]*$|__[^_]+__:?[ \t]*$)")
 _CODE = re.compile(r"```.*?(?:```|\Z)|~~~.*?(?:~~~|\Z)|`[^`\n]+`", re.DOTALL)
+_BLANK_LINES = re.compile(r"\n\s*\n")
 _LINK = re.compile(r"https?://\S+|www\.\S+")
 _QUOTED = re.compile(r"\"[^\"\n]+\"|“[^“”\n]+”|„[^„“\n]+“|«[^«»\n]+»|「[^「」\n]+」")
 _BRACKETED = re.compile(r"\([^()\n]+\)|（[^（）\n]+）")
@@ -140,24 +143,29 @@ def _measure(text: str) -> list[float]:
     """Return the features of one text in the order of `_FEATURES`."""
     if not text or text.isspace():
         return [0.0] * len(_FEATURES)
-    words = _WORD.findall(text.lower().replace("’", "'"))
+    lower = text.lower().replace("’", "'")
+    words = _WORD.findall(lower)
     count, times = max(1, len(words)), Counter(words)
-    lengths = [len(word) for word in words] or [0]
-    mean_length = sum(lengths) / len(lengths)
-    spread = math.sqrt(sum((length - mean_length) ** 2 for length in lengths) / len(lengths))
+    lengths = Counter(map(len, words)) or {0: 1}
+    mean_length = sum(length * number for length, number in lengths.items()) / count
+    spread = math.sqrt(sum(number * (length - mean_length) ** 2 for length, number in lengths.items()) / count)
+    ends = _ends_sentence(text)
     # Text that ends without a mark still ends a sentence.
-    sentences = max(1, len(_SENTENCE_END.findall(text)) + (not _ends_sentence(text)))
+    marked = _MARKS.findall(text).count("") + len(_found(_FULL_WIDTH_MARKS, text, "。", "！", "？"))
+    sentences = max(1, marked + (not ends))
     lines = [line for line in text.splitlines() if line and not line.isspace()]
-    paragraphs = len([block for block in re.split(r"\n\s*\n", text) if block and not block.isspace()])
-    characters = Counter(text)
-    letters = _count(characters, str.isalpha)
-    visible = len(text) - _count(characters, str.isspace)
-    marks = visible - _count(characters, str.isalnum)
+    blocks = _BLANK_LINES.split(text) if "\n" in text else [text]
+    paragraphs = len([block for block in blocks if block and not block.isspace()])
+    letters, capitals, digits, beyond, spaces, others = _characters(text)
+    visible = len(text) - spaces
     triples = list(zip(words, words[1:], words[2:], strict=False))
 
     def manner(known: frozenset[str]) -> float:
-        return min(1.0, 5 * sum(number for word, number in times.items() if word in known) / count)
+        return min(1.0, 5 * sum(times[word] for word in known.intersection(times)) / count)
 
+    negations = sum(times[word] for word in _NEGATIONS.intersection(times))
+    if "n't" in lower:
+        negations += sum(n for word, n in times.items() if word.endswith("n't") and word not in _NEGATIONS)
     return [
         min(2.0, math.log1p(len(words)) / 7),
         min(2.0, math.log1p(len(text)) / 9),
@@ -167,31 +175,60 @@ def _measure(text: str) -> list[float]:
         min(2.0, math.log1p(len(words) / sentences) / 4),
         min(2.0, math.log1p(paragraphs) / 3),
         min(1.0, (len(lines) - 1) / sentences),
-        _count(characters, str.isupper) / max(1, letters),
-        _count(characters, str.isdigit) / visible,
-        min(1.0, 2 * marks / visible),
-        _count(characters, lambda character: character.isalpha() and not character.isascii()) / max(1, letters),
+        capitals / max(1, letters),
+        digits / visible,
+        min(1.0, 2 * others / visible),
+        beyond / max(1, letters),
         min(1.0, (text.count("?") + text.count("？")) / sentences),
         min(1.0, (text.count("!") + text.count("！")) / sentences),
-        float(_ends_sentence(text) or text.rstrip().endswith(("```", "~~~"))),
+        float(ends or text.rstrip().endswith(("```", "~~~"))),
         sum(_LIST_ITEM.match(line) is not None for line in lines) / len(lines),
         sum(_HEADING.match(line) is not None for line in lines) / len(lines),
-        sum(len(span) for span in _CODE.findall(text)) / len(text),
-        min(4, len(_LINK.findall(text))) / 4,
-        min(1.0, len(_QUOTED.findall(text)) / sentences),
-        min(1.0, len(_BRACKETED.findall(text)) / sentences),
+        sum(map(len, _found(_CODE, text, "`", "~~~"))) / len(text),
+        min(4, len(_found(_LINK, text, "://", "www."))) / 4,
+        min(1.0, len(_found(_QUOTED, text, '"', "”", "“", "»", "」")) / sentences),
+        min(1.0, len(_found(_BRACKETED, text, ")", "）")) / sentences),
         manner(_FIRST_PERSON),
         manner(_SECOND_PERSON),
         manner(_HEDGES),
-        min(1.0, 5 * sum(n for word, n in times.items() if word in _NEGATIONS or word.endswith("n't")) / count),
+        min(1.0, 5 * negations / count),
         manner(_CONNECTIVES),
         len(set(words[:100])) / max(1, len(words[:100])),
         1 - len(set(triples)) / len(triples) if triples else 0.0,
     ]
 
 
-def _count(characters: Counter[str], test: Callable[[str], bool]) -> int:
-    return sum(count for character, count in characters.items() if test(character))
+def _found(pattern: re.Pattern[str], text: str, *signs: str) -> list[str]:
+    """Return all matches of a pattern, each of which holds one of some signs: most texts hold none."""
+    return pattern.findall(text) if any(sign in text for sign in signs) else []
+
+
+def _characters(text: str) -> list[int]:
+    """Count letters, capitals, digits, letters outside of ASCII, white space, and all other characters."""
+    if text.isascii():
+        return (np.bincount(np.frombuffer(text.encode(), np.uint8), minlength=128) @ _ascii_kinds()).tolist()
+    counts = [0] * 6
+    for character, number in Counter(text).items():
+        for place in _kinds(character):
+            counts[place] += number
+    return counts
+
+
+@functools.cache
+def _ascii_kinds() -> np.ndarray:
+    """Return to which counts each of the 128 characters of ASCII belongs (128, 6), 0 or 1."""
+    return np.array([[place in _kinds(chr(code)) for place in range(6)] for code in range(128)], np.int64)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kinds(character: str) -> tuple[int, ...]:
+    """Return which of the counts of :func:`_characters` a character belongs to."""
+    letter, space = character.isalpha(), character.isspace()
+    kinds = (
+        letter, character.isupper(), character.isdigit(), letter and not character.isascii(), space,
+        not (space or character.isalnum()),
+    )  # fmt: skip
+    return tuple(place for place, is_one in enumerate(kinds) if is_one)
 
 
 def _ends_sentence(text: str) -> bool:

@@ -17,11 +17,10 @@ from pfm.devices import with_standard_defaults
 from pfm.errors import NonFiniteWarning
 from pfm.flow import cuda_graphs as graphs
 from pfm.flow.config import FlowConfig
-from pfm.flow.fields import SMALL, Field, Normalizer, Velocity
-from pfm.flow.fitting import matmul_precision
-from pfm.flow.gate import gate_uniforms
+from pfm.flow.fields import SMALL, Field, Normalizer
 from pfm.flow.inputs import check_inputs, check_times
-from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES, integrate
+from pfm.flow.integration import ADAPTIVE_SOLVERS, STAGES
+from pfm.flow.passes import FieldPass
 from pfm.flow.preference_win import PreferenceWin, candidate_wins
 from pfm.flow.registered_field import MLP, RegisteredField
 from pfm.flow.win import WinHead
@@ -31,12 +30,11 @@ __all__ = ["FlowModel"]
 
 MODES = ("single", "gated", "reapply", "relabel")
 FAILURES = ("keep", "raise")
-WHOLE = 1e-9  # steps that differ less from a whole number are whole, as in the integration
 _CALLER = 4  # of a public method under no_grad, past the decorations: whom a warning is for
 
 
 @with_standard_defaults
-class FlowModel(nn.Module):
+class FlowModel(FieldPass):
     """Applies a field v(t, y | x) and a win probability b(y | x) to outputs; :class:`pfm.PreferenceFlow` fits them.
 
     Its numbers are float32 on every device: ``half()``, ``bfloat16()`` and ``double()`` are refused, and
@@ -131,11 +129,6 @@ class FlowModel(nn.Module):
     def guard_margin(self) -> float:
         """Return the smallest difference in b that held-out pairs confirm; infinity if they confirm none."""
         return float(self.win.margin)
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the parameters."""
-        return self.normalizer.mean.device
 
     def normalize_by(
         self, chosen: Tensor, rejected: Tensor, context: Tensor | None = None, weight: Tensor | None = None
@@ -365,97 +358,6 @@ class FlowModel(nn.Module):
         if rounds > 1 and mode not in ("reapply", "relabel"):
             raise ValueError(f"rounds={rounds} needs mode='reapply' or mode='relabel': got mode={mode!r}")
         return rounds
-
-    def _pass(
-        self,
-        y: Tensor,
-        context: Tensor | None,
-        steps: int,
-        strengths: Sequence[float] = (1.0,),
-        guidance: float = 1.0,
-        win_gradient: float = 0.0,
-        gate: tuple[int, int] | None = None,
-        hold: bool = True,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Carry flat outputs (B, D) on the flow's device once, by each strength above 0.
-
-        Returns:
-            for each strength the states (B, D), and which rows (B,) stayed finite.
-        """
-        device = self.device
-        lower = self.config.dtype == "bfloat16" and device.type != "cpu"
-        with matmul_precision(self.config.dtype, device), torch.autocast(device.type, torch.bfloat16, enabled=lower):
-            velocity = self._guided(context, guidance, win_gradient)
-            reached = self._reached(velocity, y, [min(strength, 1.0) for strength in strengths], steps, hold)
-        kept = None
-        if gate is not None:
-            kept = torch.sigmoid(self.win(y, context)) > gate_uniforms(y, context, *gate)
-        found = []
-        for strength in strengths:
-            result, well = reached[min(strength, 1.0)]
-            if strength > 1:
-                result = y + strength * (result - y)
-            if self.metadata.get("unit_norm"):
-                result = nn.functional.normalize(result, dim=1)
-            if kept is not None:
-                result, well = torch.where(kept[:, None], y, result), kept | well
-            found.append((result, well))
-        return found
-
-    def _reached(
-        self, velocity: Velocity, y: Tensor, times: Sequence[float], steps: int, hold: bool
-    ) -> dict[float, tuple[Tensor, Tensor]]:
-        """Return the states (B, D) at each time in (0, 1], and which rows (B,) stayed finite up to it."""
-        marks = sorted(set(times))
-        # Steps to an earlier time are the first ones of the pass, where their number is whole.
-        whole = all(abs(steps * mark - round(steps * mark)) < WHOLE for mark in marks)
-        shared = whole and not hold and self.config.solver not in ADAPTIVE_SOLVERS and "distilled" not in self.metadata
-        found = {}
-        for path in [marks] if shared else [[mark] for mark in marks]:
-            states, finite = self._integrate(velocity, y, (0.0, *path), steps, hold=hold)
-            for mark, state in zip(path, states[1:], strict=True):
-                found[mark] = state, finite if mark == path[-1] else torch.isfinite(state).all(1)
-        return found
-
-    def _guided(self, context: Tensor | None, guidance: float, win_gradient: float) -> Velocity:
-        """Return the velocity in normalised coordinates, as :meth:`transport` describes it."""
-        base = self.field.at(self.normalizer.context(context))
-        free = None if guidance == 1 or self.context_free is None else self.context_free.at(None)
-
-        def guided(t: float, y: Tensor) -> Tensor:
-            return base(t, y) if free is None else torch.lerp(free(t, y), base(t, y), guidance)
-
-        if win_gradient == 0:
-            return guided
-        scale = self.normalizer.scale
-        # Two draws under one context differ by twice their variance.
-        variance = win_gradient * self.normalizer.displacement.square() / 2
-
-        def steered(t: float, y: Tensor) -> Tensor:
-            slope = self._win_slope(self.normalizer.inverse(y), context) * scale
-            return torch.addcmul(guided(t, y), variance, slope)
-
-        return steered
-
-    def _win_slope(self, y: Tensor, context: Tensor | None) -> Tensor:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            total = nn.functional.logsigmoid(self.win(y, context)).sum()
-            return torch.autograd.grad(total, y)[0]
-
-    def _integrate(
-        self, velocity: Velocity, y: Tensor, times: Sequence[float], steps: int, *, hold: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        start = self.normalizer(y)
-        if "distilled" in self.metadata:
-            # One evaluation makes the whole pass: a straight line.
-            moved = velocity(0.0, start)
-            finite = torch.isfinite(moved).all(1)
-            moved = torch.where(finite[:, None], moved, 0)
-            states = torch.stack([start + t * moved for t in times])
-        else:
-            states, finite, _ = integrate(velocity, start, times, solver=self.config.solver, steps=steps, hold=hold)
-        return self.normalizer.inverse(states), finite
 
     @torch.no_grad()
     def trajectory(self, y: Any, context: Any = None, *, times: Any) -> Tensor:

@@ -131,7 +131,7 @@ class ResponseCache:
     def put(self, samples: Mapping[bytes, Sample]) -> None:
         """Store samples; the first response stored for a key stays."""
         now = time.time()
-        rows = []
+        rows: list[tuple[bytes, bytes, bytes, float]] = []
         for key, sample in samples.items():
             value = json.dumps(asdict(sample)).encode()
             rows.append((key, value, _checksum(key, value), now))

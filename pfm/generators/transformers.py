@@ -52,6 +52,9 @@ _NEUTRAL = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
+# Parameters under which the samples of a prompt read it once: none of them changes what the model computes of it.
+_READ_ONCE = {*_NEUTRAL, "do_sample", "max_new_tokens", "min_new_tokens", "eos_token_id", "pad_token_id",
+              "stop_strings", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids"}  # fmt: skip
 
 
 class TransformersGenerator(GeneratesTexts):
@@ -295,13 +298,46 @@ class TransformersGenerator(GeneratesTexts):
             self.model.eval()
             try:
                 device = self.model.device
-                out = self.model.generate(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=processors, **options
-                )
+                ids, mask = ids.to(device), mask.to(device)
+                options |= self._read_once(rows, ids, mask, pad)
+                out = self.model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors, **options)
             finally:
                 self.model.train(training)
         new = out[:, 1:] if seq2seq else out[:, width:]
         return [self._text(row, ends, pad) for row in new.tolist()]
+
+    def _read_once(self, rows: list[_Row], ids: Tensor, mask: Tensor, pad: int) -> dict[str, Any]:
+        """Return the cached keys and values of all tokens but the last, each prompt read once for all of its samples.
+
+        Nothing is returned, and every sample reads its prompt itself, where no prompt has two samples, or where the
+        model or a parameter needs a cache of another kind.
+        """
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        places: dict[int, int] = {}  # of each prompt's first sample
+        for place, row in enumerate(rows):
+            places.setdefault(id(row.roll), place)
+        if (
+            len(places) == len(rows)
+            or self.model.config.is_encoder_decoder
+            or min(len(row.roll.ids) for row in rows) < 2
+            or not _READ_ONCE.issuperset(self.parameters)
+            or getattr(self.model.generation_config, "cache_implementation", None) is not None
+        ):
+            return {}
+        first = torch.tensor(list(places.values()), device=ids.device)
+        read = self.model.generate(
+            input_ids=ids[first, :-1], attention_mask=mask[first, :-1], max_new_tokens=1, do_sample=False,
+            pad_token_id=pad, return_dict_in_generate=True, **_NEUTRAL,
+        )  # fmt: skip
+        cache = getattr(read, "past_key_values", None)
+        layers = getattr(cache, "layers", None)
+        if type(cache) is not DynamicCache or not layers or any(type(layer) is not DynamicLayer for layer in layers):
+            return {}  # such as of a sliding window, or a state in place of a cache
+        order = {roll: place for place, roll in enumerate(places)}
+        cache.batch_select_indices(torch.tensor([order[id(row.roll)] for row in rows], device=ids.device))
+        return {"past_key_values": cache}
 
     def _text(self, tokens: list[int], ends: list[int], pad: int) -> tuple[str, str, int]:
         end = next((place for place, token in enumerate(tokens) if token in ends), None)
@@ -427,6 +463,10 @@ class _OwnNumbers:
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         exact = torch.float32 if scores.device.type == "mps" else torch.float64  # which has no doubles
+        shape, number, tokens = scores, max(int((scores > -torch.inf).sum(-1).max()), 1), None
+        if number <= scores.shape[-1] // 8:  # few tokens are possible: leave out the others, in the same order
+            tokens = scores.topk(number, sorted=False).indices.sort(-1).values
+            scores = scores.gather(-1, tokens)
         sums = scores.to(exact).softmax(-1).cumsum(-1)
         if not sums.isfinite().all():
             raise GenerationError("the model gave NaN or infinity for the next token")
@@ -435,7 +475,9 @@ class _OwnNumbers:
         drawn = torch.searchsorted(sums, (uniform * sums[:, -1])[:, None], right=True)
         # The product may round up to the whole sum; the last token that has any probability is meant then.
         last = (sums < sums[:, -1:]).sum(-1, keepdim=True)
-        return torch.full_like(scores, -torch.inf).scatter_(1, torch.minimum(drawn, last), 0.0)
+        drawn = torch.minimum(drawn, last)
+        drawn = drawn if tokens is None else tokens.gather(-1, drawn)
+        return torch.full_like(shape, -torch.inf).scatter_(1, drawn, 0.0)
 
 
 def _uniforms(seed: int, row: _Row, number: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pfm._internal.checks import check_number, check_whole
 from pfm.refiner.stopping import Stopping, read_waves
 from pfm.statistics import Bootstrap, Estimate
 
@@ -69,20 +70,16 @@ def calibrate(
     (True, True)
     """
     sizes = read_waves(waves)
-    for name, value in (("n", n), ("max_n", max_n), ("replays", replays)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if max_n < n:
-        raise ValueError(f"max_n must be at least n={n}, got {max_n}")
+    check_whole("n", n, 1)
+    check_whole("replays", replays, 1)
+    check_whole("max_n", max_n, n)
     for name, value in (("loss", loss), ("margin", margin)):
-        if not (math.isfinite(value) and 0 <= value < 1):
-            raise ValueError(f"{name} must be a share in [0, 1), got {value!r}")
+        check_number(name, value, least=0, below=1)
     rows = _checked(probabilities, scores)
     kept = [row for row in rows if len(row[0]) >= n]
     evidence: dict[str, Any] = {"prompts": len(kept), "prompts_with_too_few_candidates": len(rows) - len(kept)}
     for name, value in (("prior", prior), ("spread_prior", spread_prior)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} must be at least 0 draws, or None, got {value!r}")
+        check_number(name, value, least=0, also=(None, math.inf))
     blank = Stopping(n, max_n, sizes, 0.0, 0.0, 0.0, (0.0,), evidence=evidence)
     if len(kept) < LEAST_PROMPTS:
         told = f"{len(kept)} held-out prompts with at least {n} scored candidates are too few"

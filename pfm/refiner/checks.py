@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pfm._internal.checks import check_whole
 from pfm.data.vector_spaces import space_differences
 from pfm.decoders import Decoder, Latent, Rewrite, Select
 from pfm.generators import Prompt
@@ -23,7 +24,6 @@ __all__ = [
     "accepted_outputs",
     "as_decoder",
     "check_flow_and_encoder",
-    "check_n",
     "check_outputs",
     "check_plan",
     "check_prompts",
@@ -112,19 +112,6 @@ def check_sources(flow: PooledFlow, generator: Any, decoder: Decoder) -> None:
         )
 
 
-def check_n(n: Any) -> int:
-    """Return a number of candidates as an int.
-
-    Raises:
-        TypeError: it is no integer. ValueError: it is below 1.
-    """
-    if isinstance(n, bool) or not isinstance(n, int | np.integer):
-        raise TypeError(f"n must be an integer, got {show(n)}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1 candidate a prompt, got {n}")
-    return int(n)
-
-
 def check_plan(n: Any, max_n: Any, spend: Any, stopping: Any, flow: Flow, decoder: Decoder) -> Plan | None:
     """Return the stopping rule of ``n="auto"`` with its cap and price, or None where n is a number.
 
@@ -150,7 +137,7 @@ def check_plan(n: Any, max_n: Any, spend: Any, stopping: Any, flow: Flow, decode
             'n="auto" needs a calibrated stopping rule: pass stopping=wrap(None, flow, ...).calibrate(outputs, '
             "prompts, scores) on held-out prompts, or Stopping.load(path); without one, give n a number"
         )
-    return stopping.plan(None if max_n is None else check_n(max_n), spend)
+    return stopping.plan(None if max_n is None else check_whole("max_n", max_n, 1), spend)
 
 
 def check_prompts(prompts: Any) -> list[Prompt]:

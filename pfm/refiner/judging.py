@@ -126,14 +126,15 @@ def _probabilities(
         contexts = _encoded(encode, [answered.key for answered in judged], context_dimension)
         context_rows = contexts[of_prompt]
         usable &= context_rows.isfinite().all(dim=1)
-        context_rows = context_rows[usable]
     probabilities = np.full(len(texts), np.nan)
     if usable.any():
+        judgeable = slice(None) if bool(usable.all()) else usable  # the usual case copies nothing
+        rows = None if context_rows is None else context_rows[judgeable]
         if isinstance(decoder, Select) and isinstance(flow, CandidateFlow):
             tags = _tags(judged, usable)
-            found = flow.candidate_probabilities(vectors[usable], context_rows, of_prompt[usable], tags=tags)
+            found = flow.candidate_probabilities(vectors[judgeable], rows, of_prompt[judgeable], tags=tags)
         else:  # texts that a decoder adds later are to be compared with these: against the reference alike
-            found = flow.win_probability(vectors[usable], context_rows)
+            found = flow.win_probability(vectors[judgeable], rows)
         probabilities[usable.numpy()] = found.detach().cpu().double().numpy()
     return vectors, contexts, probabilities
 
@@ -156,8 +157,11 @@ class _Answered:
     def of(cls, result: Refinement, key: str, reasoning: str, accepts: Accepts) -> _Answered:
         """Set hidden reasoning aside, and note in the result how much."""
         beside = result.reasoning or [0] * len(result.candidates)
-        hidden = [aside + _hidden(whole, reasoning) for aside, whole in zip(beside, result.candidates, strict=True)]
         texts = [judged_text(text, reasoning) if isinstance(text, str) else text for text in result.candidates]
+        hidden = [
+            aside + (len(whole) - len(text) if isinstance(whole, str) else 0)
+            for aside, whole, text in zip(beside, result.candidates, texts, strict=True)
+        ]
         result.reasoning = hidden if any(hidden) else []
         places = [place for place, text in enumerate(texts) if accepts(text)]
         return cls(result, key, places, [texts[place] for place in places])

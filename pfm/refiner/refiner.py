@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from pfm._internal.checks import check_whole
 from pfm.data.conversations import conversation_text
 from pfm.decoders import Decoder
 from pfm.devices import settle_after_fork
@@ -25,7 +26,6 @@ from pfm.refiner.checks import (
     accepted_outputs,
     as_decoder,
     check_flow_and_encoder,
-    check_n,
     check_outputs,
     check_plan,
     check_prompts,
@@ -84,10 +84,10 @@ def wrap(
             :class:`pfm.decoders.Rewrite`; ``strength``, ``win_gradient``, ... of :class:`pfm.decoders.Latent`.
 
     Raises:
-        TypeError: generator, flow, encoder or decoder lack a method that is needed, n is not an integer, or the
-            decoder lacks a setting.
-        ValueError: n < 1, ``n="auto"`` without a stopping rule, an unknown ``reasoning``, an encoder of another
-            dimension than the flow's, a setting that the decoder does not have, or settings beside a decoder object.
+        TypeError: generator, flow, encoder or decoder lack a method that is needed, or the decoder lacks a setting.
+        ValueError: n is no whole number of at least 1, ``n="auto"`` without a stopping rule, an unknown ``reasoning``,
+            an encoder of another dimension than the flow's, a setting that the decoder does not have, or settings
+            beside a decoder object.
 
     Warns:
         UserWarning: the flow was fitted with another encoder of the same dimension, by its description.
@@ -111,7 +111,8 @@ def wrap(
     if isinstance(flow, PooledFlow):
         check_sources(flow, found, chooser)
     plan = check_plan(n, max_n, spend, stopping, flow, chooser)
-    return Refiner(found, flow, encoder, chooser, check_n(n if plan is None else plan.max_n), reasoning, plan, stopping)
+    n = check_whole("n", n if plan is None else plan.max_n, 1)
+    return Refiner(found, flow, encoder, chooser, n, reasoning, plan, stopping)
 
 
 class Refiner:
@@ -314,10 +315,10 @@ class Refiner:
         makes draws repeatable.
 
         Raises:
-            TypeError: a prompt is neither text nor messages, or n is not an integer.
-            ValueError: n < 1, or the Refiner has no generator.
+            TypeError: a prompt is neither text nor messages.
+            ValueError: n is no whole number of at least 1, or the Refiner has no generator.
         """
-        prompts, n = check_prompts(prompts), check_n(n)
+        prompts, n = check_prompts(prompts), check_whole("n", n, 1)
         before = occurrences(prompts)
         after = occurrences(prompts[::-1])[::-1]
         # Behind the samples that batch takes for a prompt, as often as it is there.

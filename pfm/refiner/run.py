@@ -6,7 +6,7 @@ import asyncio
 import functools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from contextlib import contextmanager
 
 from tqdm.auto import tqdm
@@ -80,7 +80,7 @@ class Run:
         return self.results
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _kept(self) -> Generator[None, None, None]:
         """Close the bar, and hand over with an error what is there."""
         try:
             with self.bar:

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pfm._internal.checks import check_finite, check_number, check_whole
 from pfm._internal.files import replace_json
 
 __all__ = ["FILE", "Decision", "Plan", "Spend", "Stopping"]
@@ -54,7 +55,7 @@ class Spend:
         """Read None, a number (the price of a draw), or a mapping with ``draw`` or ``token``.
 
         Raises:
-            TypeError: another type. ValueError: a price is negative or not finite, or a name is unknown.
+            ValueError: a price is no number, negative or not finite, or a name is unknown.
         """
         if value is None or isinstance(value, Spend):
             return value or cls()
@@ -65,13 +66,8 @@ class Spend:
             (name, price), *_ = value.items()
         else:
             name, price = "draw", value
-        if isinstance(price, bool) or not isinstance(price, int | float | np.number):
-            raise TypeError(
-                f"spend must be the price of a draw in win probability, as 0.01, or {{'token': 1e-5}}; got {value!r}"
-            )
-        if not (math.isfinite(price) and price >= 0):
-            raise ValueError(f"spend must be a finite price of at least 0; got {value!r}")
-        return cls(**{name: float(price)})
+        hint = "the price of a draw in win probability, as 0.01, or {'token': 1e-5}"
+        return cls(**{name: float(check_number("spend", price, least=0, hint=hint))})
 
 
 @dataclass(frozen=True)
@@ -122,19 +118,17 @@ class Stopping:
 
     def __post_init__(self) -> None:
         for name in ("n", "max_n"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), 1))
         object.__setattr__(self, "waves", read_waves(self.waves))
         object.__setattr__(self, "residuals", tuple(float(value) for value in self.residuals))
         if not self.residuals or list(self.residuals) != sorted(self.residuals):
             raise ValueError("residuals must be quantiles in rising order, at least one")
-        numbers = (self.price, self.level, self.spread, *self.residuals)
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-            raise ValueError("price, level, spread and residuals must be finite numbers")
-        if not (self.price >= 0 and self.prior >= 0 and self.spread > 0 and self.spread_prior > 0):
-            values = f"{self.price!r}, {self.prior!r}, {self.spread!r} and {self.spread_prior!r}"
-            raise ValueError(f"price and prior must be at least 0, spread and spread_prior above: got {values}")
+        check_finite("residuals", np.array(self.residuals))
+        check_number("price", self.price, least=0)
+        check_number("level", self.level)
+        check_number("spread", self.spread, above=0)
+        check_number("prior", self.prior, least=0, also=(math.inf,))
+        check_number("spread_prior", self.spread_prior, above=0, also=(math.inf,))
 
     def __str__(self) -> str:
         if self.refusal is not None:

@@ -11,7 +11,8 @@ try:
 except ImportError as error:
     raise ImportError(f'pfm serve lacks {error.name}: pip install "preference-flow[serve]"', name=error.name) from error
 
-from pfm.serve.app import create_app, run
+from pfm.serve.app import create_app
 from pfm.serve.config import ServeConfig, read_settings
+from pfm.serve.server import run
 
 __all__ = ["ServeConfig", "create_app", "read_settings", "run"]

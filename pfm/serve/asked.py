@@ -134,7 +134,7 @@ def read(content: bytes, headers: Mapping[str, str], config: ServeConfig, refine
 
 
 def _plain(body: Mapping[str, Any], refine: bool, n: int, rule: Rule | None, flow: Flow) -> str | None:
-    """Say why the answer to a request is not refined, or return None."""
+    """Return why the answer to a request is not refined, or None."""
     if not refine:
         return "the request asks for it"
     for name in _NOT_TEXT:

@@ -1,10 +1,9 @@
-"""What a proxy is told when it starts."""
+"""Settings of the proxy."""
 
 from __future__ import annotations
 
 import ipaddress
 import json
-import math
 import os
 import tomllib
 from collections.abc import Callable, Sequence
@@ -13,24 +12,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from pfm._internal.checks import check_number, check_whole
+
 __all__ = ["ServeConfig", "is_loopback", "read_settings"]
 
-# Settings that are whole numbers, and the least they may be.
-_LEAST = {
-    "max_n": 1,
-    "concurrency": 1,
-    "queue": 0,
-    "connections": 1,
-    "port": 0,
-    "clients": 1,
-    "request_bytes": 1,
-    "reply_bytes": 1,
-    "held_bytes": 1,
-    "text_characters": 1,
-    "judged_characters": 1,
-    "scored_texts": 1,
-    "feedback_bytes": 1,
-}
+_COUNTS = ("max_n", "concurrency", "connections", "clients", "request_bytes", "reply_bytes", "held_bytes",
+           "text_characters", "judged_characters", "scored_texts", "feedback_bytes")  # fmt: skip
+_SECONDS = ("timeout", "judge_timeout", "grace", "read_timeout", "send_timeout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +65,8 @@ class ServeConfig:
             of this machine; ``"*"`` allows all.
 
     Raises:
-        TypeError, ValueError: a setting is of another type or out of range, with its name.
+        ValueError: a number is none, or out of range, or an address or a name cannot be used.
+        TypeError: another setting is of another type.
     """
 
     upstream: str | None = None
@@ -118,20 +107,12 @@ class ServeConfig:
             raise ValueError(f"score_model must be a name, got {self.score_model!r}")
         if self.feedback is not None and (not isinstance(self.feedback, str | os.PathLike) or not str(self.feedback)):
             raise TypeError(f"feedback must be the path of a file, got {self.feedback!r}")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name in ("timeout", "judge_timeout", "grace", "read_timeout", "send_timeout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number of seconds, got {value!r}")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a positive number of seconds, got {value}")
-        if self.port > 65535:
-            raise ValueError(f"port must be at most 65535, got {self.port}")
+        for name in _COUNTS:
+            check_whole(name, getattr(self, name), 1)
+        check_whole("queue", self.queue, 0)
+        check_whole("port", self.port, 0, 65535)
+        for name in _SECONDS:
+            check_number(name, getattr(self, name), above=0, hint="seconds")
         for name in ("request_bytes", "reply_bytes"):
             if getattr(self, name) > self.held_bytes:
                 raise ValueError(f"{name} must be at most held_bytes={self.held_bytes}, got {getattr(self, name)}")
@@ -179,7 +160,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether an address or name of a host is this machine's own."""
+    """Return whether an address or name of a host is this machine's own."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:

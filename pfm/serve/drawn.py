@@ -1,4 +1,4 @@
-"""What the upstream gave for one request: its replies, the candidates in them, their tokens."""
+"""The upstream's replies to one request: the candidates in them, and their tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Choice:
 
 @dataclass
 class Drawn:
-    """What the upstream gave for one request.
+    """The upstream's replies to one request.
 
     Attributes:
         choices: usable candidates, the original first.
@@ -111,7 +111,7 @@ class Drawn:
 
 
 def _beyond_text(choice: Mapping[str, Any]) -> str | None:
-    """Say what a choice holds that is more, or less, than a text of the model."""
+    """Return why a choice is more, or less, than a text of the model; None where it is one."""
     for name in ("tool_calls", "function_call", "refusal", "audio"):
         if choice["message"].get(name):
             return f"the answer has {name}"

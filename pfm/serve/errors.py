@@ -1,4 +1,4 @@
-"""What the proxy refuses, in the shape in which OpenAI's clients expect errors."""
+"""Errors of the proxy, in the format that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Disconnected", "Refused", "error_body"]
 
 
 class Disconnected(Exception):
-    """Says that the client has gone before it had its answer."""
+    """Raised when the client disconnected before it had its answer."""
 
 
 class Refused(Exception):

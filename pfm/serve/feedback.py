@@ -1,4 +1,4 @@
-"""What people thought of answers, kept as preference rows that ``pfm fit`` reads."""
+"""Feedback on answers, kept as preference rows that ``pfm fit`` reads."""
 
 from __future__ import annotations
 

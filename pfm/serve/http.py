@@ -1,4 +1,4 @@
-"""What HTTP asks for whatever is served: bodies read in time, answers sent in pieces, clients that go."""
+"""HTTP that all endpoints share: bodies read in time, answers sent in pieces, clients that disconnect."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pfm.serve.errors import Disconnected, Refused, error_body
 from pfm.serve.places import HeldBytes
 
 __all__ = [
+    "JSON",
     "Body",
     "Guard",
     "LoopErrors",
@@ -43,6 +44,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+JSON = (b"content-type", b"application/json")
 PIECE_BYTES = 64 * 2**10  # of an answer, which a client takes within the deadline on sending
 PIECES_AT_ONCE = 32  # of a streamed answer, before other requests have their turn
 LOG_SECONDS = 60.0  # between two lines about one and the same lasting trouble
@@ -295,7 +297,7 @@ async def _gone(request: Request, body_ended: asyncio.Event | None) -> None:
 
 def _error_response(error: Refused) -> Response:
     headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
-    headers += [(b"content-type", b"application/json"), *own_headers({"refined": "false"})]
+    headers += [JSON, *own_headers({"refined": "false"})]
     return plain_response(to_json(error_body(error)), error.status, headers)
 
 

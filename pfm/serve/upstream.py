@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
@@ -305,7 +306,9 @@ class Upstream:
             Refused: there can be no such address; status 400.
         """
         try:
-            return httpx2.URL(f"{self._address}/{path}" + (f"?{query.decode('ascii')}" if query else ""))
+            if not query:  # else it may hold a key, which is not to be kept
+                return _url(f"{self._address}/{path}")
+            return httpx2.URL(f"{self._address}/{path}?{query.decode('ascii')}")
         except (httpx2.InvalidURL, ValueError):
             raise Refused(
                 400, "path and query are too long, or hold what no address may", outcome="bad_request"
@@ -418,6 +421,12 @@ async def _together(calls: Iterable[Coroutine[Any, Any, Reply | Refused]]) -> li
 async def in_background(work: Callable[[Any], Any], value: Any, size: int) -> Any:
     """Call a function that reads or writes a body of about so many bytes, in a thread where that is large."""
     return work(value) if size <= BACKGROUND_BYTES else await asyncio.to_thread(work, value)
+
+
+@functools.lru_cache(maxsize=64)
+def _url(address: str) -> httpx2.URL:
+    """Read an address once."""
+    return httpx2.URL(address)
 
 
 def _check_status(status: int) -> None:

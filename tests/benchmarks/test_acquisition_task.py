@@ -13,9 +13,10 @@ from support.linear_pairs import labelled
 from support.places import data_path
 
 from benchmarks.acquisition.config import AcquisitionMethodConfig
-from benchmarks.acquisition.report import compare, markdown, student_interval
+from benchmarks.acquisition.report import compare, markdown
 from benchmarks.core.runner import run
 from benchmarks.core.runs import collect
+from benchmarks.core.seeds import student_interval
 from benchmarks.methods.acquisition import make
 from pfm.acquisition import CRITERIA
 

@@ -10,8 +10,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from support.places import ROOT
 from torch import Tensor
 
 from benchmarks.baselines.networks import Network, fit_early_stopped, pair_loss
@@ -360,11 +358,3 @@ def test_early_stopping_keeps_the_weights_that_held_out_pairs_like_best_and_repe
 def test_bad_settings_are_named(make: Callable[[], object], told: str):
     with pytest.raises(ValueError, match=told):
         make()
-
-
-def test_the_experiment_names_known_tasks_and_methods():
-    experiment = cast(Any, OmegaConf.load(ROOT / "conf" / "experiment" / "baselines.yaml"))
-    params = experiment.hydra.sweeper.params
-    for group in ("task", "method"):
-        files = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
-        assert {name.strip() for name in params[group].split(",")} <= files

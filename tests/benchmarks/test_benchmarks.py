@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from support.bench_settings import configured
 from support.places import ROOT, data_path
 
@@ -46,22 +45,6 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "method").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_method_of_the_configuration_can_be_made(path: Path):
-    settings = configured("task=arguments", f"method={path.stem}", "seed=3")
-    assert settings.method.name == path.stem
-    assert make_method(settings.method)
-    assert vars(settings.method).get("flow", {"seed": 3})["seed"] == 3
-
-
-def test_the_sweep_of_the_experiment_names_known_tasks_and_methods():
-    text = cast(Any, OmegaConf.load(ROOT / "conf" / "experiment" / "text.yaml"))
-    params = text.hydra.sweeper.params
-    for group in ("task", "method"):
-        files = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
-        assert set(params[group].split(",")) <= files
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.studies import unknown_level
 from benchmarks.studies.candidate_pools import Pool
 from benchmarks.studies.draws import MOST, Fold, N, adabon, exponential_tail, fixed, level_known, replayed, rule_of
 from benchmarks.studies.overshoot import KINDS, SIZES, curves
@@ -75,3 +76,20 @@ def test_attackers_of_the_highest_b_and_the_lowest_score_turn_the_curve():
     assert alone.argmax() == len(SIZES) - 1
     assert attacked.argmax() < 4
     assert attacked[-1] == pytest.approx(0)
+
+
+def test_the_optimal_rule_is_weitzmans_where_the_level_is_known_and_looks_further_where_it_is_not(monkeypatch):
+    monkeypatch.setattr(unknown_level, "SCENARIOS", 200)
+    price = 0.02
+    known = unknown_level.policy(math.inf, price, 1)
+    index = unknown_level.ndtri(1 - math.sqrt(2 * price))  # E[(u - t)+] = price of a uniform quantile u
+    assert known[:-1] == pytest.approx(np.full(MOST - 1, index), abs=0.02)
+    assert known[-1] == -math.inf
+    assert unknown_level.policy(math.inf, price, 1, ahead=False) == pytest.approx(known, abs=1e-9)
+    optimal, ahead = (unknown_level.policy(0.5, price, 1, far) for far in (True, False))
+    assert (optimal >= ahead - 1e-9).all()  # it goes on wherever one wave more is worth its price, and further
+    assert optimal[-2] == ahead[-2]  # before the cap there is one wave
+    assert (np.diff(optimal[:-1]) <= 0).all()  # with every draw less is left to learn of the level
+    pairs = unknown_level.policy(2.0, price, 2)
+    assert np.isinf(pairs[0::2]).all()
+    assert np.isfinite(pairs[1:-1:2]).all()

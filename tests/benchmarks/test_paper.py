@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from support.places import ROOT
 
 from benchmarks.core.bench import Bench
 from benchmarks.core.data import MissingDataError
@@ -40,7 +43,7 @@ def test_the_page_joins_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
             for seed, value in enumerate((0.95, 0.97, 0.99))]  # fmt: skip
     runs.append(run("images", "a <b> | c", 0, 0.5, tmp_path))
     text = page(runs)
-    assert "| flow | 3 | 0.970 ± 0.050 | 0.800 ± 0.000 | 1.000 ± 0.000 |" in text
+    assert "| flow | 3 | 0.970 ± 0.050 | 0.8 | 1 |" in text
     assert r"| a <b> \| c | 1 | 0.500, one seed | – | – |" in text
     assert text.count("**missing**") == 2
     for experiment in EXPERIMENTS:
@@ -49,6 +52,16 @@ def test_the_page_joins_seeds_and_names_what_is_missing(tmp_path: Path) -> None:
     assert "<td>a &lt;b&gt; | c</td>" in written
     assert "<script" not in written
     assert markdown(sections([])).count("**missing**") == 3
+
+
+def test_settings_are_composed_within_a_run_too() -> None:
+    """The page compares runs with the files of their methods while Hydra runs the task that writes it."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        before = GlobalHydra.instance().hydra
+        assert composed("task=line", "method=images/noise_best").method.name == "noise_best"
+        assert GlobalHydra.instance().hydra is before
+        assert compose("config", ["task=line"]).task.name == "line"
+    assert not GlobalHydra.instance().is_initialized()
 
 
 def test_the_command_writes_both_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from support.bench_settings import configured
-from support.places import ROOT
 
 from benchmarks import report
 from benchmarks.control import references
@@ -22,13 +20,13 @@ from benchmarks.control.task import ControlTask
 from benchmarks.core.config import RunConfig
 from benchmarks.core.runner import find_result, run
 from benchmarks.core.runs import collect
+from benchmarks.core.schemas import choices
 from benchmarks.methods import make_method
 from benchmarks.tasks import load_task
 from pfm import EncodedPairs
 
 pytestmark = pytest.mark.slow
 
-METHODS = sorted(path.stem for path in (ROOT / "conf" / "method" / "control").glob("*.yaml"))
 SMALL = {
     "task.pairs": 300,
     "task.episodes": 24,
@@ -82,27 +80,13 @@ def finished(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_every_method_can_be_made():
-    for name in METHODS:
-        config = configured("task=pbrl/reacher", f"method=control/{name}", "seed=3")
-        assert config.method.name == name
-        assert make_method(config.method)
-        assert vars(config.method).get("flow", {"seed": 3})["seed"] == 3
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "experiment").glob("pbrl*.yaml")), ids=lambda path: path.stem)
-def test_experiments_name_known_tasks_and_methods(path: Path):
-    params = cast(Any, OmegaConf.load(path)).hydra.sweeper.params
-    for group in ("task", "method"):
-        for name in params[group].split(","):
-            assert (ROOT / "conf" / group / f"{name.strip()}.yaml").is_file()
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "task" / "pbrl").glob("*.yaml")), ids=lambda path: path.stem)
-def test_references_are_trained_in_the_environment_of_their_task(path: Path):
-    task = cast(Any, configured(f"task=pbrl/{path.stem}", "method=control/reference").task)
-    recipe = references.RECIPES.get(task.reference)
-    assert recipe is None or recipe.environment == task.environment
+def test_references_are_trained_in_the_environment_of_their_task():
+    tasks = [name for name in choices("task") if name.startswith("pbrl/")]
+    assert len(tasks) == 5
+    for name in tasks:
+        task = cast(Any, configured(f"task={name}", "method=control/reference").task)
+        recipe = references.RECIPES.get(task.reference)
+        assert recipe is None or recipe.environment == task.environment
 
 
 def test_the_written_out_slope_is_the_gradient_of_the_reward():

@@ -71,7 +71,7 @@ def test_a_report_of_a_seed_that_was_not_run_says_so(tmp_path: Path, capsys: pyt
     assert "no finished run of seed 4" in capsys.readouterr().err
 
 
-def test_a_method_with_a_file_is_the_one_whose_settings_are_in_it(tmp_path: Path):
+def test_a_method_of_the_configuration_is_the_one_with_its_settings(tmp_path: Path):
     own = method_settings("mean_shift", "control.shift")
     assert own is not None
     assert own["label_rounds"] == 1
@@ -83,11 +83,11 @@ def test_a_method_with_a_file_is_the_one_whose_settings_are_in_it(tmp_path: Path
     assert method_settings("mean_shift", "no such family") is None
 
 
-def test_settings_unlike_those_of_the_file_are_noted_where_no_other_run_tells_them(tmp_path: Path):
+def test_settings_unlike_the_configured_ones_are_noted_where_no_other_run_tells_them(tmp_path: Path):
     shift, cpl = method_settings("mean_shift", "control.shift"), method_settings("cpl", "control.likelihood")
     assert shift is not None
     assert cpl is not None
     written(tmp_path, 0, hour=1, **shift)
     assert code_notes(collect([tmp_path])) == []
     written(tmp_path, 0, hour=2, **{**cpl, "label_rounds": 5})
-    assert code_notes(collect([tmp_path])) == ["cpl was run with label_rounds=5, unlike its file in conf/."]
+    assert code_notes(collect([tmp_path])) == ["cpl was run with label_rounds=5, unlike its settings in conf/."]

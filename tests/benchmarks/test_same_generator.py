@@ -279,7 +279,7 @@ def test_the_study_ranks_by_real_fits_and_its_controls_fail(made_set, tmp_path):
     fits = []
 
     def measured():
-        return study.measure("instructions", "surface", 1, True, made_set, tmp_path / "flows", lambda: fits.append(1))
+        return study.measure("instructions", "surface", 1, made_set, tmp_path / "flows", lambda: fits.append(1))
 
     rows, found = measured()
     assert len(fits) == len(list((tmp_path / "flows").iterdir())) == 3

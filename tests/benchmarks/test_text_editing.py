@@ -17,9 +17,11 @@ from benchmarks.tasks import load_task
 from benchmarks.text_editing import report
 from benchmarks.text_editing.judges import LabellingJudge, WordJudge
 from benchmarks.text_editing.measures import best_of, estimates, read_out, wins
-from benchmarks.text_editing.moves import ASCENT_STEP, ascent, preference_pairs, shift
+from benchmarks.text_editing.moves import ASCENT_STEP, ascent, pair_rows, preference_pairs, shift
+from benchmarks.text_editing.prompting import FewShot, chosen_by_b, cleaned, examples, few_shot_turns
 from benchmarks.text_editing.sentences import Sentence, held_out, sentences_of, training
-from benchmarks.text_editing.task import halves
+from benchmarks.text_editing.task import _Rounds, halves
+from pfm.generators import CallableGenerator
 
 
 def test_wins_count_ties_half() -> None:
@@ -59,6 +61,92 @@ def test_pairs_are_ordered_by_score_and_their_shift_is_the_mean_difference() -> 
     torch.testing.assert_close(shift(pairs), (pairs.chosen - pairs.rejected).mean(0))
     assert pairs.candidates is not None
     assert sorted(int(row) for found in pairs.candidates for row in found.rows) == list(range(64))
+
+
+def test_the_pairs_that_a_prompt_shows_are_those_that_flows_are_fitted_on() -> None:
+    vectors = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    _, chosen, rejected = pair_rows(vectors[:, 0], 3)
+    pairs = preference_pairs(vectors, vectors[:, 0], 3, sets=False)
+    torch.testing.assert_close(vectors[chosen], pairs.chosen)
+    torch.testing.assert_close(vectors[rejected], pairs.rejected)
+
+
+def test_a_prompt_shows_the_pairs_nearest_to_the_draft_and_to_each_other_best_last() -> None:
+    axes = torch.eye(4)
+    rejected, chosen = axes[[0, 0, 1, 2]], axes[[1, 0, 1, 2]]  # the second is near the draft, and its members are alike
+    assert examples(axes[:1], chosen, rejected, 2)[0][-1] == 1
+    assert sorted(examples(axes[:1], chosen, rejected, 9)[0]) == [0, 1, 2, 3]
+    turns = few_shot_turns("a draft", [("bad", "good")])
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[1]["content"] == "good"
+    assert turns[2]["content"].endswith("Sentence: a draft")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a fine film.", "a fine film."),
+        ('\n\nSentence: "a fine film." \nIt keeps the topic.', "a fine film."),
+        ("“好 film”", "好 film"),
+        ('""', ""),
+        ("\u2028 \n", ""),
+    ],
+)
+def test_the_first_line_of_an_answer_is_the_rewrite(text: str, expected: str) -> None:
+    assert cleaned(text) == expected
+
+
+class Slope:
+    """Gives b = sigmoid of the first value, and moves along it."""
+
+    guard_margin = 0.1
+
+    def win_probability(self, y: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(y[:, 0])
+
+
+def test_rewrites_are_chosen_by_b_and_the_careful_choice_keeps_the_content() -> None:
+    z = torch.tensor([[0.0, 1.0], [0.0, 1.0], [5.0, 1.0]])
+    found = torch.tensor([[[0.5, 1.0], [9.0, 1.0]], [[0.0, 1.0], [0.1, 1.0]], [[5.0, 1.0], [4.0, 1.0]]])
+    places = chosen_by_b(Slope(), z, found, 0.1)  # pyright: ignore[reportArgumentType]
+    assert places["few-shot, 1 call"].tolist() == [0, 0, 0]
+    assert places["few-shot, best of 2 by b"].tolist() == [1, -1, -1]
+    assert places["few-shot, best of 2 by b, near"].tolist() == [0, -1, -1]
+
+
+def test_a_rewrite_that_fails_leaves_the_draft() -> None:
+    def answer(prompt: list[dict[str, str]]) -> str:
+        draft = prompt[-1]["content"].rpartition("Sentence: ")[2]
+        if draft == "broken":
+            raise RuntimeError("out of order")
+        return f'"{draft}, and good"\nDone.'
+
+    z = torch.eye(3)[:2]
+    rival = FewShot(1, 2, 0, CallableGenerator(answer))
+    written = rival(["dull", "broken"], z, [("bad", "good")], z[:1], z[:1])
+    assert written == [["dull, and good"] * 2, ["broken"] * 2]
+
+
+def test_further_rounds_move_and_edit_what_the_round_before_wrote() -> None:
+    """An encoder of numbers as texts, and an editor that writes the number at the point."""
+
+    class Numbers:
+        def encode(self, texts: list[str], **_: object) -> torch.Tensor:
+            return torch.tensor([[float(text), 1.0] for text in texts])
+
+    class Writer:
+        def edit(self, texts: list[str], z: torch.Tensor, point: torch.Tensor) -> tuple[list[list[str]], int]:
+            return [[f"{float(row[0]):g}", text] for row, text in zip(point, texts, strict=True)], 2 * len(texts)
+
+    def moved(z: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"flow x1": z + torch.tensor([1.0, 0.0])}
+
+    # From 2 on b rises by less than the margin, so that the draft stays.
+    for count, expected in ((1, ["1", "2"]), (3, ["2", "2"])):
+        rounds = _Rounds(Writer(), Numbers(), {"flow": Slope()}, moved, count)  # pyright: ignore[reportArgumentType]
+        z = Numbers().encode(["0", "2"])
+        assert rounds("flow x1", ["0", "2"], z, moved(z)["flow x1"]) == expected
+        assert rounds.tokens == 4 * count
 
 
 def test_ascent_goes_along_great_circles_to_the_rating_s_pole() -> None:

@@ -164,7 +164,7 @@ def test_evaluate_warns_of_prompts_that_were_trained_on(work, outputs, tmp_path)
 def test_on_shuffled_labels_the_flow_keeps_the_originals_and_says_so(outputs, tmp_path):
     pairs = write_pairs(tmp_path / "pairs.jsonl", right=0.5)
     fitted = run("fit", pairs, "--out", tmp_path / "flow", *FAST, "--held-out", 0.25)
-    assert "cannot be told from chance" in fitted.stderr
+    assert "is not distinguishable from chance" in fitted.stderr
     assert "keeps every original" in fitted.stderr
     refined = run("refine", outputs, "--flow", tmp_path / "flow", "--out", tmp_path / "refined.jsonl", "--no-progress")
     assert re.search(r"changed +0\s", refined.stdout)

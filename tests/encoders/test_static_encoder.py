@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.made_once import made_once
@@ -107,6 +108,45 @@ def test_batches_order_threads_and_copies_change_nothing(made, monkeypatch):
         worker.join()
     assert len(found) == 4
     assert all(torch.allclose(each, together, atol=1e-6) for each in found)
+
+
+def test_tokens_of_pieces_between_spaces_are_those_of_the_text(made, monkeypatch):
+    table = static._loaded(made)
+    assert table.known is not None
+    marks = [
+        "The",
+        "cat's",
+        "[UNK]",
+        "a[PAD]b",
+        "caf\u00e9",
+        "cafe\u0301",
+        "\u0301",
+        "\u00a0",
+        "\x1c",
+        "\x00",
+        "\u200b",
+    ]
+    marks += ["\u732b", "\u0130", "\ufb01", "x" * 150, "good.", "\t", "\n\n", "\r", " ", "", "--", "\u2019s", "not"]
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice([*marks, " "], 12).tolist()) for _ in range(300)]
+    monkeypatch.setattr(static, "PIECES_KEPT", 40)  # what is remembered is dropped now and then
+    table.known.clear()
+    whole = [each.ids for each in table.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    whole = [[number for number in each if number != table.unknown] or [table.unknown] for each in whole]
+    assert [table._tokens([text])[0] for text in texts] == whole
+    assert table._tokens(texts) == whole
+    # A tokenizer that may read over a space is asked for whole texts.
+    told = json.loads(table.tokenizer.to_str())
+    told["pre_tokenizer"] = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
+    other = type(table.tokenizer).from_str(json.dumps(told))
+    assert static._Table.of(table.rows, other, table.about).known is None
+
+
+def test_maxima_of_a_long_text_are_taken_part_by_part(made, monkeypatch):
+    text = "The cat is not good. " * 9
+    whole = StaticEncoder(folder=made).encode([text])
+    monkeypatch.setattr(static, "BLOCK_TOKENS", 7)
+    assert torch.equal(StaticEncoder(folder=made).encode([text]), whole)
 
 
 def test_whole_texts_are_read(made):

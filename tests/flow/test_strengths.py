@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pfm import EncodedPairs, FlowConfig, NonFiniteWarning, PreferenceFlow
-from pfm.flow import Setting, model, tune
+from pfm.flow import Setting, tune
+from pfm.flow import passes as field_passes
 
 STRENGTHS = (0.5, 0.0, 1.0, 8.0, 0.3, 2.0)
 STEPS = 4
@@ -34,6 +35,7 @@ def drawn(contexts: int = 0, metadata: dict[str, Any] | None = None, **options: 
         for weight in flow.parameters():
             weight.copy_(0.5 * torch.randn(weight.shape, generator=generator))
     for own in (flow, *flow.later):
+        assert isinstance(own, PreferenceFlow)
         own.normalize_by(one, two, context)
         for field in (own.field, own.context_free):
             if field is not None:
@@ -58,13 +60,13 @@ def flows() -> dict[str, PreferenceFlow]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collect the times of each integration."""
     taken: list[Any] = []
-    true = model.integrate
+    true = field_passes.integrate
 
     def watched(velocity: Any, y: Tensor, times: Any, **options: Any) -> Any:
         taken.append(times)
         return true(velocity, y, times, **options)
 
-    monkeypatch.setattr(model, "integrate", watched)
+    monkeypatch.setattr(field_passes, "integrate", watched)
     return taken
 
 

@@ -12,7 +12,7 @@ from support.letters import LetterEncoder, LinearFlow
 from support.word_tokenizers import WORDS, make_tokenizer
 
 from pfm._internal.special_tokens import SpecialTokens
-from pfm.errors import EmptyAnswerError
+from pfm.errors import EmptyAnswerError, GenerationError
 from pfm.generators import CachedGenerator, TransformersGenerator
 from pfm.refiner import wrap
 
@@ -115,6 +115,67 @@ def test_tokens_follow_the_law_of_the_model(settings, causal, tokenizer):
     if not settings:
         other = (scores / 1.3).softmax(-1).numpy()[3:]
         assert np.abs((counts[3:] / 4000 - other) / np.sqrt(other * (1 - other) / 4000)).max() > 4.5
+
+
+def llama(words: int = len(WORDS), window: int | None = None) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    options: dict[str, Any] = {
+        "vocab_size": words, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1,
+        "eos_token_id": 1, "initializer_range": 0.4,
+    }  # fmt: skip
+    if window is None:
+        return LlamaForCausalLM(LlamaConfig(**options)).eval()
+    return MistralForCausalLM(MistralConfig(sliding_window=window, **options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("window", "settings", "once"),
+    [(None, {}, True), (None, {"repetition_penalty": 1.3, "top_k": 4}, True), (None, {"use_cache": False}, False),
+     (3, {}, False)],
+)  # fmt: skip
+def test_the_samples_of_a_prompt_read_it_once(window, settings, once, tokenizer):
+    model, read = llama(window=window), []
+    model.get_input_embeddings().register_forward_hook(lambda _, given, out: read.append(given[0].numel()))
+
+    def drawn(batch_size: int) -> list[list[str]]:
+        read.clear()
+        settings_ = {"max_new_tokens": 6, "batch_size": batch_size, "min_new_tokens": 6, **settings}
+        return texts(TransformersGenerator(model, tokenizer, **settings_), PROMPTS[:2], 8)
+
+    together = drawn(16)
+    tokens = [len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS[:2]]
+    steps = 16 * 6  # a token of each sample a step; the first step reads the prompt's last token
+    if once:
+        assert sum(read) == 2 * (max(tokens) - 1) + steps  # with padding
+    else:
+        assert sum(read) > 16 * max(tokens)
+    assert drawn(1) == together
+
+
+def test_few_possible_tokens_of_many_are_drawn_by_the_same_numbers():
+    from pfm.generators.transformers import _OwnNumbers
+
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(50, 400, generator=generator)
+    scores[:, ::2] = 0.5  # ties
+    scores[torch.rand(50, 400, generator=generator) < 0.95] = -torch.inf
+    scores[:, 7] = 1.0
+    uniforms = torch.rand(50, 1, generator=generator, dtype=torch.float64).numpy()
+    uniforms[:2] = [[0.0], [1 - 2**-53]]
+    drawn = _OwnNumbers(uniforms, [])(torch.zeros(50, 1), scores)
+    sums = scores.double().softmax(-1).cumsum(-1).numpy()
+    wanted = [int(np.searchsorted(row / row[-1], at[0], side="right")) for row, at in zip(sums, uniforms, strict=True)]
+    assert drawn.argmax(-1).tolist() == wanted
+    assert ((drawn == 0).sum(-1) == 1).all()
+    assert (drawn.isinf().sum(-1) == 399).all()
+    for wrong in (torch.nan, torch.inf):
+        broken = scores.clone()
+        broken[3, 11] = wrong
+        with pytest.raises(GenerationError, match="NaN or infinity"):
+            _OwnNumbers(uniforms, [])(torch.zeros(50, 1), broken)
 
 
 def _row(generator: TransformersGenerator, prompt: str, number: int) -> Any:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.places import ROOT
@@ -42,6 +43,21 @@ def test_extras_name_each_other_and_doctor_knows_them():
             assert requirement.extras <= extras
     assert set(EXTRAS) <= extras
     assert extras - set(EXTRAS) <= {"dev", "docs", "notebooks", "sweep"}  # for work on the package, not with it
+
+
+def test_the_environment_for_conda_installs_this_package_at_its_pins():
+    path = ROOT / "docs" / "deploy" / "environment.yml"
+    described = yaml.safe_load(path.read_text(encoding="utf-8"))
+    (lines,) = (each["pip"] for each in described["dependencies"] if isinstance(each, dict))
+    options = dict(line.removeprefix("--").split() for line in lines)
+    assert options.keys() == {"constraint", "editable"}
+    # pip takes paths from the file's own folder there
+    assert (path.parent / options["constraint"]).resolve() == ROOT / "constraints.txt"
+    place, _, extras = options["editable"].rstrip("]").partition("[")
+    assert (path.parent / place).resolve() == ROOT
+    assert set(extras.split(",")) <= {extra for extra, _ in requirements()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert any(line.startswith(f"python{project['requires-python']}") for line in described["dependencies"][:1])
 
 
 @pytest.fixture(scope="module")

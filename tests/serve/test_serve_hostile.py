@@ -22,14 +22,15 @@ from support.proxy import KEY, MESSAGES, TroubledEncoder, ask, client, eventuall
 
 import pfm
 from pfm.serve import ServeConfig, create_app
-from pfm.serve import app as serve_app
 from pfm.serve.answer import events, to_json
 from pfm.serve.asked import Rule
 from pfm.serve.drawn import summed
+from pfm.serve.errors import Refused
 from pfm.serve.http import LoopErrors, streamed_response
 from pfm.serve.judge import SLICE_CHARACTERS, Judge
 from pfm.serve.places import Memory
 from pfm.serve.redaction import Redactor
+from pfm.serve.server import listen_on, server_settings
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +70,8 @@ def faulty(refiner: pfm.Refiner, fault: str, options: dict[str, Any] | None = No
 def limited(refiner: pfm.Refiner, upstream: str, **settings: Any) -> Iterator[tuple[str, uvicorn.Server]]:
     """Serve as ``pfm serve`` does, with limits on connections; give the base URL and the server."""
     config = ServeConfig(upstream=upstream, port=0, **settings)
-    server = uvicorn.Server(serve_app._server_settings(create_app(refiner, config), config))
-    listening = serve_app._listening(config)
+    server = uvicorn.Server(server_settings(create_app(refiner, config), config))
+    listening = listen_on(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     eventually(lambda: server.started, 60)
@@ -455,7 +456,7 @@ def test_memory_is_counted_once_and_given_back_once():
     one, other = memory.held(), memory.held()
     one.add(6)
     other.add(4)
-    with pytest.raises(serve_app.Refused, match="busy"):
+    with pytest.raises(Refused, match="busy"):
         other.add(1)
     one.close()
     one.close()
@@ -688,7 +689,7 @@ def test_a_preflight_is_answered_without_the_token(refiner, upstream, monkeypatc
         ({"allowed_origins": ["https://chat.example/"]}, "allowed_origins must hold origins"),
         ({"allowed_hosts": ["http://proxy.example"]}, "allowed_hosts must hold host names"),
         ({"allowed_hosts": ["proxy.example:80"]}, "allowed_hosts must hold host names"),
-        ({"request_bytes": 0}, "request_bytes must be at least 1, got 0"),
+        ({"request_bytes": 0}, "request_bytes must be a whole number of at least 1: got 0"),
         ({"held_bytes": 5}, "request_bytes must be at most held_bytes=5"),
         ({"send_timeout": 0}, "send_timeout must be a positive number"),
     ],
@@ -880,7 +881,7 @@ def test_an_error_that_nobody_expected_quotes_nothing(refiner, upstream, monkeyp
     def fail(*_: Any) -> None:
         raise RuntimeError(f"secret {KEY}")
 
-    monkeypatch.setattr(serve_app, "read", fail)
+    monkeypatch.setattr("pfm.serve.refining.read", fail)
     with proxy(refiner, upstream, concurrency=1, queue=0) as url:
         for _ in range(2):
             with client(url) as asking, pytest.raises(openai.InternalServerError, match="the proxy failed"):

@@ -182,7 +182,7 @@ def _plots(audit: AuditResults) -> tuple[Markup | None, Markup]:
 def _differences(audit: AuditResults) -> list[tuple[str, Markup]]:
     """Draw how far each selector is ahead of every other method, paired."""
     percent = audit.settings["percent"]
-    found = []
+    found: list[tuple[str, Markup]] = []
     for name in audit.settings["selectors"][:PLOTTED]:
         rows = [
             (row.label, _in_percent(row.difference(name).value) if percent else row.difference(name).value, "group")
