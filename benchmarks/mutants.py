@@ -51,7 +51,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "win": (("pfm/flow/win.py",), ("tests/flow/test_win.py",)),
     "flow": (
         ("pfm/flow/model.py", "pfm/flow/passes.py", "pfm/flow/preference_flow.py"),
-        tuple(f"tests/flow/test_{name}.py" for name in ("flow", "flow_parts", "preference_flow", "modes")),
+        tuple(f"tests/flow/test_{name}.py" for name in ("flow", "flow_parts", "preference_flow", "modes", "card")),
     ),
     "evaluation": (("pfm/evaluation/evaluation.py",), ("tests/evaluation/test_evaluation.py",)),
     "preferences": (("pfm/preferences/*.py",), ("tests/preferences", "tests/data/test_votes.py")),

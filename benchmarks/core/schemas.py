@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -63,7 +63,7 @@ def composed(*overrides: str, **options: Any) -> Any:
 
 
 @contextmanager
-def _of_its_own() -> Iterator[None]:
+def _of_its_own() -> Generator[None]:
     """Set Hydra up for ``conf/``, also within a run, whose own Hydra is as before afterwards."""
     running = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()

@@ -22,7 +22,7 @@ import argparse
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ def shift_of(gain: float) -> float:
     def beyond(distance: float) -> float:
         return float(weights @ (1 / (1 + np.exp(-SIGNAL * (distance + np.sqrt(2) * nodes))))) - 0.5 - gain
 
-    return float(brentq(beyond, -1e-9, 20.0)) if gain else 0.0
+    return cast(float, brentq(beyond, -1e-9, 20.0)) if gain else 0.0
 
 
 def confirmed_gains(pairs: int, seed: int, *, dimension: int = 8, gains: tuple[float, ...] = GAINS) -> dict[str, bool]:

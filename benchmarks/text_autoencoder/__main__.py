@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/autoencoder"), help="folder; default: runs/autoencoder")
-    parser.add_argument("--updates", type=int, default=7000, help="of 128 sentences, 0.5 CPU-seconds each; default: 7000")
+    parser.add_argument(
+        "--updates", type=int, default=7000, help="of 128 sentences, 0.5 CPU-seconds each; default: 7000"
+    )
     parser.add_argument("--threads", type=int, default=1, help="cores; default: 1")
     options = parser.parse_args(arguments)
     for name in ("updates", "threads"):

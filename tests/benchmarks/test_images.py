@@ -1,7 +1,7 @@
 """Images moved by flows: measures in closed form, splits, bad input, and runs on scikit-learn's digits."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -293,7 +293,8 @@ def test_moments_of_transposed_parameters_are_kept(tmp_path: Path, way: str):
             layer = torch.nn.Linear(3, 5)
             layer.weight = torch.nn.Parameter(torch.randn(3, 5).T)
             assert not layer.weight.is_contiguous()
-            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **{way: True})
+            options: dict[str, Any] = {way: True}
+            optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, **options)
             training = Training(folder, {"layer": layer, "optimizer": optimizer})
             for number in training.remaining(stop, "test", False):
                 x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))

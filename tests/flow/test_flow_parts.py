@@ -149,6 +149,9 @@ def test_a_round_is_drawn_and_labelled_under_its_contexts(turned):
     assert further.rounds == 2
     for found, wanted in zip(seen[0], (turned.transport(y, SIDES), turned.transport(other, SIDES), SIDES), strict=True):
         assert torch.equal(found, wanted)
+    first = turned.transport(y, SIDES)
+    assert not torch.allclose(turned.transport(first, SIDES), further.later[0].transport(first, SIDES))
+    assert torch.equal(further.transport(y, SIDES, mode="relabel"), further.later[0].transport(first, SIDES))
 
 
 def test_straightness_is_of_the_field_alone():
