@@ -109,9 +109,10 @@ def show_fit(
     sentences = findings(flow)
     right = None if held is None else _held_out_accuracy(flow, held)
     if held is not None and right is not None:
+        decided = len(held) if held.probability is None else int((held.probability != 0.5).sum())
         sentences.insert(
             1,
-            f"Prompts held out: {right.text(percent=True)} of {_counted(len(held), 'pair')} ordered rightly by the "
+            f"Prompts held out: {right.text(percent=True)} of {_counted(decided, 'pair')} ordered rightly by the "
             f"finished flow, which saw none of these {_counted(len(held.group.unique()), 'prompt')} (95% interval over "
             "prompts).",
         )
@@ -143,7 +144,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:
-    """Return the weighted share of pairs whose order by b agrees with the label, ties half."""
+    """Return the weighted share of pairs whose order by b agrees with the label; ties by label are left out."""
     import torch
 
     from pfm.statistics import Bootstrap
@@ -151,8 +152,10 @@ def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:
     rows = held.gather(torch.arange(len(held)))
     gap = flow.win_probability(held.chosen, rows.context) - flow.win_probability(held.rejected, rows.context)
     right = 0.5 + 0.5 * (2 * rows.probability - 1) * gap.sign()
+    decided = rows.probability != 0.5
+    weight = rows.weight * decided if bool(decided.any()) else rows.weight
     names, member = held.group.unique(return_inverse=True)
-    totals = [torch.zeros(len(names)).index_add_(0, member, part) for part in (right * rows.weight, rows.weight)]
+    totals = [torch.zeros(len(names)).index_add_(0, member, part) for part in (right * weight, weight)]
     estimate = Bootstrap(len(names)).share(totals[0], totals[1])
     if estimate is None:
         raise ValueError("the held-out pairs have weight 0 in all: choose another --seed or --held-out")

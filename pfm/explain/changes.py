@@ -54,10 +54,15 @@ def pair_labels(encoded: EncodedPairs) -> tuple[Array, Array]:
 def accuracy_of(
     b: Array, outputs: Outputs, encoded: EncodedPairs, label: Array, bootstrap: Bootstrap
 ) -> tuple[Estimate, float]:
-    """Estimate the share of pairs that b orders as their labels do, and the z-score of its excess over one half."""
+    """Estimate the share of pairs that b orders as their labels do, and the z-score of its excess over one half.
+
+    Pairs labelled as ties are left out of the share, unless there are no others.
+    """
     first, second = outputs.rows[0::2], outputs.rows[1::2]
     weight = np.ones(len(first)) if encoded.weight is None else encoded.weight.double().numpy()
     agreement = weight * label * np.sign(b[first] - b[second])
+    if np.any(weight * label):
+        weight = weight * (label != 0)
     unit, count = outputs.unit[first], bootstrap.n
     estimate = bootstrap.share(np.bincount(unit, (weight + agreement) / 2, count), np.bincount(unit, weight, count))
     assert estimate is not None

@@ -28,7 +28,7 @@ from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.coordinates import Coordinates
 from pfm.preferences.crossvalidation import Search, deal_folds
-from pfm.preferences.logistic import fit_platt, pairwise_log_loss, smooth_labels
+from pfm.preferences.logistic import fit_platt, pairwise_accuracy, pairwise_log_loss, smooth_labels
 from pfm.preferences.networks import GAINS, train_network
 from pfm.preferences.ridge import fit_ridge
 
@@ -44,7 +44,7 @@ class WinFit:
     """Holds the results of fitting the head, on prompts that each prediction's model had not seen.
 
     ``settings`` are the (penalty, scale of products) whose rewards are averaged. ``accuracy`` is the share of
-    held-out pairs ordered rightly, ``z`` the z-score, over prompts, of its excess over one half
+    held-out pairs, ties left out, ordered rightly, ``z`` the z-score, over prompts, of its excess over one half
     (:func:`pfm._internal.significance.confirmed`), ``log_loss`` is in nats a pair (log 2 = 0.693 at chance),
     ``network_gain`` in nats an output.
     """
@@ -176,7 +176,7 @@ class WinHead(nn.Module):
 
         gap = torch.sigmoid(logit[0]) - torch.sigmoid(logit[1])
         gap, weight, probability = (column[seen_by_none] for column in (gap, batch.weight, batch.probability))
-        accuracy = _accuracy(gap, weight, probability)
+        accuracy = pairwise_accuracy(gap, weight, probability)
         # Without the network each pair is judged by a fit on the labels of all other folds; with it, one fold is.
         order = confirmed(
             _agreement(gap, 1.0, probability), group[seen_by_none.cpu()], weight, cross_fitted=self.network is None
@@ -237,7 +237,7 @@ class WinHead(nn.Module):
         better = error(rows, torch.zeros_like(logit[:, rows])) - losses[chosen, places]
         judged = candidates[chosen, :, places].T
         accuracy = [
-            _accuracy(value[0] - value[1], weight, batch.probability[rows])
+            pairwise_accuracy(value[0] - value[1], weight, batch.probability[rows])
             for value in (logit[:, rows], logit[:, rows] + judged)
         ]
         # Better calibrated, but a worse order would cost selection more than calibration gains.
@@ -250,11 +250,6 @@ class WinHead(nn.Module):
         return correction, float((better * weight).sum() / weight.sum())
 
 
-def _accuracy(gap: Tensor, weight: Tensor, probability: Tensor) -> float:
-    """Return the weighted share of pairs whose order agrees with the label, ties half."""
-    return float(0.5 + 0.5 * (_agreement(gap, weight, probability)).sum() / weight.sum())
-
-
 def _agreement(gap: Tensor, weight: Tensor | float, probability: Tensor) -> Tensor:
     return (2 * probability - 1) * torch.sign(gap) * weight
 
@@ -263,8 +258,10 @@ def confirmed_margin(gap: Tensor, weight: Tensor, probability: Tensor, bins: int
     """Return the smallest difference in b from which on every larger one is right more often than not.
 
     The pairs are cut into equally filled bins of |gap|; from the largest gaps downwards, bins are taken as long
-    as the label agrees with the order more often than it disagrees.
+    as the label agrees with the order more often than it disagrees. Pairs labelled as ties say nothing of it.
     """
+    decided = probability != 0.5
+    gap, weight, probability = gap[decided], weight[decided], probability[decided]
     order = gap.abs().argsort(descending=True)
     excess = _agreement(gap, weight, probability)[order]
     size = gap.abs()[order]

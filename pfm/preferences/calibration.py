@@ -12,7 +12,7 @@ from pfm._internal.checks import check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
 from pfm.preferences.base import PreferenceModel
-from pfm.preferences.logistic import pairwise_log_loss
+from pfm.preferences.logistic import pairwise_accuracy, pairwise_log_loss
 
 __all__ = ["Calibration", "ReliabilityBin", "calibration", "pair_scores", "reliability"]
 
@@ -40,7 +40,7 @@ class Calibration:
     """Holds figures on labelled pairs.
 
     Attributes:
-        accuracy: share of pairs ordered as labelled, ties half.
+        accuracy: share of pairs ordered as labelled, equal scores half; pairs labelled as ties are left out.
         log_loss: nats a pair; log 2 = 0.693 at chance.
         brier: mean squared error of P(chosen is preferred).
         ece: expected calibration error (Naeini et al. 2015): mean |confidence - right| over the bins, by their pairs.
@@ -98,7 +98,7 @@ def reliability(
             table.append(ReliabilityBin(low, low + 1 / (2 * bins), count, sure, share))
             gap += count / float(total) * abs(sure - share)
     return Calibration(
-        float((weight * right).sum() / total),
+        pairwise_accuracy(score, weight, label),
         pairwise_log_loss(score, weight, label),
         float((weight * (torch.sigmoid(score) - label).square()).sum() / total),
         gap,

@@ -30,7 +30,7 @@ from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates, component_axes
 from pfm.preferences.correction import Correction, fit_correction, label_loss
 from pfm.preferences.crossvalidation import Search, Setting, deal_folds
-from pfm.preferences.logistic import fit_temperature, pairwise_log_loss, smooth_labels
+from pfm.preferences.logistic import fit_temperature, pairwise_accuracy, pairwise_log_loss, smooth_labels
 from pfm.preferences.planes import SkewMoments, skew_products, skew_weights, to_planes
 
 __all__ = ["GeneralPreference", "HybridPreference"]
@@ -163,11 +163,10 @@ class GeneralPreference(PreferenceModel):
         slope = fit_temperature(score[judged], probability, weight)
         self.slope.fill_(slope)
         score = slope * score[judged]
-        right = (2 * probability - 1) * torch.sign(score) * weight
         self.found = found | {
             "planes": self.planes.shape[1] // 2,
             "network": self.network is not None,
-            "accuracy": float(0.5 + 0.5 * right.sum() / weight.sum()),
+            "accuracy": pairwise_accuracy(score, weight, probability),
             "log_loss": pairwise_log_loss(score, weight, probability),
         }
         return self

@@ -9,7 +9,14 @@ from torch.nn.functional import logsigmoid, softplus
 from pfm.preferences.newton import newton_logistic
 from pfm.preferences.spectrum import principal_axes
 
-__all__ = ["PairwiseLogistic", "fit_platt", "fit_temperature", "pairwise_log_loss", "smooth_labels"]
+__all__ = [
+    "PairwiseLogistic",
+    "fit_platt",
+    "fit_temperature",
+    "pairwise_accuracy",
+    "pairwise_log_loss",
+    "smooth_labels",
+]
 
 MOST_DIRECTIONS = 50  # of conjugate gradients, in one step of Newton's
 MOST_HALVINGS = 20  # of one such step; a fit that is then no better keeps its place
@@ -106,6 +113,15 @@ class PairwiseLogistic:
                 break
             direction = preconditioned + (size / before.clamp_min(1e-30))[:, None] * direction
         return step, change
+
+
+def pairwise_accuracy(score: Tensor, weight: Tensor, probability: Tensor) -> float:
+    """Return the weighted share of pairs that score differences (N,) order as their labels do, equal scores half.
+
+    A pair labelled as a tie, by 1/2, can be ordered neither rightly nor wrongly and is left out; 1/2 of ties alone.
+    """
+    right = (weight * (2 * probability - 1) * torch.sign(score)).sum()
+    return float(0.5 + 0.5 * right / (weight * (probability != 0.5)).sum().clamp_min(1e-30))
 
 
 def pairwise_log_loss(score: Tensor, weight: Tensor | None = None, probability: Tensor | None = None) -> float:

@@ -9,7 +9,8 @@ from torch import Tensor
 from pfm import EncodedPairs
 from pfm._internal.columns import column_statistics
 from pfm.flow import win
-from pfm.flow.win import CONTEXT_RIDGES, WinHead, _accuracy, _agreement, confirmed_margin
+from pfm.flow.win import CONTEXT_RIDGES, WinHead, _agreement, confirmed_margin
+from pfm.preferences.logistic import pairwise_accuracy
 
 
 def columns(*values: list[float]) -> list[Tensor]:
@@ -41,11 +42,12 @@ def test_the_bins_of_the_margin_hold_equally_many_pairs_by_their_weights():
     assert confirmed_margin(many, torch.ones(100), wrong) == pytest.approx(0.5)  # ten bins, the sixth evenly split
 
 
-def test_accuracy_counts_ties_half_and_pairs_by_weight_and_label():
+def test_accuracy_counts_equal_scores_half_and_pairs_by_weight_and_label():
     gap, weight, probability = columns([0.5, -0.5, 0.0, 0.5], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0])
-    assert _accuracy(gap, weight, probability) == pytest.approx(2.5 / 4)
-    assert _accuracy(gap, torch.tensor([3.0, 1.0, 0.0, 0.0]), probability) == pytest.approx(0.75)
-    assert _accuracy(gap, weight, torch.tensor([0.7, 0.2, 1.0, 0.5])) == pytest.approx((0.7 + 0.8 + 0.5 + 0.5) / 4)
+    assert pairwise_accuracy(gap, weight, probability) == pytest.approx(2.5 / 4)
+    assert pairwise_accuracy(gap, torch.tensor([3.0, 1.0, 0.0, 0.0]), probability) == pytest.approx(0.75)
+    # of labels, ties are left out
+    assert pairwise_accuracy(gap, weight, torch.tensor([0.7, 0.2, 1.0, 0.5])) == pytest.approx((0.7 + 0.8 + 0.5) / 3)
     assert _agreement(gap, 2.0, probability).tolist() == [2.0, -2.0, 0.0, 2.0]
 
 
@@ -238,7 +240,7 @@ def test_of_few_prompts_no_network_is_tried():
 def test_a_network_that_orders_worse_by_a_hundredth_is_dropped(monkeypatch, after, kept):
     """Figures of the order before and after are given; whether the labels confirm the network is found as ever."""
     orders = iter([0.9, after])
-    monkeypatch.setattr(win, "_accuracy", lambda *pairs: next(orders, None) or _accuracy(*pairs))
+    monkeypatch.setattr(win, "pairwise_accuracy", lambda *pairs: next(orders, None) or pairwise_accuracy(*pairs))
     assert WinHead(1, 1).fit(turned(600, 0), seed=1).network_kept == kept
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pfm import EncodedPairs
+from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.data import PreferencePairs
 from pfm.preferences import (
     BradleyTerry,
@@ -18,7 +18,7 @@ from pfm.preferences import (
 )
 from pfm.preferences.correction import Correction
 from pfm.preferences.crossvalidation import Search, deal_folds
-from pfm.preferences.logistic import PairwiseLogistic
+from pfm.preferences.logistic import PairwiseLogistic, pairwise_accuracy
 from pfm.preferences.noise import NoiseReport, _fit_link, _Labels, _Link, _rater_rates
 from pfm.preferences.planes import SkewMoments, to_planes
 from pfm.preferences.raters import _Votes
@@ -349,3 +349,32 @@ def test_a_report_of_label_noise_says_what_was_given_found_or_not_confirmed():
     )
     assert told(0.2, False).startswith("about 20.0% of the labels are flipped (z = 2.0 against none); 1 of 3")
     assert told(0.0, False).startswith("no flipped labels confirmed (the likeliest share, 12.5%, is within the noise)")
+
+
+def test_pairs_labelled_as_ties_are_no_part_of_what_is_ordered_rightly():
+    score = torch.tensor([2.0, 1.0, -1.0, 0.0, 5.0, -5.0])
+    label = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.5])
+    weight = torch.tensor([1.0, 2.0, 1.0, 1.0, 30.0, 30.0])
+    assert pairwise_accuracy(score, weight, label) == pytest.approx((1 + 2 + 0.5) / 5)
+    assert pairwise_accuracy(score[4:], weight[4:], label[4:]) == 0.5
+    assert pairwise_accuracy(score[:3], weight[:3], torch.tensor([0.8, 0.2, 0.4])) == pytest.approx(
+        0.5 + 0.5 * (0.6 - 2 * 0.6 + 0.2) / 4
+    )
+
+
+def test_ties_leave_what_a_fit_says_of_the_other_pairs_as_it_is():
+    """A flow that orders nearly all decided pairs says so, though most pairs are ties; the guard's margin likewise."""
+    y, other = torch.randn(2, 300, 3, generator=torch.Generator().manual_seed(0))
+    first = y[:, :1] > other[:, :1]
+    chosen, rejected = torch.where(first, y, other), torch.where(first, other, y)
+    config = FlowConfig(residual=False)
+    found = []
+    for ties in (0, 200):
+        label = torch.ones(300)
+        label[:ties] = 0.5
+        pairs = EncodedPairs(chosen, rejected, probability=label, group=torch.arange(300))
+        found.append(PreferenceFlow.fit(pairs, config, progress=False))
+    plain, tied = (flow.metadata["win"]["accuracy"] for flow in found)
+    assert plain > 0.97
+    assert tied > 0.93
+    assert found[1].guard_margin < 0.1
