@@ -258,10 +258,8 @@ def confirmed_margin(gap: Tensor, weight: Tensor, probability: Tensor, bins: int
     """Return the smallest difference in b from which on every larger one is right more often than not.
 
     The pairs are cut into equally filled bins of |gap|; from the largest gaps downwards, bins are taken as long
-    as the label agrees with the order more often than it disagrees. Pairs labelled as ties say nothing of it.
+    as the label agrees with the order more often than it disagrees.
     """
-    decided = probability != 0.5
-    gap, weight, probability = gap[decided], weight[decided], probability[decided]
     order = gap.abs().argsort(descending=True)
     excess = _agreement(gap, weight, probability)[order]
     size = gap.abs()[order]
