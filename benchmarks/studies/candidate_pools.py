@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from benchmarks.core.config import AlpacaConfig, ArgumentsConfig, CaptionsConfig
+from benchmarks.core.schemas import method_settings
 from benchmarks.same_generator.config import SameGeneratorConfig
 from benchmarks.selection.selection import Selection
 from benchmarks.tasks import alpaca, arguments, captions, same_generator
@@ -30,11 +30,10 @@ from pfm.encoders import Encoder, encoder_from_name
 from pfm.flow.preference_win import PreferenceWin
 from pfm.preferences import PreferenceEnsemble
 
-__all__ = ["TASKS", "Pool", "load_pools", "study_options"]
+__all__ = ["TASKS", "Pool", "ensemble", "load_pools", "study_options"]
 
 Array = NDArray[np.float64]
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 ATTACKERS = 0.05  # of each kind, for one candidate
 MOST_PAIRS = 8000  # that b is fitted on
 TASKS: dict[str, Any] = {
@@ -139,9 +138,15 @@ def _made(task: Selection, seed: int, labels: str) -> list[Pool]:
     return found
 
 
+def ensemble() -> PreferenceEnsemble:
+    """Make the ensemble of ``method=ensemble``, not yet fitted."""
+    settings = method_settings("ensemble", "preference")
+    assert settings is not None
+    return PreferenceEnsemble(**settings["options"])
+
+
 def _fitted(train: EncodedPairs) -> PreferenceWin:
-    options: Any = OmegaConf.to_container(OmegaConf.load(CONF / "method" / "ensemble.yaml"))
-    model = PreferenceEnsemble(**options["options"]).fit(train)
+    model = ensemble().fit(train)
     return PreferenceWin.made(model, train, train)[0]
 
 

@@ -13,22 +13,20 @@ import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
 
 from benchmarks.core.data import data_folder, read_csv, read_jsonl
 from benchmarks.core.tables import markdown_table
 from benchmarks.preference.config import QloraConfig
+from benchmarks.studies.candidate_pools import ensemble
 from benchmarks.tasks import qlora
 from pfm import PreferencePairs
 from pfm.encoders import encoder_from_name
 from pfm.judges import Comparison, Judge, SparingJudge, Verdict
-from pfm.preferences import PreferenceEnsemble
 from pfm.statistics import Bootstrap
 
 __all__ = ["RecordedJudge", "Rule", "Tournament", "main", "picks", "tournaments"]
@@ -37,7 +35,6 @@ Array = NDArray[np.float64]
 
 SHARES = {"1": 1.0, "2": 0.0, "3": 0.5}
 FOLDS = 4
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,6 @@ def picks(every: Sequence[Tournament], odds: Mapping[str, Array], rule: Rule, se
 def folds(seed: int, labels: str) -> dict[str, Array]:
     """Fit on three quarters of the prompts, and give the log-odds (n, n) of the answers to the others, in turn."""
     encoder = encoder_from_name("minilm+surface", long_texts="truncate")
-    options: Any = OmegaConf.to_container(OmegaConf.load(CONF / "method" / "ensemble.yaml"))
     rows = qlora.load(QloraConfig(name="qlora"), 0).rows
     every = tournaments()
     order = np.random.default_rng(seed).permutation([tournament.group for tournament in every])
@@ -167,9 +163,7 @@ def folds(seed: int, labels: str) -> dict[str, Array]:
             for row in rows if row.group not in tested
         ]  # fmt: skip
         pairs = PreferencePairs.from_rows(lessons).encode(encoder, progress=False)
-        model = PreferenceEnsemble(**options["options"]).fit(
-            pairs.shuffle_labels(seed) if labels == "shuffled" else pairs
-        )
+        model = ensemble().fit(pairs.shuffle_labels(seed) if labels == "shuffled" else pairs)
         for tournament in every:
             if tournament.group in tested:
                 with torch.no_grad():

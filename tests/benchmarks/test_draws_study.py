@@ -93,3 +93,9 @@ def test_the_optimal_rule_is_weitzmans_where_the_level_is_known_and_looks_furthe
     pairs = unknown_level.policy(2.0, price, 2)
     assert np.isinf(pairs[0::2]).all()
     assert np.isfinite(pairs[1:-1:2]).all()
+
+
+def test_the_ensemble_of_the_studies_is_that_of_the_benchmarks():
+    from benchmarks.studies.candidate_pools import ensemble
+
+    assert len(ensemble()._kinds_of) == 4
