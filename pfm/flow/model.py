@@ -192,7 +192,8 @@ class FlowModel(FieldPass):
             FloatingPointError: the field left the finite numbers and ``on_failure="raise"``.
         """
         settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)
-        return self._transport(y, context, ("strength", (strength,)), *settings)[0]
+        check_number("strength", strength, least=0)
+        return self._transport(y, context, (strength,), *settings)[0]
 
     @torch.no_grad()
     def transport_strengths(
@@ -228,13 +229,15 @@ class FlowModel(FieldPass):
         if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not strengths:
             raise ValueError(f"strengths must be numbers, at least one, such as [1.0, 2.0]: got {strengths!r}")
         settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)
-        return self._transport(y, context, ("strengths", tuple(strengths)), *settings)
+        for strength in strengths:
+            check_number("strengths", strength, least=0)
+        return self._transport(y, context, tuple(strengths), *settings)
 
     def _transport(
         self,
         y: Any,
         context: Any,
-        named_strengths: tuple[str, tuple[float, ...]],
+        strengths: tuple[float, ...],
         mode: str,
         steps: int | None,
         rounds: int | None,
@@ -243,14 +246,11 @@ class FlowModel(FieldPass):
         on_failure: str,
         seed: int,
     ) -> list[Tensor]:
-        """Carry outputs by each strength; they come with the name of the argument, for errors."""
+        """Carry outputs by each strength, at least 0; the other arguments are checked here."""
         check_choice("mode", mode, MODES)
         check_choice("on_failure", on_failure, FAILURES)
         rounds = self._checked_rounds(rounds, mode)
         seed = check_whole("seed", seed)
-        name, strengths = named_strengths
-        for strength in strengths:
-            check_number(name, strength, least=0)
         check_number("guidance", guidance, least=0)
         check_number("win_gradient", win_gradient)
         if guidance != 1 and self.context_free is None:
