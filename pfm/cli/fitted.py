@@ -109,7 +109,7 @@ def show_fit(
     sentences = findings(flow)
     right = None if held is None else _held_out_accuracy(flow, held)
     if held is not None and right is not None:
-        decided = len(held) if held.probability is None else int((held.probability != 0.5).sum())
+        decided = int(held.decided.sum())
         sentences.insert(
             1,
             f"Prompts held out: {right.text(percent=True)} of {_counted(decided, 'pair')} ordered rightly by the "
@@ -152,8 +152,7 @@ def _held_out_accuracy(flow: PreferenceFlow, held: EncodedPairs) -> Estimate:
     rows = held.gather(torch.arange(len(held)))
     gap = flow.win_probability(held.chosen, rows.context) - flow.win_probability(held.rejected, rows.context)
     right = 0.5 + 0.5 * (2 * rows.probability - 1) * gap.sign()
-    decided = rows.probability != 0.5
-    weight = rows.weight * decided if bool(decided.any()) else rows.weight
+    weight = rows.weight * held.decided
     names, member = held.group.unique(return_inverse=True)
     totals = [torch.zeros(len(names)).index_add_(0, member, part) for part in (right * weight, weight)]
     estimate = Bootstrap(len(names)).share(totals[0], totals[1])

@@ -277,6 +277,13 @@ class EncodedPairs:
         return self._tables[0].shape[1]
 
     @property
+    def decided(self) -> Tensor:
+        """Return which pairs (N,) are not labelled as ties, by 1/2; all of them where no label is another."""
+        every = torch.ones(len(self), dtype=torch.bool, device=self.device)
+        decided = every if self.probability is None else self.probability != 0.5
+        return decided if bool(decided.any()) else every
+
+    @property
     def table_bytes(self) -> int:
         """Return the bytes that the tables of outputs and contexts take in memory, or on disk."""
         tables = [*{id(table): table for table in self._tables}.values(), self._contexts]

@@ -173,9 +173,8 @@ def _told(
         reasons.append(
             f"On prompts held out of its fit, the flow's b ordered {win['accuracy']:.1%} of pairs rightly{errors}."
         )
-    ties = 0 if encoded.probability is None else int((encoded.probability == 0.5).sum())
-    decided = len(encoded) - ties if ties < len(encoded) else ties
-    beside = f" (further {ties} are labelled as ties)" if 0 < ties < len(encoded) else ""
+    decided = int(encoded.decided.sum())
+    beside = f" (further {len(encoded) - decided} are labelled as ties)" if decided < len(encoded) else ""
     reasons.append(f"It orders {accuracy.text(percent=True)} of the {decided} given pairs as their labels do{beside}.")
     if guarded:
         reasons.append("That confirms no gain, so the flow's guard keeps every output unchanged.")

@@ -197,3 +197,10 @@ def test_swapped_pairs_have_their_candidates_in_the_opposite_order():
     again = swapped.swap().candidates
     assert again is not None
     assert again[0].scores.tolist() == scores.tolist()
+
+
+def test_pairs_with_a_preferred_side_are_told_from_ties():
+    y, other = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert EncodedPairs(y, other).decided.tolist() == [True] * 3
+    assert EncodedPairs(y, other, probability=[1.0, 0.5, 0.2]).decided.tolist() == [True, False, True]
+    assert EncodedPairs(y, other, probability=[0.5] * 3).decided.tolist() == [True] * 3  # else nothing would be left
