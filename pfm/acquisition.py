@@ -34,7 +34,7 @@ from torch import Tensor
 from pfm._internal.checks import as_float_tensor, check_choice, check_finite, check_number, check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults, with_standard_defaults
-from pfm.preferences.newton import newton_logistic
+from pfm.preferences.newton import label_loss, newton_logistic
 
 __all__ = ["CRITERIA", "Beliefs", "Choice", "LaplacePosterior", "Scorer", "choose_pairs", "ensemble_beliefs"]
 
@@ -192,7 +192,7 @@ class LaplacePosterior:
 def _evidence(rows: Tensor, weight: Tensor, label: Tensor, precision: float, at: Tensor, hessian: Tensor) -> float:
     """Return the log of the labels' probability, weights integrated out by Laplace's method."""
     score = rows @ at
-    likelihood = -(weight * (torch.nn.functional.softplus(-score) + (1 - label) * score)).sum()
+    likelihood = -(weight * label_loss(score, label)).sum()
     prior = len(at) / 2 * math.log(precision) - precision / 2 * at.square().sum()
     return float(likelihood + prior - torch.linalg.slogdet(hessian)[1] / 2)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize
 
 from pfm._internal.columns import column_statistics
 from pfm._internal.networks import Perceptron
@@ -19,8 +19,9 @@ from pfm.preferences.base import Embedded
 from pfm.preferences.coordinates import component_axes
 from pfm.preferences.logistic import smooth_labels
 from pfm.preferences.networks import GAINS, train_network
+from pfm.preferences.newton import label_loss
 
-__all__ = ["Correction", "FittedCorrection", "fit_correction", "label_loss"]
+__all__ = ["Correction", "FittedCorrection", "fit_correction"]
 
 CONTEXT_INPUTS = 32  # components of a context that it reads
 
@@ -196,8 +197,3 @@ def _train(
     with torch.no_grad():
         more = torch.cat([correction(part) for part in torch.arange(len(score)).split(4096)])
     return network, rows, looks, more
-
-
-def label_loss(score: Tensor, label: Tensor) -> Tensor:
-    """Return the log loss (N,), in nats, of log-odds (N,) under soft labels (N,)."""
-    return softplus(-score) + (1 - label) * score

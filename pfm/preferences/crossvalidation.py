@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from pfm.preferences.logistic import PairwiseLogistic
+from pfm.preferences.newton import label_loss
 
 __all__ = ["AVERAGED", "Block", "Search", "Setting", "deal_folds"]
 
@@ -57,7 +57,7 @@ class Search:
                 for penalty in penalties:
                     weights = solver.fit(penalty)
                     setting, score = (penalty, *scales), (rows @ weights.T).T
-                    loss = (weight * out * (softplus(-score) + (1 - probability) * score)).sum()
+                    loss = (weight * out * label_loss(score, probability)).sum()
                     self._loss[setting] = self._loss.get(setting, 0.0) + float(loss)
                     self._fits.setdefault(setting, {}).update(zip(numbers, weights, strict=True))
 

@@ -28,9 +28,10 @@ from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
 from pfm.preferences.coordinates import Coordinates, component_axes
-from pfm.preferences.correction import Correction, fit_correction, label_loss
+from pfm.preferences.correction import Correction, fit_correction
 from pfm.preferences.crossvalidation import Search, Setting, deal_folds
 from pfm.preferences.logistic import fit_temperature, pairwise_accuracy, pairwise_log_loss, smooth_labels
+from pfm.preferences.newton import label_loss
 from pfm.preferences.planes import SkewMoments, skew_products, skew_weights, to_planes
 
 __all__ = ["GeneralPreference", "HybridPreference"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
-from pfm.preferences.newton import newton_logistic
+from pfm.preferences.newton import label_loss, newton_logistic
 from pfm.preferences.spectrum import principal_axes
 
 __all__ = [
@@ -85,8 +85,7 @@ class PairwiseLogistic:
 
     def _loss(self, score: Tensor, at: Tensor, l2: float) -> Tensor:
         """Return each fit's penalised loss (K,) at scores (K, N) and weights (K, r)."""
-        each = softplus(-score) + (1 - self._label) * score
-        return (self._share * each).sum(1) + l2 * at.square().sum(1)
+        return (self._share * label_loss(score, self._label)).sum(1) + l2 * at.square().sum(1)
 
     def _newton_step(self, gradient: Tensor, curvature: Tensor, scale: Tensor, l2: float) -> tuple[Tensor, Tensor]:
         """Return steps (K, r) that leave a tenth of the gradients (K, r), and what they change in the scores (K, N).

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["newton_logistic"]
+__all__ = ["label_loss", "newton_logistic"]
+
+
+def label_loss(score: Tensor, label: Tensor) -> Tensor:
+    """Return the log loss (..., N), in nats, of log-odds (..., N) under soft labels (N,)."""
+    return softplus(-score) + (1 - label) * score
 
 
 def newton_logistic(
@@ -42,7 +47,7 @@ def newton_logistic(
 
     def loss(at: Tensor) -> float:
         score = beyond + x @ at
-        return float((share * (softplus(-score) + (1 - p) * score)).sum() + precision / 2 * at.square().sum())
+        return float((share * label_loss(score, p)).sum() + precision / 2 * at.square().sum())
 
     value = loss(at)
     hessian = x.new_zeros(x.shape[1], x.shape[1])

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from pfm._internal.checks import check_number
 from pfm._internal.columns import column_statistics
@@ -34,6 +34,7 @@ from pfm.devices import standard_defaults
 from pfm.preferences.base import check_pairs
 from pfm.preferences.coordinates import equal_units
 from pfm.preferences.crossvalidation import Search, deal_folds
+from pfm.preferences.newton import label_loss
 from pfm.preferences.raters import numbered
 
 __all__ = ["Corrected", "NoiseReport", "RaterFlips", "corrected", "unbiased_label"]
@@ -358,7 +359,7 @@ def _own_rewards(
     def loss() -> Tensor:
         solver.zero_grad()
         score = linear + own[first] - own[second]
-        value = (weight * (softplus(-score) + (1 - probability) * score)).sum() + own.square().sum() / (2 * spread**2)
+        value = (weight * label_loss(score, probability)).sum() + own.square().sum() / (2 * spread**2)
         value.backward()
         return value
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import logsigmoid
 
 from pfm._internal.checks import as_float_tensor
 from pfm.devices import with_standard_defaults
-from pfm.preferences.newton import newton_logistic
+from pfm.preferences.newton import label_loss, newton_logistic
 from pfm.tastes.likelihood import mixed_log_odds
 
 if TYPE_CHECKING:
@@ -91,5 +91,5 @@ class Votes:
     def loss(self, start: Tensor, coefficients: Tensor) -> float:
         """Return the weighted mean of -log P(label); 0 for votes of no weight."""
         score = mixed_log_odds(self.scores, start) + torch.cat([self.scores, self.axes], dim=1) @ coefficients
-        each = softplus(-score) + (1 - self.probability) * score
+        each = label_loss(score, self.probability)
         return float((each * self.weight).sum() / self.weight.sum().clamp_min(1e-12))
