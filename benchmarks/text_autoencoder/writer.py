@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.images.stored import STATE, Training
-from benchmarks.text_autoencoder.autoencoder import SentenceAutoencoder, padded
+from benchmarks.text_autoencoder.autoencoder import CONFIG, MODEL_TYPE, SentenceAutoencoder, padded
 from benchmarks.text_autoencoder.card import model_card
 from benchmarks.text_autoencoder.network import Network
 from benchmarks.text_autoencoder.training import PART, PLAN, Batches, Corpus, measure, rows_of
+from pfm._internal.archive import read_description
 from pfm._internal.files import claim_folder
 from pfm._internal.smollm2 import has_bfloat16
 
-__all__ = ["WriterSettings", "train_writer"]
+__all__ = ["WriterSettings", "is_trained", "train_writer"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,14 @@ def train_writer(
     for name in (STATE, PLAN):
         (folder / name).unlink(missing_ok=True)
     return found
+
+
+def is_trained(folder: Path) -> bool:
+    """Return whether a folder holds an autoencoder whose decoder was trained again, or a model of another kind."""
+    if not (folder / CONFIG).is_file():
+        return False
+    described = read_description(folder / CONFIG)
+    return described.get("model_type") != MODEL_TYPE or "writer" in (described.get("training") or {})
 
 
 def _loss(network: Network, rows: list[list[int]], settings: WriterSettings, update: int) -> Tensor:

@@ -30,7 +30,7 @@ from benchmarks.text_autoencoder.search import draw, search
 from benchmarks.text_autoencoder.spaces import Space, load_space
 from benchmarks.text_autoencoder.task import choose
 from benchmarks.text_autoencoder.training import Corpus, TrainingSettings, token_vectors, train
-from benchmarks.text_autoencoder.writer import WriterSettings, train_writer
+from benchmarks.text_autoencoder.writer import WriterSettings, is_trained, train_writer
 from benchmarks.text_editing.moves import preference_pairs
 from pfm.decoders import Latent, TextAutoencoder
 from pfm.preferences import BradleyTerry
@@ -191,6 +191,7 @@ def test_the_decoders_training_goes_on_and_takes_the_autoencoders_place(
     with pytest.raises(KeyboardInterrupt):
         train_writer(place, model, data, WRITER, updates=30, progress=False)
     assert SentenceAutoencoder.from_pretrained(place).training == model.training  # usable meanwhile
+    assert not is_trained(place)
     other = dataclasses.replace(WRITER, without=0.1)
     with pytest.raises(ValueError, match=r"holds a decoder with writer=.* use another folder"):
         train_writer(place, model, data, other, updates=30, progress=False)
@@ -203,6 +204,8 @@ def test_the_decoders_training_goes_on_and_takes_the_autoencoders_place(
     assert "language model" in (place / "README.md").read_text(encoding="utf-8")
     loaded = SentenceAutoencoder.from_pretrained(place)
     assert loaded.is_language_model
+    assert is_trained(place)
+    assert not is_trained(tmp_path)
     assert train_writer(place, loaded, data, other, updates=30, progress=False) is loaded
 
 
