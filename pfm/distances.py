@@ -164,7 +164,7 @@ def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0
     check_whole(
         "neighbours", neighbours, 1, len(reference) - 1, hint="there must be more reference draws than neighbours"
     )
-    check_number("level", level, above=0, below=1)
+    level = check_number("level", level, above=0, below=1)
     # The nearest neighbour of a draw among all draws is itself.
     own = _nearest(reference, reference, neighbours + 1)
     radius = own.kthvalue(max(1, round(level * len(own)))).values

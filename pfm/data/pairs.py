@@ -322,7 +322,7 @@ class PreferencePairs:
         check_choice("ties", ties, ("drop", "half"))
         if ties == "half" and not soft:
             raise ValueError('ties="half" needs soft=True: a hard label has no half; use ties="drop"')
-        check_number("prior", prior, least=0, also=(None,))
+        prior = check_number("prior", prior, least=0, also=(None,))
         if prior is None:
             rows = list(rows)
             prior = vote_prior(rows)

@@ -84,10 +84,10 @@ class Editor(Improver):
     ) -> None:
         super().__init__(rounds=rounds, by="win_probability", margin=margin)
         check_choice("long_texts", long_texts, LONG_TEXTS)
-        check_number("strength", strength, least=0)
-        check_number("guidance", guidance, least=0)
-        check_number("win_gradient", win_gradient)
-        check_number("temperature", temperature, above=0)
+        strength = check_number("strength", strength, least=0)
+        guidance = check_number("guidance", guidance, least=0)
+        win_gradient = check_number("win_gradient", win_gradient)
+        temperature = check_number("temperature", temperature, above=0)
         self.writer = writer
         self.trained_on = None if encoder is None else dict(encoder)
         self.samples = check_whole("samples", samples, 1)

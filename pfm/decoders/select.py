@@ -122,7 +122,7 @@ class Select:
         check_choice("by", by, RULES)
         if margin is not None and math.isnan(margin):
             raise ValueError("margin must be a number or None (the flow's own guard margin), got nan")
-        check_number("strength", strength, least=0)
+        strength = check_number("strength", strength, least=0)
         if strength != 1 and by != "sample":
             warnings.warn(
                 f"strength={strength} has no effect with by={by!r}: the highest score stays the highest; "

@@ -45,7 +45,7 @@ class BradleyTerry(PreferenceModel):
     slope: Tensor
 
     def __init__(self, l2: float = 1e-4, *, hidden: int = 0, seed: int = 0) -> None:
-        check_number("l2", l2, above=0)
+        l2 = check_number("l2", l2, above=0)
         hidden = check_whole("hidden", hidden, 0)
         super().__init__()
         self.l2, self.hidden, self.seed = l2, hidden, seed

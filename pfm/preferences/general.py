@@ -88,7 +88,7 @@ class GeneralPreference(PreferenceModel):
         seed: int = 0,
     ) -> None:
         blocks, hidden = check_whole("blocks", blocks, 1), check_whole("hidden", hidden, 0)
-        check_number("temperature", temperature, above=0)
+        temperature = check_number("temperature", temperature, above=0)
         super().__init__()
         self.blocks, self.hidden, self.gate = blocks, hidden, gate
         self.normalise, self.temperature, self.seed = normalise, temperature, seed

@@ -114,7 +114,7 @@ def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
     Raises:
         ValueError: ``flip_rate`` is out of range: from one half on labels say nothing.
     """
-    check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
+    flip_rate = check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     return (torch.as_tensor(probability).float() - flip_rate) / (1 - 2 * flip_rate)
 
 
@@ -164,7 +164,7 @@ def corrected(
     """
     check_pairs(pairs)
     if flip_rate is not None:
-        check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
+        flip_rate = check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     device, pairs = pairs.device, pairs.to("cpu")
     names, index = ([], torch.zeros(0)) if rater is None else numbered(rater, len(pairs))
     generator = torch.Generator().manual_seed(seed)

@@ -123,7 +123,7 @@ class TaggedPairs:
         Args:
             prior: votes for either side that are added to those cast: sources that were rarely compared stay near 1/2.
         """
-        check_number("prior", prior, above=0)
+        prior = check_number("prior", prior, above=0)
         probability = self.pairs.probability
         won = self._weight.double() if probability is None else (self._weight * probability.cpu()).double()
         lost = self._weight.double() - won
