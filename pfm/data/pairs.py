@@ -119,7 +119,7 @@ class PreferencePairs:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load .jsonl (.ndjson), .json, .csv, .tsv or .parquet; ``.gz`` or ``.xz`` may follow the suffix.
+        """Load .jsonl (.ndjson), .json, .csv, .tsv or .parquet; ``.gz``, ``.xz`` or ``.bz2`` may follow the suffix.
 
         Raises:
             PreferenceDataError: the file or, unless ``on_bad_rows="drop"``, a row is bad.
@@ -174,7 +174,7 @@ class PreferencePairs:
         options: RowOptions,
     ) -> PreferencePairs:
         place = "line {n}" if reader is read_jsonl else "row {n}"
-        return cls._from_numbered(lambda bad: reader(Path(path), bad), os.fspath(path), place, options)
+        return cls._from_numbered(lambda bad: reader(Path(path).expanduser(), bad), os.fspath(path), place, options)
 
     @classmethod
     def _from_numbered(
@@ -366,7 +366,7 @@ class PreferencePairs:
         return {name: column for name, column in own.items() if column is not None} | self.extra
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON object a row, whole or not at all; ``.gz`` and ``.xz`` compress.
+        """Write one JSON object a row, whole or not at all; ``.gz``, ``.xz`` and ``.bz2`` compress.
 
         Reading the file gives the same pairs. Candidate sets are not rows and are not written.
 

@@ -232,7 +232,7 @@ def _judged(judge: Judge, prompt: Prompt, responses: list[str], number: int) -> 
 def _checked_scores(source: str, answer: Any, count: int, number: int) -> Array:
     try:
         values = np.asarray(answer, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{source} must give numbers: at prompt {number} got {answer!r:.200}") from error
     if values.shape != (count,):
         raise ValueError(
