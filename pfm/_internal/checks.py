@@ -250,6 +250,8 @@ def as_float_tensor(name: str, value: Any) -> Tensor:
         raise TypeError(f"{wanted}: got a tensor of layout {tensor.layout}; pass {name}.to_dense()")
     if tensor.is_quantized:
         raise TypeError(f"{wanted}: got a quantized tensor; pass {name}.dequantize()")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():  # of no use where gradients are wanted
+        tensor = tensor.clone()
     return tensor if tensor.is_floating_point() else tensor.float()
 
 
