@@ -24,6 +24,7 @@ __all__ = [
     "check_length",
     "check_number",
     "check_same_sizes",
+    "check_seed",
     "check_shape",
     "check_whole",
     "checked_column",
@@ -126,6 +127,20 @@ def check_number(
     ):
         return value if isinstance(value, int | float) else number
     raise _refusal(name, _range(least, above, most, below) + _alternatives(also), _shown(value), hint)
+
+
+def check_seed(seed: Any) -> int:
+    """Check a seed, which numpy and torch take in different ranges, and return it as an int.
+
+    Raises:
+        ValueError: it is no whole number from 0 to 2⁶³ − 1.
+
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: seed must be a whole number from 0 to 9223372036854775807: got -1
+    """
+    return check_whole("seed", seed, 0, 2**63 - 1)
 
 
 def check_flag(name: str, value: Any) -> None:

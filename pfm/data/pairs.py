@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
-from pfm._internal.checks import check_choice, check_number
+from pfm._internal.checks import check_choice, check_number, check_seed
 from pfm._internal.moved import renamed_method
 from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
 from pfm.data.conversations import Text, conversation_text, joined_text
@@ -239,6 +239,7 @@ class PreferencePairs:
         >>> list(zip(pairs.chosen, pairs.rejected))
         [('Rain.', 'No.'), ('It rains.', 'No.'), ('It rains.', 'Rain.')]
         """
+        seed = check_seed(seed)
         check_choice("ties", ties, ("half", "drop"))
         bad = BadRows("scores", on_bad_rows)
         columns, groups = scored_columns(
@@ -267,6 +268,7 @@ class PreferencePairs:
         >>> len(PreferencePairs.from_rankings(["Why?"], [["It rains.", "Rain.", "No."]]))
         3
         """
+        seed = check_seed(seed)
         candidates, scores = ranked_candidates(prompts, rankings, group)
         return cls.from_scores(
             prompts,
@@ -402,6 +404,7 @@ class PreferencePairs:
 
         This is the control in which nothing can be learned.
         """
+        seed = check_seed(seed)
         generator = np.random.default_rng(seed)
         flip = (generator.random(len(self)) < 0.5).tolist()
         candidates = [replace(c, scores=generator.permutation(c.scores).tolist()) for c in self.candidates]
@@ -459,6 +462,7 @@ class PreferencePairs:
         >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
         (6, 2, set())
         """
+        seed = check_seed(seed)
         held_out = check_number("held_out", held_out, above=0, below=1)
         check_choice("by", by, ("prompt", "group"))
         groups = self.group or [None] * len(self)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pfm._internal.checks import check_choice, check_number, check_whole
+from pfm._internal.checks import check_choice, check_number, check_seed, check_whole
 from pfm.data.vector_spaces import space_differences
 from pfm.decoders.editing.folder import load_writer
 from pfm.decoders.editing.writer import Edits, Writer, sample_edits
@@ -82,6 +82,7 @@ class Editor(Improver):
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
+        seed = check_seed(seed)
         super().__init__(rounds=rounds, by="win_probability", margin=margin)
         check_choice("long_texts", long_texts, LONG_TEXTS)
         strength = check_number("strength", strength, least=0)

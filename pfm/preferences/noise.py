@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm._internal.checks import check_number
+from pfm._internal.checks import check_number, check_seed
 from pfm._internal.columns import column_statistics
 from pfm._internal.significance import CONFIRMED
 from pfm.data.encoded import EncodedPairs
@@ -162,6 +162,7 @@ def corrected(
     >>> round(cleaned.report.flip_rate, 1)
     0.2
     """
+    seed = check_seed(seed)
     check_pairs(pairs)
     if flip_rate is not None:
         flip_rate = check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)

@@ -9,6 +9,7 @@ import pytest
 import scipy.sparse
 import torch
 
+import pfm
 from pfm._internal import checks
 
 
@@ -159,3 +160,22 @@ def test_what_holds_no_dense_numbers_is_refused_with_its_kind(value, said):
 def test_an_index_may_be_a_reversed_array():
     found = checks.checked_index("index", np.arange(3)[::-1], torch.zeros(3, 1))
     assert found.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, None, "1", True])
+def test_a_seed_that_numpy_or_torch_refuses_is_refused_before_the_work(seed):
+    pairs = pfm.EncodedPairs(torch.ones(4, 1), torch.zeros(4, 1))
+    rows = pfm.PreferencePairs.from_rows([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    calls = [
+        lambda: pfm.FlowConfig(seed=seed),
+        lambda: pairs.split(seed=seed),
+        lambda: pairs.flip_labels(0.1, seed=seed),
+        lambda: rows.split(seed=seed),
+        lambda: rows.shuffle_labels(seed=seed),
+        lambda: pfm.PreferencePairs.from_scores(["p"], [["a", "b"]], [[0, 1]], seed=seed),
+        lambda: pfm.evaluate([], seed=seed),
+        lambda: pfm.preferences.BradleyTerry(seed=seed),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^seed must be a whole number from 0 to 9223372036854775807: got "):
+            call()
