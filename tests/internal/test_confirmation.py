@@ -21,6 +21,7 @@ def test_equal_groups_are_tested_by_students_t():
     assert found.p_value == pytest.approx(float(stats.t.sf(statistic, 29)))
     assert found.z == pytest.approx(-stats.norm.ppf(found.p_value))
     assert (found.groups, found.degrees) == (30, pytest.approx(29))
+    assert confirmed(1e-15 * means, torch.arange(30)).z == pytest.approx(found.z)
 
 
 @pytest.mark.parametrize("groups", range(1, 8))
@@ -53,6 +54,16 @@ def test_rows_of_one_prompt_count_by_their_units():
     assert not bool((halves(torch.zeros(3500), unit).view(500, 7) != halves(torch.zeros(7))).any())
 
 
+def test_units_count_where_there_is_one_prompt_and_prompts_where_there_are_several():
+    one, two = torch.zeros(10), torch.arange(10) // 5
+    for units in (4, 5):
+        unit = torch.arange(10) % units
+        assert confirmable(one, unit) == (units == 5)
+        assert not confirmable(two, unit)
+        assert halves(one, unit).tolist() == (unit % 2 == 0).tolist()
+    assert halves(torch.tensor([3, 3, 5, 7])).tolist() == [True, True, False, True]
+
+
 def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     ones, groups = torch.ones(3000), torch.arange(3000)
     assert 30 < standard_errors(ones, groups) < 40
@@ -65,7 +76,10 @@ def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     assert found.z > CONFIRMED
     assert not confirmed(value, torch.arange(40), tests=20)
     assert confirmed(value, torch.arange(40), cross_fitted=True).z == pytest.approx(found.z / math.sqrt(2), rel=0.05)
-    assert not confirmed(torch.zeros(0), torch.zeros(0))
+    far = confirmed(value + 0.4, torch.arange(40), cross_fitted=True)
+    assert far.p_value == pytest.approx(float(stats.t.sf(0.72 * math.sqrt(40 / 2), 39)))
+    nothing = confirmed(torch.zeros(0), torch.zeros(0))
+    assert (nothing.z, nothing.p_value, nothing.groups, nothing.degrees) == (0.0, 1.0, 0, 0.0)
 
 
 def test_the_best_of_many_candidates_is_judged_on_other_rows():
@@ -93,6 +107,7 @@ def test_rounds_are_compared_as_the_best_of_many_tests():
 def test_nothing_to_tell_is_a_z_score_of_zero():
     group = torch.arange(2)
     assert confirmed(torch.tensor([1.0, -1.0]), group).z == 0.0
+    assert confirmed(torch.tensor([1.0, -0.9]), group).z == 0.0  # half of the sign flips reach it
     assert confirmed(torch.zeros(8), torch.arange(8)).z == 0.0
     assert confirmed(torch.ones(1), torch.zeros(1)).z == 0.0
     assert -4 < confirmed(torch.tensor([-1.0, -0.5, -0.8, -1.2, -0.9, -1.1]), torch.arange(6)).z < -2
