@@ -1,6 +1,7 @@
 """The one test by which parts are kept or dropped: closed forms, and how often nothing is confirmed as something."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -21,7 +22,34 @@ def test_equal_groups_are_tested_by_students_t():
     assert found.p_value == pytest.approx(float(stats.t.sf(statistic, 29)))
     assert found.z == pytest.approx(-stats.norm.ppf(found.p_value))
     assert (found.groups, found.degrees) == (30, pytest.approx(29))
-    assert confirmed(1e-15 * means, torch.arange(30)).z == pytest.approx(found.z)
+    for scale, weight in ((1e-15, 1.0), (1.0, 1e8)):
+        assert confirmed(scale * means, torch.arange(30), weight * torch.ones(30)).z == pytest.approx(found.z)
+    equal = confirmed(torch.full((60,), 0.1), torch.arange(60) % 20)  # the means differ by rounding alone
+    assert equal.p_value == 2.0**-20
+
+
+@pytest.mark.parametrize("largest", [15.0, 200.0])
+def test_unequal_groups_are_tested_by_the_cluster_robust_t_in_matrices(largest):
+    """CR2 of a weighted mean of G group means of one variance, and Satterthwaite's degrees of freedom of it."""
+    size = torch.tensor([*range(1, 15), largest], dtype=torch.float64)
+    means, share = normal(15) + 0.4, size / size.sum()
+    found = confirmed(means, torch.arange(15), size)
+    residual = torch.eye(15, dtype=torch.float64) - share
+    form = residual.T @ (share.square() / (1 - share)).diag() @ residual  # of the estimated variance, up to a factor
+    variance = means @ form @ means * share.square().sum() / form.trace()
+    degrees = form.trace() ** 2 / (form @ form).trace()
+    assert found.degrees == pytest.approx(float(degrees))
+    assert (found.degrees < 2) == (largest == 200)  # one group weighs most
+    assert found.p_value == pytest.approx(float(stats.t.sf(share @ means / variance.sqrt(), degrees)))
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0, 1.5, 2.5])
+def test_few_groups_are_tested_by_all_sign_flips_of_their_totals(gain):
+    total = torch.tensor([3.0, -2.0, 1.0, 0.5, -0.25, 2.0], dtype=torch.float64) + gain
+    flipped = torch.tensor(list(product((1.0, -1.0), repeat=6)), dtype=torch.float64) @ total
+    exact = float((flipped >= total.sum() - 1e-9).double().mean())
+    t = float(stats.ttest_1samp(total.numpy(), 0, alternative="greater").pvalue)
+    assert confirmed(total, torch.arange(6)).p_value == pytest.approx(max(exact, t))
 
 
 @pytest.mark.parametrize("groups", range(1, 8))
@@ -61,13 +89,14 @@ def test_units_count_where_there_is_one_prompt_and_prompts_where_there_are_sever
         assert confirmable(one, unit) == (units == 5)
         assert not confirmable(two, unit)
         assert halves(one, unit).tolist() == (unit % 2 == 0).tolist()
+    assert not confirmable(one[:0])
     assert halves(torch.tensor([3, 3, 5, 7])).tolist() == [True, True, False, True]
 
 
 def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     ones, groups = torch.ones(3000), torch.arange(3000)
     assert 30 < standard_errors(ones, groups) < 40
-    assert confirmed(-ones, groups).z < -5
+    assert -9 < confirmed(-ones, groups).z < -5
     assert confirmed(0 * ones, groups).z == pytest.approx(0, abs=1e-9)
     value = normal(40)
     value = (value - value.mean()) / value.std() + 0.32
@@ -109,5 +138,6 @@ def test_nothing_to_tell_is_a_z_score_of_zero():
     assert confirmed(torch.tensor([1.0, -1.0]), group).z == 0.0
     assert confirmed(torch.tensor([1.0, -0.9]), group).z == 0.0  # half of the sign flips reach it
     assert confirmed(torch.zeros(8), torch.arange(8)).z == 0.0
+    assert confirmed(torch.zeros(8), torch.arange(8)).p_value == 1.0
     assert confirmed(torch.ones(1), torch.zeros(1)).z == 0.0
     assert -4 < confirmed(torch.tensor([-1.0, -0.5, -0.8, -1.2, -0.9, -1.1]), torch.arange(6)).z < -2
