@@ -111,6 +111,13 @@ def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     assert (nothing.z, nothing.p_value, nothing.groups, nothing.degrees) == (0.0, 1.0, 0, 0.0)
 
 
+def test_each_half_chooses_for_the_other_by_its_weighted_losses():
+    loss = torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.2, 1.0, 1.0, 0.0], [1.5, 0.0, 1.0, 1.0, 1.0]])
+    half, weight = torch.arange(5) < 2, torch.tensor([1.0, 3.0, 1.0, 1.0, 4.0])
+    assert choose_crosswise(loss, weight, half).tolist() == [1, 1, 2, 2, 2]
+    assert choose_crosswise(loss, torch.ones(5), half).tolist() == [0] * 5
+
+
 def test_the_best_of_many_candidates_is_judged_on_other_rows():
     generator = torch.Generator().manual_seed(0)
     half, groups, weight = halves(torch.arange(40)), torch.arange(40), torch.ones(40)
