@@ -128,12 +128,13 @@ class SentenceAutoencoder:
         if temperature and beams > 1:
             raise ValueError(f"beams must be 1 where texts are drawn: got beams={beams}, temperature={temperature}")
         random = torch.Generator().manual_seed(seed)
+        nats = float(self.training["writer"]["nats"]) if fluency else 0.0
         texts: list[str] = []
         for some in table.split(max(1, ROWS // beams)):
             if beams > 1:
-                ids = search(self.network, some, fluency, beams).tolist()
+                ids = search(self.network, some, fluency, beams, nats).tolist()
             else:
-                ids = draw(self.network, some, temperature, random, fluency).tolist()
+                ids = draw(self.network, some, temperature, random, fluency, nats).tolist()
             rows = [row[: row.index(END)] if END in row else row for row in ids]
             texts += [text.strip() for text in self.tokenizer.decode_batch(rows)]
         return texts

@@ -35,7 +35,7 @@ class TextAutoencoderConfig(TaskConfig):
     autoencoder: str = "runs/autoencoder"
     trust_remote_code: bool = False
     revision: str | None = None
-    fluency: float = 0.4
+    fluency: float = 1.2
     beams: int = 4
     labelled: int = 6000
     reference: int = 12000

@@ -19,6 +19,7 @@ def draw(
     temperature: float = 0.0,
     random: torch.Generator | None = None,
     fluency: float = 0.0,
+    nats: float = 0.0,
 ) -> Tensor:
     """Write token ids (B, window) from latents (B, D), token by token; END fills each row's rest.
 
@@ -27,9 +28,9 @@ def draw(
         latents: (B, D), of any length: they are put on the sphere first.
         temperature: of the draws of tokens; 0 takes the likeliest token each time.
         random: for the draws.
-        fluency: as in :func:`search`.
+        fluency, nats: as in :func:`search`.
     """
-    steps = _Steps(network, latents, fluency)
+    steps = _Steps(network, latents, fluency, nats)
     written = torch.full((len(latents), network.settings.window), END)
     given = torch.full((len(latents), 1), END)
     unfinished = torch.ones(len(latents), dtype=torch.bool)
@@ -49,20 +50,21 @@ def draw(
 
 
 @torch.no_grad()
-def search(network: Network, latents: Tensor, fluency: float = 0.0, beams: int = 4) -> Tensor:
+def search(network: Network, latents: Tensor, fluency: float = 0.0, beams: int = 4, nats: float = 0.0) -> Tensor:
     """Write the token ids (B, window) that a beam search finds for latents (B, D); END fills each row's rest.
 
-    The score of a text x is log p(x | z) + fluency log p(x), as in shallow fusion (Gulcehre et al. 2015) with the
-    decoder itself as the language model: p(x) is what it gives a latent of zeros.
+    The score of a text x of n tokens is log p(x | z) + fluency (log p(x) + n nats), as in shallow fusion (Gulcehre et
+    al. 2015) with the decoder itself as the language model: p(x) is what it gives a latent of zeros.
 
     Args:
         network: writes. With ``fluency`` its decoder must have been trained without latents as well.
         latents: (B, D), of any length: they are put on the sphere first.
         fluency: at least 0; the weight of the language model.
         beams: texts that are kept at each step.
+        nats: what the language model needs for a token on average; without it short texts would be preferred.
     """
     count, window, kinds = len(latents), network.settings.window, network.settings.vocabulary
-    steps = _Steps(network, latents.repeat_interleave(beams, 0), fluency)
+    steps = _Steps(network, latents.repeat_interleave(beams, 0), fluency, nats)
     written = torch.full((count * beams, window), END)
     given = torch.full((count * beams, 1), END)
     finished = torch.zeros(count * beams, dtype=torch.bool)
@@ -88,8 +90,8 @@ def search(network: Network, latents: Tensor, fluency: float = 0.0, beams: int =
 class _Steps:
     """Gives the scores (B, V) of each next token, given the one before; at a text's start END has none."""
 
-    def __init__(self, network: Network, latents: Tensor, fluency: float) -> None:
-        self.network, self.fluency, self.place = network, fluency, 0
+    def __init__(self, network: Network, latents: Tensor, fluency: float, nats: float) -> None:
+        self.network, self.fluency, self.nats, self.place = network, fluency, nats, 0
         self.unbound = network.unbound(network.on_sphere(latents), 0, network.settings.window)
         self.pasts: list[list[Any] | None] = [None, None]
 
@@ -97,7 +99,7 @@ class _Steps:
         unbound = self.unbound[:, self.place : self.place + 1]
         found = self._next(unbound, given, 0)
         if self.fluency:
-            found = found + self.fluency * self._next(torch.zeros_like(unbound), given, 1)
+            found = found + self.fluency * (self._next(torch.zeros_like(unbound), given, 1) + self.nats)
         if self.place == 0:
             found[:, END] = -torch.inf  # no empty texts
         self.place += 1

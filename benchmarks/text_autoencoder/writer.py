@@ -8,6 +8,7 @@ a sentence alone, by which :func:`benchmarks.text_autoencoder.search.search` kee
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from pfm._internal.archive import read_description
 from pfm._internal.files import claim_folder
 from pfm._internal.smollm2 import has_bfloat16
 
-__all__ = ["WriterSettings", "is_trained", "train_writer"]
+__all__ = ["WriterSettings", "is_trained", "nats_alone", "train_writer"]
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,29 @@ def train_writer(
         **model.training,
         **measure(found, corpus, shortest),
         "parameters": sum(part.numel() for part in network.parameters()),
-        "writer": {"settings": asdict(settings), "updates": updates, "cpu_seconds": round(float(clock["seconds"]))},
+        "writer": {
+            "settings": asdict(settings),
+            "updates": updates,
+            "cpu_seconds": round(float(clock["seconds"])),
+            "nats": nats_alone(found, corpus.held_out),
+        },
     }
     found.save_pretrained(folder, model_card(found))
     for name in (STATE, PLAN):
         (folder / name).unlink(missing_ok=True)
     return found
+
+
+@torch.no_grad()
+def nats_alone(model: SentenceAutoencoder, texts: Sequence[str], count: int = 1000) -> float:
+    """Return what the decoder needs for a token of texts without a latent, on average, in nats.
+
+    Texts of more tokens than the window are left out, and all but the first ``count``.
+    """
+    rows = [row for row in model.tokenize(texts) if len(row) <= model.network.settings.window]
+    ids, mask = padded(rows[:count])
+    states = model.network.states(torch.zeros(len(ids), model.dimension), ids)
+    return round(float(cross_entropy(model.network.logits(states[mask]), ids[mask])), 4)
 
 
 def is_trained(folder: Path) -> bool:

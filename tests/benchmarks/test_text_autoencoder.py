@@ -30,7 +30,7 @@ from benchmarks.text_autoencoder.search import draw, search
 from benchmarks.text_autoencoder.spaces import Space, load_space
 from benchmarks.text_autoencoder.task import choose
 from benchmarks.text_autoencoder.training import Corpus, TrainingSettings, token_vectors, train
-from benchmarks.text_autoencoder.writer import WriterSettings, is_trained, train_writer
+from benchmarks.text_autoencoder.writer import WriterSettings, is_trained, nats_alone, train_writer
 from benchmarks.text_editing.moves import preference_pairs
 from pfm.decoders import Latent, TextAutoencoder
 from pfm.preferences import BradleyTerry
@@ -133,11 +133,11 @@ def test_the_search_finds_the_best_of_all_texts() -> None:
         logits = network.logits(network.states(latent[None], torch.tensor([row])))[0]
         return sum(float(own.log_softmax(0)[token]) for own, token in zip(logits, row, strict=True))
 
-    for fluency in (0.0, 0.7):
-        found = search(network, latents, fluency, beams=6 * 6)
+    for fluency, nats in ((0.0, 0.0), (0.7, 0.0), (0.7, 1.5)):
+        found = search(network, latents, fluency, beams=6 * 6, nats=nats)
         for latent, ids in zip(7 * latents, found.tolist(), strict=True):
             latent = network.on_sphere(latent[None])[0]
-            scores = [total(latent, row) + fluency * total(torch.zeros(16), row) for row in texts]
+            scores = [total(latent, row) + fluency * (total(torch.zeros(16), row) + nats * len(row)) for row in texts]
             best = texts[max(range(len(texts)), key=scores.__getitem__)]
             assert ids == best + [END] * (3 - len(best))
     torch.testing.assert_close(search(network, latents, 0.7, beams=1), draw(network, latents, fluency=0.7))
@@ -158,19 +158,13 @@ def test_the_decoder_trained_again_is_a_language_model_and_leaves_the_latents(
     with pytest.raises(ValueError, match="beams must be 1 where texts are drawn"):
         writer.decode(writer.encode(texts), temperature=1.0, beams=2)
 
-    @torch.no_grad()
-    def nats(own: SentenceAutoencoder, some: list[str]) -> float:
-        ids, mask = padded(own.tokenize(some))
-        logits = own.network.logits(own.network.states(torch.zeros(len(some), 64), ids)[mask])
-        return float(torch.nn.functional.cross_entropy(logits, ids[mask]))
-
     words = random.Random(3)
     scrambled = [" ".join(words.sample(own.split(), len(own.split()))) for own in texts]
-    assert nats(writer, texts) < 0.75 * nats(model, texts)
-    assert nats(writer, texts) < 0.6 * nats(writer, scrambled)
+    assert nats_alone(writer, texts) < 0.75 * nats_alone(model, texts)
+    assert nats_alone(writer, texts) < 0.6 * nats_alone(writer, scrambled)
     far = normalize(torch.randn(40, 64, generator=torch.Generator().manual_seed(5)), dim=1)  # no text has such a latent
     plain, fluent = (writer.decode(far, fluency=weight, beams=4) for weight in (0.0, 1.0))
-    assert nats(writer, fluent) < 0.9 * nats(writer, plain)
+    assert nats_alone(writer, fluent) < 0.9 * nats_alone(writer, plain)
 
 
 def test_the_decoders_training_goes_on_and_takes_the_autoencoders_place(
