@@ -41,7 +41,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("pfm/flow/coupled.py", "pfm/flow/couplings.py", "pfm/flow/transported.py"),
         ("tests/flow/test_couplings.py", "tests/flow/test_fields.py"),
     ),
-    "transport": (("pfm/flow/integration.py",), ("tests/flow/test_transport.py",)),
+    "transport": (("pfm/flow/integration.py",), ("tests/flow/test_transport.py", "tests/flow/test_registry.py")),
     "fitting": (("pfm/flow/fitting.py",), ("tests/flow/test_fitting.py",)),
     "statistics": (("pfm/statistics.py",), ("tests/test_statistics.py", STUDIES)),
     "confirmation": (("pfm/_internal/significance.py",), ("tests/internal/test_confirmation.py", STUDIES)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmarks.text_autoencoder.autoencoder import (
 )
 from benchmarks.text_autoencoder.card import model_card
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
+from benchmarks.text_autoencoder.search import draw
 from pfm._internal.byte_pairs import read_tokenizer, train_tokenizer
 from pfm._internal.files import claim_folder, replace_file
 from pfm._internal.smollm2 import has_bfloat16
@@ -31,7 +32,16 @@ from pfm._internal.smollm2 import has_bfloat16
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Corpus", "TrainingSettings", "measure", "token_vectors", "train"]
+__all__ = [
+    "Corpus",
+    "TrainingSettings",
+    "UpdateSettings",
+    "fit",
+    "measure",
+    "rows_of",
+    "token_vectors",
+    "train",
+]
 
 PART = 25  # updates between two saved states
 BUCKET = 32  # batches that are sorted by length together
@@ -40,22 +50,30 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """Sets the training.
+class UpdateSettings:
+    """Sets what every training has.
 
     shortest: fewest tokens of a sentence that is used; the network's window is the most. batch: sentences an update.
-    noise: standard deviation on each of the latent's values, which are of size one. replaced: share of the tokens that
-    the encoder sees replaced by others. attribute: weight of the loss that organises latents by the attribute.
     """
 
     shortest: int = 8
     batch: int = 128
     learning_rate: float = 1e-3
     warm_up: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingSettings(UpdateSettings):
+    """Sets the training.
+
+    noise: standard deviation on each of the latent's values, which are of size one. replaced: share of the tokens that
+    the encoder sees replaced by others. attribute: weight of the loss that organises latents by the attribute.
+    """
+
     noise: float = 0.3
     replaced: float = 0.1
     attribute: float = 0.2
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,33 +113,18 @@ def train(
     claim_folder(folder, PLAN, {"network": asdict(sizes), "training": asdict(settings), "sentences": len(corpus.texts)},
                  "autoencoder")  # fmt: skip
     tokenizer = _tokenizer(folder, corpus.texts, sizes.vocabulary)
-    rows, attributes = _rows(tokenizer, corpus.texts, corpus.attributes, settings.shortest, sizes.window)
+    rows, attributes = rows_of(tokenizer, corpus.texts, corpus.attributes, settings.shortest, sizes.window)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = Network(sizes)
         if not (folder / STATE).is_file():
             network.start_from(*token_vectors(rows, sizes.vocabulary, sizes.width))
-    optimizer = torch.optim.AdamW(
-        network.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    clock = nn.ParameterDict({"seconds": nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)})
-    training = Training(folder, {"network": network, "optimizer": optimizer, "clock": clock})
-    batches = _Batches(rows, settings)
-    began = time.process_time()
-    for part in training.remaining(-(-updates // PART), f"autoencoder, {PART} updates each", progress):
-        for update in range(part * PART, min((part + 1) * PART, updates)):
-            warm = min(1.0, (update + 1) / settings.warm_up)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warm * max(0.05, 1 - update / updates)
-            chosen = batches(update)
-            loss = _loss(network, [rows[n] for n in chosen], attributes[chosen], settings, update)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-        clock["seconds"] += time.process_time() - began
-        began = time.process_time()
-        training.save()
+
+    def loss(update: int, chosen: list[int]) -> Tensor:
+        return _loss(network, [rows[n] for n in chosen], attributes[chosen], settings, update)
+
+    seconds = fit(folder, network, list(network.parameters()), loss, [len(row) for row in rows], settings, updates,
+                  "autoencoder", progress)  # fmt: skip
     model = SentenceAutoencoder(network, tokenizer)
     model.training = {
         "settings": asdict(settings),
@@ -129,13 +132,55 @@ def train(
         "sentences": len(rows),
         "epochs": round(updates * settings.batch / len(rows), 2),
         "parameters": sum(part.numel() for part in network.parameters()),
-        "cpu_seconds": round(float(clock["seconds"])),
+        "cpu_seconds": seconds,
         **measure(model, corpus, settings.shortest),
     }
     model.save_pretrained(folder, model_card(model))
     for name in (STATE, PLAN):
         (folder / name).unlink(missing_ok=True)
     return model
+
+
+def fit(
+    folder: Path,
+    network: Network,
+    trained: list[nn.Parameter],
+    loss: Callable[[int, list[int]], Tensor],
+    lengths: Sequence[int],
+    settings: UpdateSettings,
+    updates: int,
+    label: str,
+    progress: bool,
+) -> int:
+    """Make the updates that are left, with the state kept in a folder, and return the CPU-seconds of all.
+
+    Args:
+        folder: gets the state every 25 updates.
+        network: whose state is kept. trained: its parameters that change.
+        loss: of an update's number and the rows of its batch.
+        lengths: of the rows, by which they are dealt into batches.
+        settings: of the updates; the learning rate falls to 5% until the last of ``updates``.
+        label: of the bar. progress: show one.
+    """
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    clock = nn.ParameterDict({"seconds": nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)})
+    training = Training(folder, {"network": network, "optimizer": optimizer, "clock": clock})
+    batches = _Batches(lengths, settings.batch, settings.seed)
+    began = time.process_time()
+    for part in training.remaining(-(-updates // PART), f"{label}, {PART} updates each", progress):
+        for update in range(part * PART, min((part + 1) * PART, updates)):
+            warm = min(1.0, (update + 1) / settings.warm_up)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * warm * max(0.05, 1 - update / updates)
+            found = loss(update, batches(update))
+            optimizer.zero_grad()
+            found.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+        clock["seconds"] += time.process_time() - began
+        began = time.process_time()
+        training.save()
+    return round(float(clock["seconds"]))
 
 
 @torch.no_grad()
@@ -147,12 +192,12 @@ def measure(model: SentenceAutoencoder, corpus: Corpus, shortest: int, count: in
     that is read from the latent.
     """
     network, window = model.network, model.network.settings.window
-    rows, attributes = _rows(model.tokenizer, corpus.held_out, corpus.held_out_attributes, shortest, window)
+    rows, attributes = rows_of(model.tokenizer, corpus.held_out, corpus.held_out_attributes, shortest, window)
     rows, attributes = rows[:count], attributes[:count]
     ids, mask = padded(rows)
     latents = network.encode(ids, mask)
     right = (network.logits(network.states(latents, ids)).argmax(2) == ids)[mask]
-    written = network.generate(latents)
+    written = draw(network, latents)
     own = torch.full_like(written, END)
     width = min(window, ids.shape[1])
     own[:, :width] = ids[:, :width]
@@ -200,21 +245,25 @@ def token_vectors(rows: Sequence[Sequence[int]], vocabulary: int, width: int) ->
 
 
 class _Batches:
-    """Deals the rows of each epoch into batches of like length, by the update's number alone."""
+    """Deals the rows of each epoch into batches of like length, by the update's number alone.
 
-    def __init__(self, rows: Sequence[Sequence[int]], settings: TrainingSettings) -> None:
-        self.lengths, self.settings = [len(row) for row in rows], settings
+    Args:
+        lengths: of the rows. size: rows of a batch. seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
+        self.lengths, self.size, self.seed = lengths, size, seed
         self.dealt = lru_cache(maxsize=1)(self._dealt)
 
     def __call__(self, update: int) -> list[int]:
-        count = -(-len(self.lengths) // self.settings.batch)
+        count = -(-len(self.lengths) // self.size)
         return self.dealt(update // count)[update % count]
 
     def _dealt(self, epoch: int) -> list[list[int]]:
-        source = random.Random(f"{self.settings.seed} {epoch}")
+        source = random.Random(f"{self.seed} {epoch}")
         order = list(range(len(self.lengths)))
         source.shuffle(order)
-        size = self.settings.batch
+        size = self.size
         batches: list[list[int]] = []
         for at in range(0, len(order), size * BUCKET):
             some = sorted(order[at : at + size * BUCKET], key=self.lengths.__getitem__)
@@ -242,7 +291,7 @@ def _loss(
     return loss
 
 
-def _rows(
+def rows_of(
     tokenizer: Tokenizer, texts: Sequence[str], attributes: Sequence[int], shortest: int, longest: int
 ) -> tuple[list[list[int]], Tensor]:
     found = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

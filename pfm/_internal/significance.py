@@ -88,7 +88,7 @@ def confirmed(
         p_value = max(p_value, _sign_flips(total))
     elif math.isinf(statistic):
         p_value = max(p_value, 2.0**-count)
-    p_value = min(max(p_value, SMALLEST_P), 1.0)
+    p_value = max(p_value, SMALLEST_P)
     # Sign flips of few groups, or of totals of zero, give p-values up to 1 that do not say how far below zero it is.
     below = min(_z_score(_upper_tail(statistic, degrees)), 0.0) if degrees else 0.0
     return Confirmation(_z_score(p_value) if p_value < 0.5 else below, p_value, level, count, degrees)
@@ -102,7 +102,7 @@ def standard_errors(value: Tensor, group: Tensor) -> float:
 def confirmable(group: Tensor, unit: Tensor | None = None) -> bool:
     """Return whether rows (N,) of these prompts, of which there must be five, could confirm anything at all."""
     members = _members(group.detach().cpu(), unit)
-    return len(members) > 0 and 2.0 ** -len(torch.unique(members)) < LEVEL
+    return 2.0 ** -len(torch.unique(members)) < LEVEL
 
 
 def halves(group: Tensor, unit: Tensor | None = None) -> Tensor:

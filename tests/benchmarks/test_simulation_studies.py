@@ -11,6 +11,7 @@ import torch
 from benchmarks.studies.confirmation import LAWS, SIZES, mean_rate, pairs_of_prompts
 from benchmarks.studies.context_level import KINDS, mean_of_b
 from benchmarks.studies.coverage import calibration, covered, length_control, over_prompts, over_seeds
+from benchmarks.studies.few_votes import Votes, drawn, losses
 from benchmarks.studies.tuning import confirmed_gains, shift_of
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm._internal.significance import CONFIRMED
@@ -114,3 +115,19 @@ def test_a_true_gain_is_confirmed_and_a_move_that_no_label_is_about_is_not():
     found = [confirmed_gains(120, seed, dimension=2, gains=(0.0, 0.2)) for seed in range(3)]
     assert sum(each["0.0"] for each in found) <= 1  # one in twenty may be
     assert all(each["0.2"] for each in found)
+
+
+def test_few_votes_are_drawn_of_those_there_are_and_shrunk_labels_predict_a_coin():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.randn(2, 90, 2, generator=generator)
+    won = torch.binomial(torch.full((90,), 5.0), torch.sigmoid(3 * (first - second)[:, 0]), generator=generator).long()
+    counts = torch.stack([won, 5 - won, torch.zeros_like(won)], 1).numpy()
+    few = drawn(counts, 3, seed=1)
+    assert (few.sum(1) == 3).all()
+    assert ((few >= 0) & (few <= counts)).all()
+    assert (drawn(counts, 9, seed=1) == counts).all()
+    votes = Votes(first, second, counts, np.arange(90) % 9)
+    learned, coin = losses(votes, few, 0.0, seed=0), losses(votes, few, 1e5, seed=0)
+    torch.testing.assert_close(coin, torch.full((90,), math.log(2), dtype=torch.float64), atol=1e-3, rtol=0)
+    assert float(learned.mean()) < 0.55
+    assert float(losses(votes, few[:, [1, 0, 2]], 0.0, seed=0).mean()) > 1

@@ -374,6 +374,13 @@ def test_bfloat16_training_learns_the_same():
     assert losses["bfloat16"]["validation"] != losses["float32"]["validation"]
 
 
+def test_on_the_cpu_bfloat16_is_for_the_training_alone(line, monkeypatch):
+    y = torch.randn(8, 1)
+    exact = line.to("cpu").transport(y)
+    monkeypatch.setattr(line, "config", line.config.replace(dtype="bfloat16"))
+    assert torch.equal(line.transport(y), exact)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("name", ["paired", "independent", "ot"])
 def test_cuda_learns_the_same(name):

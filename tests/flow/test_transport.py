@@ -182,3 +182,13 @@ def test_an_adaptive_solver_holds_rows_lost_inside_a_step():
     torch.testing.assert_close(states[:, 0, 0], torch.tensor([0.0, 0.25, 1.0]))
     assert (states[:, 1, 0] / 3e38).tolist() == pytest.approx([-1.0] * 3)
     assert 0 < evaluations < LAST_RESORT  # no other solver took over
+
+
+def test_an_adaptive_solver_holds_rows_lost_after_the_first_time_asked_for():
+    speed = torch.tensor([[1.0], [2e37]])
+    y = torch.tensor([[0.0], [1e36]])  # the second row leaves float32 at t = 17
+    states, finite, evaluations = integrate(lambda t, y: speed, y, (0.0, 0.01, 20.0), solver="dopri5")
+    assert finite.tolist() == [True, False]
+    torch.testing.assert_close(states[:, 0, 0], torch.tensor([0.0, 0.01, 20.0]))
+    assert (states[:, 1, 0] / 1e36).tolist() == pytest.approx([1.0, 1.2, 1.2])
+    assert 0 < evaluations < LAST_RESORT  # no other solver took over

@@ -151,6 +151,30 @@ def test_without_contexts_the_level_is_the_weighted_mean():
     assert level.tolist() == pytest.approx([2.75] * 3)
 
 
+def test_the_level_is_taken_off_as_it_was_in_the_calibration(monkeypatch):
+    """Rewards of left-out pairs have a weighted mean of their own, which the calibration did not see."""
+    head, seen = WinHead(1, 0), {}
+
+    def fit_platt(reward, label, weight):
+        seen.update(reward=reward.view(2, -1), weight=weight.view(2, -1)[0])
+        return 2.0, 0.25
+
+    def level(context, reward, weight, fold):
+        seen["both"] = reward
+        return fit_level(context, reward, weight, fold)
+
+    fit_level = head._fit_reference_reward
+    monkeypatch.setattr(head, "_fit_reference_reward", level)
+    monkeypatch.setattr(win, "fit_platt", fit_platt)
+    one = torch.tensor([1.0, 2.0, 4.0, 8.0, 3.0, 1.0, 5.0, 9.0, 2.0, 6.0])[:, None]
+    head.fit(EncodedPairs(one, one.flip(0) - 3, weight=torch.arange(1.0, 11.0)), network=False)
+    both, weight = seen["both"].double(), seen["weight"].double()
+    mean = float(weight @ both / weight.sum())
+    assert min(abs(mean), abs(mean - float(both.mean()))) > 0.005
+    torch.testing.assert_close(seen["reward"].mean(0), (both - mean).float())
+    assert float(head.offset) == pytest.approx(0.25 - 2 * mean, abs=1e-5)
+
+
 def test_a_head_is_told_as_json_values():
     head = WinHead(1, 0)
     one = torch.linspace(1, 2, 12)[:, None]

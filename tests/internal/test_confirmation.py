@@ -1,6 +1,7 @@
 """The one test by which parts are kept or dropped: closed forms, and how often nothing is confirmed as something."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -21,6 +22,37 @@ def test_equal_groups_are_tested_by_students_t():
     assert found.p_value == pytest.approx(float(stats.t.sf(statistic, 29)))
     assert found.z == pytest.approx(-stats.norm.ppf(found.p_value))
     assert (found.groups, found.degrees) == (30, pytest.approx(29))
+    for scale, weight in ((1e-15, 1.0), (1.0, 1e8)):
+        assert confirmed(scale * means, torch.arange(30), weight * torch.ones(30)).z == pytest.approx(found.z)
+    groups = torch.arange(20).repeat_interleave(torch.arange(1, 21))
+    assert (
+        confirmed(torch.full((210,), 0.7, dtype=torch.float64), groups).p_value == 2.0**-20
+    )  # the means differ by rounding alone
+    assert confirmed(1 + torch.arange(12) / 100, torch.arange(12)).p_value == 2.0**-12  # all sign flips are listed
+
+
+@pytest.mark.parametrize("largest", [15.0, 200.0])
+def test_unequal_groups_are_tested_by_the_cluster_robust_t_in_matrices(largest):
+    """CR2 of a weighted mean of G group means of one variance, and Satterthwaite's degrees of freedom of it."""
+    size = torch.tensor([*range(1, 15), largest], dtype=torch.float64)
+    means, share = normal(15) + 0.4, size / size.sum()
+    found = confirmed(means, torch.arange(15), size)
+    residual = torch.eye(15, dtype=torch.float64) - share
+    form = residual.T @ (share.square() / (1 - share)).diag() @ residual  # of the estimated variance, up to a factor
+    variance = means @ form @ means * share.square().sum() / form.trace()
+    degrees = form.trace() ** 2 / (form @ form).trace()
+    assert found.degrees == pytest.approx(float(degrees))
+    assert (found.degrees < 2) == (largest == 200)  # one group weighs most
+    assert found.p_value == pytest.approx(float(stats.t.sf(share @ means / variance.sqrt(), degrees)))
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.5, 1.0, 1.5, 2.5])
+def test_few_groups_are_tested_by_all_sign_flips_of_their_totals(gain):
+    total = torch.tensor([3.0, -2.0, 1.0, 0.5, -0.25, 2.0], dtype=torch.float64) + gain
+    flipped = torch.tensor(list(product((1.0, -1.0), repeat=6)), dtype=torch.float64) @ total
+    exact = float((flipped >= total.sum() - 1e-9).double().mean())
+    t = float(stats.ttest_1samp(total.numpy(), 0, alternative="greater").pvalue)
+    assert confirmed(total, torch.arange(6)).p_value == pytest.approx(max(exact, t))
 
 
 @pytest.mark.parametrize("groups", range(1, 8))
@@ -53,10 +85,21 @@ def test_rows_of_one_prompt_count_by_their_units():
     assert not bool((halves(torch.zeros(3500), unit).view(500, 7) != halves(torch.zeros(7))).any())
 
 
+def test_units_count_where_there_is_one_prompt_and_prompts_where_there_are_several():
+    one, two = torch.zeros(10), torch.arange(10) // 5
+    for units in (4, 5):
+        unit = torch.arange(10) % units
+        assert confirmable(one, unit) == (units == 5)
+        assert not confirmable(two, unit)
+        assert halves(one, unit).tolist() == (unit % 2 == 0).tolist()
+    assert not confirmable(one[:0])
+    assert halves(torch.tensor([3, 3, 5, 7])).tolist() == [True, True, False, True]
+
+
 def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     ones, groups = torch.ones(3000), torch.arange(3000)
     assert 30 < standard_errors(ones, groups) < 40
-    assert confirmed(-ones, groups).z < -5
+    assert -9 < confirmed(-ones, groups).z < -5
     assert confirmed(0 * ones, groups).z == pytest.approx(0, abs=1e-9)
     value = normal(40)
     value = (value - value.mean()) / value.std() + 0.32
@@ -65,7 +108,17 @@ def test_z_is_finite_and_signed_and_the_best_of_many_tests_needs_more():
     assert found.z > CONFIRMED
     assert not confirmed(value, torch.arange(40), tests=20)
     assert confirmed(value, torch.arange(40), cross_fitted=True).z == pytest.approx(found.z / math.sqrt(2), rel=0.05)
-    assert not confirmed(torch.zeros(0), torch.zeros(0))
+    far = confirmed(value + 0.4, torch.arange(40), cross_fitted=True)
+    assert far.p_value == pytest.approx(float(stats.t.sf(0.72 * math.sqrt(40 / 2), 39)))
+    nothing = confirmed(torch.zeros(0), torch.zeros(0))
+    assert (nothing.z, nothing.p_value, nothing.groups, nothing.degrees) == (0.0, 1.0, 0, 0.0)
+
+
+def test_each_half_chooses_for_the_other_by_its_weighted_losses():
+    loss = torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.2, 1.0, 1.0, 0.0], [1.5, 0.0, 1.0, 1.0, 1.0]])
+    half, weight = torch.arange(5) < 2, torch.tensor([1.0, 3.0, 1.0, 1.0, 4.0])
+    assert choose_crosswise(loss, weight, half).tolist() == [1, 1, 2, 2, 2]
+    assert choose_crosswise(loss, torch.ones(5), half).tolist() == [0] * 5
 
 
 def test_the_best_of_many_candidates_is_judged_on_other_rows():
@@ -93,6 +146,8 @@ def test_rounds_are_compared_as_the_best_of_many_tests():
 def test_nothing_to_tell_is_a_z_score_of_zero():
     group = torch.arange(2)
     assert confirmed(torch.tensor([1.0, -1.0]), group).z == 0.0
+    assert confirmed(torch.tensor([1.0, -0.9]), group).z == 0.0  # half of the sign flips reach it
     assert confirmed(torch.zeros(8), torch.arange(8)).z == 0.0
+    assert confirmed(torch.zeros(8), torch.arange(8)).p_value == 1.0
     assert confirmed(torch.ones(1), torch.zeros(1)).z == 0.0
     assert -4 < confirmed(torch.tensor([-1.0, -0.5, -0.8, -1.2, -0.9, -1.1]), torch.arange(6)).z < -2
