@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -115,8 +116,8 @@ def _read(path: Path, key: str) -> list[str]:
 
     bad = BadRows(str(path), "raise")
     found: list[str] = []
-    if path.suffix == ".txt":
-        found += decode_text(path.read_bytes(), bad).splitlines()
+    if path.suffix.lower() == ".txt":  # lines end as in files; str.splitlines would cut a text at U+2028 as well
+        found += [line.rstrip("\n") for line in io.StringIO(decode_text(path.read_bytes(), bad), newline=None)]
     else:
         for number, row in reader_for(path)(path, bad):
             text = row if isinstance(row, str) else row.get(key) if isinstance(row, dict) else None

@@ -488,7 +488,7 @@ def test_the_encoder_of_a_strangers_flow_is_contacted_with_consent_only(work, ou
 def test_an_interrupted_refine_keeps_its_rows_and_goes_on(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Number {number}?"} for number in range(60)])
-    generator = bot(tmp_path, "slow_bot", 0.1)
+    generator = bot(tmp_path, "slow_bot", 0.5)  # half a minute at least, for a busy machine
     common = ["refine", prompts, "--flow", work / "flow", "-n", 2, "--no-progress", "--generator", generator]
     out = tmp_path / "out.jsonl"
     stopped = interrupt([*common, "--out", out], tmp_path, lambda: out.exists() and out.stat().st_size > 0)

@@ -586,6 +586,10 @@ def test_texts_one_a_line_are_read_in_the_encoding_that_their_mark_says(tmp_path
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_text("First one.\nÜber uns.\n", encoding=encoding)
         assert _read(path, "text") == ["First one.", "Über uns."]
+    path = tmp_path / "texts.TXT"
+    path.write_bytes("One\u2028text\x0bof two\x85 lines.\r\nAnother.\rA third.".encode())
+    assert _read(path, "text") == ["One\u2028text\x0bof two\x85 lines.", "Another.", "A third."]
+    path = tmp_path / "texts.txt"
     path.write_bytes("Über uns.\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"texts\.txt, line 1"):
         _read(path, "text")
