@@ -25,7 +25,8 @@ def test_equal_groups_are_tested_by_students_t():
     for scale, weight in ((1e-15, 1.0), (1.0, 1e8)):
         assert confirmed(scale * means, torch.arange(30), weight * torch.ones(30)).z == pytest.approx(found.z)
     groups = torch.arange(20).repeat_interleave(torch.arange(1, 21))
-    assert confirmed(torch.full((210,), 0.7, dtype=torch.float64), groups).p_value == 2.0**-20  # the means differ by rounding alone
+    equal = torch.full((210,), 0.7, dtype=torch.float64)  # groups' means differ by rounding alone
+    assert confirmed(equal, groups).p_value == 2.0**-20
     assert confirmed(1 + torch.arange(12) / 100, torch.arange(12)).p_value == 2.0**-12  # all sign flips are listed
 
 
