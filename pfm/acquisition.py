@@ -93,7 +93,7 @@ class LaplacePosterior:
     """
 
     def __init__(self, precision: float | None = None) -> None:
-        check_number("precision", precision, above=0, also=(None,))
+        precision = check_number("precision", precision, above=0, also=(None,))
         self.given = precision
         self.precision = precision or 1.0
         self.evidence = math.nan
@@ -248,7 +248,7 @@ def choose_pairs(
     y, other, context = _outputs(candidates)
     total = len(y)
     check_whole("count", count, 1, total, hint=f"there are {total} candidates")
-    check_number("most_similar", most_similar, above=0, most=1)
+    most_similar = check_number("most_similar", most_similar, above=0, most=1)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
     if model is None:

@@ -170,14 +170,28 @@ def _all_here() -> str:
     return ", ".join([*found, "mps"] if _count("mps") else found)
 
 
+_AUTOCAST_KINDS = ("cpu", "cuda", "mps")
+
+
 def standard_defaults(function: Callable[P, T]) -> Callable[P, T]:
     """Decorate a function to run under torch's own defaults, float32 on the CPU, whatever the program has set.
+
+    Under ``torch.inference_mode`` it runs under ``no_grad`` instead, so that fits and gradients of b can switch
+    gradients on, and what is made can be used outside. ``torch.autocast`` is switched off: parts that compute in lower
+    precision do so by their own settings.
 
     ``torch.set_default_dtype`` holds for the whole process: threads that run decorated functions share one change.
     """
 
     @functools.wraps(function)
     def standard(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return standard(*args, **kwargs)
+        for kind in _AUTOCAST_KINDS:
+            if torch.is_autocast_enabled(kind):
+                with torch.autocast(kind, enabled=False):
+                    return standard(*args, **kwargs)
         elsewhere = torch.get_default_device().type not in ("cpu", "meta")  # "meta": shapes alone are wanted
         if not elsewhere and torch.get_default_dtype() is torch.float32 and not _float32.depth:
             return function(*args, **kwargs)

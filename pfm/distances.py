@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm._internal.checks import as_float_tensor, check_finite, check_number, check_whole
+from pfm._internal.checks import as_float_tensor, check_finite, check_number, check_seed, check_whole
 
 __all__ = [
     "diversity",
@@ -44,6 +44,7 @@ def sliced_wasserstein(x: Any, y: Any, *, directions: int = 128, seed: int = 0) 
     >>> sliced_wasserstein([[0.0], [1.0]], [[3.0], [2.0]])
     2.0
     """
+    seed = check_seed(seed)
     x, y = _two_sets(x, y)
     one, other = (projections(part, directions=directions, seed=seed) for part in (x, y))
     return projected_wasserstein(one, other)
@@ -54,6 +55,7 @@ def projections(y: Any, *, directions: int = 128, seed: int = 0) -> Tensor:
 
     Sets that are compared with many others are sorted once this way; :func:`projected_wasserstein` compares them.
     """
+    seed = check_seed(seed)
     y = _draws("y", y)
     check_whole("directions", directions, 1)
     if y.shape[1] == 1:
@@ -164,7 +166,7 @@ def off_support(y: Any, reference: Any, *, neighbours: int = 5, level: float = 0
     check_whole(
         "neighbours", neighbours, 1, len(reference) - 1, hint="there must be more reference draws than neighbours"
     )
-    check_number("level", level, above=0, below=1)
+    level = check_number("level", level, above=0, below=1)
     # The nearest neighbour of a draw among all draws is itself.
     own = _nearest(reference, reference, neighbours + 1)
     radius = own.kthvalue(max(1, round(level * len(own)))).values

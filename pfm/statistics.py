@@ -95,28 +95,42 @@ class Reliability:
 class Bootstrap:
     """Resamples n prompts with replacement; the same resamples serve every call.
 
+    Rows of one prompt are no independent draws. With ``unit`` (n,), which numbers the prompt of each of n rows from 0,
+    the prompts are resampled, each with all of its rows.
+
     >>> wins = [1, 0, 1, 1, 0, 1, 1, 1]
     >>> rate = Bootstrap(len(wins)).ratio(wins, [1] * len(wins), bounds=(0, 1))
     >>> rate.value, rate.low < rate.value < rate.high
     (0.75, True)
     """
 
-    def __init__(self, n: int, resamples: int = 2000, seed: int = 0):
+    def __init__(self, n: int, resamples: int = 2000, seed: int = 0, unit: NDArray[np.int64] | None = None):
         if n < 1:
             raise ValueError(f"n must be at least 1 prompt: got {n}")
         if resamples < 1:
             raise ValueError(f"resamples must be at least 1: got {resamples}; 2000 is usual")
         self.n, self.resamples, self.seed = n, resamples, seed
-        self._counts = list(self._draw()) if n * resamples <= _CACHED_COUNTS else None
+        self.unit = None if unit is None else np.asarray(unit)
+        self.resampled = n if self.unit is None else int(self.unit.max()) + 1
+        self._counts = list(self._draw()) if self.resampled * resamples <= _CACHED_COUNTS else None
 
     def sums(self, values: ArrayLike) -> Array:
         """Sum per-prompt values over each resample: (n,) or (n, K) -> (resamples, K)."""
-        columns = np.asarray(values, dtype=np.float64).reshape(self.n, -1)
+        columns = self.by_unit(values)
         return np.concatenate([counts @ columns for counts in self._counts or self._draw()])
 
+    def by_unit(self, values: ArrayLike) -> Array:
+        """Sum values over what is resampled: (n,) or (n, K) -> (resampled, K)."""
+        columns = np.asarray(values, dtype=np.float64).reshape(self.n, -1)
+        if self.unit is None:
+            return columns
+        summed = np.zeros((self.resampled, columns.shape[1]))
+        np.add.at(summed, self.unit, columns)
+        return summed
+
     def units(self, used: ArrayLike) -> Array:
-        """Count the independent units among the prompts in use: (n,) or (n, K) booleans -> (K,)."""
-        return np.asarray(used, dtype=bool).reshape(self.n, -1).sum(0)
+        """Count the independent units among the rows in use: (n,) or (n, K) booleans -> (K,)."""
+        return (self.by_unit(np.asarray(used, dtype=bool)) > 0).sum(0)
 
     def ratios(
         self, numerator: ArrayLike, denominator: ArrayLike, bounds: tuple[float, float] | None = None
@@ -167,11 +181,12 @@ class Bootstrap:
 
     def _draw(self):
         rng = np.random.default_rng(self.seed)
-        rows = max(1, _CHUNK_COUNTS // self.n)
+        n = self.resampled
+        rows = max(1, _CHUNK_COUNTS // n)
         for start in range(0, self.resamples, rows):
             size = min(rows, self.resamples - start)
-            picked = rng.integers(0, self.n, size=(size, self.n)) + self.n * np.arange(size)[:, None]
-            yield (np.bincount(picked.ravel(), minlength=size * self.n).reshape(size, self.n).astype(np.float64))
+            picked = rng.integers(0, n, size=(size, n)) + n * np.arange(size)[:, None]
+            yield np.bincount(picked.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
 def interval(
@@ -400,10 +415,10 @@ def reliability(
     drawn_gaps, drawn_rows, sizes = bootstrap.sums(gaps)[present], bootstrap.sums(rows)[present], sizes[present]
     noise = (drawn_gaps - drawn_rows * bin_gap) / sizes
     # a bin of m prompts has taken 1 / m of its noise into its own gap; of few prompts the noise is known roughly
-    prompts = rows.sum(0) ** 2 / (rows**2).sum(0)
+    prompts = rows.sum(0) ** 2 / (bootstrap.by_unit(rows) ** 2).sum(0)
     noise *= np.sqrt(prompts / np.maximum(prompts - 1, 1.0))
-    if bootstrap.n > 1:
-        noise *= small_sample_factor(bootstrap.n) * sqrt(1 - 1 / bootstrap.n)
+    if bootstrap.resampled > 1:
+        noise *= small_sample_factor(bootstrap.resampled) * sqrt(1 - 1 / bootstrap.resampled)
     null = np.abs(noise).sum(1)
     low, middle, high = (measured * found for found in _multiples(bin_gap * rows.sum(0) / p.size, noise, measured))
     return Reliability(

@@ -469,6 +469,37 @@ def test_a_program_may_have_set_its_own_defaults(flow):
     same(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["inference_mode", "autocast"]
+)
+def test_the_mode_of_the_program_changes_no_number(flow, mode):
+    from pfm.preferences import BradleyTerry
+
+    y, x = outputs()
+    pairs = shifted_pairs()
+
+    def found() -> list[torch.Tensor]:
+        inner = EncodedPairs(pairs.chosen.clone(), pairs.rejected.clone(), pairs.context)
+        given = y.clone()
+        return [
+            PreferenceFlow.fit(inner, LIGHT, progress=False).transport(given, x),
+            flow.transport(given, x.clone(), win_gradient=0.5),
+            flow.win_probability(given, x),
+            BradleyTerry().fit(inner).score(given, given.flip(0), x),
+        ]
+
+    expected = found()
+    with mode():
+        inside = found()
+        fitted = PreferenceFlow.fit(pairs, LIGHT, progress=False)
+    for one, other in zip(inside, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert not one.requires_grad
+        same(one, other)
+    # what was fitted inside serves outside
+    same(copy.deepcopy(fitted).transport(y, x, win_gradient=0.5), fitted.transport(y, x, win_gradient=0.5))
+
+
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), DEVICE, str(DEVICE)])
 def test_a_device_is_named_as_one_likes(device):
     assert resolve_device(device).type == torch.device(device).type

@@ -16,7 +16,8 @@ class PaperConfig(TaskConfig):
     experiments: sweeps of ``conf/experiment`` whose figures the page shows; of others it says that they are missing.
     folder: of the runs, one folder below for each sweep. sweep: False only reads the runs that are there.
     overrides: arguments of a sweep by its name, such as {mnist: ["task=digits", "seed=0"]}.
-    autoencoder: folder of the text experiment's, which is trained with that many ``updates`` where there is none.
+    autoencoder: folder of the text experiment's, which is trained with that many ``updates``, and its decoder again
+    with that many of ``writer``, where that was not done.
     page: the file to write; an HTML page and pictures are written beside it.
     """
 
@@ -26,6 +27,7 @@ class PaperConfig(TaskConfig):
     overrides: dict[str, list[str]] = field(default_factory=dict)
     autoencoder: str = "runs/autoencoder"
     updates: int = 7000
+    writer: int = 3500
     page: str = "runs/paper/paper.md"
 
 

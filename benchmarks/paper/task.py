@@ -16,6 +16,7 @@ from benchmarks.core.data import MissingDataError
 from benchmarks.paper.config import PaperConfig
 from benchmarks.paper.known import EXPERIMENTS
 from benchmarks.paper.page import finished, save
+from benchmarks.text_autoencoder.writer import is_trained
 
 __all__ = ["Paper"]
 
@@ -85,8 +86,15 @@ class Paper:
         overrides = [f"out={Path(config.folder) / name}", f"progress={str(progress).lower()}"]
         if name == "imdb":
             overrides.append(f"task.autoencoder={config.autoencoder}")
-            if not (Path(config.autoencoder) / "config.json").is_file():
-                training = ["--out", config.autoencoder, "--updates", str(config.updates)]
+            if not is_trained(Path(config.autoencoder)):
+                training = [
+                    "--out",
+                    config.autoencoder,
+                    "--updates",
+                    str(config.updates),
+                    "--writer",
+                    str(config.writer),
+                ]
                 if code := _run("benchmarks.text_autoencoder", *training):
                     return code
         given = config.overrides.get(name, [])

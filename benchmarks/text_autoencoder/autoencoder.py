@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
+from benchmarks.text_autoencoder.search import draw, search
 from pfm._internal.archive import load_module, read_description, read_folder, save_folder, save_tensors
 from pfm._internal.byte_pairs import read_tokenizer
-from pfm._internal.checks import check_finite, check_shape
+from pfm._internal.checks import check_finite, check_number, check_shape, check_whole
 from pfm._internal.files import replace_file, replace_json, require_files
 from pfm.decoders.latent import weights_identity
 from pfm.encoders.base import check_texts
@@ -91,21 +92,49 @@ class SentenceAutoencoder:
         parts = [self.network.encode(*padded(rows[at : at + ROWS])) for at in range(0, len(rows), ROWS)]
         return torch.cat(parts) if parts else torch.zeros(0, self.dimension)
 
-    def decode(self, vectors: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """Write the texts of vectors (N, D), of any length; a draw at a temperature above 0, the likeliest at 0.
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the decoder was trained without latents as well, so that ``decode`` takes a fluency."""
+        return "writer" in self.training
+
+    def decode(
+        self, vectors: Tensor, *, temperature: float = 0.0, seed: int = 0, fluency: float = 0.0, beams: int = 1
+    ) -> list[str]:
+        """Write the texts of vectors (N, D), of any length.
+
+        Args:
+            vectors: (N, D).
+            temperature: of the draws of tokens; 0 for the likeliest text.
+            seed: of the draws.
+            fluency: weight of the texts' own log-probability, without a latent, beside that of the texts given the
+                vector; see :func:`benchmarks.text_autoencoder.search.search`.
+            beams: of the search for the likeliest text; 1 takes the likeliest token each time.
 
         Raises:
-            ValueError: another shape, values that are not finite, or a temperature below 0.
+            ValueError: another shape, values that are not finite, or a setting out of its range; a fluency where the
+                decoder is no language model; beams where texts are drawn.
         """
         table = torch.as_tensor(vectors).detach().float()
         check_shape("vectors", table, ("N", self.dimension))
         check_finite("vectors", table)
-        if not temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        check_number("temperature", temperature, least=0)
+        check_number("fluency", fluency, least=0)
+        check_whole("beams", beams, 1, self.network.settings.vocabulary)
+        if fluency and not self.is_language_model:
+            raise ValueError(
+                f"fluency={fluency} needs a decoder that is a language model, which this one is not: let python -m "
+                "benchmarks.text_autoencoder train it again, or set fluency to 0"
+            )
+        if temperature and beams > 1:
+            raise ValueError(f"beams must be 1 where texts are drawn: got beams={beams}, temperature={temperature}")
         random = torch.Generator().manual_seed(seed)
+        nats = float(self.training["writer"]["nats"]) if fluency else 0.0
         texts: list[str] = []
-        for some in table.split(ROWS):
-            ids = self.network.generate(some, temperature, random).tolist()
+        for some in table.split(max(1, ROWS // beams)):
+            if beams > 1:
+                ids = search(self.network, some, fluency, beams, nats).tolist()
+            else:
+                ids = draw(self.network, some, temperature, random, fluency, nats).tolist()
             rows = [row[: row.index(END)] if END in row else row for row in ids]
             texts += [text.strip() for text in self.tokenizer.decode_batch(rows)]
         return texts

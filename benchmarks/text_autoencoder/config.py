@@ -17,6 +17,10 @@ class TextAutoencoderConfig(TaskConfig):
         autoencoder: folder that ``python -m benchmarks.text_autoencoder`` has written; or a bottleneck-T5 model, a
         folder or a name on the hub, whose own code runs only with ``trust_remote_code``. revision: of one on the hub.
 
+    How vectors are decoded
+        fluency: weight of a text's own log-probability beside that of the text given the vector; 0 for an autoencoder
+        whose decoder is no language model. beams: of the search for the likeliest text.
+
     What is measured
         labelled: sentences that the labelling judge is fitted on. reference: sentences that preferences are drawn from.
         validation, drafts: sentences on which settings are chosen and on which they are measured, others every seed.
@@ -31,6 +35,8 @@ class TextAutoencoderConfig(TaskConfig):
     autoencoder: str = "runs/autoencoder"
     trust_remote_code: bool = False
     revision: str | None = None
+    fluency: float = 1.2
+    beams: int = 4
     labelled: int = 6000
     reference: int = 12000
     validation: int = 40

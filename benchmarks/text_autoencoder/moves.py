@@ -15,7 +15,7 @@ from pfm.preferences import BradleyTerry
 __all__ = ["CONTROLS", "FAMILIES", "Moves", "encode_decode", "family_of", "preferred_subspace"]
 
 STRENGTHS = (1.0, 2.0, 3.0, 4.0)
-SUBSPACE_STRENGTHS = (2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 16.0)
+SUBSPACE_STRENGTHS = (2.0, 3.0, 3.5, 4.0, 4.5, 5.0, 6.0, 8.0, 16.0)
 WIN_GRADIENTS = (32.0, 64.0, 96.0, 128.0, 512.0)
 SUBSPACE = 8  # dimensions
 SHIFTS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 32.0)

@@ -10,7 +10,7 @@ same size reads 16% after 61.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ __all__ = ["END", "Network", "NetworkSettings"]
 
 END = 0  # id of the tokenizer's one special token; padding as well
 MOST = 4096  # of any size, so that a stranger's description cannot ask for a huge network
+WRITING = ("writing_places", "writing_codes", "before_reading", "after_reading", "previous", "writers", "sharpness",
+           "frequency")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,16 @@ class Network(nn.Module):
             logs = (counts.float() + 1).log()
             self.frequency.copy_(logs - logs.mean())
 
+    def deepened(self, writers: int) -> Network:
+        """Return a copy whose decoder has so many layers; those that are added start as the identity."""
+        found = Network(replace(self.settings, writers=writers))
+        found.load_state_dict(self.state_dict(), strict=False)
+        return found
+
+    def writing_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the decoder alone, on which no latent depends."""
+        return [part for name, part in self.named_parameters() if name.partition(".")[0] in WRITING]
+
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return latents (B, D) of token ids (B, T), each text's END among them; mask (B, T) is True at its tokens."""
         count = ids.shape[1]
@@ -129,12 +141,16 @@ class Network(nn.Module):
         for layer in self.readers:
             states, _ = layer(states, mask)
         bound = self.before_code(states) * self.reading_codes[:count] * mask[..., None]
-        return normalize(self.after_code(bound.sum(1)).float(), dim=1) * math.sqrt(self.settings.width)
+        return self.on_sphere(self.after_code(bound.sum(1)))
+
+    def on_sphere(self, latents: Tensor) -> Tensor:
+        """Return latents (B, D) scaled to the length sqrt(D), in single precision."""
+        return normalize(latents.float(), dim=1) * math.sqrt(self.settings.width)
 
     def states(self, latents: Tensor, ids: Tensor) -> Tensor:
         """Return the decoder's states (B, T, D) at each of the token ids (B, T), which it sees up to the one before."""
         given = pad(ids[:, :-1], (1, 0), value=END)
-        states, _ = self._write(self._unbound(latents, 0, ids.shape[1]), given, 0, None)
+        states, _ = self.write(self.unbound(latents, 0, ids.shape[1]), given, 0, None)
         return states
 
     def logits(self, states: Tensor) -> Tensor:
@@ -145,11 +161,19 @@ class Network(nn.Module):
         """Return the log-odds (B,) of the attribute that the latents are organised by."""
         return self.attribute(latents).squeeze(-1)
 
-    def _unbound(self, latents: Tensor, start: int, stop: int) -> Tensor:
+    def unbound(self, latents: Tensor, start: int, stop: int) -> Tensor:
         """Return what latents (B, D) hold at each position, (B, stop - start, D)."""
         return self.after_reading(self.before_reading(latents)[:, None] * self.writing_codes[start:stop])
 
-    def _write(self, unbound: Tensor, given: Tensor, start: int, past: list[Any] | None) -> tuple[Tensor, list[Any]]:
+    def write(self, unbound: Tensor, given: Tensor, start: int, past: list[Any] | None) -> tuple[Tensor, list[Any]]:
+        """Return the decoder's states (B, T, D), and keys and values for a later step.
+
+        Args:
+            unbound: (B, T, D) what the latents hold at positions from ``start`` on.
+            given: (B, T) the token before each position.
+            start: the first position.
+            past: keys and values of earlier positions, with T = 1.
+        """
         places = self.writing_places[start : start + given.shape[1]]
         states = unbound + places + self.previous(embedding(given, self.tokens))
         kept = []
@@ -157,39 +181,6 @@ class Network(nn.Module):
             states, own = layer(states, None, None if past is None else past[number])
             kept.append(own)
         return states, kept
-
-    @torch.no_grad()
-    def generate(self, latents: Tensor, temperature: float = 0.0, random: torch.Generator | None = None) -> Tensor:
-        """Write token ids (B, window) from latents (B, D); END fills each row's rest.
-
-        Args:
-            latents: (B, D), of any length: they are put on the sphere first.
-            temperature: of the draws of tokens; 0 takes the likeliest.
-            random: for the draws.
-        """
-        latents = normalize(latents.float(), dim=1) * math.sqrt(self.settings.width)
-        window = self.settings.window
-        unbound = self._unbound(latents, 0, window)
-        written = torch.full((len(latents), window), END)
-        given = torch.full((len(latents), 1), END)
-        open_rows = torch.ones(len(latents), dtype=torch.bool)
-        past = None
-        for place in range(window):
-            states, past = self._write(unbound[:, place : place + 1], given, place, past)
-            logits = self.logits(states[:, 0])
-            if place == 0:
-                logits[:, END] = -torch.inf  # no empty texts
-            if temperature > 0:
-                chosen = torch.multinomial(torch.softmax(logits / temperature, 1), 1, generator=random).squeeze(1)
-            else:
-                chosen = logits.argmax(1)
-            chosen = torch.where(open_rows, chosen, END)
-            written[:, place] = chosen
-            open_rows = open_rows & (chosen != END)
-            if not bool(open_rows.any()):
-                break
-            given = chosen[:, None]
-        return written
 
 
 def _linear(weight: Tensor) -> nn.Linear:

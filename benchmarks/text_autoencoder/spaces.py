@@ -25,10 +25,19 @@ class Space:
 
     Args:
         model: has ``encode(texts)`` and ``decode(vectors)``, whose result depends on the vectors' directions alone.
+        fluency, beams: of our own network's :meth:`SentenceAutoencoder.decode`; other models have none.
+
+    Raises:
+        ValueError: a fluency, and the model's decoder is no language model.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, fluency: float = 0.0, beams: int = 1) -> None:
+        if fluency and not (isinstance(model, SentenceAutoencoder) and model.is_language_model):
+            raise ValueError(
+                f"task.fluency={fluency} needs an autoencoder whose decoder is a language model: train it with python "
+                "-m benchmarks.text_autoencoder, which trains the decoder again, or set task.fluency=0"
+            )
+        self.model, self.fluency, self.beams = model, fluency, beams
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors (N, D) of texts that fit."""
@@ -36,6 +45,8 @@ class Space:
 
     def decode(self, vectors: Tensor) -> list[str]:
         """Return the likeliest text of each vector (N, D)."""
+        if isinstance(self.model, SentenceAutoencoder):
+            return self.model.decode(vectors, fluency=self.fluency, beams=self.beams)
         return self.model.decode(vectors)
 
     def draw(self, vectors: Tensor, noise: float, temperature: float, seed: int) -> list[str]:
@@ -43,7 +54,7 @@ class Space:
         random = torch.Generator().manual_seed(seed)
         noisy = vectors + noise * torch.randn(vectors.shape, generator=random) / vectors.shape[1] ** 0.5
         if isinstance(self.model, SentenceAutoencoder):
-            return self.model.decode(noisy, temperature=temperature, seed=seed)
+            return self.model.decode(noisy, temperature=temperature, seed=seed, fluency=self.fluency)
         return self.model.decode(noisy)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
@@ -67,12 +78,13 @@ def load_space(config: TextAutoencoderConfig) -> Space:
     folder = Path(config.autoencoder).expanduser()
     described = folder / CONFIG
     if described.is_file() and _model_type(described) == MODEL_TYPE:
-        return Space(SentenceAutoencoder.from_pretrained(folder))
+        return Space(SentenceAutoencoder.from_pretrained(folder), config.fluency, config.beams)
     if described.is_file() or config.trust_remote_code:
         from pfm.decoders import BottleneckT5
 
         revision = config.revision
-        return Space(BottleneckT5(config.autoencoder, trust_remote_code=config.trust_remote_code, revision=revision))
+        model = BottleneckT5(config.autoencoder, trust_remote_code=config.trust_remote_code, revision=revision)
+        return Space(model, config.fluency)
     raise MissingDataError(
         f"no autoencoder at {config.autoencoder}: python -m benchmarks.text_autoencoder --out {config.autoencoder}; a "
         "bottleneck-T5 model needs task.trust_remote_code=true"

@@ -24,6 +24,7 @@ from benchmarks.text_autoencoder.autoencoder import (
 )
 from benchmarks.text_autoencoder.card import model_card
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
+from benchmarks.text_autoencoder.search import draw
 from pfm._internal.byte_pairs import read_tokenizer, train_tokenizer
 from pfm._internal.files import claim_folder, replace_file
 from pfm._internal.smollm2 import has_bfloat16
@@ -31,7 +32,7 @@ from pfm._internal.smollm2 import has_bfloat16
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Corpus", "TrainingSettings", "measure", "token_vectors", "train"]
+__all__ = ["Batches", "Corpus", "TrainingSettings", "measure", "rows_of", "token_vectors", "train"]
 
 PART = 25  # updates between two saved states
 BUCKET = 32  # batches that are sorted by length together
@@ -95,7 +96,7 @@ def train(
     claim_folder(folder, PLAN, {"network": asdict(sizes), "training": asdict(settings), "sentences": len(corpus.texts)},
                  "autoencoder")  # fmt: skip
     tokenizer = _tokenizer(folder, corpus.texts, sizes.vocabulary)
-    rows, attributes = _rows(tokenizer, corpus.texts, corpus.attributes, settings.shortest, sizes.window)
+    rows, attributes = rows_of(tokenizer, corpus.texts, corpus.attributes, settings.shortest, sizes.window)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = Network(sizes)
@@ -106,7 +107,7 @@ def train(
     )
     clock = nn.ParameterDict({"seconds": nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)})
     training = Training(folder, {"network": network, "optimizer": optimizer, "clock": clock})
-    batches = _Batches(rows, settings)
+    batches = Batches([len(row) for row in rows], settings.batch, settings.seed)
     began = time.process_time()
     for part in training.remaining(-(-updates // PART), f"autoencoder, {PART} updates each", progress):
         for update in range(part * PART, min((part + 1) * PART, updates)):
@@ -147,12 +148,12 @@ def measure(model: SentenceAutoencoder, corpus: Corpus, shortest: int, count: in
     that is read from the latent.
     """
     network, window = model.network, model.network.settings.window
-    rows, attributes = _rows(model.tokenizer, corpus.held_out, corpus.held_out_attributes, shortest, window)
+    rows, attributes = rows_of(model.tokenizer, corpus.held_out, corpus.held_out_attributes, shortest, window)
     rows, attributes = rows[:count], attributes[:count]
     ids, mask = padded(rows)
     latents = network.encode(ids, mask)
     right = (network.logits(network.states(latents, ids)).argmax(2) == ids)[mask]
-    written = network.generate(latents)
+    written = draw(network, latents)
     own = torch.full_like(written, END)
     width = min(window, ids.shape[1])
     own[:, :width] = ids[:, :width]
@@ -199,22 +200,26 @@ def token_vectors(rows: Sequence[Sequence[int]], vocabulary: int, width: int) ->
     return normalize(vectors, dim=1), counts
 
 
-class _Batches:
-    """Deals the rows of each epoch into batches of like length, by the update's number alone."""
+class Batches:
+    """Deals the rows of each epoch into batches of like length, by the update's number alone.
 
-    def __init__(self, rows: Sequence[Sequence[int]], settings: TrainingSettings) -> None:
-        self.lengths, self.settings = [len(row) for row in rows], settings
+    Args:
+        lengths: of the rows. size: rows of a batch. seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
+        self.lengths, self.size, self.seed = lengths, size, seed
         self.dealt = lru_cache(maxsize=1)(self._dealt)
 
     def __call__(self, update: int) -> list[int]:
-        count = -(-len(self.lengths) // self.settings.batch)
+        count = -(-len(self.lengths) // self.size)
         return self.dealt(update // count)[update % count]
 
     def _dealt(self, epoch: int) -> list[list[int]]:
-        source = random.Random(f"{self.settings.seed} {epoch}")
+        source = random.Random(f"{self.seed} {epoch}")
         order = list(range(len(self.lengths)))
         source.shuffle(order)
-        size = self.settings.batch
+        size = self.size
         batches: list[list[int]] = []
         for at in range(0, len(order), size * BUCKET):
             some = sorted(order[at : at + size * BUCKET], key=self.lengths.__getitem__)
@@ -242,7 +247,7 @@ def _loss(
     return loss
 
 
-def _rows(
+def rows_of(
     tokenizer: Tokenizer, texts: Sequence[str], attributes: Sequence[int], shortest: int, longest: int
 ) -> tuple[list[list[int]], Tensor]:
     found = [row.ids for row in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

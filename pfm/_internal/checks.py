@@ -7,6 +7,7 @@ got 0``. A ``hint`` adds the way out.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sized
 from numbers import Integral
 from typing import Any, Protocol, overload
@@ -23,6 +24,7 @@ __all__ = [
     "check_length",
     "check_number",
     "check_same_sizes",
+    "check_seed",
     "check_shape",
     "check_whole",
     "checked_column",
@@ -127,6 +129,20 @@ def check_number(
     raise _refusal(name, _range(least, above, most, below) + _alternatives(also), _shown(value), hint)
 
 
+def check_seed(seed: Any) -> int:
+    """Check a seed, which numpy and torch take in different ranges, and return it as an int.
+
+    Raises:
+        ValueError: it is no whole number from 0 to 2⁶³ − 1.
+
+    >>> check_seed(-1)
+    Traceback (most recent call last):
+        ...
+    ValueError: seed must be a whole number from 0 to 9223372036854775807: got -1
+    """
+    return check_whole("seed", seed, 0, 2**63 - 1)
+
+
 def check_flag(name: str, value: Any) -> None:
     """Check that a value is True or False.
 
@@ -225,19 +241,54 @@ def check_finite(name: str, array: Tensor | np.ndarray) -> None:
 
 
 def as_float_tensor(name: str, value: Any) -> Tensor:
-    """Turn an array-like into a floating-point tensor (float16, bfloat16 and float64 are kept)."""
+    """Turn an array-like into a floating-point tensor (float16, bfloat16 and float64 are kept).
+
+    Arrays in the byte order of another machine, with negative strides, or of more than 64 bits are copied.
+
+    Raises:
+        TypeError: it holds no real numbers, is masked, or is no dense tensor.
+    """
+    wanted = f"{name} must be a tensor or an array of numbers"
+    if type(value).__module__.partition(".")[0] == "scipy":  # its sparse matrices, which become arrays of objects
+        raise TypeError(f"{wanted}: got the sparse {type(value).__name__}; pass {name}.toarray()")
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        masked = int(np.ma.count_masked(value))
+        raise TypeError(f"{wanted}: got a masked array, {masked} of whose values are missing; remove or fill them")
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(_plain_array(value) if isinstance(value, np.ndarray) else value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must be a tensor or an array of numbers: got {type(value).__name__}") from error
+        got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise TypeError(f"{wanted}: got {got}") from error
     if tensor.is_complex():
         raise TypeError(f"{name} must hold real numbers: got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{wanted}: got a tensor of layout {tensor.layout}; pass {name}.to_dense()")
+    if tensor.is_quantized:
+        raise TypeError(f"{wanted}: got a quantized tensor; pass {name}.dequantize()")
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():  # of no use where gradients are wanted
+        tensor = tensor.clone()
     return tensor if tensor.is_floating_point() else tensor.float()
+
+
+def _plain_array(array: np.ndarray) -> np.ndarray | Tensor:
+    """Return an array that torch can take: of this machine's byte order, positive strides and at most 64 bits."""
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    if any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    if not array.flags.writeable:  # torch warns of it; nothing here is written to
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writ", category=UserWarning)
+            return torch.as_tensor(array)
+    return array
 
 
 def checked_index(name: str, value: Any, table: Tensor) -> Tensor:
     """Check a one-dimensional index into a table's rows and return it on the table's device."""
-    index, rows = torch.as_tensor(value).to(table.device), len(table)
+    plain = _plain_array(value) if isinstance(value, np.ndarray) else value
+    index, rows = torch.as_tensor(plain).to(table.device), len(table)
     if index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(f"{name} must be a one-dimensional integer tensor: got {index.dtype} {tuple(index.shape)}")
     index = index.long()

@@ -24,7 +24,11 @@ __all__ = [
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``path`` and move into place, so that a failure leaves what was there."""
+    """Write beside ``path`` and move into place, so that a failure leaves what was there.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; safetensors' own error becomes one.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
@@ -32,6 +36,14 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.umask(mask)
         partial.chmod(0o666 & ~mask)
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
+    except Exception as error:
+        safetensors = sys.modules.get("safetensors")
+        if safetensors is not None and isinstance(error, safetensors.SafetensorError):
+            raise OSError(f"{path} was not written ({error})") from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

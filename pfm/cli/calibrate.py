@@ -57,7 +57,7 @@ def calibrate(
     trust_encoder: TrustEncoder = False,
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
-    seed: Annotated[int, typer.Option(help="Seed of the replays.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the replays.")] = 0,
     as_json: Json = False,
     traceback: Traceback = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -101,6 +102,30 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", "ok", about)
 
 
+def usable_cores(root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return the cores that this process may use: those it is bound to, within a container's quota of CPU time.
+
+    Args:
+        root: where Linux shows the control group; both of its versions are read.
+    """
+    bound = getattr(os, "sched_getaffinity", None)
+    cores = float(len(bound(0)) if bound else os.cpu_count() or 1)
+    try:
+        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota, period = (
+                (root / f"cpu/cpu.cfs_{part}_us").read_text(encoding="ascii") for part in ("quota", "period")
+            )
+        except OSError:
+            return cores
+    try:
+        share = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max": no limit
+        return cores
+    return min(cores, share) if share > 0 else cores
+
+
 def _packages() -> Iterator[Finding]:
     found, lacking = [f"pfm {importlib.metadata.version('preference-flow')}"], []
     for name in NEEDED:
@@ -142,7 +167,14 @@ def _devices() -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("device", "failed", str(error), "unset PFM_DEVICE, or name a device of this machine")
         return
-    yield Finding("device", "ok", f"{chosen} by default, {torch.get_num_threads()} threads on the CPU")
+    threads, cores = torch.get_num_threads(), usable_cores()
+    yield Finding("device", "ok", f"{chosen} by default, {threads} threads on the CPU")
+    if threads > cores:
+        yield Finding(
+            "device", "missing",
+            f"{threads} threads share the {cores:g} cores that this process may use, and wait for each other",
+            f"export OMP_NUM_THREADS={max(1, math.floor(cores))} before Python starts",
+        )  # fmt: skip
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name = torch.cuda.get_device_name(number)

@@ -64,7 +64,7 @@ def evaluate(
     encoder: EncoderOfFlow = None,
     trust_encoder: TrustEncoder = False,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     no_progress: NoProgress = False,
     as_json: Json = False,
     traceback: Traceback = False,

@@ -69,7 +69,7 @@ def fit(
     ] = None,
     reasoning: ReasoningOption = Reasoning.aside,
     on_bad_rows: BadRowsOption = OnBadRows.stop,
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the fit.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split and of the fit.")] = 0,
     track: Annotated[
         Path | None, typer.Option(help="Append the losses of the fit to this file, as JSON lines.", show_default=False)
     ] = None,
@@ -88,7 +88,9 @@ def fit(
         from pfm.data.pairs import PreferencePairs
         from pfm.encoders import SplitEncoder, encoder_from_name
         from pfm.flow.preference_flow import PreferenceFlow
+        from pfm.flow.storage import check_vacant
 
+        check_vacant(out)
         with_name = SplitEncoder(encoder_from_name(encoder), processes)
         loaded = PreferencePairs.from_file(
             pairs,

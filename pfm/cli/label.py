@@ -66,7 +66,7 @@ def label(
     max_pairs: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of pairs per row, drawn at random.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for drawing these pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for drawing these pairs.")] = 0,
     model: Annotated[
         str | None, typer.Option(help="Judge with this model of an OpenAI-compatible server.", rich_help_panel=_PANEL)
     ] = None,

@@ -15,7 +15,7 @@ from pfm.cli.shell import NoProgress, app, examples
 @app.command(epilog=examples("pfm quickstart", "pfm quickstart --out try/ --seed 1"))
 def quickstart(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write report and flow to.")] = Path("quickstart"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
     no_progress: NoProgress = False,
     as_json: Json = False,
     traceback: Traceback = False,

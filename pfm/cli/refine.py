@@ -219,6 +219,7 @@ def _files(rows: Path, out: Path) -> list[tuple[Path, Path]]:
     if not rows.is_dir():
         return [(rows, out)]
     from pfm.data.folders import row_files
+    from pfm.data.readers import without_compression
 
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} must be a folder, as {rows} is one")
@@ -226,7 +227,7 @@ def _files(rows: Path, out: Path) -> list[tuple[Path, Path]]:
         raise ValueError(f"--out must be another folder than the input {rows}")
     found: dict[Path, Path] = {}
     for path in row_files(rows):
-        inner = Path(path.stem) if path.suffix.lower() in (".gz", ".xz") else path
+        inner = without_compression(path)
         target = out / f"{inner.stem}.jsonl"
         if target in found:
             raise ValueError(f"{found[target].name} and {path.name} would both be refined to {target}: rename one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from pfm.cli.session import UsageError, refuse_usage
+from pfm.cli.session import UsageError, guarded, refuse_usage
 from pfm.errors import UntrustedEncoderError
 
 if TYPE_CHECKING:
@@ -53,13 +53,22 @@ class _Group(TyperGroup):
             return super().resolve_command(ctx, args)
 
 
+#: Options that name what a command writes, and those of them that name a folder or, of a folder of rows, may do so.
+_WRITTEN = ("out", "html", "json_file", "track", "feedback")
+_MAY_BE_FOLDERS = ("out",)
+
+
 class _Command(TyperCommand):
-    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign; writes mistakes as JSON if asked to."""
+    """Expands ``~`` in paths, which a shell leaves alone behind an equals sign; writes mistakes as JSON if asked to.
+
+    A command that would write over a file that it reads stops before it begins.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments; ``--json FILE``, as it was once, is taken for ``--json-file FILE``."""
         args = self._renamed(ctx, args)
         with refuse_usage(args):
+            self._refuse_empty_places(args)
             return super().parse_args(ctx, args)
 
     def _renamed(self, ctx: Any, args: list[str]) -> list[str]:
@@ -88,7 +97,44 @@ class _Command(TyperCommand):
                 ctx.params[name] = [item.expanduser() if isinstance(item, Path) else item for item in value]
             elif isinstance(value, Path):
                 ctx.params[name] = value.expanduser()
+        with guarded(bool(ctx.params.get("traceback")), bool(ctx.params.get("as_json"))):
+            self._check_written(ctx.params)
         return super().invoke(ctx)
+
+    def _refuse_empty_places(self, args: list[str]) -> None:
+        """Refuse an empty place to write to, as of a variable that is not set; as a path it is the working folder."""
+        options = {option for parameter in self.params if parameter.name in _WRITTEN for option in parameter.opts}
+        for before, word in zip(["", *args], args, strict=False):
+            option = before if not word else word.removesuffix("=")
+            if option in options and (not word or word.endswith("=")):
+                raise typer.BadParameter(f"{option} must name a place to write to: got an empty text")
+
+    def _check_written(self, params: Mapping[str, Any]) -> None:
+        """Refuse to write over a file that is read, or two results into one file.
+
+        Raises:
+            ValueError: a command line asks for it.
+        """
+        places = [
+            (name, place)
+            for name, value in params.items()
+            for place in (value if isinstance(value, list | tuple) else (value,))
+            if isinstance(place, Path)
+        ]
+        options = {parameter.name: max(parameter.opts, key=len) for parameter in self.params}
+        written: dict[Path, str] = {}
+        for name, place in places:
+            if name not in _WRITTEN:
+                continue
+            option = options[name]
+            if place.is_dir() and name not in _MAY_BE_FOLDERS:
+                raise ValueError(f"{option} must be a file: {place} is a folder")
+            for other, read in places:
+                if other not in _WRITTEN and place.is_file() and read.is_file() and place.samefile(read):
+                    raise ValueError(f"{option} must be another file than the input {read}")
+            first = written.setdefault(place.absolute(), option)
+            if first != option:
+                raise ValueError(f"{first} and {option} must be two places: got {place} for both")
 
 
 class _App(typer.Typer):

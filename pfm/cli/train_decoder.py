@@ -55,7 +55,7 @@ def train_decoder(
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     window: Annotated[int, typer.Option(help="Maximum number of tokens of a sentence; longer ones are left out.")] = 64,
     device: Annotated[str, typer.Option(help="Where to train: auto, cpu, cuda, cuda:1, ...")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
     no_progress: NoProgress = False,
     as_json: Json = False,
     traceback: Traceback = False,

@@ -84,6 +84,8 @@ def _checked_score(score: Any) -> float:
         number = float(score)
     except (TypeError, ValueError):
         raise PreferenceDataError(f"the score is {show(score)}; expected a number", reason="wrong type") from None
+    except OverflowError:  # an integer beyond what a float holds
+        number = math.inf
     if not math.isfinite(number):
         raise PreferenceDataError(f"the score is {number}; expected a finite number", reason="score not finite")
     return number

@@ -13,8 +13,10 @@ import numpy as np
 from pfm._internal.checks import check_whole
 from pfm.data.conversations import Text, as_text, is_blank, is_unicode, message_texts
 from pfm.data.errors import PreferenceDataError, show
+from pfm.data.identity import name_form
 
 __all__ = [
+    "DIFFERENCE",
     "check_pair_limit",
     "checked_prompt",
     "checked_response",
@@ -26,6 +28,8 @@ __all__ = [
 
 #: Pairs that one prompt may give without a limit: beyond it the lists no longer fit in memory.
 MOST_PAIRS_PER_PROMPT = 2_000_000
+#: What two names of columns that are meant alike may differ in (:func:`pfm.data.identity.normal_form`).
+DIFFERENCE = "case, spaces or invisible characters"
 _CHARACTER = "; expected at least one character to read"
 
 
@@ -42,9 +46,9 @@ def require(row: Mapping[str, Any], column: str, option: str | None = None) -> A
         )
     found = ", ".join(repr(name) for name in row) or "none"
     rename = f"; if another column holds it, name that one with {option}=" if option else ""
-    near = next((name for name in row if str(name).strip().casefold() == column.casefold()), None)
+    near = next((name for name in row if name_form(str(name)) == name_form(column)), None)
     if near is not None:
-        rename = f"; {near!r} differs in case only: rename it{f', or give {option}={near!r}' if option else ''}"
+        rename = f"; {near!r} differs in {DIFFERENCE} only: rename it{f', or give {option}={near!r}' if option else ''}"
     problem = f"the column is missing; columns found: {found}{rename}"
     raise PreferenceDataError(problem, reason="missing column", column=column)
 
@@ -101,7 +105,7 @@ def optional_number(row: Mapping[str, Any], column: str, highest: float = math.i
         return None
     try:
         number = float(value) if isinstance(value, Real | Decimal | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):  # an integer beyond what a float holds
         number = math.nan
     if not (math.isfinite(number) and 0 <= number <= highest):
         expected = "a finite number ≥ 0" if highest == math.inf else f"a number from 0 to {highest:g}"

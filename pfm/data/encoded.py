@@ -14,6 +14,7 @@ from pfm._internal.checks import (
     check_finite,
     check_length,
     check_number,
+    check_seed,
     check_shape,
     checked_column,
     checked_index,
@@ -488,6 +489,7 @@ class EncodedPairs:
         Raises:
             ValueError: fewer than two groups, or ``held_out`` out of range.
         """
+        seed = check_seed(seed)
         held_out = check_number("held_out", held_out, above=0, below=1)
         names, member = torch.unique(self.group, return_inverse=True)
         if len(names) < 2:
@@ -523,6 +525,7 @@ class EncodedPairs:
         Raises:
             ValueError: ``share`` does not lie in [0, 1].
         """
+        seed = check_seed(seed)
         share = check_number("share", share, least=0, most=1)
         # Not the stream of data that were drawn with the same small seed.
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)

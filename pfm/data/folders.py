@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from pfm.data.encoded import EncodedPairs
 from pfm.data.pairs import PreferencePairs
-from pfm.data.readers import FILE_READERS
+from pfm.data.readers import FILE_READERS, without_compression
 from pfm.data.storage import GrowingArrays
 
 __all__ = ["encode_files", "row_files"]
@@ -47,9 +47,8 @@ def row_files(files: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) 
 
 
 def _is_row_file(path: Path) -> bool:
-    inner = path.stem if path.suffix.lower() in (".gz", ".xz") else path.name
     hidden = path.name.startswith((".", "_"))  # what other programs keep beside their rows
-    return not hidden and path.is_file() and Path(inner).suffix.lower() in FILE_READERS
+    return not hidden and path.is_file() and without_compression(path).suffix.lower() in FILE_READERS
 
 
 def encode_files(

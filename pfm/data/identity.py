@@ -11,10 +11,11 @@ there is nothing. Rows without a group are identified by their prompt alone.
 from __future__ import annotations
 
 import unicodedata
+from functools import lru_cache
 from numbers import Real
 from typing import Any, TypeAlias
 
-__all__ = ["PromptIdentity", "given_group", "is_missing", "normal_form", "prompt_identity"]
+__all__ = ["PromptIdentity", "given_group", "is_missing", "name_form", "normal_form", "prompt_identity"]
 
 PromptIdentity: TypeAlias = tuple[str, Any]
 
@@ -30,6 +31,16 @@ def normal_form(text: str) -> str:
     # Folding can undo the composition, so compose again (Unicode Standard, section 3.13, D146).
     folded = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
+
+
+@lru_cache(1024)
+def name_form(name: str) -> str:
+    """Return the normal form of a column's name, which comes back in every row.
+
+    >>> name_form("\ufeffPrompt ")
+    'prompt'
+    """
+    return normal_form(name)
 
 
 def prompt_identity(prompt: str, group: Any) -> PromptIdentity:

@@ -289,5 +289,5 @@ def scored_row(row: Mapping[str, Any]) -> ScoredRow:
 def _number(value: Any) -> bool:
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import numpy as np
 
-from pfm._internal.checks import check_choice, check_number
+from pfm._internal.checks import check_choice, check_number, check_seed
 from pfm._internal.moved import renamed_method
 from pfm.data.candidates import CandidateGroup, add_scored_rows, ranked_candidates, scored_columns
 from pfm.data.conversations import Text, conversation_text, joined_text
@@ -119,7 +119,7 @@ class PreferencePairs:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], **options: Unpack[RowOptions]) -> PreferencePairs:
-        """Load .jsonl (.ndjson), .json, .csv, .tsv or .parquet; ``.gz`` or ``.xz`` may follow the suffix.
+        """Load .jsonl (.ndjson), .json, .csv, .tsv or .parquet; ``.gz``, ``.xz`` or ``.bz2`` may follow the suffix.
 
         Raises:
             PreferenceDataError: the file or, unless ``on_bad_rows="drop"``, a row is bad.
@@ -174,7 +174,7 @@ class PreferencePairs:
         options: RowOptions,
     ) -> PreferencePairs:
         place = "line {n}" if reader is read_jsonl else "row {n}"
-        return cls._from_numbered(lambda bad: reader(Path(path), bad), os.fspath(path), place, options)
+        return cls._from_numbered(lambda bad: reader(Path(path).expanduser(), bad), os.fspath(path), place, options)
 
     @classmethod
     def _from_numbered(
@@ -239,6 +239,7 @@ class PreferencePairs:
         >>> list(zip(pairs.chosen, pairs.rejected))
         [('Rain.', 'No.'), ('It rains.', 'No.'), ('It rains.', 'Rain.')]
         """
+        seed = check_seed(seed)
         check_choice("ties", ties, ("half", "drop"))
         bad = BadRows("scores", on_bad_rows)
         columns, groups = scored_columns(
@@ -267,6 +268,7 @@ class PreferencePairs:
         >>> len(PreferencePairs.from_rankings(["Why?"], [["It rains.", "Rain.", "No."]]))
         3
         """
+        seed = check_seed(seed)
         candidates, scores = ranked_candidates(prompts, rankings, group)
         return cls.from_scores(
             prompts,
@@ -322,7 +324,7 @@ class PreferencePairs:
         check_choice("ties", ties, ("drop", "half"))
         if ties == "half" and not soft:
             raise ValueError('ties="half" needs soft=True: a hard label has no half; use ties="drop"')
-        check_number("prior", prior, least=0, also=(None,))
+        prior = check_number("prior", prior, least=0, also=(None,))
         if prior is None:
             rows = list(rows)
             prior = vote_prior(rows)
@@ -366,7 +368,7 @@ class PreferencePairs:
         return {name: column for name, column in own.items() if column is not None} | self.extra
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON object a row, whole or not at all; ``.gz`` and ``.xz`` compress.
+        """Write one JSON object a row, whole or not at all; ``.gz``, ``.xz`` and ``.bz2`` compress.
 
         Reading the file gives the same pairs. Candidate sets are not rows and are not written.
 
@@ -402,6 +404,7 @@ class PreferencePairs:
 
         This is the control in which nothing can be learned.
         """
+        seed = check_seed(seed)
         generator = np.random.default_rng(seed)
         flip = (generator.random(len(self)) < 0.5).tolist()
         candidates = [replace(c, scores=generator.permutation(c.scores).tolist()) for c in self.candidates]
@@ -459,6 +462,7 @@ class PreferencePairs:
         >>> len(train), len(held_out), set(train.prompts) & set(held_out.prompts)
         (6, 2, set())
         """
+        seed = check_seed(seed)
         held_out = check_number("held_out", held_out, above=0, below=1)
         check_choice("by", by, ("prompt", "group"))
         groups = self.group or [None] * len(self)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -14,7 +16,7 @@ from typing import IO, Any, TypeAlias, cast
 from pfm._internal.nesting import parse_json
 from pfm.data.errors import BadRows, PreferenceDataError, not_utf8, show
 from pfm.data.labels import class_name, class_names
-from pfm.data.spreadsheets import table_rows
+from pfm.data.spreadsheets import LONGEST_MARK, check_is_text, decode_text, table_rows
 
 __all__ = [
     "NumberedRows",
@@ -27,6 +29,7 @@ __all__ = [
     "read_jsonl",
     "read_parquet",
     "reader_for",
+    "without_compression",
     "write_lines",
 ]
 
@@ -35,23 +38,38 @@ NumberedRows: TypeAlias = Iterable[tuple[int, Any]]
 _DAMAGE = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
 
 
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
+
 def open_binary(path: Path, mode: str = "rb") -> IO[bytes]:
-    """Open a file of bytes, through gzip or xz when its name ends in ``.gz`` or ``.xz``."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-    return cast(IO[bytes], opener(path, mode))
+    """Open a file of bytes, through gzip, xz or bzip2 when its name ends in ``.gz``, ``.xz`` or ``.bz2``."""
+    return cast(IO[bytes], _OPENERS.get(path.suffix.lower(), open)(path, mode))
+
+
+def without_compression(path: Path) -> Path:
+    """Return the path without the suffix of a compression.
+
+    >>> without_compression(Path("pairs.jsonl.gz")).name, without_compression(Path("pairs.csv")).name
+    ('pairs.jsonl', 'pairs.csv')
+    """
+    return path.with_suffix("") if path.suffix.lower() in _OPENERS else path
 
 
 def read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     """Yield (line number from 1, value) of each line that is not blank."""
     number, offset = 0, 0
     with open_binary(path) as file:
-        lines = iter(file)
+        lines = _lines(file, bad)
         while True:
             number += 1
             try:
                 line = next(lines, None)
             except _DAMAGE as error:
                 bad.meet(_damaged(error), f"line {number}")
+                return
+            except UnicodeDecodeError as error:
+                problem = f"not valid {error.encoding.upper()}, which its byte order mark says it is: {error.reason}"
+                bad.meet(PreferenceDataError(problem, reason="invalid Unicode"), f"line {number}")
                 return
             if line is None:
                 return
@@ -63,15 +81,29 @@ def read_jsonl(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
             offset += len(line)
 
 
+def _lines(file: IO[bytes], bad: BadRows) -> Iterator[bytes]:
+    """Yield the lines of a file of text as UTF-8; a byte order mark may say that the file is UTF-16 or UTF-32."""
+    beginning = file.read(LONGEST_MARK)
+    file.seek(0)
+    encoding = check_is_text(beginning, bad)
+    if encoding is None:
+        yield from file
+        return
+    for line in io.TextIOWrapper(file, encoding, newline="\n"):
+        yield line.encode("utf-8", "surrogatepass")
+
+
 def _parse_line(line: bytes, number: int, offset: int) -> Any:
     try:
         return parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError as error:
         raise not_utf8(error, offset) from None
     except ValueError as error:
-        if line.endswith(b"\n"):
+        if line.endswith(b"\n") or not _is_cut_short(error):
+            spread = number == 1 and line.strip() in _OPENINGS
+            hint = "; the file holds one JSON value over several lines: rename it to .json or use from_json" * spread
             raise PreferenceDataError(
-                f"not valid JSON ({error}); expected one JSON object a line", reason="invalid JSON"
+                f"not valid JSON ({error}); expected one JSON object a line{hint}", reason="invalid JSON"
             ) from None
         raise PreferenceDataError(
             f"the last line is cut short ({error}); the file was probably not written to its end",
@@ -79,13 +111,26 @@ def _parse_line(line: bytes, number: int, offset: int) -> Any:
         ) from None
 
 
+_OPENINGS = (b"[", b"[{", b"{")  # first lines of JSON that is written over several
+_ENDINGS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+
+
+def _is_cut_short(error: ValueError) -> bool:
+    """Tell JSON that ends too early from text that is wrong before its end."""
+    if not isinstance(error, json.JSONDecodeError) or error.msg == "Extra data":
+        return False
+    rest = error.doc[error.pos :].strip()
+    in_string = error.msg.startswith(("Unterminated string", "Invalid \\"))
+    return not rest or in_string or any(word.startswith(rest) for word in _ENDINGS)
+
+
 def read_json(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     """Yield (row number from 1, value) of a file that holds one JSON array."""
     raw = _read_all(path, bad)
     try:
-        rows = parse_json(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise not_utf8(error, source=bad.source) from None
+        rows = parse_json(decode_text(raw, bad))
+    except PreferenceDataError:
+        raise
     except ValueError as error:
         hint = (
             "; the file holds one object a line: rename it to .jsonl or use from_jsonl"
@@ -119,6 +164,7 @@ def read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
     try:
         with path.open("rb") as file:
             table = pyarrow.parquet.ParquetFile(file)
+            _check_distinct(table.schema_arrow.names, bad.source)
             classes = class_names(_features(table.schema_arrow.metadata))
             for batch in table.iter_batches(batch_size=4096):
                 for row in _arrow_rows(batch):
@@ -133,6 +179,14 @@ def read_parquet(path: Path, bad: BadRows) -> Iterator[tuple[int, Any]]:
         raise PreferenceDataError(
             f"not a readable Parquet file ({error})", reason="damaged file", source=bad.source
         ) from None
+
+
+def _check_distinct(names: Sequence[str], source: str) -> None:
+    """Refuse a table two of whose columns have one name: a row would hold the last of them without a word."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        problem = f"the table names {twice!r} twice; expected distinct names"
+        raise PreferenceDataError(problem, reason="bad header", source=source)
 
 
 def _features(metadata: Mapping[bytes, bytes] | None) -> Any:
@@ -188,14 +242,13 @@ FILE_READERS: dict[str, Callable[[Path, BadRows], Iterator[tuple[int, Any]]]] = 
 
 
 def reader_for(path: Path) -> Callable[[Path, BadRows], Iterator[tuple[int, Any]]]:
-    """Find the reader by the suffix that is left after ``.gz`` or ``.xz``."""
-    inner = Path(path.stem) if path.suffix.lower() in (".gz", ".xz") else path
+    """Find the reader by the suffix that is left without that of a compression."""
     try:
-        return FILE_READERS[inner.suffix.lower()]
+        return FILE_READERS[without_compression(path).suffix.lower()]
     except KeyError:
         raise ValueError(
             f"cannot tell the format of {path} by its name; expected one of {', '.join(FILE_READERS)} "
-            "(.gz or .xz may follow), or call from_jsonl, from_json, from_csv, from_parquet"
+            "(.gz, .xz or .bz2 may follow), or call from_jsonl, from_json, from_csv, from_parquet"
         ) from None
 
 
@@ -221,7 +274,7 @@ def _damaged(error: Exception) -> PreferenceDataError:
 
 def write_lines(path: str | os.PathLike[str], lines: Iterable[str]) -> None:
     """Write lines as UTF-8, atomically."""
-    target = Path(path)
+    target = Path(path).expanduser()
     # the suffix stays last, as it decides about compression
     temporary = target.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.{target.name}")
     try:
@@ -239,10 +292,23 @@ def numbered_rows(rows: Iterable[Mapping[str, Any]]) -> NumberedRows:
     Raises:
         TypeError: they are no list of dictionaries.
     """
-    if type(rows).__name__ == "DataFrame":  # which yields the names of its columns
-        raise TypeError("rows must be a list of dictionaries: got a DataFrame; pass frame.to_dict('records')")
-    if isinstance(rows, str | bytes | Mapping) or not isinstance(rows, Iterable):
-        raise TypeError(f"rows must be a list of dictionaries: got {show(rows)}; for a path use from_file")
+    way_out = ""
+    if isinstance(rows, str | bytes | os.PathLike):
+        way_out = "; for a path use from_file"
+    elif isinstance(rows, Mapping) and all(hasattr(split, "features") for split in rows.values()) and rows:
+        way_out = f"; pass one of its splits, as in rows[{next(iter(rows))!r}]"
+    elif isinstance(rows, Mapping):
+        way_out = "; for one row pass [row], for columns [dict(zip(rows, row)) for row in zip(*rows.values())]"
+    elif hasattr(rows, "to_pylist"):  # tables of Arrow, which yield their columns
+        way_out = "; pass rows.to_pylist()"
+    elif hasattr(rows, "to_dicts"):  # polars
+        way_out = "; pass rows.to_dicts()"
+    elif type(rows).__name__ == "DataFrame":  # pandas, which yields the names of its columns
+        way_out = "; pass rows.to_dict('records')"
+    elif not isinstance(rows, Iterable):
+        way_out = "; for a path use from_file"
+    if way_out:
+        raise TypeError(f"rows must be a list of dictionaries: got {show(rows)}{way_out}")
     return enumerate(rows, 1)
 
 

@@ -30,6 +30,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from pfm.data.checks import (
+    DIFFERENCE,
     check_pair_limit,
     checked_prompt,
     checked_response,
@@ -40,7 +41,7 @@ from pfm.data.checks import (
 )
 from pfm.data.conversations import Text, joined_text, shared_turns
 from pfm.data.errors import BadRows, PreferenceDataError, show
-from pfm.data.identity import PromptIdentity, given_group, is_missing, prompt_identity
+from pfm.data.identity import PromptIdentity, given_group, is_missing, name_form, prompt_identity
 from pfm.data.implicit import ImplicitPrompt, conversational_prompt, opening_prompt, split_prompt
 from pfm.data.labels import read_label
 from pfm.data.layouts import (
@@ -248,16 +249,16 @@ class RowParser:
             except PreferenceDataError as error:
                 refuse(number, error)
         for column, name in respelled.items():
-            parsed.notes.append(f"the column {column!r} was read as {name!r}: the two differ in case only")
+            parsed.notes.append(f"the column {column!r} was read as {name!r}: the two differ in {DIFFERENCE} only")
         return sound
 
     def _in_case(self, row: Mapping[str, Any], respelled: dict[str, str]) -> Mapping[str, Any]:
-        """Return the row with "Prompt" as "prompt" where the column is found in other case only, and note it."""
-        missing = {name.casefold(): name for name in self._keys if name not in row}
+        """Return the row with "Prompt" as "prompt" where the column is found under a name so near only, and note it."""
+        missing = {name_form(name): name for name in self._keys if name not in row}
         if not missing:
             return row
-        near = [name for name in row if isinstance(name, str) and name.strip().casefold() in missing]
-        found = {name: missing[name.strip().casefold()] for name in near}
+        near = [name for name in row if isinstance(name, str) and name_form(name) in missing]
+        found = {name: missing[name_form(name)] for name in near}
         if not found or len(set(found.values())) < len(found):  # two may be meant
             return row
         respelled |= found

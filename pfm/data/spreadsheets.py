@@ -18,7 +18,7 @@ from typing import Any
 from pfm.data.conversations import is_unicode
 from pfm.data.errors import BadRows, PreferenceDataError, not_utf8
 
-__all__ = ["TableRow", "decode_text", "table_rows"]
+__all__ = ["LONGEST_MARK", "TableRow", "check_is_text", "decode_text", "table_rows"]
 
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 _SEPARATOR_LINE = re.compile(r'\s*"?sep=(.)"?[,;\t| ]*(?:\r\n|\r|\n|\Z)', re.IGNORECASE)
@@ -73,12 +73,41 @@ def table_rows(raw: bytes, bad: BadRows) -> Iterator[tuple[int, dict[str, str | 
         csv.field_size_limit(usual_limit)
 
 
-#: How files of other kinds begin that are given a name of CSV, and what to do with them.
+#: How files that are no text begin, and what to do with them.
 _OTHER_KINDS = {
     b"PK\x03\x04": "the file is an Excel or OpenDocument workbook; save the sheet as CSV in UTF-8",
-    b"\x1f\x8b": "the file is compressed by gzip; let its name end in .csv.gz",
+    b"\x1f\x8b": "the file is compressed by gzip; let its name end in .gz",
+    b"BZh": "the file is compressed by bzip2; let its name end in .bz2",
+    b"\xfd7zXZ\x00": "the file is compressed by xz; let its name end in .xz",
+    b"\x28\xb5\x2f\xfd": "the file is compressed by Zstandard; decompress it by zstd -d",
     b"PAR1": "the file is Parquet; let its name end in .parquet",
+    b"ARROW1": "the file is Arrow; read it by datasets.Dataset.from_file and pass it to from_dataset",
 }
+LONGEST_MARK = 6
+
+
+def check_is_text(beginning: bytes, bad: BadRows) -> str | None:
+    """Return the encoding that the byte order mark of a file says, or None without a mark.
+
+    Args:
+        beginning: its first bytes, at least ``LONGEST_MARK`` where it has as many.
+        bad: names the file in messages.
+
+    Raises:
+        PreferenceDataError: it is another kind of file.
+    """
+    for start, problem in _OTHER_KINDS.items():
+        if beginning.startswith(start):
+            raise PreferenceDataError(problem, reason="no text", source=bad.source)
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if beginning.startswith(mark)), None)
+    if encoding is None and b"\0" in beginning[:1000]:
+        raise PreferenceDataError(
+            "the file begins with NUL bytes between its characters, as UTF-16 without a byte order mark does; save the "
+            "text as UTF-8",
+            reason="invalid UTF-8",
+            source=bad.source,
+        )
+    return encoding
 
 
 def decode_text(raw: bytes, bad: BadRows) -> str:
@@ -87,10 +116,7 @@ def decode_text(raw: bytes, bad: BadRows) -> str:
     Raises:
         PreferenceDataError: it is another kind of file, or not valid in its encoding.
     """
-    for start, problem in _OTHER_KINDS.items():
-        if raw.startswith(start):
-            raise PreferenceDataError(problem, reason="not CSV", source=bad.source)
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if raw.startswith(mark)), None)
+    encoding = check_is_text(raw, bad)
     if encoding is not None:
         try:
             return raw.decode(encoding)
@@ -101,13 +127,6 @@ def decode_text(raw: bytes, bad: BadRows) -> str:
                 reason="invalid Unicode",
                 source=bad.source,
             ) from None
-    if b"\0" in raw[:1000]:
-        raise PreferenceDataError(
-            "the file begins with NUL bytes between its characters, as UTF-16 without a byte order mark does; save the "
-            "text as UTF-8",
-            reason="invalid UTF-8",
-            source=bad.source,
-        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

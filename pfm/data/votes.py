@@ -60,7 +60,7 @@ def soft_labels(
     ([0.75, 0.0], [4.0, 2.0])
     """
     check_choice("weight", weight, ("effective", "total", "one"))
-    check_number("prior", prior, least=0, also=(None,))
+    prior = check_number("prior", prior, least=0, also=(None,))
     one, two, undecided = check_counts(first, second, tie)
     if prior is None:
         prior = fit_prior(one, two, undecided)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from pfm._internal.checks import check_choice, check_number, check_whole
+from pfm._internal.checks import check_choice, check_number, check_seed, check_whole
 from pfm.data.vector_spaces import space_differences
 from pfm.decoders.editing.folder import load_writer
 from pfm.decoders.editing.writer import Edits, Writer, sample_edits
@@ -82,12 +82,13 @@ class Editor(Improver):
         seed: int = 0,
         batch_size: int = 256,
     ) -> None:
+        seed = check_seed(seed)
         super().__init__(rounds=rounds, by="win_probability", margin=margin)
         check_choice("long_texts", long_texts, LONG_TEXTS)
-        check_number("strength", strength, least=0)
-        check_number("guidance", guidance, least=0)
-        check_number("win_gradient", win_gradient)
-        check_number("temperature", temperature, above=0)
+        strength = check_number("strength", strength, least=0)
+        guidance = check_number("guidance", guidance, least=0)
+        win_gradient = check_number("win_gradient", win_gradient)
+        temperature = check_number("temperature", temperature, above=0)
         self.writer = writer
         self.trained_on = None if encoder is None else dict(encoder)
         self.samples = check_whole("samples", samples, 1)

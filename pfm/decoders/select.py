@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfm._internal.checks import check_choice, check_number
+from pfm._internal.checks import check_choice, check_number, check_seed
 from pfm.data.outputs import first_equal, same_output
 from pfm.protocols import Decoder, Flow
 
@@ -119,10 +119,11 @@ class Select:
         strength: float = 1.0,
         seed: int = 0,
     ) -> None:
+        seed = check_seed(seed)
         check_choice("by", by, RULES)
         if margin is not None and math.isnan(margin):
             raise ValueError("margin must be a number or None (the flow's own guard margin), got nan")
-        check_number("strength", strength, least=0)
+        strength = check_number("strength", strength, least=0)
         if strength != 1 and by != "sample":
             warnings.warn(
                 f"strength={strength} has no effect with by={by!r}: the highest score stays the highest; "

@@ -78,7 +78,7 @@ class EmbeddingCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = MAX_BYTES) -> None:
-        check_number("max_bytes", max_bytes, least=1, also=(None,))
+        max_bytes = check_number("max_bytes", max_bytes, least=1, also=(None,))
         self.max_bytes = max_bytes
         self._unchecked = _CHECK_BYTES  # so that the first addition looks
         self.folder = cache_folder("embeddings") if folder is None else Path(folder).expanduser()

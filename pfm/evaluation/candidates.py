@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pfm.data.conversations import conversation_text
+from pfm.data.identity import normal_form
 from pfm.evaluation.results import Calibration, Example, GroupRow, MethodRow, Scored
 from pfm.statistics import (
     Array,
@@ -41,6 +43,8 @@ class Candidates:
 
     def __init__(self, rows: Sequence[Scored]):
         self.rows = rows
+        #: (n,) the number of each row's prompt: rows of one prompt are resampled, and tested, together
+        self.unit = _prompt_numbers(rows)
         sizes = np.array([len(row.candidates) for row in rows])
         self.size = sizes
         self.owner = np.repeat(np.arange(len(rows)), sizes)
@@ -81,12 +85,36 @@ class Candidates:
         """Return a method's expected value for each prompt: (M,), (M,) -> (n,)."""
         return np.add.reduceat(weights * values, self.start)
 
+    def bootstrap(self, resamples: int, seed: int) -> Bootstrap:
+        """Return resamples of the prompts."""
+        repeated = self.prompts < len(self.rows)
+        return Bootstrap(len(self.rows), resamples, seed, self.unit if repeated else None)
+
+    @property
+    def prompts(self) -> int:
+        """Count the different prompts."""
+        return int(self.unit.max()) + 1
+
+    def by_prompt(self, values: Array) -> Array:
+        """Average values (n,) over the rows of each prompt."""
+        return np.bincount(self.unit, values) / np.bincount(self.unit)
+
     def _best(self, values: Array) -> NDArray[np.int64]:
         """Index the highest value of each prompt: the original among equals, else the first."""
         best = np.maximum.reduceat(values, self.start)
         is_best = values == best[self.owner]
         first = np.array([s + np.argmax(is_best[s : s + n]) for s, n in zip(self.start, self.size, strict=True)])
         return np.where(is_best[self.original], self.original, first)
+
+
+def _prompt_numbers(rows: Sequence[Scored]) -> NDArray[np.int64]:
+    """Number the prompts of rows; a row without a prompt is one of its own."""
+    numbers: dict[Any, int] = {}
+    found = []
+    for place, row in enumerate(rows):
+        form = normal_form(conversation_text(row.prompt)) if isinstance(row.prompt, str | list) else ""
+        found.append(numbers.setdefault(form or place, len(numbers)))
+    return np.array(found)
 
 
 def measure(name: str, table: Candidates, method: str, bootstrap: Bootstrap) -> MethodRow:
@@ -168,13 +196,13 @@ def by_group(rows: Sequence[Scored], method: str, resamples: int, seed: int) -> 
     result = []
     for name in sorted(members):
         part = members[name]
-        bootstrap, table = Bootstrap(len(part), resamples, seed), Candidates(part)
-        weights = table.weights(method)
+        table = Candidates(part)
+        bootstrap, weights = table.bootstrap(resamples, seed), table.weights(method)
         gain = table.mean(weights, table.score) - table.score[table.original]
         result.append(
             GroupRow(
                 name=name,
-                prompts=len(part),
+                prompts=table.prompts,
                 win=_win_rate(table, weights, bootstrap),
                 gain=bootstrap.mean(gain),
                 accuracy=_agreement(part, bootstrap),

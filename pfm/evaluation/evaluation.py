@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from pfm._internal.checks import check_length
+from pfm._internal.checks import check_length, check_seed
 from pfm.devices import standard_defaults
 from pfm.evaluation.candidates import COMPUTED, LABELS
 from pfm.evaluation.report import Report
@@ -87,6 +87,7 @@ def evaluate(
     >>> {row.name: row.win.value for row in report.rows}
     {'identity': 0.5, 'random': 0.75, 'longest': 1.0, 'pfm': 1.0, 'oracle': 1.0}
     """
+    seed = check_seed(seed)
     if (judge is None) == (scores is None):
         raise ValueError("give either judge or scores, one of the two")
     refiner = refiner_or_records if hasattr(refiner_or_records, "batch") else None
@@ -232,7 +233,7 @@ def _judged(judge: Judge, prompt: Prompt, responses: list[str], number: int) -> 
 def _checked_scores(source: str, answer: Any, count: int, number: int) -> Array:
     try:
         values = np.asarray(answer, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{source} must give numbers: at prompt {number} got {answer!r:.200}") from error
     if values.shape != (count,):
         raise ValueError(

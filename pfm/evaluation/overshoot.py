@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pfm._internal.checks import check_seed
 from pfm.statistics import Bootstrap, Estimate
 
 __all__ = ["Selecting", "best_of_curve", "choose_selection", "past_its_best"]
@@ -101,6 +102,7 @@ def choose_selection(
     Raises:
         ValueError: fewer than two prompts, unequal lengths, or a size or strength out of range.
     """
+    seed = check_seed(seed)
     if len(probabilities) != len(scores) or len(scores) < 2:
         raise ValueError(f"needs two prompts or more with as many scores: got {len(probabilities)} and {len(scores)}")
     if not sizes or min(sizes) < 1 or not strengths or not min(strengths) >= 0:

@@ -15,7 +15,6 @@ from pfm.evaluation.card import Card
 from pfm.evaluation.render import page, terminal
 from pfm.evaluation.results import Failure, Results, Scored
 from pfm.evaluation.verdict import find_warnings, judge_method
-from pfm.statistics import Bootstrap
 
 __all__ = ["Report"]
 
@@ -43,7 +42,8 @@ class Report(Results, Card):
         """Compare the picks of all methods on judged candidates.
 
         Args:
-            rows: one ``Scored`` a prompt, all with picks of the same methods.
+            rows: one ``Scored`` a prompt, all with picks of the same methods. Several rows of one prompt are resampled
+                together.
             method: the method under test, one of the picks.
             baselines: which of "random", "longest", "oracle" to show; the original ("identity") is always
                 shown.
@@ -59,19 +59,19 @@ class Report(Results, Card):
         """
         rows = [_checked(row, number) for number, row in enumerate(rows)]
         methods = _method_order(rows, method, baselines)
-        bootstrap = Bootstrap(len(rows), resamples, seed)
         table = Candidates(rows)
+        bootstrap = table.bootstrap(resamples, seed)
         measured = [measure(name, table, method, bootstrap) for name in methods]
         sizes = [len(row.candidates) for row in rows]
         return cls(
             rows=measured,
-            verdict=judge_method(measured, table, method, find_warnings(rows, failures)),
+            verdict=judge_method(measured, table, method, find_warnings(table, failures)),
             calibration=calibrate(rows, bootstrap),
             groups=by_group(rows, method, resamples, seed),
             failures=list(failures),
             settings={
                 "method": method,
-                "prompts": len(rows),
+                "prompts": table.prompts,
                 "candidates": {"min": min(sizes), "mean": sum(sizes) / len(sizes), "max": max(sizes)},
                 "independent_draws": sum(row.independent is not None for row in rows),
                 "resamples": resamples,

@@ -8,19 +8,24 @@ import numpy as np
 
 from pfm.evaluation.candidates import Candidates
 from pfm.evaluation.overshoot import past_its_best
-from pfm.evaluation.results import Failure, MethodRow, Scored, Verdict
+from pfm.evaluation.results import Failure, MethodRow, Verdict
 from pfm.statistics import sign_test, warn_of_few
 
 __all__ = ["find_warnings", "judge_method"]
 
 
-def find_warnings(rows: Sequence[Scored], failures: Sequence[Failure]) -> list[str]:
+def find_warnings(table: Candidates, failures: Sequence[Failure]) -> list[str]:
     """Return one sentence for each reason to distrust the figures."""
-    n = len(rows)
+    rows, n = table.rows, len(table.rows)
     warnings = []
-    few = warn_of_few(n)
+    few = warn_of_few(table.prompts)
     if few is not None:
         warnings.append(few)
+    if table.prompts < n:
+        warnings.append(
+            f"{n} rows have {table.prompts} different prompts: intervals and tests are over prompts, all rows of one "
+            "prompt together."
+        )
     lost = sum(not failure.evaluated for failure in failures)
     if lost:
         warnings.append(f"{lost} of {n + lost} prompts failed and are not in the figures.")
@@ -56,9 +61,9 @@ def judge_method(measured: Sequence[MethodRow], table: Candidates, method: str, 
     by_name = {row.name: row for row in measured}
     tested, gain = by_name[method], by_name["identity"].difference
     weights = table.weights(method)
-    shares = table.mean(weights, table.win)
+    shares = table.by_prompt(table.mean(weights, table.win))
     best = max((row for row in measured if row.name not in (method, "oracle")), key=lambda row: row.score.value)
-    wins, losses, count = int((shares == 1).sum()), int((shares == 0).sum()), shares.size
+    wins, losses, count = int((shares > 0.5).sum()), int((shares < 0.5).sum()), shares.size
     p_value = sign_test(wins, losses)
     ahead = p_value < 0.05 and tested.win.low > 0.5
     behind = p_value < 0.05 and tested.win.high < 0.5

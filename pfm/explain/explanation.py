@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pfm._internal.checks import check_whole
+from pfm._internal.checks import check_seed, check_whole
 from pfm._internal.significance import CONFIRMED
 from pfm.devices import standard_defaults
 from pfm.explain.changes import accuracy_of, correlations, moved_traits, pair_labels, trait_changes, varying_traits
@@ -114,6 +114,7 @@ def explain(
     >>> explanation.confirmed, explanation.accuracy.value
     (True, 1.0)
     """
+    seed = check_seed(seed)
     for name, value, least in (("directions", directions, 0), ("contrasts", contrasts, 0), ("terms", terms, 0),
                                ("max_outputs", max_outputs, 4), ("resamples", resamples, 20)):  # fmt: skip
         check_whole(name, value, least)

@@ -196,7 +196,7 @@ class Composition:
         Returns:
             (B, \\*D) float32, on the device of ``y``; on flows of unit vectors projected to the sphere.
         """
-        check_number("strength", strength, least=0)
+        strength = check_number("strength", strength, least=0)
         check_choice("on_failure", on_failure, FAILURES)
         y, context, weights = self._checked(y, context, weights)
         if strength == 0:
@@ -229,7 +229,7 @@ class Composition:
     @torch.no_grad()
     def velocity(self, t: float, y: Any, context: Any = None, *, weights: Any = None) -> Tensor:
         """Return sum_k w_k v_k(t, y | x) (B, \\*D) at one time, in the outputs' units a pass."""
-        check_number("t", t, least=0, most=1)
+        t = check_number("t", t, least=0, most=1)
         y, context, weights = self._checked(y, context, weights)
 
         def evaluate(rows: Tensor, joined: Tensor | None) -> tuple[Tensor]:

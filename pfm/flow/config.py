@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NoReturn
 
-from pfm._internal.checks import check_choice, check_flag, check_number, check_whole
+from pfm._internal.checks import check_choice, check_flag, check_number, check_seed, check_whole
 
 __all__ = ["FlowConfig", "refuse_options"]
 
@@ -122,7 +122,7 @@ class FlowConfig:
             "best_of": check_whole("best_of", self.best_of, 2),
             "batch_size": check_whole("batch_size", self.batch_size, 1),
             "patience": check_whole("patience", self.patience, 1),
-            "seed": check_whole("seed", self.seed),
+            "seed": check_seed(self.seed),
             "sigma": check_number("sigma", self.sigma, least=0),
             "weight_decay": check_number("weight_decay", self.weight_decay, least=0),
             "tolerance": check_number("tolerance", self.tolerance, above=0),

@@ -192,7 +192,7 @@ class FlowModel(FieldPass):
             FloatingPointError: the field left the finite numbers and ``on_failure="raise"``.
         """
         settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)
-        check_number("strength", strength, least=0)
+        strength = check_number("strength", strength, least=0)
         return self._transport(y, context, (strength,), *settings)[0]
 
     @torch.no_grad()
@@ -226,12 +226,12 @@ class FlowModel(FieldPass):
 
         >>> places = flow.transport_strengths(y, strengths=[1.0, 2.0, 4.0])  # doctest: +SKIP
         """
-        if isinstance(strengths, str) or not isinstance(strengths, Sequence) or not strengths:
+        given = strengths.tolist() if hasattr(strengths, "tolist") else strengths
+        if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ValueError(f"strengths must be numbers, at least one, such as [1.0, 2.0]: got {strengths!r}")
         settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)
-        for strength in strengths:
-            check_number("strengths", strength, least=0)
-        return self._transport(y, context, tuple(strengths), *settings)
+        wanted = tuple(check_number("strengths", strength, least=0) for strength in given)
+        return self._transport(y, context, wanted, *settings)
 
     def _transport(
         self,
@@ -251,8 +251,8 @@ class FlowModel(FieldPass):
         check_choice("on_failure", on_failure, FAILURES)
         rounds = self._checked_rounds(rounds, mode)
         seed = check_whole("seed", seed)
-        check_number("guidance", guidance, least=0)
-        check_number("win_gradient", win_gradient)
+        guidance = check_number("guidance", guidance, least=0)
+        win_gradient = check_number("win_gradient", win_gradient)
         if guidance != 1 and self.context_free is None:
             raise ValueError(
                 f"guidance={guidance:g} needs a field without contexts: fit the flow with "
@@ -392,7 +392,7 @@ class FlowModel(FieldPass):
         Args:
             t: one time for all rows. y: (B, \\*D) outputs. context: as for :meth:`transport`.
         """
-        check_number("t", t, least=0, most=1)
+        t = check_number("t", t, least=0, most=1)
 
         def evaluate(rows: Tensor, contexts: Tensor | None) -> tuple[Tensor]:
             velocity = self.field.at(self.normalizer.context(contexts))

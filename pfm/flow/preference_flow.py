@@ -31,7 +31,7 @@ from pfm.flow.model import FlowModel
 from pfm.flow.preference_win import PreferenceWin, rescored
 from pfm.flow.registered_field import MLP
 from pfm.flow.rounds import Labeller, as_labeller, compare_rounds, labelled, warn_of_cycle
-from pfm.flow.storage import download, load_files, load_folder, save_files
+from pfm.flow.storage import check_vacant, download, load_files, load_folder, save_files
 from pfm.flow.training import remove_checkpoint
 from pfm.flow.win import WinHead
 from pfm.preferences.base import PreferenceModel
@@ -388,8 +388,12 @@ class PreferenceFlow(FlowModel, PyTorchModelHubMixin, library_name="preference-f
 
         Returns:
             The commit's address if the flow was uploaded, else None.
+
+        Raises:
+            FileExistsError: the folder holds another kind of model, whose files would be lost.
         """
         folder = Path(save_directory).expanduser()
+        check_vacant(folder)
         with save_folder(folder) as staging:
             self._save_pretrained(staging)
             if is_own_card(folder / "README.md"):  # the user may have written one

@@ -14,12 +14,32 @@ from pfm._internal.files import replace_json, require_files
 from pfm.flow.model import FlowModel
 from pfm.flow.preference_win import PreferenceWin
 
-__all__ = ["download", "load_files", "load_folder", "save_files"]
+__all__ = ["check_vacant", "download", "load_files", "load_folder", "save_files"]
 
 DESCRIPTION, TENSORS = "config.json", "model.safetensors"  # the hub's names
 DESCRIBED = ("event_shape", "context_dimension", "config", "metadata")
 
 F = TypeVar("F", bound=FlowModel)
+
+
+def check_vacant(folder: Path) -> None:
+    """Refuse to save a flow over the files of something else, such as a language model, that have the same names.
+
+    Raises:
+        FileExistsError: the folder's description or tensors are whole, and not those of a flow.
+    """
+    description, tensors = folder / DESCRIPTION, folder / TENSORS
+    foreign = None
+    try:
+        if description.is_file():
+            found = read_description(description)
+            foreign = description if found and not any(key in found for key in DESCRIBED) else None
+        elif tensors.is_file():
+            foreign = tensors if "normalizer.mean" not in tensor_shapes(tensors) else None
+    except ValueError:  # damaged: nothing that could be lost
+        return
+    if foreign is not None:
+        raise FileExistsError(f"{foreign} is not a preference flow's and would be lost: save to another folder")
 
 
 def save_files(flow: FlowModel, folder: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pfm._internal.checks import check_number
+from pfm._internal.checks import check_number, check_seed
 from pfm._internal.significance import confirmable, confirmed, halves
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import standard_defaults
@@ -262,6 +262,7 @@ def tune(
     >>> tune(flow, held_out, at_least=0.5, content=near, progress=False).best.strength
     0.5
     """
+    seed = check_seed(seed)
     flows: dict[str, Any] = dict(flow) if isinstance(flow, Mapping) else {"flow": flow}
     if not flows:
         raise ValueError("flow must be a flow or a dict of at least one: got an empty dict")
@@ -432,6 +433,7 @@ class HeldOutWin:
         Raises:
             ValueError: fewer prompts than 16.
         """
+        seed = check_seed(seed)
         _, prompt = torch.unique(pairs.group, return_inverse=True)
         count = int(prompt.max()) + 1
         if count < 2 * DELETED:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import reprlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class Draw:
             where that is not known.
         reasoning: for each text how many characters of hidden reasoning came beside it; empty where none did.
         spent: where the number of draws was not fixed, how many were made and why they ended, as JSON values.
+        refused: type and beginning of the first output that was thrown away, or None.
         accepts: tells usable outputs, texts that are not empty unless an encoder encodes others.
     """
 
@@ -66,6 +68,7 @@ class Draw:
     usage: dict[str, int] = field(default_factory=dict)
     reasoning: list[int] = field(default_factory=list)
     spent: dict[str, Any] | None = None
+    refused: str | None = field(default=None, repr=False, compare=False)
     accepts: Accepts = field(default_factory=lambda: is_usable_text, repr=False, compare=False)
 
     def add(self, outputs: Iterable[object], n: int) -> None:
@@ -77,6 +80,7 @@ class Draw:
                 self.texts.append(str(output) if isinstance(output, str) else output)  # pyright: ignore[reportArgumentType]
             else:
                 self.dropped += 1
+                self.refused = self.refused or f"{type(output).__name__} {reprlib.repr(output)}"
 
     @property
     def of_text(self) -> bool:
@@ -101,6 +105,7 @@ class Draw:
         self.seconds += other.seconds
         add_usage(self.usage, other.usage)
         self.error = self.error or other.error
+        self.refused = self.refused or other.refused
 
     def fail(self, error: BaseException) -> None:
         """Record ``error`` by type and message."""
@@ -110,8 +115,11 @@ class Draw:
         """Record an error if nothing usable came and no error says why; return the draw itself."""
         if not self.texts and self.error is None:
             source = f"the generator in {count(self.calls, 'call')}" if self.calls else "the outputs given"
-            dropped = f" ({self.dropped} dropped: {self.unusable})" if self.dropped else ""
-            self.error = f"GenerationError: no usable {'text' if self.of_text else 'output'} from {source}{dropped}"
+            what = "text" if self.of_text else "output"
+            first = f", the first of them {self.refused}" if self.refused else ""
+            dropped = f" ({self.dropped} dropped: {self.unusable}{first})" if self.dropped else ""
+            wanted = f"; a generator returns one {what} or a list of them" if self.refused and self.calls else ""
+            self.error = f"GenerationError: no usable {what} from {source}{dropped}{wanted}"
         return self
 
 

@@ -67,7 +67,7 @@ class ResponseCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, max_bytes: int | None = MAX_BYTES) -> None:
-        check_number("max_bytes", max_bytes, least=1, also=(None,))
+        max_bytes = check_number("max_bytes", max_bytes, least=1, also=(None,))
         self.folder = cache_folder("responses") if folder is None else Path(folder).expanduser()
         self.path = self.folder / "responses.sqlite"
         self._lock = threading.RLock()

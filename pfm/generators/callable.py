@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import numpy as np
+
 from pfm._internal.checks import check_whole
 from pfm.errors import GenerationError
 from pfm.generators.base import Accepts, Draw, GeneratesTexts, Generator, Prompt, is_usable_text
@@ -262,6 +264,8 @@ class BatchGenerator:
 
 def _outputs(returned: Any) -> Sequence[Any]:
     """Return what a generator gave for one prompt as a sequence; a single output stands for itself."""
+    if isinstance(returned, np.ndarray) and returned.dtype.kind in "UT" and returned.ndim:  # texts, as of numpy.array
+        return returned.ravel().tolist()
     return returned if isinstance(returned, list | tuple) else [returned]
 
 
@@ -280,6 +284,8 @@ def _takes_n(function: Callable[..., Any]) -> bool:
     call = getattr(function, "__call__", None)  # noqa: B004 - the method of a callable object may be async
     if any(inspect.isasyncgenfunction(candidate) for candidate in (function, call)):
         raise TypeError("generator must return its texts, got an async function that yields them; return a list")
+    if any(inspect.isgeneratorfunction(candidate) for candidate in (function, call)):
+        raise TypeError("generator must return its texts, got a function that yields; return a text or a list of texts")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some built-ins have no signature to read

@@ -34,7 +34,7 @@ def dspy_metric(
     Raises:
         ValueError: the threshold is out of range. TypeError, ValueError: as of :class:`FlowScorer`.
     """
-    check_number("threshold", threshold, least=0, most=1)
+    threshold = check_number("threshold", threshold, least=0, most=1)
     scorer = FlowScorer(flow, encoder, reasoning=reasoning)
 
     def metric(

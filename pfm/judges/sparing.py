@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pfm._internal.checks import check_seed
 from pfm.data.conversations import conversation_text
 from pfm.errors import GenerationError
 from pfm.generators.base import Prompt
@@ -108,6 +109,7 @@ class SparingJudge(Judge):
     def __init__(
         self, judge: Judge, probability: Probability, *, sure: float = 1.0, audit: float = 0.1, seed: int = 0
     ) -> None:
+        seed = check_seed(seed)
         if not callable(getattr(judge, "compare", None)) or not callable(probability):
             raise TypeError("judge must have compare(comparisons), and probability must be a function of comparisons")
         if not 0.5 < sure <= 1:

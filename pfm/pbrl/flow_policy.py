@@ -144,8 +144,8 @@ class FlowPolicy:
         if self._unit is None and not offline and (proposal == "stochastic" or candidates > 1):
             raise ValueError("drawn proposals need the noise of the data, and they carried no plan: use "
                              "proposal='deterministic' and candidates=1")  # fmt: skip
-        check_number("guidance", guidance, least=0)
-        check_number("win_gradient", win_gradient)
+        guidance = check_number("guidance", guidance, least=0)
+        win_gradient = check_number("win_gradient", win_gradient)
         if guidance != 1 and flow.context_free is None:
             raise ValueError(f"guidance={guidance!r} needs a field without states: fit the flow with "
                              "FlowConfig(context_free=True), or use guidance=1")  # fmt: skip

@@ -282,7 +282,7 @@ class NoisyPolicy:
         space = action_space if action_space is not None else getattr(policy, "action_space", None)
         if not isinstance(space, Box) or not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
             raise ValueError(f"action_space must be a box with finite bounds: got {space}")
-        check_number("sigma", sigma, least=0)
+        sigma = check_number("sigma", sigma, least=0)
         self.policy = policy
         self.sigma = sigma
         self.action_space = space

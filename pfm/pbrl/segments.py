@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pfm._internal.checks import check_choice, check_finite, check_number, check_shape
+from pfm._internal.checks import check_choice, check_finite, check_number, check_seed, check_shape
 from pfm._internal.files import replace_file
 from pfm._internal.moved import renamed_method
 from pfm.data.encoded import EncodedPairs
@@ -197,6 +197,7 @@ class SegmentPairs:
         Raises:
             ValueError: an unknown teacher or design, or fewer than two members.
         """
+        seed = check_seed(seed)
         teacher = Teacher.named(teacher)
         if self.members < 2:
             raise ValueError(f"a comparison needs two segments a state, and these have {self.members}")
@@ -400,6 +401,7 @@ class SegmentPairs:
         Raises:
             ValueError: fewer than two trajectories, or ``held_out`` not in (0, 1).
         """
+        seed = check_seed(seed)
         held_out = check_number("held_out", held_out, above=0, below=1)
         names = np.unique(self.trajectory)
         if len(names) < 2:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfm._internal.checks import check_number, check_whole
+from pfm._internal.checks import check_number, check_seed, check_whole
 from pfm._internal.columns import column_statistics
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs
@@ -45,7 +45,8 @@ class BradleyTerry(PreferenceModel):
     slope: Tensor
 
     def __init__(self, l2: float = 1e-4, *, hidden: int = 0, seed: int = 0) -> None:
-        check_number("l2", l2, above=0)
+        seed = check_seed(seed)
+        l2 = check_number("l2", l2, above=0)
         hidden = check_whole("hidden", hidden, 0)
         super().__init__()
         self.l2, self.hidden, self.seed = l2, hidden, seed

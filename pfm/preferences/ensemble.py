@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pfm._internal.checks import check_whole
+from pfm._internal.checks import check_seed, check_whole
 from pfm.data.encoded import EncodedPairs
 from pfm.preferences.base import Embedded, PreferenceModel, check_pairs, unfitted
 from pfm.preferences.bradley_terry import BradleyTerry
@@ -45,6 +45,7 @@ class PreferenceEnsemble(PreferenceModel):
         folds: int = 3,
         seed: int = 0,
     ) -> None:
+        seed = check_seed(seed)
         super().__init__()
         folds = check_whole("folds", folds, 2)
         if members is None:

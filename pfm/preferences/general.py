@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pfm._internal.checks import check_number, check_whole
+from pfm._internal.checks import check_number, check_seed, check_whole
 from pfm._internal.significance import confirmed
 from pfm.data.batches import PairBatch
 from pfm.data.encoded import EncodedPairs
@@ -87,8 +87,9 @@ class GeneralPreference(PreferenceModel):
         temperature: float = 1.0,
         seed: int = 0,
     ) -> None:
+        seed = check_seed(seed)
         blocks, hidden = check_whole("blocks", blocks, 1), check_whole("hidden", hidden, 0)
-        check_number("temperature", temperature, above=0)
+        temperature = check_number("temperature", temperature, above=0)
         super().__init__()
         self.blocks, self.hidden, self.gate = blocks, hidden, gate
         self.normalise, self.temperature, self.seed = normalise, temperature, seed

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pfm._internal.checks import check_number
+from pfm._internal.checks import check_number, check_seed
 from pfm._internal.columns import column_statistics
 from pfm._internal.significance import CONFIRMED
 from pfm.data.encoded import EncodedPairs
@@ -114,7 +114,7 @@ def unbiased_label(probability: Any, flip_rate: float) -> Tensor:
     Raises:
         ValueError: ``flip_rate`` is out of range: from one half on labels say nothing.
     """
-    check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
+    flip_rate = check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     return (torch.as_tensor(probability).float() - flip_rate) / (1 - 2 * flip_rate)
 
 
@@ -162,9 +162,10 @@ def corrected(
     >>> round(cleaned.report.flip_rate, 1)
     0.2
     """
+    seed = check_seed(seed)
     check_pairs(pairs)
     if flip_rate is not None:
-        check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
+        flip_rate = check_number("flip_rate", flip_rate, least=0, below=0.5, hint=RATE_HINT)
     device, pairs = pairs.device, pairs.to("cpu")
     names, index = ([], torch.zeros(0)) if rater is None else numbered(rater, len(pairs))
     generator = torch.Generator().manual_seed(seed)

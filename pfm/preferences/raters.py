@@ -104,7 +104,7 @@ def fit_raters(
             ``log_odds`` is None: reliable and unreliable raters could not be distinguished.
     """
     check_choice("model", model, MODELS)
-    check_number("prior", prior, above=0)
+    prior = check_number("prior", prior, above=0)
     cast, said, classes = _checked_votes(pair, vote)
     raters, of = numbered(rater, len(said))
     pairs = int(cast.max()) + 1

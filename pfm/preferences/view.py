@@ -181,7 +181,7 @@ class RelevancePreference(_Viewing):
 
     def __init__(self, member: PreferenceModel | dict[str, Any], share: float = 0.3) -> None:
         super().__init__(member)
-        check_number("share", share, above=0)
+        share = check_number("share", share, above=0)
         self.share = share
 
     def settings(self) -> dict[str, Any]:

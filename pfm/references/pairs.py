@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfm._internal.checks import check_choice, check_number
+from pfm._internal.checks import check_choice, check_number, check_seed
 from pfm.data.encoded import EncodedPairs
 from pfm.devices import with_standard_defaults
 from pfm.references.shares import WinRates
@@ -96,6 +96,7 @@ class TaggedPairs:
 
     def shuffle_labels(self, seed: int = 0) -> TaggedPairs:
         """Exchange chosen and rejected, tags with them, in a random half: the control in which nothing is learned."""
+        seed = check_seed(seed)
         generator = torch.Generator().manual_seed((seed + 0x5EED) * 0x9E3779B1 % 2**63)
         flip = torch.rand(len(self), generator=generator, device="cpu") < 0.5
         chosen, rejected = self.pairs.chosen, self.pairs.rejected
@@ -123,7 +124,7 @@ class TaggedPairs:
         Args:
             prior: votes for either side that are added to those cast: sources that were rarely compared stay near 1/2.
         """
-        check_number("prior", prior, above=0)
+        prior = check_number("prior", prior, above=0)
         probability = self.pairs.probability
         won = self._weight.double() if probability is None else (self._weight * probability.cpu()).double()
         lost = self._weight.double() - won

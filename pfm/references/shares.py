@@ -52,7 +52,7 @@ def learned_shares(rates: Any, shares: Any = None, *, temperature: float = 0.1) 
     rates = _checked_rates(rates)
     shares = torch.full((len(rates),), 1 / len(rates)) if shares is None else shares
     shares = _checked_shares(shares, rates)
-    check_number("temperature", temperature, above=0)
+    temperature = check_number("temperature", temperature, above=0)
     return (shares.log() + rates @ shares / temperature).softmax(0).float()
 
 

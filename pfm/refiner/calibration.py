@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pfm._internal.checks import check_number, check_whole
+from pfm._internal.checks import check_number, check_seed, check_whole
 from pfm.refiner.stopping import Stopping, read_waves
 from pfm.statistics import Bootstrap, Estimate
 
@@ -69,6 +69,7 @@ def calibrate(
     >>> rule.refusal is None, rule.evidence["draws"] < 5.5
     (True, True)
     """
+    seed = check_seed(seed)
     sizes = read_waves(waves)
     check_whole("n", n, 1)
     check_whole("replays", replays, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pfm._internal.archive import load_tensors, read_description, read_folder, save_folder, save_tensors
-from pfm._internal.checks import check_number, check_whole
+from pfm._internal.checks import check_number, check_seed, check_whole
 from pfm._internal.files import replace_json, require_files
 from pfm._internal.significance import Confirmation, confirmed
 from pfm.data.encoded import EncodedPairs
@@ -71,6 +71,7 @@ class TasteMixture:
         confirm: bool = True,
         seed: int = 0,
     ) -> None:
+        seed = check_seed(seed)
         self.tastes: int = check_whole("tastes", tastes, 1)
         self.restarts: int = check_whole("restarts", restarts, 1)
         self.iterations: int = check_whole("iterations", iterations, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 from pathlib import Path
@@ -25,15 +26,18 @@ from benchmarks.text_autoencoder import SentenceAutoencoder, __main__, report, t
 from benchmarks.text_autoencoder.autoencoder import padded
 from benchmarks.text_autoencoder.moves import FAMILIES, Moves, encode_decode, family_of, preferred_subspace
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
+from benchmarks.text_autoencoder.search import draw, search
 from benchmarks.text_autoencoder.spaces import Space, load_space
 from benchmarks.text_autoencoder.task import choose
 from benchmarks.text_autoencoder.training import Corpus, TrainingSettings, token_vectors, train
+from benchmarks.text_autoencoder.writer import WriterSettings, is_trained, nats_alone, train_writer
 from benchmarks.text_editing.moves import preference_pairs
 from pfm.decoders import Latent, TextAutoencoder
 from pfm.preferences import BradleyTerry
 
 SIZES = NetworkSettings(vocabulary=360, width=64, hidden=64, readers=1, writers=1, heads=2, window=10)
 SETTINGS = TrainingSettings(batch=64, warm_up=10, learning_rate=3e-3, shortest=7)
+WRITER = WriterSettings(writers=2, batch=64, warm_up=10, learning_rate=3e-3, shortest=7)
 
 
 def corpus(count: int = 900) -> Corpus:
@@ -54,6 +58,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> SentenceAutoencoder:
     return SentenceAutoencoder.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def writer(model: SentenceAutoencoder, tmp_path_factory: pytest.TempPathFactory) -> SentenceAutoencoder:
+    place = tmp_path_factory.mktemp("autoencoder") / "writer"
+    return train_writer(place, model, corpus(), WRITER, updates=100, progress=False)
 
 
 def test_the_untrained_network_reads_single_tokens_exactly() -> None:
@@ -86,14 +96,14 @@ def test_padding_does_not_change_a_latent_nor_the_batch_a_text(model: SentenceAu
 
 def test_writing_step_by_step_is_what_teacher_forcing_gives(model: SentenceAutoencoder) -> None:
     latents = model.encode(fresh(8, seed=3))
-    written = model.network.generate(latents)
+    written = draw(model.network, latents)
     rows = [row[: row.index(END)] if END in row else row for row in written.tolist()]
     ids, mask = padded(rows)
     with torch.no_grad():
         forced = model.network.logits(model.network.states(latents, ids)).argmax(2)
     full = torch.tensor([len(row) < SIZES.window for row in rows])
     assert bool((forced == ids)[mask & full[:, None]].all())
-    torch.testing.assert_close(written, model.network.generate(7 * latents))  # only the direction counts
+    torch.testing.assert_close(written, draw(model.network, 7 * latents))  # only the direction counts
 
 
 def test_training_learns_the_sentences_and_their_mood(model: SentenceAutoencoder) -> None:
@@ -104,6 +114,93 @@ def test_training_learns_the_sentences_and_their_mood(model: SentenceAutoencoder
     assert 0 < found["parameters"] < 200_000
     untrained = SentenceAutoencoder(Network(SIZES), model.tokenizer)
     assert training.measure(untrained, corpus(), 7)["written_accuracy"] < 0.5
+
+
+def test_the_search_finds_the_best_of_all_texts() -> None:
+    """Against an enumeration of all texts of up to three of five tokens, with and without the language model."""
+    torch.manual_seed(0)
+    network = Network(
+        NetworkSettings(vocabulary=6, width=16, hidden=16, readers=1, writers=2, heads=2, window=3)
+    ).eval()
+    for part in network.writers.parameters():
+        torch.nn.init.normal_(part, std=0.5)
+    latents = torch.randn(7, 16)
+    texts = [[*row, END] for n in (1, 2) for row in itertools.product(range(1, 6), repeat=n)]
+    texts += [list(row) for row in itertools.product(range(1, 6), repeat=3)]
+
+    @torch.no_grad()
+    def total(latent: torch.Tensor, row: list[int]) -> float:
+        logits = network.logits(network.states(latent[None], torch.tensor([row])))[0]
+        return sum(float(own.log_softmax(0)[token]) for own, token in zip(logits, row, strict=True))
+
+    for fluency, nats in ((0.0, 0.0), (0.7, 0.0), (0.7, 1.5)):
+        found = search(network, latents, fluency, beams=6 * 6, nats=nats)
+        for latent, ids in zip(7 * latents, found.tolist(), strict=True):
+            latent = network.on_sphere(latent[None])[0]
+            scores = [total(latent, row) + fluency * (total(torch.zeros(16), row) + nats * len(row)) for row in texts]
+            best = texts[max(range(len(texts)), key=scores.__getitem__)]
+            assert ids == best + [END] * (3 - len(best))
+    torch.testing.assert_close(search(network, latents, 0.7, beams=1), draw(network, latents, fluency=0.7))
+
+
+def test_the_decoder_trained_again_is_a_language_model_and_leaves_the_latents(
+    model: SentenceAutoencoder, writer: SentenceAutoencoder
+) -> None:
+    texts = fresh(40, seed=13)
+    torch.testing.assert_close(writer.encode(texts), model.encode(texts), atol=0, rtol=0)
+    assert writer.network.settings == dataclasses.replace(SIZES, writers=2)
+    assert writer.training["written_accuracy"] > 0.85
+    assert not model.is_language_model
+    with pytest.raises(ValueError, match=r"fluency=0\.5 needs a decoder that is a language model"):
+        model.decode(model.encode(texts), fluency=0.5)
+    with pytest.raises(ValueError, match=r"task\.fluency=0\.5 needs an autoencoder whose decoder is a language model"):
+        Space(model, 0.5)
+    with pytest.raises(ValueError, match="beams must be 1 where texts are drawn"):
+        writer.decode(writer.encode(texts), temperature=1.0, beams=2)
+
+    words = random.Random(3)
+    scrambled = [" ".join(words.sample(own.split(), len(own.split()))) for own in texts]
+    assert nats_alone(writer, texts) < 0.75 * nats_alone(model, texts)
+    assert nats_alone(writer, texts) < 0.6 * nats_alone(writer, scrambled)
+    far = normalize(torch.randn(40, 64, generator=torch.Generator().manual_seed(5)), dim=1)  # no text has such a latent
+    plain, fluent = (writer.decode(far, fluency=weight, beams=4) for weight in (0.0, 1.0))
+    assert nats_alone(writer, fluent) < 0.9 * nats_alone(writer, plain)
+
+
+def test_the_decoders_training_goes_on_and_takes_the_autoencoders_place(
+    model: SentenceAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = corpus()
+    whole = train_writer(tmp_path / "whole", model, data, WRITER, updates=30, progress=False)
+    place = tmp_path / "cut"
+    model.save_pretrained(place, "first")
+    saved = training.Training.save
+
+    def stop(self: Any) -> None:
+        saved(self)
+        if self.done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Training, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_writer(place, model, data, WRITER, updates=30, progress=False)
+    assert SentenceAutoencoder.from_pretrained(place).training == model.training  # usable meanwhile
+    assert not is_trained(place)
+    other = dataclasses.replace(WRITER, without=0.1)
+    with pytest.raises(ValueError, match=r"holds a decoder with writer=.* use another folder"):
+        train_writer(place, model, data, other, updates=30, progress=False)
+    again = train_writer(place, SentenceAutoencoder.from_pretrained(place), data, WRITER, updates=30, progress=False)
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(again.network.state_dict()[name], value, atol=0, rtol=0)
+    assert sorted(path.name for path in place.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    assert "language model" in (place / "README.md").read_text(encoding="utf-8")
+    loaded = SentenceAutoencoder.from_pretrained(place)
+    assert loaded.is_language_model
+    assert is_trained(place)
+    assert not is_trained(tmp_path)
+    assert train_writer(place, loaded, data, other, updates=30, progress=False) is loaded
 
 
 def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,10 @@ def test_other_columns_and_bad_rows_can_be_asked_for(tmp_path):
         (["fit", "pairs.jsonl", "--out", "x", "--held-out", "1.5"], "--held-out must be a share of the prompts"),
         (["fit", "pairs.jsonl", "--out", "x", "--encoder", "./no-model"], "there is no folder './no-model'"),
         (["fit", "pairs.jsonl", "--out", "x", "--encoder", "surface+"], "joined by '+'"),
-        (["fit", "pairs.jsonl", "--out", "pairs.jsonl", *FAST], "pairs.jsonl must be a folder, and is a file"),
+        (
+            ["fit", "pairs.jsonl", "--out", "pairs.jsonl", *FAST],
+            "--out must be another file than the input pairs.jsonl",
+        ),
         (["refine", "outputs.jsonl", "--flow", "nowhere", "--out", "x"], "--flow nowhere is no folder"),
         (["refine", "outputs.jsonl", "--flow", ".", "--out", "x"], "--flow . holds no flow"),
         (["refine", "outputs.jsonl", "--flow", "cut-config", "--out", "x"], "config.json is damaged"),

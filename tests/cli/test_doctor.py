@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pfm.cli import app
+from pfm.cli.doctor import usable_cores
 
 SECRET = "sk-neverShowThis"
 
@@ -90,3 +91,29 @@ def test_addresses_are_asked_and_passwords_not_shown(cache):
     assert found["api"][-1]["state"] == "failed"
     assert nobody in found["api"][-1]["detail"]
     assert "secret" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("files", "share"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "broken"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_quota_limits_the_cores(tmp_path, monkeypatch, files, share):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert usable_cores(tmp_path) == (share or 8.0)
+
+
+def test_more_threads_than_cores_is_a_finding(cache, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    found = by_name(run("--json"))["device"]
+    assert [own for own in found if own["remedy"] == "export OMP_NUM_THREADS=1 before Python starts"]

@@ -427,7 +427,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="on_bad_rows must be one of raise, drop: got 'skip'"):
         PreferencePairs.from_rows(ROWS, on_bad_rows="skip")
     for rows in ("rows.jsonl", ROWS[0], 3):
-        with pytest.raises(TypeError, match=r"rows must be a list of dictionaries.*from_file"):
+        with pytest.raises(TypeError, match=r"rows must be a list of dictionaries.*(from_file|for one row)"):
             PreferencePairs.from_rows(rows)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="promt_key"):
         PreferencePairs.from_rows(ROWS, promt_key="q")  # pyright: ignore[reportCallIssue]
@@ -461,7 +461,7 @@ def test_bad_json_files(tmp_path):
     with pytest.raises(PreferenceDataError, match=r"rows\.json, row 2, column 'chosen'"):
         PreferencePairs.from_json(write(tmp_path / "rows.json", json.dumps([ROWS[0], {}])))
     with pytest.raises(PreferenceDataError, match="byte 0xff at byte offset 0"):
-        PreferencePairs.from_json(write(tmp_path / "rows.json", b"\xff\xfe[]"))
+        PreferencePairs.from_json(write(tmp_path / "rows.json", b"\xff[]"))
 
 
 def test_bad_csv_files(tmp_path):
@@ -513,11 +513,11 @@ def test_an_empty_cell_is_called_one_with_its_line_in_the_file(tmp_path, content
 def test_columns_that_differ_in_case_only_are_read_and_said(tmp_path, caplog):
     pairs = PreferencePairs.from_csv(write(tmp_path / "rows.csv", "Prompt,CHOSEN,rejected,Note\na,b,c,d\n"))
     assert texts(pairs) == [("a", "b", "c")]
-    assert "the column 'Prompt' was read as 'prompt': the two differ in case only" in pairs.notes
+    assert any("the column 'Prompt' was read as 'prompt': the two differ in case" in note for note in pairs.notes)
     assert "column 'CHOSEN'" in caplog.text
     assert pairs[0]["Note"] == "d"
     two = [{"prompt": "a", "Chosen": "b", "CHOSEN": "x", "rejected": "c"}]  # which of them is not for us to say
-    with pytest.raises(PreferenceDataError, match=r"column 'chosen': .*missing.*'Chosen' differs in case only"):
+    with pytest.raises(PreferenceDataError, match=r"column 'chosen': .*missing.*'Chosen' differs in case"):
         PreferencePairs.from_rows(two)
     exact = PreferencePairs.from_rows([{"prompt": "a", "chosen": "b", "rejected": "c", "Chosen": "x"}])
     assert (exact.chosen, exact[0]["Chosen"]) == (["b"], "x")

@@ -102,7 +102,7 @@ def test_order_of_rows_and_settings(report):
 
 
 def test_longest_and_oracle_keep_the_original_among_equals():
-    row = Scored("p", ["aaaa", "bbbb", "cccc"], [1, 1, 1], {"pfm": 2}, original=1)
+    row = Scored("", ["aaaa", "bbbb", "cccc"], [1, 1, 1], {"pfm": 2}, original=1)
     report = Report.from_scored([row, row], resamples=20)
     assert report.row("longest").changed.value == report.row("oracle").changed.value == 0
     assert report.row("pfm").changed.value == 1
@@ -110,7 +110,7 @@ def test_longest_and_oracle_keep_the_original_among_equals():
 
 
 def test_a_text_cannot_win_against_itself():
-    row = Scored("p", ["same", "same", "other"], [0.1, 0.9, 0.5], {"pfm": 1})
+    row = Scored("", ["same", "same", "other"], [0.1, 0.9, 0.5], {"pfm": 1})
     report = Report.from_scored([row] * 40, resamples=20)
     assert report.row("pfm").win.value == 0.5
     assert report.row("pfm").changed.value == 0
@@ -206,7 +206,7 @@ def test_an_equal_baseline_is_said_to_do_as_well():
 
 @pytest.mark.parametrize(("prompts", "outcome"), [(5, "no evidence"), (6, "helps")])
 def test_few_prompts_must_pass_the_exact_test(prompts, outcome):
-    row = Scored("p", ["worse", "better"], [0, 1], {"pfm": 1})
+    row = Scored("", ["worse", "better"], [0, 1], {"pfm": 1})
     report = Report.from_scored([row] * prompts, resamples=50)
     win = report.row("pfm").win
     assert (win.value, win.high) == (1, 1)
@@ -216,7 +216,7 @@ def test_few_prompts_must_pass_the_exact_test(prompts, outcome):
 
 
 def test_no_evidence_with_every_prompt_won_says_why_in_the_headline():
-    row = Scored("p", ["much worse", "better"], [0, 3], {"mean_shift": 1, "pfm": 1})
+    row = Scored("", ["much worse", "better"], [0, 3], {"mean_shift": 1, "pfm": 1})
     verdict = Report.from_scored([row] * 4, resamples=50).verdict
     assert verdict.outcome == "no evidence"
     assert verdict.headline == "Too few prompts to tell whether the flow helps, and it is no better than mean shift"
@@ -227,19 +227,19 @@ def test_no_evidence_with_every_prompt_won_says_why_in_the_headline():
 
 
 def test_wins_that_cost_more_than_they_bring_are_mixed_evidence():
-    win = Scored("p", ["original", "pick"], [0.0, 0.1], {"pfm": 1})
-    loss = Scored("p", ["original", "pick"], [0.0, -9.0], {"pfm": 1})
+    win = Scored("", ["original", "pick"], [0.0, 0.1], {"pfm": 1})
+    loss = Scored("", ["original", "pick"], [0.0, -9.0], {"pfm": 1})
     verdict = Report.from_scored([win] * 80 + [loss] * 20, resamples=200).verdict
     assert verdict.outcome == "mixed"
     assert "yet it changes the mean judge score by −1.7" in verdict.sentences[0]
 
 
 def test_equal_candidates_are_warned_of():
-    same = Scored("p", ["one", "one"], [0.3, 0.3], {"pfm": 0}, probabilities=[0.5, 0.5])
+    same = Scored("", ["one", "one"], [0.3, 0.3], {"pfm": 0}, probabilities=[0.5, 0.5])
     report = Report.from_scored([same] * 40, resamples=20)
     assert report.verdict.headline == "The flow changed nothing"
     assert any("At 40 of 40 prompts all candidates are the same text" in w for w in report.verdict.warnings)
-    blind = Scored("p", ["one", "two"], [0.3, 0.3], {"pfm": 1})
+    blind = Scored("", ["one", "two"], [0.3, 0.3], {"pfm": 1})
     assert any("the same score" in w for w in Report.from_scored([blind] * 40, resamples=20).verdict.warnings)
 
 
@@ -260,9 +260,9 @@ def test_calibrated_probabilities_are_recognised_and_distorted_ones_not():
         quality = 0.5 * seen + np.sqrt(0.75) * rng.normal(size=8)
         # P(quality > that of a fresh draw | seen): the difference is normal with mean seen / 2, variance 3/4 + 1
         b = torch.special.ndtr(torch.tensor(0.5 * seen / np.sqrt(1.75))).numpy()
-        rows.append(Scored("p", [text(k) for k in range(8)], quality, {"pfm": int(b.argmax())}, 0, b))
+        rows.append(Scored("", [text(k) for k in range(8)], quality, {"pfm": int(b.argmax())}, 0, b))
         sure = 1 / (1 + (1 / b - 1) ** 3)
-        over.append(Scored("p", [text(k) for k in range(8)], quality, {"pfm": int(b.argmax())}, 0, sure))
+        over.append(Scored("", [text(k) for k in range(8)], quality, {"pfm": int(b.argmax())}, 0, sure))
     good, bad = (known(Report.from_scored(part, resamples=300).calibration) for part in (rows, over))
     assert good.reliability.within_noise
     assert "calibrated as far as these data can tell" in good.sentence
@@ -327,9 +327,9 @@ def test_a_bad_row_is_named(change, message):
     ("rows", "options", "message"),
     [
         ([], {}, "rows is empty"),
-        ([Scored("p", ["a"], [0], {"pfm": 0})], {"method": "other"}, "method 'other' has no picks"),
-        ([Scored("p", ["a"], [0], {"pfm": 0, "oracle": 0})], {}, "picks holds oracle"),
-        ([Scored("p", ["a"], [0], {"pfm": 0})], {"baselines": ["best"]}, "baselines holds unknown names best"),
+        ([Scored("", ["a"], [0], {"pfm": 0})], {"method": "other"}, "method 'other' has no picks"),
+        ([Scored("", ["a"], [0], {"pfm": 0, "oracle": 0})], {}, "picks holds oracle"),
+        ([Scored("", ["a"], [0], {"pfm": 0})], {"baselines": ["best"]}, "baselines holds unknown names best"),
     ],
 )
 def test_bad_arguments_of_from_scored(rows, options, message):
@@ -367,7 +367,8 @@ def count_words(prompt, responses):
 
 
 def test_failures_are_counted_and_listed():
-    records = [record(["a", "a b"], 1)] * 3 + [record([], error="GenerationError: timeout"), record([])]
+    records = [record(["a", "a b"], 1, prompt=f"prompt {n}") for n in range(3)]
+    records += [record([], error="GenerationError: timeout"), record([])]
     records.append(record(["a", "b c"], error="2 of 3 candidates", probabilities=[float("nan")] * 2))
     report = evaluate(records, judge=count_words, resamples=20, progress=False)
     assert report.failures == [

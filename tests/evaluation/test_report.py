@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -242,3 +243,39 @@ def test_terminal_output_fits_and_says_the_verdict(report, width):
 def test_markup_in_texts_of_others_is_not_interpreted():
     output = printed(make(evil="[bold red]x[/nothing]"), 160)
     assert "[bold red]x[/nothing]" in output
+
+
+def figures(report):
+    """Return all estimates of a report, and what its tests say."""
+    rows = [
+        (row.score, row.difference, row.win, row.win_controlled, row.win_independent, row.gap_closed)
+        for row in report.rows
+    ]
+    calibration = report.calibration
+    return rows, calibration and calibration.reliability.ece, calibration.accuracy, report.verdict.p_value
+
+
+def test_rows_of_one_prompt_are_one_observation():
+    rows = [replace(row, prompt=f"prompt {number}") for number, row in enumerate(scored(n=40))]
+    once = Report.from_scored(rows, resamples=200)
+    again = [replace(row, prompt=f" {str(row.prompt).upper()}\n") for row in rows]
+    repeated = Report.from_scored([*rows, *again, *rows], resamples=200)
+    for ours, theirs in zip(figures(repeated)[0], figures(once)[0], strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one.value, one.low, one.high) == pytest.approx(
+                (other.value, other.low, other.high), abs=1e-2
+            )  # the ridge of length control
+    assert figures(repeated)[1].high == pytest.approx(figures(once)[1].high, abs=0.02)
+    assert figures(repeated)[3] == figures(once)[3]
+    assert repeated.settings["prompts"] == once.settings["prompts"] == 40
+    assert any(warning.startswith("120 rows have 40 different prompts") for warning in repeated.verdict.warnings)
+    assert not any("different prompts" in warning for warning in once.verdict.warnings)
+
+
+def test_one_prompt_many_times_confirms_nothing():
+    rows = [Scored("p", ["a", f"b {number}"], [0.0, 1.0], {"pfm": 1}) for number in range(50)]
+    verdict = Report.from_scored(rows, resamples=50).verdict
+    assert (verdict.wins, verdict.p_value) == (1, 1.0)
+    assert verdict.outcome == "no evidence"
+    apart = [replace(row, prompt="") for row in rows]  # without a prompt each row is one of its own
+    assert Report.from_scored(apart, resamples=50).verdict.outcome == "helps"

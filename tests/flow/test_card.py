@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import save_file
 
 from pfm import EncodedPairs, FlowConfig, PreferenceFlow
 from pfm.flow.card import findings
@@ -74,3 +75,21 @@ def test_findings_say_what_the_guard_lets_through(flow):
     assert said[math.inf][1] == "Changes nothing: held-out pairs confirm no gain, so every original is kept."
     assert said[0.0][1] == "Changes an output for any gain in win probability."
     assert said[0.127][1] == "Changes an output for a gain in win probability of 0.127 or more."
+
+
+def test_a_flow_is_not_saved_over_another_kind_of_model(flow, tmp_path):
+    whole = {"config.json": b'{"model_type": "llama"}', "README.md": b"mine"}
+    save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    whole["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    for name in ("config.json", "README.md"):
+        (tmp_path / name).write_bytes(whole[name])
+    with pytest.raises(FileExistsError, match=r"config\.json is not a preference flow's and would be lost"):
+        flow.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+    (tmp_path / "config.json").unlink()  # tensors alone are kept too
+    with pytest.raises(FileExistsError, match=r"model\.safetensors is not a preference flow's"):
+        flow.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    for _ in range(2):  # then over itself
+        flow.save_pretrained(tmp_path)
+    assert PreferenceFlow.from_pretrained(tmp_path).event_shape == (1,)

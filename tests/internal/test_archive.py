@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pfm._internal import archive
+from pfm._internal.files import replace_json
 from pfm.data import EncodedPairs
 from pfm.flow import Composition, FlowConfig, PreferenceFlow
 from pfm.flow.win import WinHead
@@ -485,3 +486,20 @@ def test_networks_whose_configuration_lies_are_refused(kind, name, value, tmp_pa
     save_file(load_file(path), path, meta | {"config": json.dumps(config | {name: value})})
     with pytest.raises(ValueError, match=r"its (configuration|metadata)|does not fit its configuration"):
         type(made).load(path)
+
+
+def test_a_disk_without_space_is_an_error_of_the_system_that_names_the_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    archive.save_tensors(path, {"weight": torch.ones(4)})
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            archive.save_tensors(path, {"weight": torch.ones(10_000)})
+        with pytest.raises(OSError, match=r"large\.json"):
+            replace_json(tmp_path / "large.json", "a" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]

@@ -6,8 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
+import pfm
 from pfm._internal import checks
 
 
@@ -111,3 +113,69 @@ def test_the_first_row_that_is_not_finite_is_named():
             ValueError, match="y must be finite: 2 of 10000 rows hold NaN or infinity, the first is row 9000"
         ):
             checks.check_finite("y", bad)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        lambda array: array[::-1, ::-1][::-1, ::-1],
+        lambda array: np.flip(np.flip(array, 1).copy(), 1),
+        lambda array: array.astype(">f4"),
+        lambda array: array.astype(">i2"),
+        lambda array: array.astype(np.longdouble),
+        lambda array: np.ma.masked_array(array, mask=False),
+        np.asfortranarray,
+    ],
+)
+def test_arrays_in_any_layout_and_byte_order_hold_the_same_numbers(kept):
+    array = np.arange(6.0).reshape(3, 2)
+    found = checks.as_float_tensor("y", kept(array))
+    assert torch.equal(found.double(), torch.from_numpy(array))
+
+
+def test_arrays_that_are_read_only_are_taken_without_a_warning(tmp_path):
+    np.save(tmp_path / "y.npy", np.ones((2, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = checks.as_float_tensor("y", np.load(tmp_path / "y.npy", mmap_mode="r"))
+    assert torch.equal(found, torch.ones(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (np.ma.masked_array([1.0, 2.0], mask=[True, False]), "1 of whose values are missing"),
+        (torch.eye(2).to_sparse(), r"torch\.sparse_coo; pass y\.to_dense\(\)"),
+        (scipy.sparse.eye(2, format="csr"), r"the sparse \w+; pass y\.toarray\(\)"),
+        (np.array([[1, None]], dtype=object), "an array of object"),
+        (np.array(["a"]), "an array of <U1"),
+        (np.array(["2020-01-01"], dtype="M8[D]"), "an array of datetime64"),
+    ],
+)
+def test_what_holds_no_dense_numbers_is_refused_with_its_kind(value, said):
+    with pytest.raises(TypeError, match=f"^y must be a tensor or an array of numbers: got .*{said}"):
+        checks.as_float_tensor("y", value)
+
+
+def test_an_index_may_be_a_reversed_array():
+    found = checks.checked_index("index", np.arange(3)[::-1], torch.zeros(3, 1))
+    assert found.tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, None, "1", True])
+def test_a_seed_that_numpy_or_torch_refuses_is_refused_before_the_work(seed):
+    pairs = pfm.EncodedPairs(torch.ones(4, 1), torch.zeros(4, 1))
+    rows = pfm.PreferencePairs.from_rows([{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    calls = [
+        lambda: pfm.FlowConfig(seed=seed),
+        lambda: pairs.split(seed=seed),
+        lambda: pairs.flip_labels(0.1, seed=seed),
+        lambda: rows.split(seed=seed),
+        lambda: rows.shuffle_labels(seed=seed),
+        lambda: pfm.PreferencePairs.from_scores(["p"], [["a", "b"]], [[0, 1]], seed=seed),
+        lambda: pfm.evaluate([], seed=seed),
+        lambda: pfm.preferences.BradleyTerry(seed=seed),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^seed must be a whole number from 0 to 9223372036854775807: got "):
+            call()

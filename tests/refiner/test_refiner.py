@@ -161,6 +161,37 @@ def test_nothing_usable_ends_after_the_cap_with_an_error(output):
     assert "in 1 call " in f"{draw.error} "
 
 
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        (None, "NoneType None"),
+        ({"text": "hello"}, "dict {'text': 'hello'}"),
+        ([{"generated_text": "hello"}], "dict {'generated_text': 'hello'}"),
+        (b"hello", "bytes b'hello'"),
+        ({"hello"}, "set {'hello'}"),
+        ([["hello"]], "list ['hello']"),
+        ("", "str ''"),
+    ],
+)
+def test_the_error_names_what_the_generator_returned(output, named):
+    draw = next(as_generator(lambda prompt: output).draws(["p"], 2))
+    assert f"the first of them {named}); a generator returns one text or a list of them" in str(draw.error)
+
+
+def test_an_array_of_texts_is_a_list_of_texts():
+    draw = next(as_generator(lambda prompt: np.array(["one", "two"])).draws(["p"], 2))
+    assert (draw.texts, draw.calls) == (["one", "two"], 1)
+    assert all(type(text) is str for text in draw.texts)
+
+
+def test_a_function_that_yields_is_refused():
+    def parts(prompt):
+        yield "a part of a text, or a text?"
+
+    with pytest.raises(TypeError, match="got a function that yields; return a text or a list of texts"):
+        as_generator(parts)
+
+
 def test_exception_ends_the_draw_and_keeps_its_texts():
     def generate(prompt, made=[]):  # noqa: B006
         made.append(prompt)

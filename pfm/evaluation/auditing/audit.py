@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pfm._internal.checks import check_whole
+from pfm._internal.checks import check_seed, check_whole
 from pfm._internal.significance import confirmed
 from pfm.devices import standard_defaults
 from pfm.evaluation.auditing.choices import Choices
@@ -93,6 +93,7 @@ def audit(
     >>> round(found.row("verifier").gap_closed.value, 2), found.row("least seconds").gap_closed.value
     (0.0, 1.0)
     """
+    seed = check_seed(seed)
     names = [selectors] if isinstance(selectors, str) else list(selectors or ())
     check_whole("folds", folds, 2)
     columns = Columns(names, scores, prompt, group, candidates, costs)
