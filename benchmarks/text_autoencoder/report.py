@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.core.runs import Run, code_notes
 from benchmarks.core.seeds import figure_interval, figure_values
 from benchmarks.core.tables import markdown_table
+from benchmarks.text_autoencoder.frontier import equal_content
 from benchmarks.text_autoencoder.moves import FAMILIES, encode_decode, family_of
 
 __all__ = ["markdown", "save_plot", "settings"]
@@ -56,6 +57,8 @@ def markdown(runs: Sequence[Run]) -> str:
             "Chosen on validation sentences by the labelling judge, among settings with at least so large a cosine:",
             "",
             *markdown_table(chosen),
+            "",
+            *equal_content(runs),
             "",
             "Every setting:",
             "",

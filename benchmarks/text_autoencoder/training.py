@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,7 +32,16 @@ from pfm._internal.smollm2 import has_bfloat16
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Batches", "Corpus", "TrainingSettings", "measure", "rows_of", "token_vectors", "train"]
+__all__ = [
+    "Corpus",
+    "TrainingSettings",
+    "UpdateSettings",
+    "fit",
+    "measure",
+    "rows_of",
+    "token_vectors",
+    "train",
+]
 
 PART = 25  # updates between two saved states
 BUCKET = 32  # batches that are sorted by length together
@@ -41,22 +50,30 @@ PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """Sets the training.
+class UpdateSettings:
+    """Sets what every training has.
 
     shortest: fewest tokens of a sentence that is used; the network's window is the most. batch: sentences an update.
-    noise: standard deviation on each of the latent's values, which are of size one. replaced: share of the tokens that
-    the encoder sees replaced by others. attribute: weight of the loss that organises latents by the attribute.
     """
 
     shortest: int = 8
     batch: int = 128
     learning_rate: float = 1e-3
     warm_up: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingSettings(UpdateSettings):
+    """Sets the training.
+
+    noise: standard deviation on each of the latent's values, which are of size one. replaced: share of the tokens that
+    the encoder sees replaced by others. attribute: weight of the loss that organises latents by the attribute.
+    """
+
     noise: float = 0.3
     replaced: float = 0.1
     attribute: float = 0.2
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,27 +119,12 @@ def train(
         network = Network(sizes)
         if not (folder / STATE).is_file():
             network.start_from(*token_vectors(rows, sizes.vocabulary, sizes.width))
-    optimizer = torch.optim.AdamW(
-        network.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    clock = nn.ParameterDict({"seconds": nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)})
-    training = Training(folder, {"network": network, "optimizer": optimizer, "clock": clock})
-    batches = Batches([len(row) for row in rows], settings.batch, settings.seed)
-    began = time.process_time()
-    for part in training.remaining(-(-updates // PART), f"autoencoder, {PART} updates each", progress):
-        for update in range(part * PART, min((part + 1) * PART, updates)):
-            warm = min(1.0, (update + 1) / settings.warm_up)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warm * max(0.05, 1 - update / updates)
-            chosen = batches(update)
-            loss = _loss(network, [rows[n] for n in chosen], attributes[chosen], settings, update)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            optimizer.step()
-        clock["seconds"] += time.process_time() - began
-        began = time.process_time()
-        training.save()
+
+    def loss(update: int, chosen: list[int]) -> Tensor:
+        return _loss(network, [rows[n] for n in chosen], attributes[chosen], settings, update)
+
+    seconds = fit(folder, network, list(network.parameters()), loss, [len(row) for row in rows], settings, updates,
+                  "autoencoder", progress)  # fmt: skip
     model = SentenceAutoencoder(network, tokenizer)
     model.training = {
         "settings": asdict(settings),
@@ -130,13 +132,55 @@ def train(
         "sentences": len(rows),
         "epochs": round(updates * settings.batch / len(rows), 2),
         "parameters": sum(part.numel() for part in network.parameters()),
-        "cpu_seconds": round(float(clock["seconds"])),
+        "cpu_seconds": seconds,
         **measure(model, corpus, settings.shortest),
     }
     model.save_pretrained(folder, model_card(model))
     for name in (STATE, PLAN):
         (folder / name).unlink(missing_ok=True)
     return model
+
+
+def fit(
+    folder: Path,
+    network: Network,
+    trained: list[nn.Parameter],
+    loss: Callable[[int, list[int]], Tensor],
+    lengths: Sequence[int],
+    settings: UpdateSettings,
+    updates: int,
+    label: str,
+    progress: bool,
+) -> int:
+    """Make the updates that are left, with the state kept in a folder, and return the CPU-seconds of all.
+
+    Args:
+        folder: gets the state every 25 updates.
+        network: whose state is kept. trained: its parameters that change.
+        loss: of an update's number and the rows of its batch.
+        lengths: of the rows, by which they are dealt into batches.
+        settings: of the updates; the learning rate falls to 5% until the last of ``updates``.
+        label: of the bar. progress: show one.
+    """
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    clock = nn.ParameterDict({"seconds": nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)})
+    training = Training(folder, {"network": network, "optimizer": optimizer, "clock": clock})
+    batches = _Batches(lengths, settings.batch, settings.seed)
+    began = time.process_time()
+    for part in training.remaining(-(-updates // PART), f"{label}, {PART} updates each", progress):
+        for update in range(part * PART, min((part + 1) * PART, updates)):
+            warm = min(1.0, (update + 1) / settings.warm_up)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * warm * max(0.05, 1 - update / updates)
+            found = loss(update, batches(update))
+            optimizer.zero_grad()
+            found.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+        clock["seconds"] += time.process_time() - began
+        began = time.process_time()
+        training.save()
+    return round(float(clock["seconds"]))
 
 
 @torch.no_grad()
@@ -200,7 +244,7 @@ def token_vectors(rows: Sequence[Sequence[int]], vocabulary: int, width: int) ->
     return normalize(vectors, dim=1), counts
 
 
-class Batches:
+class _Batches:
     """Deals the rows of each epoch into batches of like length, by the update's number alone.
 
     Args:

@@ -7,20 +7,19 @@ a sentence alone, by which :func:`benchmarks.text_autoencoder.search.search` kee
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks.images.stored import STATE, Training
+from benchmarks.images.stored import STATE
 from benchmarks.text_autoencoder.autoencoder import CONFIG, MODEL_TYPE, SentenceAutoencoder, padded
 from benchmarks.text_autoencoder.card import model_card
 from benchmarks.text_autoencoder.network import Network
-from benchmarks.text_autoencoder.training import PART, PLAN, Batches, Corpus, measure, rows_of
+from benchmarks.text_autoencoder.training import PLAN, Corpus, UpdateSettings, fit, measure, rows_of
 from pfm._internal.archive import read_description
 from pfm._internal.files import claim_folder
 from pfm._internal.smollm2 import has_bfloat16
@@ -29,23 +28,19 @@ __all__ = ["WriterSettings", "is_trained", "nats_alone", "train_writer"]
 
 
 @dataclass(frozen=True)
-class WriterSettings:
+class WriterSettings(UpdateSettings):
     """Sets the second training.
 
-    writers: layers of the decoder then. shortest: fewest tokens of a sentence that is used. batch: sentences an update.
-    least_noise, most_noise: range of the standard deviation on each of the latent's values, which are of size one; each
-    sentence has its own. without: share of the sentences that are written without a latent.
+    writers: layers of the decoder then. least_noise, most_noise: range of the standard deviation on each of the
+    latent's values, which are of size one; each sentence has its own. without: share of the sentences that are written
+    without a latent.
     """
 
+    seed: int = 1
     writers: int = 6
-    shortest: int = 8
-    batch: int = 128
-    learning_rate: float = 1e-3
-    warm_up: int = 50
     least_noise: float = 0.2
     most_noise: float = 0.8
     without: float = 0.4
-    seed: int = 1
 
 
 def train_writer(
@@ -83,24 +78,11 @@ def train_writer(
     trained = network.writing_parameters()
     for part in trained:
         part.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    clock = nn.ParameterDict({"seconds": nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)})
-    training = Training(folder, {"network": network, "optimizer": optimizer, "clock": clock})
-    batches = Batches([len(row) for row in rows], settings.batch, settings.seed)
-    began = time.process_time()
-    for part in training.remaining(-(-updates // PART), f"decoder, {PART} updates each", progress):
-        for update in range(part * PART, min((part + 1) * PART, updates)):
-            warm = min(1.0, (update + 1) / settings.warm_up)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * warm * max(0.05, 1 - update / updates)
-            loss = _loss(network, [rows[n] for n in batches(update)], settings, update)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-        clock["seconds"] += time.process_time() - began
-        began = time.process_time()
-        training.save()
+
+    def loss(update: int, chosen: list[int]) -> Tensor:
+        return _loss(network, [rows[n] for n in chosen], settings, update)
+
+    seconds = fit(folder, network, trained, loss, [len(row) for row in rows], settings, updates, "decoder", progress)
     found = SentenceAutoencoder(network, model.tokenizer)
     shortest = int(model.training.get("settings", {}).get("shortest", settings.shortest))
     found.training = {
@@ -110,7 +92,7 @@ def train_writer(
         "writer": {
             "settings": asdict(settings),
             "updates": updates,
-            "cpu_seconds": round(float(clock["seconds"])),
+            "cpu_seconds": seconds,
             "nats": nats_alone(found, corpus.held_out),
         },
     }

@@ -24,6 +24,7 @@ from benchmarks.paper import page as paper
 from benchmarks.tasks import load_task
 from benchmarks.text_autoencoder import SentenceAutoencoder, __main__, report, training
 from benchmarks.text_autoencoder.autoencoder import padded
+from benchmarks.text_autoencoder.frontier import at_cosine, equal_content
 from benchmarks.text_autoencoder.moves import FAMILIES, Moves, encode_decode, family_of, preferred_subspace
 from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
 from benchmarks.text_autoencoder.search import draw, search
@@ -403,6 +404,37 @@ def test_a_damaged_tokenizer_stops_a_training_that_goes_on(tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text("cut", encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
         train(tmp_path, Corpus(["a b"] * 9, [0] * 9, ["a"], [0]), SIZES, progress=False)
+
+
+def test_families_are_compared_where_their_curves_have_equal_content(tmp_path: Path) -> None:
+    def run(seed: int, lead: float) -> Run:
+        points = {
+            encode_decode: (0.9, 0.5, 200.0),
+            "mean shift: x2": (0.7, 0.6, 300.0),
+            "mean shift: x4": (0.3, 0.8, 500.0),
+        }
+        points |= {"flow in a subspace: x2": (0.6, 0.6 + lead, 200.0), "flow in a subspace: x4": (0.5, 0.9, 250.0)}
+        points |= {"flow best of 2: x1": (0.92, 0.51, 210.0), "flow best of 2: x2": (0.7, 0.5, 300.0)}
+        figures = {
+            f"{name}.{figure}": {"value": value, "low": value, "high": value}
+            for name, own in points.items()
+            for figure, value in zip(("cosine", "win", "perplexity"), own, strict=True)
+        }
+        described = {"task": {"name": "imdb"}, "method": {"name": "pfm"}, "seed": seed}
+        return Run(tmp_path, {"kind": "text_autoencoder", "figures": figures, "settings": described})
+
+    one = run(0, 0.2)
+    assert at_cosine(one, "mean shift", "win", 0.8) == pytest.approx(0.55)
+    assert at_cosine(one, "mean shift", "win", 0.5) == pytest.approx(0.7)
+    assert at_cosine(one, "mean shift", "perplexity", 0.5) == pytest.approx(400)
+    assert at_cosine(one, "flow in a subspace", "win", 0.8) == pytest.approx(0.6)  # a third of the way
+    assert at_cosine(one, "flow in a subspace", "win", 0.4) is None
+    assert at_cosine(one, "flow best of 2", "win", 0.8) == pytest.approx(0.51 - 0.01 * 12 / 22)  # rises first
+    text = "\n".join(equal_content([one, run(1, 0.2), run(2, 0.2)]))
+    assert "| 0.6 | 0.800 ± 0.000 | – | – | – | – | – | 0.150 ± 0.000 |" in text
+    assert "| 0.6 | 200 ± 0 | – | – | – | – | – | 0.571 ± 0.000 |" in text
+    told = "\n".join(equal_content([one, run(1, 0.1), run(2, 0.3)]))
+    assert "| 0.6 | 0.800 ± 0.248 | – | – | – | – | – | 0.150 ± 0.248 |" in told
 
 
 def test_the_tables_join_seeds_and_show_sentences(tmp_path: Path) -> None:
