@@ -10,9 +10,11 @@ from __future__ import annotations
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from benchmarks.core.data import MissingDataError
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.core.schemas import register
 from benchmarks.core.sweeps import SettingsError, check_launcher, close_sweep, run_job
 
@@ -26,6 +28,10 @@ def job(config: DictConfig) -> float:
         return run_job(config)
     except (MissingDataError, SettingsError) as error:
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except UnsuitableMethodError as error:
+        chosen = HydraConfig.get().runtime.choices
+        print(f"method={chosen['method']} does not suit task={chosen['task']}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -15,6 +15,7 @@ from benchmarks.control.config import ControlConfig
 from benchmarks.control.learning import Candidate, ControlData, ControlMethod
 from benchmarks.control.references import load_reference, normalised_score
 from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.errors import UnsuitableMethodError
 from pfm._internal.files import replace_file
 from pfm.pbrl import BatchedPendulum, FittedValue, Teacher, VectorEnv, episode_returns, episode_seeds
 from pfm.pbrl.collection import collect
@@ -77,7 +78,7 @@ class ControlTask:
             TypeError: the method gives no policies. ValueError: its actions are not those of the environment.
         """
         if not isinstance(method, ControlMethod):
-            raise TypeError(f"{type(method).__name__} gives no policies, which this task needs")
+            raise UnsuitableMethodError(f"{type(method).__name__} gives no policies, which this task needs")
         config = self.config
         episodes = min(config.episodes, getattr(method, "episodes", None) or config.episodes)
         env = open_simulator(config.environment, min(_BATCH, episodes))

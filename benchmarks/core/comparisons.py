@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.preference.measures import PredictionTable
 from pfm import EncodedPairs
 from pfm.encoders import Encoder
@@ -93,7 +94,7 @@ class Comparisons:
             TypeError: the method does not compare outputs. ValueError: its log-odds are not finite.
         """
         if not isinstance(method, Comparer):
-            raise TypeError(f"{type(method).__name__} does not compare outputs, which this task needs")
+            raise UnsuitableMethodError(f"{type(method).__name__} does not compare outputs, which this task needs")
         marks = [time.perf_counter()]
         encoded = _Encoded.of(self.rows, bench.encoder, order_term=self.order_term, progress=bench.progress)
         marks.append(time.perf_counter())

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.images.config import ImagesConfig
 from benchmarks.images.data import DIGITS, Part, Split, load_images
 from benchmarks.images.generator import Draws, Generator, GeneratorSettings, load_generator
@@ -63,7 +64,7 @@ class Images:
             TypeError: the method does not move images. ValueError: its images are of another shape or range.
         """
         if not isinstance(method, Mover):
-            raise TypeError(f"{type(method).__name__} does not move images, which this task needs")
+            raise UnsuitableMethodError(f"{type(method).__name__} does not move images, which this task needs")
         for name in ("sets", "candidates", "validation", "tested", "real"):
             if getattr(self.config, name) < 2:
                 raise ValueError(f"task.{name} must be at least 2: got {getattr(self.config, name)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
 from benchmarks.core.config import LawConfig
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.laws.laws import Flowing, Law, Mover, Staged
 from benchmarks.laws.measures import Drawn, measure
 from benchmarks.laws.quadrature import Quadrature, grid
@@ -53,7 +54,7 @@ class LawTask:
             TypeError: the method does not move outputs. ValueError: what it gives is not finite, or of another shape.
         """
         if not isinstance(method, Mover):
-            raise TypeError(f"{type(method).__name__} does not move outputs, which this task needs")
+            raise UnsuitableMethodError(f"{type(method).__name__} does not move outputs, which this task needs")
         train = self.pairs()
         marks = [time.perf_counter()]
         notes = method.learn(self.law, train, bench)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import pfm
 from benchmarks.core.bench import Bench
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.laws.laws import Law
 from benchmarks.preference.pool_config import PoolConfig
 from benchmarks.tasks.two_references import TwoReferences
@@ -87,7 +88,9 @@ def own_sources(law: Law) -> TwoReferences:
         TypeError: it is not a pool.
     """
     if not isinstance(law, TwoReferences):
-        raise TypeError(f"{law.name} is no pool of references, which this method needs: use task=two_references")
+        raise UnsuitableMethodError(
+            f"{law.name} is no pool of references, which this method needs: use task=two_references"
+        )
     return law
 
 

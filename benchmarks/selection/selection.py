@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.core.measures import ChoiceTable
 from pfm import EncodedPairs, PreferencePairs
 from pfm.encoders import Encoder
@@ -91,7 +92,9 @@ class Selection:
             TypeError: the method does not choose among candidates.
         """
         if not isinstance(method, Chooser):
-            raise TypeError(f"{type(method).__name__} does not choose among candidates, which this task needs")
+            raise UnsuitableMethodError(
+                f"{type(method).__name__} does not choose among candidates, which this task needs"
+            )
         marks, notes = [time.perf_counter()], {}
         if method.reads_vectors:
             train = self.train.encode(bench.encoder, progress=bench.progress)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.acquisition.config import AcquisitionConfig
 from benchmarks.core.bench import Bench, Outcome
 from benchmarks.core.config import AlpacaConfig, ArgumentsConfig, CaptionsConfig
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.methods.acquisition import Acquirer
 from benchmarks.selection.selection import Selection, candidate_vectors, one_hot
 from benchmarks.tasks import load_task
@@ -42,7 +43,7 @@ class Acquisition:
             TypeError: the method requests no labels.
         """
         if not isinstance(method, Acquirer):
-            raise TypeError(f"{type(method).__name__} asks for no labels, which this task needs")
+            raise UnsuitableMethodError(f"{type(method).__name__} asks for no labels, which this task needs")
         marks = [time.perf_counter()]
         every = self.selection.train.encode(bench.encoder, context=False, progress=bench.progress)
         vectors = candidate_vectors(self.selection.items, bench.encoder, progress=bench.progress)

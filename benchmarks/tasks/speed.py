@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
 from benchmarks.core.config import SpeedConfig
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.speed.clock import Contestant, Race, device_clock, race
 from benchmarks.speed.pairs import draw_pairs
 from benchmarks.speed.response import refining
@@ -74,7 +75,9 @@ class SpeedTask:
         """
         settings = getattr(getattr(method, "config", None), "flow", None)
         if settings is None:
-            raise TypeError(f"task=speed measures preference flows, which {type(method).__name__} is not: method=pfm")
+            raise UnsuitableMethodError(
+                f"task=speed measures preference flows, which {type(method).__name__} is not: method=pfm"
+            )
         torch.set_num_threads(1)
         self._base = FlowConfig.from_dict(dict(settings)).replace(
             hidden=self.config.hidden, layers=self.config.layers, device="cpu", dtype="float32"

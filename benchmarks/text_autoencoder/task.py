@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.images.stored import progress_bar
 from benchmarks.text_autoencoder.autoencoder import SentenceAutoencoder
 from benchmarks.text_autoencoder.config import TextAutoencoderConfig
@@ -58,7 +59,7 @@ class TextAutoencoding:
         """
         settings = getattr(getattr(method, "config", None), "flow", None)
         if settings is None:
-            raise TypeError(f"task=imdb moves by flows, and {type(method).__name__} is none: method=pfm")
+            raise UnsuitableMethodError(f"task=imdb moves by flows, and {type(method).__name__} is none: method=pfm")
         leasts = self.config.least_cosines
         if not leasts or not all(-1 <= least <= 1 for least in leasts):
             raise ValueError(f"task.least_cosines must be numbers from -1 to 1, at least one: got {leasts}")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.core.bench import Bench, Outcome
 from benchmarks.core.data import MissingDataError
+from benchmarks.core.errors import UnsuitableMethodError
 from benchmarks.text_editing.config import TextEditingConfig
 from benchmarks.text_editing.judges import LabellingJudge, WordJudge
 from benchmarks.text_editing.measures import Perplexity, best_of, estimates, read_out, wins
@@ -55,7 +56,9 @@ class TextEditing:
         """
         settings = getattr(getattr(method, "config", None), "flow", None)
         if settings is None:
-            raise TypeError(f"task=text_editing moves by flows, and {type(method).__name__} is none: method=pfm")
+            raise UnsuitableMethodError(
+                f"task=text_editing moves by flows, and {type(method).__name__} is none: method=pfm"
+            )
         editor = self._editor()
         took: dict[str, float] = {}
         began = time.perf_counter()

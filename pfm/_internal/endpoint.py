@@ -61,6 +61,29 @@ def is_secret_name(name: str) -> bool:
     return _SECRET_NAME.search(name) is not None
 
 
+def checked_key(name: str, key: str | None) -> str | None:
+    """Return a key without the white space around it, such as the line break of a file; None where nothing is left.
+
+    Raises:
+        ValueError: it cannot be sent in a header. The message does not show it.
+
+    >>> checked_key("api_key", "sk-abc\\n")
+    'sk-abc'
+    """
+    if key is None:
+        return None
+    if not isinstance(key, str):
+        raise ValueError(f"{name} must be a text: got {type(key).__name__}")
+    key = key.strip()
+    wrong = next((place for place, character in enumerate(key) if not " " <= character <= "~"), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{name} must hold letters, digits and signs of ASCII only: character {wrong + 1} of {len(key)} is none, "
+            "perhaps a line break, or a quote or dash that an editor changed; copy it again"
+        )
+    return key or None
+
+
 class Endpoint:
     """Holds where to send requests, and the key in memory only.
 
@@ -94,7 +117,7 @@ class Endpoint:
         self.timeout = timeout
         self.max_retries = max_retries
         self.route = ""
-        self._api_key = api_key
+        self._api_key = api_key = checked_key("api_key", api_key)
         self.hidden: tuple[str, ...] = ()
         if api_key is not None and api_key.lower() not in PLACEHOLDERS and not self.is_private:
             raise ValueError(
@@ -137,7 +160,7 @@ class Endpoint:
         """
         if self._api_key is not None:
             return self._api_key
-        key = os.environ.get("OPENAI_API_KEY")
+        key = checked_key("OPENAI_API_KEY", os.environ.get("OPENAI_API_KEY"))
         own = {origin(OPENAI), origin(os.environ.get("OPENAI_BASE_URL", "").strip())} - {None}
         if key and origin(self.base_url) in own:
             if self.is_private or key.lower() in PLACEHOLDERS:

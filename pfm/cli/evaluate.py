@@ -129,7 +129,7 @@ def read_scored(path: Path, on_bad_rows: str, *, prompted: bool, prompt_key: str
 
 
 def _scored_row(value: Any, prompted: bool) -> ScoredRow:
-    from pfm.data.checks import checked_response, require
+    from pfm.data.checks import checked_response, read_number, require
     from pfm.data.conversations import conversation_text
     from pfm.data.errors import PreferenceDataError
     from pfm.data.identity import given_group
@@ -144,20 +144,10 @@ def _scored_row(value: Any, prompted: bool) -> ScoredRow:
     return ScoredRow(
         prompt,
         texts,
-        [_score(score, "scores") for score in scores],
+        [read_number(score, "scores") for score in scores],
         given_group(value.get("group")),
-        None if further is None else _score(further, "independent_score"),
+        None if further is None else read_number(further, "independent_score"),
     )
-
-
-def _score(value: Any, column: str) -> float:
-    from math import isfinite
-
-    from pfm.data.errors import PreferenceDataError, show
-
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise PreferenceDataError(f"got {show(value)}; expected a finite number", column=column)
-    return float(value)
 
 
 class _Recorded:
@@ -195,7 +185,7 @@ def _report(
     options: dict[str, Any] = {
         "training": training,
         "encoder": None if training is None else encoder,
-        "groups": None if None in groups else groups,
+        "groups": groups,
         "reasoning": reasoning,
         "seed": seed,
         "progress": progress,

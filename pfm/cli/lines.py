@@ -121,8 +121,14 @@ class LineFile:
         return ValueError(f"{self.path} is there and line {place} is no {self.RESULT}: give another --out")
 
 
+#: Endings by which a file would be read as something else than the lines that it holds.
+_OTHER_FORMS = frozenset((".json", ".csv", ".tsv", ".parquet", ".gz", ".xz", ".bz2"))
+
+
 def _check_place(path: Path) -> None:
     """Refuse what cannot be read back and continued: pipes, terminals, devices, folders, the command's own output."""
+    if path.suffix.lower() in _OTHER_FORMS:
+        raise ValueError(f"--out {path} is written as JSON lines, line by line: let its name end in .jsonl")
     try:
         found = path.stat()
     except FileNotFoundError:

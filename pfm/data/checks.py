@@ -22,6 +22,7 @@ __all__ = [
     "checked_response",
     "choose_pairs",
     "optional_number",
+    "read_number",
     "require",
     "response",
 ]
@@ -30,6 +31,8 @@ __all__ = [
 MOST_PAIRS_PER_PROMPT = 2_000_000
 #: What two names of columns that are meant alike may differ in (:func:`pfm.data.identity.normal_form`).
 DIFFERENCE = "case, spaces or invisible characters"
+_LARGEST = 1e100  # sums and squares of scores stay finite
+_TRUTH = {"true": 1.0, "false": 0.0}
 _CHARACTER = "; expected at least one character to read"
 
 
@@ -111,6 +114,30 @@ def optional_number(row: Mapping[str, Any], column: str, highest: float = math.i
         expected = "a finite number ≥ 0" if highest == math.inf else f"a number from 0 to {highest:g}"
         expected += " with a decimal point" * (isinstance(value, str) and "," in value)
         raise PreferenceDataError(f"got {show(value)}; expected {expected}", reason="bad number", column=column)
+    return number
+
+
+def read_number(value: Any, column: str) -> float:
+    """Return a finite number, such as a score or a cost; true and false are 1 and 0, and text such as "0.5" is read.
+
+    Raises:
+        PreferenceDataError: there is none, or its size is above 1e100, beyond which squares are not finite.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        text = value.strip().casefold()
+        value = _TRUTH.get(text, value)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise PreferenceDataError("the value is missing; expected a number", reason="missing value", column=column)
+    try:
+        number = float(value) if isinstance(value, Real | Decimal | str) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= _LARGEST:
+        reason = "number not finite" if isinstance(value, float) else "wrong type"
+        hint = " with a decimal point" * (isinstance(value, str) and "," in value)
+        raise PreferenceDataError(f"got {show(value)}; expected a finite number{hint}", reason=reason, column=column)
     return number
 
 

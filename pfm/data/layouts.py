@@ -8,15 +8,16 @@ A row's prompt is the column ``prompt``, or what one of the layouts below makes 
 
 A system message beside them (``system``, ``system_prompt``, ``system_message``) comes first. Other layouts name the
 responses otherwise, and become the standard one: SHP (``history, human_ref_A, human_ref_B, labels``), OpenAI's
-preference files (``input, preferred_output, non_preferred_output``), and UltraFeedback (``instruction, completions``),
-a row of which holds several responses with scores.
+preference files (``input, preferred_output, non_preferred_output``), two responses and a verdict
+(:mod:`pfm.data.verdicts`), and UltraFeedback (``instruction, completions``), a row of which holds several responses
+with scores.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from pfm.data.conversations import Message, as_text, message_texts
 from pfm.data.errors import PreferenceDataError, show
 from pfm.data.identity import is_missing
 from pfm.data.stringified import parse_literal
+from pfm.data.verdicts import compared_row, without
 
 __all__ = [
     "PROMPT_COLUMNS",
@@ -224,9 +226,7 @@ def standard_row(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]
         first, second = names if better in ("1", "1.0", "True") else names[::-1]
         prompt = row.get("history") if row.get("prompt") is None else row["prompt"]
         standard = {"prompt": prompt, "chosen": row[first], "rejected": row[second]}
-        return _without(
-            row, (*names, "labels", "history")
-        ) | standard, "SHP (history, human_ref_A, human_ref_B, labels)"
+        return without(row, (*names, "labels", "history")) | standard, "SHP (history, human_ref_A, human_ref_B, labels)"
     if row.get("preferred_output") is not None and row.get("non_preferred_output") is not None:
         given = row.get("input")
         prompt = given.get("messages") if isinstance(given, Mapping) else given
@@ -236,12 +236,10 @@ def standard_row(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]
             "rejected": row["non_preferred_output"],
         }
         used = ("input", "preferred_output", "non_preferred_output")
-        return _without(row, used) | standard, f"OpenAI ({', '.join(used)})"
+        return without(row, used) | standard, f"OpenAI ({', '.join(used)})"
+    if row.get("label") is None and row.get("completion") is None and row.get("completions") is None:
+        return compared_row(row) or (row, None)
     return row, None
-
-
-def _without(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in names}
 
 
 def scored_row(row: Mapping[str, Any]) -> ScoredRow:

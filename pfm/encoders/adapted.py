@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfm._internal.checks import as_float_tensor
 
 __all__ = ["AdaptedEncoder"]
 
@@ -39,19 +45,32 @@ class AdaptedEncoder:
 
     def encode(self, texts: Sequence[Any], *, progress: bool = False) -> Any:
         """Encode N outputs as (N, \\*D), in the order given."""
-        return _call(self.encoder.encode, texts, progress)
+        return self._call(self.encoder.encode, texts, progress)
 
     def encode_prompts(self, texts: Sequence[str], *, progress: bool = False) -> Any:
         """Encode N prompts as (N, C)."""
-        return _call(getattr(self.encoder, "encode_prompts", self.encoder.encode), texts, progress)
+        return self._call(getattr(self.encoder, "encode_prompts", self.encoder.encode), texts, progress)
 
     def describe(self) -> dict[str, Any]:
         """Describe the encoder in JSON values; an empty dict where it does not say."""
         return self.encoder.describe() if hasattr(self.encoder, "describe") else {}
 
+    def _call(self, encode: Callable[..., Any], texts: Sequence[Any], progress: bool) -> Tensor:
+        """Encode, and return what comes as a tensor; a list may hold one array or tensor an output.
 
-def _call(encode: Callable[..., Any], texts: Sequence[Any], progress: bool) -> Any:
-    return encode(texts, progress=progress) if _takes_progress(encode) else encode(texts)
+        Raises:
+            TypeError: it holds no dense numbers. ValueError: its vectors are of different lengths.
+        """
+        vectors = encode(texts, progress=progress) if _takes_progress(encode) else encode(texts)
+        try:
+            if isinstance(vectors, list | tuple) and vectors and not isinstance(vectors[0], Real):
+                vectors = torch.stack([as_float_tensor("vectors", vector) for vector in vectors])
+            return as_float_tensor("vectors", vectors)
+        except TypeError as error:
+            raise TypeError(f"{type(self.encoder).__name__}.encode must return one vector an output: {error}") from None
+        except RuntimeError as error:
+            name = type(self.encoder).__name__
+            raise ValueError(f"{name}.encode must return vectors of one length: {error}") from None
 
 
 def _takes_progress(encode: Callable[..., Any]) -> bool:

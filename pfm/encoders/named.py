@@ -49,6 +49,8 @@ def encoder_from_name(name: str, **options: Any) -> Encoder:
         near = difflib.get_close_matches(unknown[0], _SETTINGS, 1)
         meant = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
         raise TypeError(f"{', '.join(unknown)}: no setting of an encoder: {meant}")
+    if not isinstance(name, str):
+        raise TypeError(f"encoder must be a name such as 'minilm+surface': got {type(name).__name__}")
     whole = name.strip()
     parts = [whole] if Path(whole).is_dir() else [part.strip() for part in whole.split("+")]
     if not all(parts):

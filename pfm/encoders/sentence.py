@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import reprlib
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -312,13 +313,15 @@ def as_encoder(encoder: Any) -> Any:
     An encoder without ``dimension``, ``describe`` or the keyword ``progress`` becomes an :class:`AdaptedEncoder`.
 
     Raises:
-        TypeError: a name in place of an encoder.
+        TypeError: a name, a function or a class in place of an encoder.
     """
     if isinstance(encoder, str | os.PathLike):
         raise TypeError(
             f"encoder must have .encode, got the name {os.fspath(encoder)!r}: pass "
             f"pfm.encoders.encoder_from_name({os.fspath(encoder)!r})"
         )
+    if not callable(getattr(encoder, "encode", None)) or isinstance(encoder, type):
+        raise TypeError(f"encoder must have .encode(outputs), got {type(encoder).__name__} {reprlib.repr(encoder)}")
     return SentenceEncoder(encoder) if is_sentence_transformer(encoder) else AdaptedEncoder.of(encoder)
 
 

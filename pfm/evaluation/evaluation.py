@@ -65,7 +65,7 @@ def evaluate(
         training: encoded pairs that the flow was fitted on, for the baselines "mean_shift" and
             "bradley_terry".
         encoder: the encoder of ``training``.
-        groups: one name a prompt, for the table by group.
+        groups: one name a prompt, for the table by group; None for a prompt of no group.
         methods: which baselines to show, of "random", "longest", "mean_shift", "bradley_terry", "oracle";
             default all that can be computed. The original is always shown.
         reasoning: "strip" judges and measures of an output with hidden reasoning the answer after it, see
@@ -134,7 +134,7 @@ def evaluate(
                 original=_original_index(record, number),
                 probabilities=_known(record.probabilities),
                 independent=float(judged[-1]) if draw else None,
-                group=None if groups is None else str(groups[number]),
+                group=None if groups is None or groups[number] is None else str(groups[number]),
             )
         )
     if vector and training is not None:

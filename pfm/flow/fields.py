@@ -134,20 +134,21 @@ class Moments:
             covariance (D + C, D + C) of the inputs, their mean (D + C,), cross-covariance (D + C, D) with the
             velocity, and the velocity's mean (D,).
         """
-        size, d = self.gram.shape[0], self.dimension
-        mix = self.gram.new_zeros(size - d - 1, size)
-        mix[:d, :d].fill_diagonal_(1 - t)
-        mix[:d, d : 2 * d].fill_diagonal_(t)
-        mix[d:, 2 * d : size - 1].fill_diagonal_(1)
+        d = self.dimension
+
+        def mixed(moments: Tensor) -> Tensor:
+            """Return the moments of (y_t, context) in place of (source, target, context), along the rows."""
+            return torch.cat([torch.lerp(moments[:d], moments[d : 2 * d], t), moments[2 * d :]])
+
         mean = self.gram[:-1, -1]
         centred = self.gram[:-1, :-1] - mean[:, None] * mean[None, :]
-        inputs = mix[:, :-1] @ centred
-        covariance = inputs @ mix[:, :-1].T
+        inputs = mixed(centred)
+        covariance = mixed(inputs.T)
         height, slope = math.sin(math.pi * t), math.pi * math.cos(math.pi * t)
         covariance.diagonal()[:d].add_(self.noise * height**2)
         cross = inputs[:, d : 2 * d] - inputs[:, :d]
         cross.diagonal().add_(self.noise * height * slope)
-        return covariance, mix[:, :-1] @ mean, cross, mean[d : 2 * d] - mean[:d]
+        return covariance, mixed(mean), cross, mean[d : 2 * d] - mean[:d]
 
     def best_ridge(
         self,
@@ -168,12 +169,17 @@ class Moments:
             held_covariance, held_mean, held_cross, held_shift = judged.at(t)
             values, vectors = torch.linalg.eigh(covariance)
             turned = vectors.T @ cross
+            # In the eigenvectors' coordinates a ridge scales the rows of the slope, so that products of whole
+            # matrices are made once for all ridges.
+            weighted = turned * share
+            linear = ((vectors.T @ held_cross) * weighted).sum(1)
+            quadratic = (vectors.T @ held_covariance @ vectors).mul_(weighted @ turned.T)
+            offset, moved = held_shift - shift, (held_mean - mean) @ vectors
             for ridge in ridges:
-                jitter = ridge + 1e-9 * float(values.mean())
-                slope = vectors @ (turned / (values.clamp_min(0) + jitter)[:, None])
-                bias = held_shift - shift - (held_mean - mean) @ slope
-                spread = ((held_covariance @ slope) * slope).sum(0) - 2 * (held_cross * slope).sum(0)
-                error[ridge] += float(((spread + bias.square()) * share).sum())
+                kept = (values.clamp_min(0) + ridge + 1e-9 * float(values.mean())).reciprocal()
+                bias = offset - (moved * kept) @ turned
+                spread = kept @ quadratic @ kept - 2 * linear @ kept
+                error[ridge] += float(spread + (bias.square() * share).sum())
         return min(ridges, key=lambda ridge: error[ridge])
 
 

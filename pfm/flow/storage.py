@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from pfm._internal.archive import load_module, read_description, read_folder, save_tensors, tensor_shapes
+from pfm._internal.checks import check_whole
 from pfm._internal.files import replace_json, require_files
 from pfm.flow.model import FlowModel
 from pfm.flow.preference_win import PreferenceWin
@@ -17,6 +18,7 @@ from pfm.flow.preference_win import PreferenceWin
 __all__ = ["check_vacant", "download", "load_files", "load_folder", "save_files"]
 
 DESCRIPTION, TENSORS = "config.json", "model.safetensors"  # the hub's names
+MOST_STEPS = 100_000  # of a pass; a fit finds 128 at most
 DESCRIBED = ("event_shape", "context_dimension", "config", "metadata")
 
 F = TypeVar("F", bound=FlowModel)
@@ -75,11 +77,16 @@ def load_files(kind: type[F], description: Path, tensors: Path, device: torch.de
     shapes = tensor_shapes(tensors)
     try:
         _check_sizes(described, shapes)
+        _check_pass(described["config"], described["metadata"])
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{tensors} does not fit its {DESCRIPTION} at {error}") from error
-    return load_module(
+    flow = load_module(
         lambda: kind(**{key: described[key] for key in DESCRIBED}), tensors, DESCRIPTION, device=device
     ).eval()
+    for name, value in flow.state_dict().items():
+        if value.is_floating_point() and bool(torch.isnan(value).any()):  # infinite spreads there are
+            raise ValueError(f"{tensors} is damaged: {name} holds NaN; copy, save or fit it again")
+    return flow
 
 
 def download(name: str, **options: Any) -> tuple[Path, Path]:
@@ -114,6 +121,18 @@ def _describe(flow: FlowModel) -> dict[str, Any]:
         "config": flow.config.to_dict(),
         "metadata": metadata,
     }
+
+
+def _check_pass(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Check what a pass goes by, of every round: a stranger's number of steps must not take all day."""
+    for steps in (config.get("steps"), metadata.get("steps")):
+        check_whole("steps", steps, 1, MOST_STEPS, also=("auto", None))
+    for name, kind in (("unit_norm", bool), ("win", Mapping)):
+        if metadata.get(name) is not None and not isinstance(metadata[name], kind):
+            wanted = "true or false" if kind is bool else "an object"
+            raise TypeError(f"{name}: expected {wanted}, got {metadata[name]!r:.80}")
+    for later in metadata.get("later", []):
+        _check_pass(later["config"], later["metadata"])
 
 
 def _check_sizes(described: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> None:

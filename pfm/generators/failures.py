@@ -71,6 +71,9 @@ def named_failure(
         else:
             kind, message = ServerError, f"the connection to {address}{route} broke"
         message += _cause(error)
+    elif isinstance(error, UnicodeEncodeError):
+        message = f"the request cannot be sent, since it holds half of a character: {error.reason}"
+        kind = GenerationError
     elif isinstance(error, ValueError) and not isinstance(error, openai.OpenAIError):
         kind, message = BadAnswerError, f"the answer of {address} is not JSON: {error}"
     else:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pfm._internal.checks import check_number, check_seed, check_whole
+from pfm._internal.checks import check_length, check_number, check_seed, check_whole
 from pfm.refiner.stopping import Stopping, read_waves
 from pfm.statistics import Bootstrap, Estimate
 
@@ -39,6 +39,7 @@ def calibrate(
     spread_prior: float | None = None,
     replays: int = 200,
     seed: int = 0,
+    prompts: Sequence[Hashable] | None = None,
 ) -> Stopping:
     """Return the stopping rule whose mean score on held-out prompts equals that of n draws.
 
@@ -59,6 +60,8 @@ def calibrate(
             one prompt; None estimates them, infinity takes them as known.
         replays: random orders of each prompt's candidates.
         seed: of these orders.
+        prompts: what tells the prompts apart: rows of one are left out together, and count as one observation. None:
+            all are different.
 
     Raises:
         ValueError: lists of unequal length, values that are not finite, b outside of [0, 1], or settings out of range.
@@ -77,17 +80,24 @@ def calibrate(
     for name, value in (("loss", loss), ("margin", margin)):
         check_number(name, value, least=0, below=1)
     rows = _checked(probabilities, scores)
-    kept = [row for row in rows if len(row[0]) >= n]
-    evidence: dict[str, Any] = {"prompts": len(kept), "prompts_with_too_few_candidates": len(rows) - len(kept)}
+    if prompts is not None:
+        check_length("prompts", prompts, len(rows), "row")
+    enough = [place for place, row in enumerate(rows) if len(row[0]) >= n]
+    kept = [rows[place] for place in enough]
+    numbers: dict[Hashable, int] = {}
+    unit = np.array(
+        [numbers.setdefault(place if prompts is None else prompts[place], len(numbers)) for place in enough]
+    )
+    evidence: dict[str, Any] = {"prompts": len(numbers), "prompts_with_too_few_candidates": len(rows) - len(kept)}
     for name, value in (("prior", prior), ("spread_prior", spread_prior)):
         check_number(name, value, least=0, also=(None, math.inf))
     blank = Stopping(n, max_n, sizes, 0.0, 0.0, 0.0, (0.0,), evidence=evidence)
-    if len(kept) < LEAST_PROMPTS:
-        told = f"{len(kept)} held-out prompts with at least {n} scored candidates are too few"
+    if len(numbers) < LEAST_PROMPTS:
+        told = f"{len(numbers)} held-out prompts with at least {n} scored candidates are too few"
         return replace(blank, refusal=f"{told}; {LEAST_PROMPTS} are needed")
     drawn = Replays.of(kept, max_n, replays, seed)
     rule = _fitted(blank, drawn, loss, prior, spread_prior)
-    figures = _left_out(blank, drawn, loss, prior, spread_prior, seed)
+    figures = _left_out(blank, drawn, unit, loss, prior, spread_prior, seed)
     evidence |= {
         "gain": _values(figures.gain),
         "difference": _values(figures.difference),
@@ -243,11 +253,17 @@ def _price(scores: Array, target: float) -> float:
 
 
 def _left_out(
-    blank: Stopping, replays: Replays, loss: float, prior: float | None, spread_prior: float | None, seed: int
+    blank: Stopping,
+    replays: Replays,
+    unit: NDArray[np.int64],
+    loss: float,
+    prior: float | None,
+    spread_prior: float | None,
+    seed: int,
 ) -> _Figures:
-    """Fit on the prompts of all folds but one, and measure on that one, in turn."""
-    count = len(replays.last)
-    fold = np.random.default_rng([seed, count]).permutation(count) % min(FOLDS, count)
+    """Fit on the prompts of all folds but one, and measure on that one, in turn; ``unit`` numbers each row's prompt."""
+    count, prompts = len(replays.last), int(unit.max()) + 1
+    fold = (np.random.default_rng([seed, prompts]).permutation(prompts) % min(FOLDS, prompts))[unit]
     found = np.zeros((count, 3))
     for number in range(int(fold.max()) + 1):
         rule = _fitted(blank, replays.select(np.flatnonzero(fold != number)), loss, prior, spread_prior)
@@ -255,7 +271,7 @@ def _left_out(
         part = replays.select(tested)
         found[tested] = part.stopped(part.surplus(rule), thresholds(rule, rule.price))
     fixed = replays.fixed(blank.n)
-    bootstrap = Bootstrap(count)
+    bootstrap = Bootstrap(count, unit=None if prompts == count else unit)
     gain, difference = bootstrap.mean(fixed - replays.random), bootstrap.mean(found[:, 0] - fixed)
     return _Figures(gain, difference, float(found[:, 1].mean()), float(found[:, 2].mean()))
 

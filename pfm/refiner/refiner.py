@@ -12,6 +12,7 @@ from typing import Any
 
 from pfm._internal.checks import check_whole
 from pfm.data.conversations import conversation_text
+from pfm.data.identity import normal_form
 from pfm.decoders import Decoder
 from pfm.devices import settle_after_fork
 from pfm.encoders.sentence import as_encoder
@@ -303,10 +304,11 @@ class Refiner:
         odds = log_odds(rows, keys, flow=self.flow, encoder=self.encoder, reasoning=self.reasoning)
         kept = [[place for place, value in enumerate(values) if math.isfinite(value)] for values in odds]
         probabilities = [
-            [1 / (1 + math.exp(-values[at])) for at in places] for values, places in zip(odds, kept, strict=True)
+            [(1 + math.tanh(values[at] / 2)) / 2 for at in places] for values, places in zip(odds, kept, strict=True)
         ]
         judged = [[found[at] for at in places] for found, places in zip(scores, kept, strict=True)]
-        return calibrate(probabilities, judged, n=n, max_n=max_n, **settings)
+        same = [normal_form(key) or row for row, key in enumerate(keys)]
+        return calibrate(probabilities, judged, n=n, max_n=max_n, prompts=same, **settings)
 
     def candidates(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
         """Draw up to n fresh outputs for each prompt; fewer, with a line in the log, where it failed.

@@ -163,3 +163,10 @@ def test_the_modules_of_the_launchers_are_named_rightly():
     for name, spec in installed.items():
         if spec is not None:
             assert hydra_config(f"hydra/launcher={name}").launcher._target_.startswith("hydra_plugins.")
+
+
+def test_a_method_that_does_not_suit_the_task_is_one_line(tmp_path: Path):
+    code, _, err = command(*SMALL, "method=longest", f"out={tmp_path}")
+    assert code == 2
+    assert err.strip().splitlines()[-1].startswith("method=longest does not suit task=line: ")
+    assert "Traceback" not in err

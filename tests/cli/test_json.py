@@ -245,3 +245,21 @@ def test_the_script_of_completion_is_one_that_the_shell_can_read(shell):
     if shutil.which(shell):
         checked = subprocess.run([shell, "-n"], input=done.stdout, capture_output=True, text=True)
         assert checked.returncode == 0, checked.stderr
+
+
+def test_scores_are_read_as_other_commands_read_them(here, tmp_path):
+    """True and false, and numbers as text; a number beyond a float is a bad row, and a group may be missing."""
+    rows = [json.loads(line) for line in (here / SCORED).read_text().splitlines()]
+    results = []
+    for kind in (float, bool, str):
+        changed = [{**row, "scores": [kind(score) for score in row["scores"]]} for row in rows]
+        for number, row in enumerate(changed[1:]):
+            row["group"] = f"kind {number % 2}"
+        write_rows(tmp_path / "scored.jsonl", changed)
+        found = strict(run("evaluate", tmp_path / "scored.jsonl", "--flow", "flow", "--json").stdout)
+        results.append((found["rows"], found["groups"]))
+    assert results[0] == results[1] == results[2]
+    assert [(group["name"], group["prompts"]) for group in results[0][1]] == [("kind 0", 6), ("kind 1", 5)]
+    write_rows(tmp_path / "scored.jsonl", [{**rows[0], "scores": [10**400, *rows[0]["scores"][1:]]}])
+    refused = run("evaluate", tmp_path / "scored.jsonl", "--flow", "flow", "--json", code=2)
+    assert "column 'scores': got int 1000" in refused.stderr

@@ -24,6 +24,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,7 +37,9 @@ from pfm.encoders import (
     OpenAIEncoder,
     SentenceEncoder,
     SurfaceEncoder,
+    as_encoder,
     cache,
+    encoder_from_name,
     sentence,
     source,
 )
@@ -1073,3 +1076,52 @@ def test_the_header_of_a_shard_is_stable(tmp_path):
     assert struct.unpack("<I", header[8:12]) == (8,)
     assert header[16:48] == hashlib.sha256(b"digest\0document\0a").digest()
     assert len(header) == 16 + 36
+
+
+class Returns:
+    def __init__(self, vectors):
+        self.vectors = vectors
+
+    def encode(self, outputs):
+        return self.vectors
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])],  # sentence-transformers without convert_to_numpy
+        (np.array([1.0, 2.0]), np.array([3.0, 4.0])),
+        [[1, 2], [3, 4]],
+        np.array([[1.0, 2.0], [3.0, 4.0]])[::-1][::-1],
+    ],
+)
+def test_an_encoder_of_ones_own_may_return_rows_of_any_kind(vectors):
+    found = as_encoder(Returns(vectors)).encode(["a", "b"])
+    assert found.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "said"),
+    [
+        (None, "got NoneType"),
+        ({"dense": [[1.0]]}, "got dict"),
+        (["a", "b"], "got str"),
+        (scipy.sparse.eye(2, format="csr"), r"got the sparse \w+; pass vectors\.toarray\(\)"),
+    ],
+)
+def test_an_encoder_that_returns_no_vectors_is_named(vectors, said):
+    with pytest.raises(TypeError, match=rf"^Returns\.encode must return one vector an output: vectors must .*{said}"):
+        as_encoder(Returns(vectors)).encode(["a", "b"])
+
+
+def test_vectors_of_different_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"^Returns\.encode must return vectors of one length"):
+        as_encoder(Returns([[1.0], [1.0, 2.0]])).encode(["a", "b"])
+
+
+@pytest.mark.parametrize("encoder", [len, Returns, None])
+def test_what_has_no_encode_is_no_encoder(encoder):
+    with pytest.raises(TypeError, match=r"^encoder must have \.encode\(outputs\), got "):
+        as_encoder(encoder)
+    with pytest.raises(TypeError, match=r"^encoder must be a name such as"):
+        encoder_from_name(encoder)

@@ -564,3 +564,9 @@ def test_candidates_are_others_than_those_of_the_batch():
     used = [text for result in batch for text in result.candidates]
     assert used == ["Hi 0", "Hi 1", "Ho 0", "Ho 1", "Hi 2", "Hi 3"]
     assert [text for row in fresh for text in row] == ["Hi 4", "Hi 5", "Ho 2", "Ho 3", "Hi 6", "Hi 7"]
+
+
+def test_a_prompt_that_cannot_be_sent_is_not_called_a_bad_answer():
+    with FaultServer() as server:
+        (draw,) = OpenAIGenerator("m", base_url=server.url, cache=False).draws(["cut \ud83d"], 1)
+    assert str(draw.error).startswith("GenerationError: the request cannot be sent, since it holds half of a character")

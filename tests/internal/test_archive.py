@@ -318,6 +318,14 @@ def put(value: Any, path: str, new: Any) -> None:
         ("metadata/preference", {"draws": 1, "model": {"kind": "os.system", "settings": {}, "layout": {}}}),
         ("metadata/preference", "x"),
         ("metadata/residual_kept", False),
+        ("metadata/steps", 10**9),
+        ("metadata/steps", -3),
+        ("metadata/steps", "many"),
+        ("metadata/steps", 2.5),
+        ("config/steps", 10**9),
+        ("metadata/later", [{"config": {}, "metadata": {"steps": 10**9}}]),
+        ("metadata/unit_norm", "x"),
+        ("metadata/win", "x"),
     ],
 )
 def test_a_description_that_lies_is_refused_before_anything_is_allocated(path, value, tmp_path, bounded_memory):
@@ -326,6 +334,15 @@ def test_a_description_that_lies_is_refused_before_anything_is_allocated(path, v
     put(described, path, value)
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match=r"config\.json"):
+        PreferenceFlow.from_pretrained(tmp_path)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    flow_of(1.0).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["normalizer.mean"][1] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: normalizer\.mean holds NaN"):
         PreferenceFlow.from_pretrained(tmp_path)
 
 

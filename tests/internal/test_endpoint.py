@@ -125,6 +125,31 @@ def test_the_environments_key_goes_to_its_origin_and_never_in_the_clear(address,
     assert (place.key() == KEY) == (sent_key and origin(place.base_url) == origin("https://api.openai.com"))
 
 
+def test_white_space_around_a_key_is_no_part_of_it(monkeypatch):
+    with FaultServer() as server:
+        for given in (f"{KEY}\n", f"  {KEY}\r\n"):
+            (draw,) = drawn(OpenAIGenerator("tiny", base_url=server.url, api_key=given, cache=False))
+            assert draw.error is None
+        for given in ("", " \n"):  # a server that needs none
+            (draw,) = drawn(OpenAIGenerator("tiny", base_url=server.url, api_key=given, cache=False))
+            assert draw.error is None
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    assert Endpoint().key() == KEY
+    monkeypatch.setenv("OPENAI_API_KEY", " ")
+    with pytest.raises(MissingKeyError):
+        Endpoint(api_key="").key()
+
+
+@pytest.mark.parametrize(("wrong", "place"), [(f"{KEY[:8]}\u2013{KEY[9:]}", 9), (f"{KEY[:3]}\n{KEY[4:]}", 4)])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(wrong, place, monkeypatch):
+    with pytest.raises(ValueError, match=rf"^api_key must .* character {place} of {len(KEY)} is none") as caught:
+        OpenAIGenerator("m", base_url="http://127.0.0.1:1/v1", api_key=wrong)
+    assert not any(part in str(caught.value) for part in (KEY[:6], KEY[-6:]))
+    monkeypatch.setenv("OPENAI_API_KEY", wrong)
+    with pytest.raises(ValueError, match=r"^OPENAI_API_KEY must "):
+        Endpoint().key()
+
+
 @pytest.mark.parametrize("make", [OpenAIGenerator, OpenAIEncoder])
 def test_a_key_that_would_go_in_the_clear_is_refused(make):
     for address in ("http://gpu.example/v1", "http://10.0.0.7:8000/v1", "http://localhost.evil.example/v1"):

@@ -184,3 +184,10 @@ def test_the_output_of_the_command_itself_is_no_file_for_results(tmp_path):
             [sys.executable, "-c", code], stdout=file, stderr=subprocess.PIPE, text=True, check=False
         )
     assert "is where this command writes its messages to" in found.stderr
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.json", "results.PARQUET", "results.jsonl.gz"])
+def test_a_name_by_which_lines_would_be_read_as_something_else_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"is written as JSON lines, line by line: let its name end in \.jsonl"):
+        Results(tmp_path / name)
+    assert not list(tmp_path.iterdir())

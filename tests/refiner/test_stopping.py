@@ -92,6 +92,25 @@ def test_calibrated_on_uniform_draws_it_saves_what_theory_says():
     assert pairs.evidence["rounds"] < 2.8 < single.evidence["rounds"]
 
 
+def test_rows_of_one_prompt_are_one_observation():
+    rng = np.random.default_rng(0)
+    b = [rng.random(24) for _ in range(20)]
+    scores = [values + rng.normal(size=24) for values in b]
+    names = list("abcdefghijklmnopqrst")
+
+    def width(times: int, prompts: list[str] | None) -> float:
+        found = calibrate(b * times, scores * times, replays=40, prompts=prompts).evidence
+        assert found["prompts"] == (20 if prompts else 20 * times)
+        return found["gain"][2] - found["gain"][1]
+
+    once = width(1, None)
+    assert width(1, names) == once
+    assert width(9, names * 9) == pytest.approx(once, rel=0.2)
+    assert width(9, None) < once / 2
+    three = calibrate(b * 2, scores * 2, prompts=["a", "b", "c", "a"] * 10)
+    assert "3 held-out prompts" in str(three.refusal)
+
+
 # -- the level of b ---------------------------------------------------------------------------------------------------
 
 

@@ -6,14 +6,12 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pfm.data.checks import check_unicode
+from pfm.data.checks import check_unicode, read_number
 from pfm.data.conversations import as_text, conversation_text, is_blank
 from pfm.data.errors import BadRows, PreferenceDataError, show
 from pfm.data.identity import given_group, normal_form
@@ -25,8 +23,6 @@ from pfm.evaluation.auditing.rules import COSTS
 __all__ = ["Columns", "read_choices"]
 
 TEXTS = ("candidate", "output", "response", "completion", "answer", "text")  # of one candidate a row
-LARGEST = 1e100  # sums and squares of scores stay finite
-TRUTH = {"true": 1.0, "false": 0.0}
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class _Layout:
 def _numeric(value: Any) -> bool:
     values = _as_list(value)
     try:
-        return bool([_number(each, "") for each in ([value] if values is None else values)])
+        return bool([read_number(each, "") for each in ([value] if values is None else values)])
     except PreferenceDataError:
         return False
 
@@ -189,26 +185,6 @@ def _as_list(value: Any) -> list[Any] | None:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return list(value) if isinstance(value, list | tuple) else None
-
-
-def _number(value: Any, column: str) -> float:
-    """Read a finite number; true and false are 1 and 0, and text such as "0.5" is read."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, str):
-        text = value.strip().casefold()
-        value = TRUTH.get(text, value)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        raise PreferenceDataError("the value is missing; expected a number", reason="missing value", column=column)
-    try:
-        number = float(value) if isinstance(value, Real | Decimal | str) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= LARGEST:
-        reason = "number not finite" if isinstance(value, float) else "wrong type"
-        hint = " with a decimal point" * (isinstance(value, str) and "," in value)
-        raise PreferenceDataError(f"got {show(value)}; expected a finite number{hint}", reason=reason, column=column)
-    return number
 
 
 def _text(value: Any, column: str) -> str:
@@ -253,18 +229,18 @@ def _set_of(number: int, row: Mapping[str, Any], layout: _Layout) -> _Set:
     if not count:
         raise PreferenceDataError("there are no candidates; expected at least one", reason="no candidates",
                                   column=layout.scores)  # fmt: skip
-    found.score = [_number(value, layout.scores) for value in scores]
+    found.score = [read_number(value, layout.scores) for value in scores]
     if layout.candidates is not None:
         found.text = [_text(value, layout.candidates) for value in _column(row, layout.candidates, count)]
     for name in layout.costs:
-        found.costs[name] = [_number(value, name) for value in _column(row, name, count)]
+        found.costs[name] = [read_number(value, name) for value in _column(row, name, count)]
     for name in layout.selectors:
         value = row.get(name)
         values = _as_list(value)
         if values is None:
             found.selectors[name] = _pick(value, found.text, count, name)
         else:
-            found.selectors[name] = [_number(each, name) for each in _column(row, name, count)]
+            found.selectors[name] = [read_number(each, name) for each in _column(row, name, count)]
     return found
 
 
@@ -289,7 +265,7 @@ def _pick(value: Any, texts: Sequence[str], count: int, column: str) -> list[flo
     """Read a pick, the text of a candidate or its place from 0, as scores of 1 and 0."""
     if isinstance(value, str) and value in texts:
         return [float(text == value) for text in texts]
-    number = math.nan if isinstance(value, bool) else _number(value, column)
+    number = math.nan if isinstance(value, bool) else read_number(value, column)
     if not number.is_integer():
         raise PreferenceDataError(
             f"got {show(value)}; expected the place of a candidate, its text, or a list of scores",
@@ -318,10 +294,10 @@ def _sets_by_candidate(
             if identity is None:
                 column = layout.prompt if layout.group is None else layout.group
                 raise PreferenceDataError("the value is missing", reason="missing value", column=column)
-            score = _number(row.get(layout.scores), layout.scores)
+            score = read_number(row.get(layout.scores), layout.scores)
             text = [] if layout.candidates is None else [_text(row.get(layout.candidates), layout.candidates)]
-            costs = {name: _number(row.get(name), name) for name in layout.costs}
-            selectors = {name: _number(row.get(name), name) for name in layout.selectors}
+            costs = {name: read_number(row.get(name), name) for name in layout.costs}
+            selectors = {name: read_number(row.get(name), name) for name in layout.selectors}
         except PreferenceDataError as error:
             bad.meet(error, f"{unit} {number}")
             holed.add(identity)
