@@ -73,7 +73,7 @@ def test_steps_are_chosen_on_some_of_many_rows_the_same_in_every_call(monkeypatc
     field, normalizer, check = straight(1.0, count=40)
     drawn = []
 
-    def draw(index, generator=None):
+    def draw(index, generator):
         drawn.append((index.tolist(), generator.initial_seed()))
         return Joined.draw(check, index, generator)
 
