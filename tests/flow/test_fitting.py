@@ -10,7 +10,16 @@ from pfm import EncodedPairs, FlowConfig
 from pfm.flow import fitting
 from pfm.flow.couplings import Joined, Paired, make_coupling
 from pfm.flow.fields import Field, LinearField, Moments, Normalizer
-from pfm.flow.fitting import RIDGES, STEP_CHOICES, FieldFit, at_most, choose_steps, fit_field, matmul_precision
+from pfm.flow.fitting import (
+    RIDGES,
+    STEP_CHOICES,
+    FieldFit,
+    at_most,
+    choose_steps,
+    fit_field,
+    matmul_precision,
+    on_unit_sphere,
+)
 from pfm.flow.integration import STAGES, integrate
 from pfm.flow.training import TrainingLog
 
@@ -57,6 +66,21 @@ def test_a_field_that_hardly_moves_gets_one_step_and_a_rough_one_a_warning():
     assert found == (128, pytest.approx(error_of(2.0, 128, "euler"), rel=1e-3), 128)
     with pytest.warns(RuntimeWarning, match="128 steps of heun2"):
         assert choose_steps(*straight(4.0), config.replace(tolerance=1e-9, solver="heun2"))[2] == 256
+
+
+def test_steps_are_chosen_on_some_of_many_rows_the_same_in_every_call(monkeypatch):
+    monkeypatch.setattr(fitting, "STEP_ROWS", 5)
+    field, normalizer, check = straight(1.0, count=40)
+    drawn = []
+
+    def draw(index, generator):
+        drawn.append((index.tolist(), generator.initial_seed()))
+        return Joined.draw(check, index, generator)
+
+    monkeypatch.setattr(check, "draw", draw)
+    for seed in (3, 3, 4):
+        choose_steps(field, normalizer, check, FlowConfig(seed=seed, device="cpu"))
+    assert drawn == [(at_most(40, 5, seed).tolist(), 0) for seed in (3, 3, 4)]
 
 
 def test_given_steps_are_taken_and_an_adaptive_solver_counts_its_own():
@@ -179,6 +203,19 @@ class Watched(Joined):
         return super().draw(index, generator)
 
 
+class Notes:
+    """Is a tracker that keeps what it is told."""
+
+    def __init__(self):
+        self.seen = []
+
+    def log(self, values, step=None):
+        self.seen.append((step, values))
+
+    def finish(self):
+        pass
+
+
 def test_the_residual_learns_what_is_not_linear_in_the_precision_asked_for(tmp_path):
     y = torch.linspace(-2, 2, 64)[:, None]
     train, held = (Watched(part, part + 2 * part.relu(), None) for part in (y[::2], y[1::2]))
@@ -186,7 +223,12 @@ def test_the_residual_learns_what_is_not_linear_in_the_precision_asked_for(tmp_p
     normalizer.fit(y + 2 * y.relu(), y, None)
     field.unit.copy_(normalizer.displacement)
     config = LINEAR.replace(residual=True, dtype="medium", epochs=150, batch_size=32)
-    found = fit_field(field, normalizer, train, held, config, checkpoint=tmp_path / "state", progress=False)
+    notes = Notes()
+    found = fit_field(
+        field, normalizer, train, held, config, checkpoint=tmp_path / "state", progress=False, tracker=notes
+    )
+    assert notes.seen == [(update, {"validation_loss": loss}) for update, loss in found.log.validation]
+    assert len(notes.seen) > 1
     assert found.log.updates == found.log.planned_updates == 150
     assert found.log.loss < 0.3 * found.log.plain_loss
     assert found.log.gain > 0.8
@@ -241,3 +283,14 @@ def test_the_precision_of_products_is_set_and_put_back(dtype, device, wanted):
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_results_go_to_the_unit_sphere_as_configured_or_where_all_outputs_lie_on_it():
+    unit = torch.nn.functional.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    auto = FlowConfig()
+    assert on_unit_sphere(unit, -unit, auto)
+    assert not on_unit_sphere(unit, 1.01 * unit, auto)
+    assert not on_unit_sphere(2 * unit, 2 * unit, auto)
+    assert not on_unit_sphere(unit.new_ones(6, 1), unit.new_ones(6, 1), auto)  # a label or a sign
+    assert not on_unit_sphere(unit, unit, auto.replace(unit_norm="off"))
+    assert on_unit_sphere(2 * unit, unit, auto.replace(unit_norm="on"))
