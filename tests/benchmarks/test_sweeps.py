@@ -145,6 +145,8 @@ def test_every_experiment_can_be_composed(path: Path):
     named = {"task": found.runtime.choices.task, "method": found.runtime.choices.method, **params}
     for group in ("task", "method"):
         assert set(str(named[group]).replace(" ", "").split(",")) <= set(choices(group))
+    # So that an override of a task's field, which is no sweep, finds the field: task.pairs=300 of experiment=pbrl.
+    assert found.runtime.choices.task == named["task"].split(",")[0].strip()
     if path.stem == "speed":  # one run, which a sweep would disturb
         assert named["task"] == "speed"
         assert not params
