@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,10 +61,12 @@ class AdaptedEncoder:
         Raises:
             TypeError: it holds no dense numbers. ValueError: its vectors are of different lengths.
         """
-        vectors = encode(texts, progress=progress) if _takes_progress(encode) else encode(texts)
+        vectors: Any = encode(texts, progress=progress) if _takes_progress(encode) else encode(texts)
         try:
-            if isinstance(vectors, list | tuple) and vectors and not isinstance(vectors[0], Real):
-                vectors = torch.stack([as_float_tensor("vectors", vector) for vector in vectors])
+            if isinstance(vectors, list | tuple):
+                rows = cast(Sequence[Any], vectors)
+                if rows and not isinstance(rows[0], Real):
+                    vectors = torch.stack([as_float_tensor("vectors", row) for row in rows])
             return as_float_tensor("vectors", vectors)
         except TypeError as error:
             raise TypeError(f"{type(self.encoder).__name__}.encode must return one vector an output: {error}") from None

@@ -226,7 +226,7 @@ class FlowModel(FieldPass):
 
         >>> places = flow.transport_strengths(y, strengths=[1.0, 2.0, 4.0])  # doctest: +SKIP
         """
-        given = strengths.tolist() if hasattr(strengths, "tolist") else strengths
+        given: Any = getattr(strengths, "tolist", lambda: strengths)()
         if isinstance(given, str) or not isinstance(given, Sequence) or not given:
             raise ValueError(f"strengths must be numbers, at least one, such as [1.0, 2.0]: got {strengths!r}")
         settings = (mode, steps, rounds, guidance, win_gradient, on_failure, seed)

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,13 +129,14 @@ def test_tables_of_other_libraries_are_refused_with_the_call_that_makes_rows():
     import pandas
     import pyarrow
 
-    split = datasets.Dataset.from_list([ROW])
+    split: Any = datasets.Dataset.from_list([ROW])
     assert len(PreferencePairs.from_rows(split)) == 1
-    for rows, way_out in (
-        (datasets.DatasetDict(test=split), r"its splits, as in rows\['test'\]"),
+    tables: list[tuple[Any, str]] = [
+        (datasets.DatasetDict({"test": split}), r"its splits, as in rows\['test'\]"),
         (pandas.DataFrame([ROW]), r"pass rows\.to_dict\('records'\)"),
         (pyarrow.table({"prompt": ["p"]}), r"pass rows\.to_pylist\(\)"),
-    ):
+    ]
+    for rows, way_out in tables:
         with pytest.raises(TypeError, match=f"(?s)^rows must be a list of dictionaries: got .*{way_out}"):
             PreferencePairs.from_rows(rows)
 

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -245,7 +246,7 @@ def test_markup_in_texts_of_others_is_not_interpreted():
     assert "[bold red]x[/nothing]" in output
 
 
-def figures(report):
+def figures(report: Any) -> tuple[Any, ...]:
     """Return all estimates of a report, and what its tests say."""
     rows = [
         (row.score, row.difference, row.win, row.win_controlled, row.win_independent, row.gap_closed)
@@ -262,9 +263,8 @@ def test_rows_of_one_prompt_are_one_observation():
     repeated = Report.from_scored([*rows, *again, *rows], resamples=200)
     for ours, theirs in zip(figures(repeated)[0], figures(once)[0], strict=True):
         for one, other in zip(ours, theirs, strict=True):
-            assert (one.value, one.low, one.high) == pytest.approx(
-                (other.value, other.low, other.high), abs=1e-2
-            )  # the ridge of length control
+            # within the ridge of length control
+            assert (one.value, one.low, one.high) == pytest.approx((other.value, other.low, other.high), abs=1e-2)
     assert figures(repeated)[1].high == pytest.approx(figures(once)[1].high, abs=0.02)
     assert figures(repeated)[3] == figures(once)[3]
     assert repeated.settings["prompts"] == once.settings["prompts"] == 40

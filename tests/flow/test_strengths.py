@@ -205,10 +205,12 @@ def test_tensors_and_empty_batches_are_taken(flows: Any) -> None:
 def test_numbers_and_strengths_may_be_tensors_and_arrays(flows: dict[str, PreferenceFlow]) -> None:
     y, context = outputs(8)[0], torch.zeros(8, 2)
     flow = flows["contexts"]
-    options = {"strength": 0.5, "guidance": 1.5, "win_gradient": 0.25}
-    for kind in (torch.tensor, np.array, np.float32):
-        told = {name: kind(value) for name, value in options.items()}
+    options: dict[str, Any] = {"strength": 0.5, "guidance": 1.5, "win_gradient": 0.25}
+    kinds: tuple[Any, ...] = (torch.tensor, np.array, np.float32)
+    for kind in kinds:
+        told: dict[str, Any] = {name: kind(value) for name, value in options.items()}
         assert torch.equal(flow.transport(y, context, **told), flow.transport(y, context, **options))
     plain = flow.transport_strengths(y, context, strengths=[0.5, 2.0])
-    for given in (np.array([0.5, 2.0]), torch.tensor([0.5, 2.0])):
+    several: tuple[Any, ...] = (np.array([0.5, 2.0]), torch.tensor([0.5, 2.0]))
+    for given in several:
         assert all(map(torch.equal, flow.transport_strengths(y, context, strengths=given), plain))
