@@ -95,8 +95,8 @@ def test_under_every_launcher_a_failed_job_is_kept_and_the_others_go_on(launcher
     assert code == 1, err
     assert "2 runs: 1 done, 1 failed" in out
     (error,) = tmp_path.rglob("error.txt")
-    assert "TypeError" in error.read_text()
-    assert f"failed: {error}: TypeError" in out
+    assert "UnsuitableMethodError" in error.read_text()
+    assert f"failed: {error}: UnsuitableMethodError" in out
     ((name, (_, metrics)),) = finished(tmp_path).items()
     assert name == "line-shift-0"
     threads = json.loads(metrics)["environment"]["threads"]
