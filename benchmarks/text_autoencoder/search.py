@@ -61,7 +61,7 @@ def search(network: Network, latents: Tensor, fluency: float = 0.0, beams: int =
         latents: (B, D), of any length: they are put on the sphere first.
         fluency: at least 0; the weight of the language model.
         beams: texts that are kept at each step.
-        nats: what the language model needs for a token on average; without it short texts would be preferred.
+        nats: length bonus of a token, the language model's mean; without it short texts would be preferred.
     """
     count, window, kinds = len(latents), network.settings.window, network.settings.vocabulary
     steps = _Steps(network, latents.repeat_interleave(beams, 0), fluency, nats)
