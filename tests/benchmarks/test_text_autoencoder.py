@@ -30,6 +30,7 @@ from benchmarks.text_autoencoder.network import END, Network, NetworkSettings
 from benchmarks.text_autoencoder.search import draw, search
 from benchmarks.text_autoencoder.spaces import Space, load_space
 from benchmarks.text_autoencoder.task import choose
+from benchmarks.text_autoencoder.throughput import products, seconds_of_products
 from benchmarks.text_autoencoder.training import Corpus, TrainingSettings, token_vectors, train
 from benchmarks.text_autoencoder.writer import WriterSettings, is_trained, nats_alone, train_writer
 from benchmarks.text_editing.moves import preference_pairs
@@ -389,6 +390,19 @@ def test_a_space_draws_around_a_latent(model: SentenceAutoencoder) -> None:
     kept, lost = (sum(a == b for a, b in zip(own, space.decode(z), strict=True)) for own in (near, far))
     assert kept > 30 > lost
     assert space.fits(["the film was long and the trip late", "the film"]) == [True, False]
+
+
+def test_the_products_of_an_update_are_those_of_its_linear_maps() -> None:
+    torch.manual_seed(0)
+    network = Network(NetworkSettings(vocabulary=50, width=8, hidden=12, readers=1, writers=2, heads=2, window=6))
+    ids, mask = padded([[1, 2, 3], [4, 5]])
+    with products(network) as found:
+        network.logits(network.states(network.encode(ids, mask), ids)[mask])
+    layer = [(8, 8, 24), (8, 8, 8), (8, 8, 12), (8, 12, 8)]  # two rows of four places
+    maps = [(8, 8, 8), (2, 8, 8), (2, 8, 8), (8, 8, 8), (8, 8, 8)]  # of positions, of latents, of the tokens before
+    assert sorted(found) == sorted([*layer * 3, *maps, (7, 8, 50)])
+    assert "logits" not in vars(network)
+    assert seconds_of_products(found, True, torch.float32, 1) > 0
 
 
 def test_the_command_refuses_bad_settings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
