@@ -110,8 +110,8 @@ class Bootstrap:
         if resamples < 1:
             raise ValueError(f"resamples must be at least 1: got {resamples}; 2000 is usual")
         self.n, self.resamples, self.seed = n, resamples, seed
-        self.unit = None if unit is None else np.asarray(unit)
-        self.resampled = n if self.unit is None else int(self.unit.max()) + 1
+        self.resampled = n if unit is None else int(np.max(unit)) + 1
+        self.unit = np.asarray(unit) if self.resampled < n else None
         self._counts = list(self._draw()) if self.resampled * resamples <= _CACHED_COUNTS else None
 
     def sums(self, values: ArrayLike) -> Array:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pfm.data.conversations import conversation_text
-from pfm.data.identity import normal_form
+from pfm.data.identity import PromptIdentity, prompt_identity
 from pfm.evaluation.results import Calibration, Example, GroupRow, MethodRow, Scored
 from pfm.statistics import (
     Array,
@@ -87,8 +86,7 @@ class Candidates:
 
     def bootstrap(self, resamples: int, seed: int) -> Bootstrap:
         """Return resamples of the prompts."""
-        repeated = self.prompts < len(self.rows)
-        return Bootstrap(len(self.rows), resamples, seed, self.unit if repeated else None)
+        return Bootstrap(len(self.rows), resamples, seed, self.unit)
 
     @property
     def prompts(self) -> int:
@@ -109,11 +107,11 @@ class Candidates:
 
 def _prompt_numbers(rows: Sequence[Scored]) -> NDArray[np.int64]:
     """Number the prompts of rows; a row without a prompt is one of its own."""
-    numbers: dict[Any, int] = {}
+    numbers: dict[PromptIdentity, int] = {}
     found = []
     for place, row in enumerate(rows):
-        form = normal_form(conversation_text(row.prompt)) if isinstance(row.prompt, str | list) else ""
-        found.append(numbers.setdefault(form or place, len(numbers)))
+        text = conversation_text(row.prompt) if isinstance(row.prompt, str | list) else ""
+        found.append(numbers.setdefault(prompt_identity(text, place), len(numbers)))
     return np.array(found)
 
 

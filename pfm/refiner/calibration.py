@@ -80,14 +80,12 @@ def calibrate(
     for name, value in (("loss", loss), ("margin", margin)):
         check_number(name, value, least=0, below=1)
     rows = _checked(probabilities, scores)
-    if prompts is not None:
-        check_length("prompts", prompts, len(rows), "row")
+    prompts = range(len(rows)) if prompts is None else prompts
+    check_length("prompts", prompts, len(rows), "row")
     enough = [place for place, row in enumerate(rows) if len(row[0]) >= n]
     kept = [rows[place] for place in enough]
     numbers: dict[Hashable, int] = {}
-    unit = np.array(
-        [numbers.setdefault(place if prompts is None else prompts[place], len(numbers)) for place in enough]
-    )
+    unit = np.array([numbers.setdefault(prompts[place], len(numbers)) for place in enough])
     evidence: dict[str, Any] = {"prompts": len(numbers), "prompts_with_too_few_candidates": len(rows) - len(kept)}
     for name, value in (("prior", prior), ("spread_prior", spread_prior)):
         check_number(name, value, least=0, also=(None, math.inf))
@@ -271,7 +269,7 @@ def _left_out(
         part = replays.select(tested)
         found[tested] = part.stopped(part.surplus(rule), thresholds(rule, rule.price))
     fixed = replays.fixed(blank.n)
-    bootstrap = Bootstrap(count, unit=None if prompts == count else unit)
+    bootstrap = Bootstrap(count, unit=unit)
     gain, difference = bootstrap.mean(fixed - replays.random), bootstrap.mean(found[:, 0] - fixed)
     return _Figures(gain, difference, float(found[:, 1].mean()), float(found[:, 2].mean()))
 

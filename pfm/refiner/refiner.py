@@ -12,7 +12,7 @@ from typing import Any
 
 from pfm._internal.checks import check_whole
 from pfm.data.conversations import conversation_text
-from pfm.data.identity import normal_form
+from pfm.data.identity import prompt_identity
 from pfm.decoders import Decoder
 from pfm.devices import settle_after_fork
 from pfm.encoders.sentence import as_encoder
@@ -307,7 +307,7 @@ class Refiner:
             [(1 + math.tanh(values[at] / 2)) / 2 for at in places] for values, places in zip(odds, kept, strict=True)
         ]
         judged = [[found[at] for at in places] for found, places in zip(scores, kept, strict=True)]
-        same = [normal_form(key) or row for row, key in enumerate(keys)]
+        same = [prompt_identity(key, row) for row, key in enumerate(keys)]
         return calibrate(probabilities, judged, n=n, max_n=max_n, prompts=same, **settings)
 
     def candidates(self, prompts: Sequence[Prompt], n: int) -> list[list[str]]:
