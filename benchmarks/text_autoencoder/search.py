@@ -54,7 +54,7 @@ def search(network: Network, latents: Tensor, fluency: float = 0.0, beams: int =
     """Write the token ids (B, window) that a beam search finds for latents (B, D); END fills each row's rest.
 
     The score of a text x of n tokens is log p(x | z) + fluency (log p(x) + n nats), as in shallow fusion (Gulcehre et
-    al. 2015) with the decoder itself as the language model: p(x) is what it gives a latent of zeros.
+    al. 2015) with the decoder itself as the language model: p(x) is its probability of x at a latent of zeros.
 
     Args:
         network: writes. With ``fluency`` its decoder must have been trained without latents as well.
